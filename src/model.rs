@@ -1,0 +1,320 @@
+//! What the cluster said: Services by name, endpoints by slice name, and which Services a change touches.
+//!
+//! Objects arrive here already reduced to the fields that a proxy reads; decoding lives in the
+//! sources (`manifest`). What follows from the objects is decided in `endpoints` and `plan`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::name::{Family, ObjectName, Protocol};
+
+/// Seconds that a client stays with its backend where a Service asks for ClientIP and says no time.
+pub const DEFAULT_AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
+
+/// A Service, as far as a proxy reads it. Missing and empty lists mean the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// From `metadata.namespace` and `metadata.name`.
+    pub name: ObjectName,
+    /// From `metadata.creationTimestamp`, RFC 3339 text; the older of two claimants wins. Empty sorts first.
+    pub created: Arc<str>,
+    /// From the label `service.kubernetes.io/service-proxy-name`.
+    pub proxy_name: Option<Arc<str>>,
+    /// From `spec.type` (default ClusterIP).
+    pub kind: ServiceKind,
+    /// From `spec.clusterIP` and `spec.clusterIPs`.
+    pub cluster_ips: ClusterIps,
+    /// From `spec.ipFamilies`, in its order; empty where the Service does not say.
+    pub families: Vec<Family>,
+    /// From `spec.ports`.
+    pub ports: Vec<ServicePort>,
+    /// From `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// From `status.loadBalancer.ingress[]`: the addresses that are to be captured here (`ipMode` VIP or absent).
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// From `spec.loadBalancerSourceRanges`.
+    pub source_ranges: Vec<IpNet>,
+    /// From `spec.sessionAffinity` and `spec.sessionAffinityConfig.clientIP.timeoutSeconds`; `None` without affinity.
+    pub affinity_timeout: Option<Duration>,
+    /// From `spec.externalTrafficPolicy` (default Cluster).
+    pub external_policy: TrafficPolicy,
+    /// From `spec.internalTrafficPolicy` (default Cluster).
+    pub internal_policy: TrafficPolicy,
+    /// From `spec.healthCheckNodePort`; `None` for 0.
+    pub health_check_node_port: Option<u16>,
+    /// From `spec.allocateLoadBalancerNodePorts` (default true). Read by the static source only.
+    pub allocate_node_ports: bool,
+    /// From `spec.trafficDistribution`. Read by the static source only.
+    pub traffic_distribution: Option<Arc<str>>,
+    /// True where `spec.selector` names at least one label: somebody else is to write the slices.
+    pub has_selector: bool,
+    /// The annotations under `kube-relay.dev/`, without that prefix.
+    pub annotations: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// From `Service.spec.type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ServiceKind {
+    /// Reached at its cluster IP.
+    #[default]
+    ClusterIp,
+    /// Reached at a port of each node, too.
+    NodePort,
+    /// Reached at a balancer's address, too.
+    LoadBalancer,
+    /// A DNS alias: nothing to proxy.
+    ExternalName,
+}
+
+impl ServiceKind {
+    /// The word that the API uses.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalName => "ExternalName",
+        }
+    }
+}
+
+/// The cluster IPs of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ClusterIps {
+    /// None yet: an API server or the static source will allocate one.
+    #[default]
+    Unset,
+    /// `clusterIP: None`: clients balance by themselves.
+    Headless,
+    /// In the order of `spec.clusterIPs`. `allocated` tells that the static source chose them.
+    Addresses {
+        /// One for each family, at most two.
+        addresses: Vec<IpAddr>,
+        /// True where no manifest names them.
+        allocated: bool,
+    },
+}
+
+impl ClusterIps {
+    /// The address of a family, if the Service has one.
+    pub fn of(&self, family: Family) -> Option<IpAddr> {
+        match self {
+            Self::Addresses { addresses, .. } => addresses.iter().copied().find(|ip| Family::of(*ip) == family),
+            Self::Unset | Self::Headless => None,
+        }
+    }
+
+    /// True where the static source chose the addresses.
+    pub fn allocated(&self) -> bool {
+        matches!(self, Self::Addresses { allocated: true, .. })
+    }
+}
+
+/// From `Service.spec.externalTrafficPolicy` and `internalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// Any usable endpoint of the cluster.
+    #[default]
+    Cluster,
+    /// Only endpoints on this node.
+    Local,
+}
+
+/// One entry of `Service.spec.ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// From `name`; empty is legal for a single port. Joined with the port name of slices.
+    pub name: Arc<str>,
+    /// From `protocol` (default TCP).
+    pub protocol: Protocol,
+    /// From `port`: the number on cluster IPs, external IPs and load-balancer addresses (1..=65535).
+    pub port: u16,
+    /// From `targetPort`, number or name as text. The proxy reads the slices instead; this is for display.
+    pub target_port: Option<Arc<str>>,
+    /// From `nodePort` (1..=65535); `None` for 0.
+    pub node_port: Option<u16>,
+    /// True where the static source chose the node port.
+    pub node_port_allocated: bool,
+    /// From `appProtocol`: a label for people, without effect at this layer.
+    pub app_protocol: Option<Arc<str>>,
+}
+
+/// An EndpointSlice (or a part of an Endpoints object), as far as a proxy reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Identity of the slice: a cache key, nothing else.
+    pub name: SliceName,
+    /// The Service whose endpoints these are. From the label `kubernetes.io/service-name`.
+    pub service: ObjectName,
+    /// From `addressType`; slices of FQDNs are never stored.
+    pub family: Family,
+    /// From `ports`; entries without a name or a number are left out.
+    pub ports: Vec<SlicePort>,
+    /// From `endpoints`; entries without an address are left out.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// Which object a slice came from. An Endpoints object and a slice may carry the same name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SliceName {
+    /// An EndpointSlice of discovery.k8s.io.
+    EndpointSlice(ObjectName),
+    /// A part of a core/v1 Endpoints object: its `subsets` are numbered, and split by family.
+    Endpoints(ObjectName, usize, Family),
+}
+
+/// One entry of `EndpointSlice.ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// From `name`.
+    pub name: Arc<str>,
+    /// From `protocol` (default TCP).
+    pub protocol: Protocol,
+    /// From `port` (1..=65535).
+    pub port: u16,
+}
+
+/// One entry of `EndpointSlice.endpoints`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// From `addresses[0]`, canonical.
+    pub address: IpAddr,
+    /// From `conditions.ready` (absent: true): takes new traffic.
+    pub ready: bool,
+    /// From `conditions.serving` (absent: true): still answers. Consulted only together with `terminating`.
+    pub serving: bool,
+    /// From `conditions.terminating` (absent: false).
+    pub terminating: bool,
+    /// From `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// From `zone`. Read by the static source only, where it stands in for a hint.
+    pub zone: Option<Arc<str>>,
+    /// From `hints.forZones[].name`.
+    pub zone_hints: Vec<Arc<str>>,
+    /// From `hints.forNodes[].name`.
+    pub node_hints: Vec<Arc<str>>,
+    /// From `targetRef.name`, where the target is a Pod: for display.
+    pub pod: Option<Arc<str>>,
+}
+
+/// What a source says.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// All objects that the source has now: what is not among them is gone.
+    Replace(Objects),
+    /// One Service was added or changed.
+    ApplyService(Box<Service>),
+    /// One Service is gone.
+    DeleteService(ObjectName),
+    /// One slice was added or changed.
+    ApplySlice(Box<Slice>),
+    /// One slice is gone.
+    DeleteSlice(SliceName),
+}
+
+/// Everything that a source knows at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    /// Services, in no particular order; each name once.
+    pub services: Vec<Service>,
+    /// Slices, in no particular order; each name once.
+    pub slices: Vec<Slice>,
+}
+
+/// The objects as they stand. Owned by `control`, by value.
+#[derive(Debug, Default)]
+pub struct Model {
+    services: BTreeMap<ObjectName, Arc<Service>>,
+    slices: BTreeMap<ObjectName, BTreeMap<SliceName, Arc<Slice>>>,
+    owners: BTreeMap<SliceName, ObjectName>,
+}
+
+impl Model {
+    /// Takes an event in and adds the Services that it touches to `dirty`. An identical object touches nothing.
+    pub fn apply(&mut self, event: Event, dirty: &mut BTreeSet<ObjectName>) {
+        match event {
+            Event::Replace(objects) => self.replace(objects, dirty),
+            Event::ApplyService(service) => self.apply_service(*service, dirty),
+            Event::DeleteService(name) => {
+                if self.services.remove(&name).is_some() {
+                    dirty.insert(name);
+                }
+            }
+            Event::ApplySlice(slice) => self.apply_slice(*slice, dirty),
+            Event::DeleteSlice(name) => self.delete_slice(&name, dirty),
+        }
+    }
+
+    /// The Service of that name.
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
+        self.services.get(name)
+    }
+
+    /// All Services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, by slice name.
+    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Arc<Slice>> {
+        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+    }
+
+    fn replace(&mut self, objects: Objects, dirty: &mut BTreeSet<ObjectName>) {
+        let services: BTreeSet<_> = objects.services.iter().map(|service| service.name.clone()).collect();
+        let slices: BTreeSet<_> = objects.slices.iter().map(|slice| slice.name.clone()).collect();
+        let gone: Vec<_> = self.owners.keys().filter(|name| !slices.contains(*name)).cloned().collect();
+        for name in gone {
+            self.delete_slice(&name, dirty);
+        }
+        let gone: Vec<_> = self.services.keys().filter(|name| !services.contains(*name)).cloned().collect();
+        for name in gone {
+            self.services.remove(&name);
+            dirty.insert(name);
+        }
+        for service in objects.services {
+            self.apply_service(service, dirty);
+        }
+        for slice in objects.slices {
+            self.apply_slice(slice, dirty);
+        }
+    }
+
+    fn apply_service(&mut self, service: Service, dirty: &mut BTreeSet<ObjectName>) {
+        if self.services.get(&service.name).is_some_and(|known| **known == service) {
+            return;
+        }
+        dirty.insert(service.name.clone());
+        self.services.insert(service.name.clone(), Arc::new(service));
+    }
+
+    fn apply_slice(&mut self, slice: Slice, dirty: &mut BTreeSet<ObjectName>) {
+        if let Some(owner) = self.owners.get(&slice.name) {
+            let known = self.slices.get(owner).and_then(|slices| slices.get(&slice.name));
+            if known.is_some_and(|known| **known == slice) {
+                return;
+            }
+            if *owner != slice.service {
+                self.delete_slice(&slice.name, dirty);
+            }
+        }
+        dirty.insert(slice.service.clone());
+        self.owners.insert(slice.name.clone(), slice.service.clone());
+        self.slices.entry(slice.service.clone()).or_default().insert(slice.name.clone(), Arc::new(slice));
+    }
+
+    fn delete_slice(&mut self, name: &SliceName, dirty: &mut BTreeSet<ObjectName>) {
+        let Some(owner) = self.owners.remove(name) else { return };
+        if let Some(slices) = self.slices.get_mut(&owner) {
+            slices.remove(name);
+            if slices.is_empty() {
+                self.slices.remove(&owner);
+            }
+        }
+        dirty.insert(owner);
+    }
+}

@@ -1,0 +1,208 @@
+//! Identities: what things are called in logs, metrics, errors and maps.
+//!
+//! Only names live here. What an object says is in `model`, what follows from it in `plan`.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, Serializer};
+
+/// `namespace/name` of an object, as `kubectl` and kube-proxy print it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// From `metadata.namespace`; `default` where a manifest names none.
+    pub namespace: Arc<str>,
+    /// From `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// Builds a name from its two halves.
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Reads `namespace/name`, or `name` alone in namespace `default`.
+    pub fn parse(text: &str) -> Self {
+        match text.split_once('/') {
+            Some((namespace, name)) => Self::new(namespace, name),
+            None => Self::new("default", text),
+        }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl Serialize for ObjectName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Transport protocol of a Service port. From `Service.spec.ports[].protocol` (default TCP).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// Connections.
+    #[default]
+    Tcp,
+    /// Datagrams, grouped to flows.
+    Udp,
+    /// Known, counted and reported, never served.
+    Sctp,
+}
+
+impl Protocol {
+    /// The word that the API uses: `TCP`, `UDP` or `SCTP`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// An IP family: a Service is proxied once for each family that it has an address of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Family {
+    /// 32-bit addresses.
+    #[serde(rename = "IPv4")]
+    V4,
+    /// 128-bit addresses.
+    #[serde(rename = "IPv6")]
+    V6,
+}
+
+impl Family {
+    /// The family that an address belongs to.
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
+/// One entry of `Service.spec.ports`, printed as kube-proxy prints it: `namespace/name:port`.
+///
+/// The protocol is part of the identity, since TCP and UDP may share a name and a number.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServicePortName {
+    /// The Service.
+    pub service: ObjectName,
+    /// From `spec.ports[].name`; empty is legal for a single port.
+    pub port: Arc<str>,
+    /// From `spec.ports[].protocol`.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for ServicePortName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.service.fmt(f)?;
+        if self.port.is_empty() { Ok(()) } else { write!(f, ":{}", self.port) }
+    }
+}
+
+/// The address, port and protocol that a listener is bound to: `10.96.0.10:80/TCP`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenKey {
+    /// Address and port, never a wildcard.
+    pub address: SocketAddr,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+}
+
+impl ListenKey {
+    /// Builds a key from an address, a port and a protocol.
+    pub fn new(ip: IpAddr, port: u16, protocol: Protocol) -> Self {
+        Self { address: SocketAddr::new(ip, port), protocol }
+    }
+}
+
+impl fmt::Display for ListenKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.protocol)
+    }
+}
+
+impl Serialize for ListenKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Which endpoints a traffic policy lets a listener use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Scope {
+    /// All endpoints of the cluster that topology hints allow.
+    Cluster,
+    /// The endpoints on this node.
+    Local,
+}
+
+impl Scope {
+    /// `Cluster` or `Local`, as the API's traffic policies say it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cluster => "Cluster",
+            Self::Local => "Local",
+        }
+    }
+}
+
+/// A balancer: one ServicePort, seen in one family and one scope.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BalancerKey {
+    /// The ServicePort that it chooses for.
+    pub port: ServicePortName,
+    /// The family of its listeners and of its backends.
+    pub family: Family,
+    /// The endpoints that it may use.
+    pub scope: Scope,
+}
+
+impl fmt::Display for BalancerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{} {} {}", self.port, self.port.protocol, self.family, self.scope.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_a_port_without_a_name_when_printed_then_no_colon_is_left_behind() {
+        let service = ObjectName::parse("default/web");
+        let named = ServicePortName { service: service.clone(), port: "http".into(), protocol: Protocol::Tcp };
+        let unnamed = ServicePortName { service, port: "".into(), protocol: Protocol::Tcp };
+
+        assert_eq!(named.to_string(), "default/web:http");
+        assert_eq!(unnamed.to_string(), "default/web");
+    }
+
+    #[test]
+    fn given_an_ipv6_address_when_a_listen_key_is_printed_then_it_has_brackets() {
+        let key = ListenKey::new("fd00::1".parse().expect("an address"), 53, Protocol::Udp);
+
+        assert_eq!(key.to_string(), "[fd00::1]:53/UDP");
+    }
+}

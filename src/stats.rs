@@ -1,0 +1,242 @@
+//! Counters as atomics, and the words for every end.
+//!
+//! The truth about traffic lives here; `metrics` and `status` only read it. All counters are
+//! `Relaxed`: each is true by itself, and no decision rests on two of them agreeing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// Declares an enum whose variants are words of the event vocabulary.
+macro_rules! words {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+        pub enum $name { $($(#[$doc])* #[serde(rename = $word)] $variant,)+ }
+
+        impl $name {
+            /// Every word, in the order of declaration (the index into [`Tally`]).
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            /// The word: the same in log, metric and status.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word,)+ }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl From<$name> for usize {
+            fn from(word: $name) -> Self { word as usize }
+        }
+    };
+}
+
+words! {
+    /// Why a connection or a flow that had reached a backend came to its end.
+    CloseReason {
+        /// Both sides said that they were done.
+        Finished = "finished",
+        /// The client went away or reset the connection.
+        ClientAbort = "client_abort",
+        /// The backend reset the connection.
+        Reset = "reset",
+        /// Nothing moved for the idle limit.
+        Idle = "idle",
+        /// A flow that no backend answered ran out of time.
+        IdleUnreplied = "idle_unreplied",
+        /// One side had closed and the other said nothing for the half-close limit.
+        HalfClose = "half_close",
+        /// The endpoint left what the Service may use.
+        EndpointRemoved = "endpoint_removed",
+        /// The backend's host answered port unreachable.
+        Refused = "refused",
+        /// The network lost the peer.
+        Unreachable = "unreachable",
+        /// A peer stopped answering.
+        Timeout = "timeout",
+        /// A newer flow needed the place.
+        Evicted = "evicted",
+        /// The process stopped before the stream did.
+        Drain = "drain",
+        /// The task that carried it panicked.
+        Panic = "panic",
+    }
+}
+
+words! {
+    /// Why a try to reach a backend failed.
+    ConnectFailure {
+        /// Nobody listens there.
+        Refused = "refused",
+        /// No answer within the time of this try.
+        Timeout = "timeout",
+        /// No way there.
+        Unreachable = "unreachable",
+        /// The backend reset the connection while it was being made.
+        Reset = "reset",
+        /// This host has no source port left towards it.
+        LocalPorts = "local_ports",
+        /// This process has no descriptor left.
+        FdLimit = "fd_limit",
+        /// The kernel has no memory for a socket.
+        Memory = "memory",
+    }
+}
+
+words! {
+    /// Why a connection or datagram of a client was turned away before it reached a backend.
+    DropReason {
+        /// No endpoint anywhere.
+        NoEndpoints = "no_endpoints",
+        /// Policy Local, and endpoints only on other nodes.
+        NoLocalEndpoints = "no_local_endpoints",
+        /// Every backend that was tried failed.
+        EjectedAll = "ejected_all",
+        /// The source may not use this listener.
+        DeniedAddress = "denied_address",
+        /// The table of flows is full and nothing in it may go.
+        FlowLimit = "flow_limit",
+        /// This process has no descriptor left.
+        FdLimit = "fd_limit",
+        /// This host has no source port left.
+        LocalPorts = "local_ports",
+        /// The kernel has no memory for it.
+        Memory = "memory",
+        /// The network would not take the datagram.
+        Unreachable = "unreachable",
+        /// The client was gone before a backend was reached.
+        ClientAbort = "client_abort",
+        /// The process is stopping.
+        Drain = "drain",
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds one.
+    pub fn increment(&self) {
+        self.add(1);
+    }
+
+    /// Adds `amount`.
+    pub fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A number of things that are open now.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
+
+impl Gauge {
+    /// One more.
+    pub fn increment(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One less.
+    pub fn decrement(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One counter for each word of a vocabulary of at most `N` words.
+#[derive(Debug)]
+pub struct Tally<const N: usize>([Counter; N]);
+
+impl<const N: usize> Tally<N> {
+    /// Counts one event under its word.
+    pub fn count(&self, word: impl Into<usize>) {
+        self.0[word.into()].increment();
+    }
+
+    /// How often the word was counted.
+    pub fn get(&self, word: impl Into<usize>) -> u64 {
+        self.0[word.into()].get()
+    }
+}
+
+impl<const N: usize> Default for Tally<N> {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
+
+/// One counter for each [`CloseReason`].
+pub type CloseTally = Tally<{ CloseReason::ALL.len() }>;
+/// One counter for each [`ConnectFailure`].
+pub type ConnectFailureTally = Tally<{ ConnectFailure::ALL.len() }>;
+/// One counter for each [`DropReason`].
+pub type DropTally = Tally<{ DropReason::ALL.len() }>;
+
+/// What happened on one ServicePort before a backend was chosen. Shared by its listeners and both scopes.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ServiceStats {
+    /// Connections accepted from clients (TCP) or flows begun (UDP).
+    pub accepted: Counter,
+    /// Connections or datagrams turned away, by reason.
+    pub dropped: DropTally,
+    /// Tries after a first failed one.
+    pub retries: Counter,
+}
+
+/// What one backend carried. Lives as long as the backend, over all swaps of tables.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct BackendStats {
+    /// TCP connections established to it.
+    pub connections: Counter,
+    /// TCP connections open now.
+    pub active_connections: Gauge,
+    /// UDP flows begun.
+    pub flows: Counter,
+    /// UDP flows open now.
+    pub active_flows: Gauge,
+    /// Payload bytes sent to it.
+    pub upstream_bytes: Counter,
+    /// Payload bytes received from it and passed to clients.
+    pub downstream_bytes: Counter,
+    /// Datagrams sent to it.
+    pub upstream_datagrams: Counter,
+    /// Datagrams received from it and passed to clients.
+    pub downstream_datagrams: Counter,
+    /// Tries to reach it that failed, by reason.
+    pub connect_failures: ConnectFailureTally,
+    /// Connections and flows that ended, by reason.
+    pub closed: CloseTally,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_each_close_reason_when_counted_then_only_its_own_word_moves() {
+        let tally = CloseTally::default();
+
+        tally.count(CloseReason::Reset);
+
+        for reason in CloseReason::ALL {
+            assert_eq!(tally.get(*reason), u64::from(*reason == CloseReason::Reset), "{reason}");
+        }
+    }
+}
