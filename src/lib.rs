@@ -4,17 +4,23 @@
 compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build it in a Linux machine, VM or container");
 
 pub mod admin;
+mod admission;
 pub mod allocate;
+mod claims;
 pub mod config;
 pub mod control;
 pub mod endpoints;
+mod entries;
 pub mod host;
+mod layout;
 pub mod lifecycle;
 pub mod manifest;
 pub mod metrics;
 pub mod model;
 pub mod name;
 pub mod plan;
+mod problem;
 pub mod serve;
+mod service_plan;
 pub mod stats;
 pub mod status;

@@ -4,6 +4,7 @@
 //! sources (`manifest`). What follows from the objects is decided in `endpoints` and `plan`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +55,66 @@ pub struct Service {
     pub has_selector: bool,
     /// The annotations under `kube-relay.dev/`, without that prefix.
     pub annotations: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+impl Service {
+    /// A ClusterIP Service without address and ports, named `namespace/name` (or `name` in `default`).
+    ///
+    /// For Services built in code; every field can be set afterwards.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: ObjectName::parse(name),
+            created: "".into(),
+            proxy_name: None,
+            kind: ServiceKind::ClusterIp,
+            cluster_ips: ClusterIps::Unset,
+            families: Vec::new(),
+            ports: Vec::new(),
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            source_ranges: Vec::new(),
+            affinity_timeout: None,
+            external_policy: TrafficPolicy::Cluster,
+            internal_policy: TrafficPolicy::Cluster,
+            health_check_node_port: None,
+            allocate_node_ports: true,
+            traffic_distribution: None,
+            has_selector: false,
+            annotations: BTreeMap::new(),
+        }
+    }
+
+    /// Adds a cluster IP: one for each family that the Service is to have.
+    pub fn cluster_ip(mut self, address: impl Into<IpAddr>) -> Self {
+        let mut addresses = match self.cluster_ips {
+            ClusterIps::Addresses { addresses, .. } => addresses,
+            ClusterIps::Unset | ClusterIps::Headless => Vec::new(),
+        };
+        addresses.push(address.into());
+        self.cluster_ips = ClusterIps::Addresses { addresses, allocated: false };
+        self
+    }
+
+    /// Adds a TCP port.
+    pub fn port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push(ServicePort::new(name, Protocol::Tcp, port));
+        self
+    }
+
+    /// Adds a UDP port.
+    pub fn udp_port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push(ServicePort::new(name, Protocol::Udp, port));
+        self
+    }
+
+    /// Serves the port that was added last at this number on node addresses, too.
+    pub fn node_port(mut self, number: u16) -> Self {
+        if let Some(port) = self.ports.last_mut() {
+            port.node_port = Some(number);
+            self.kind = ServiceKind::NodePort;
+        }
+        self
+    }
 }
 
 /// From `Service.spec.type`.
@@ -143,6 +204,21 @@ pub struct ServicePort {
     pub app_protocol: Option<Arc<str>>,
 }
 
+impl ServicePort {
+    /// A port without node port.
+    pub fn new(name: &str, protocol: Protocol, port: u16) -> Self {
+        Self {
+            name: name.into(),
+            protocol,
+            port,
+            target_port: None,
+            node_port: None,
+            node_port_allocated: false,
+            app_protocol: None,
+        }
+    }
+}
+
 /// An EndpointSlice (or a part of an Endpoints object), as far as a proxy reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
@@ -158,6 +234,41 @@ pub struct Slice {
     pub endpoints: Vec<Endpoint>,
 }
 
+impl Slice {
+    /// An empty slice of a Service, in the family of its first cluster IP (IPv4 where it has none).
+    pub fn new(name: &str, service: &Service) -> Self {
+        let family = match &service.cluster_ips {
+            ClusterIps::Addresses { addresses, .. } => addresses.first().map_or(Family::V4, |ip| Family::of(*ip)),
+            ClusterIps::Unset | ClusterIps::Headless => Family::V4,
+        };
+        Self {
+            name: SliceName::EndpointSlice(ObjectName::new(Arc::clone(&service.name.namespace), name)),
+            service: service.name.clone(),
+            family,
+            ports: Vec::new(),
+            endpoints: Vec::new(),
+        }
+    }
+
+    /// Adds a TCP port: the number that stands behind the Service port of that name.
+    pub fn port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push(SlicePort { name: name.into(), protocol: Protocol::Tcp, port });
+        self
+    }
+
+    /// Adds a UDP port.
+    pub fn udp_port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push(SlicePort { name: name.into(), protocol: Protocol::Udp, port });
+        self
+    }
+
+    /// Adds an endpoint.
+    pub fn endpoint(mut self, endpoint: Endpoint) -> Self {
+        self.endpoints.push(endpoint);
+        self
+    }
+}
+
 /// Which object a slice came from. An Endpoints object and a slice may carry the same name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SliceName {
@@ -165,6 +276,15 @@ pub enum SliceName {
     EndpointSlice(ObjectName),
     /// A part of a core/v1 Endpoints object: its `subsets` are numbered, and split by family.
     Endpoints(ObjectName, usize, Family),
+}
+
+impl fmt::Display for SliceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EndpointSlice(name) => write!(f, "EndpointSlice {name}"),
+            Self::Endpoints(name, ..) => write!(f, "Endpoints {name}"),
+        }
+    }
 }
 
 /// One entry of `EndpointSlice.ports`.
@@ -199,6 +319,23 @@ pub struct Endpoint {
     pub node_hints: Vec<Arc<str>>,
     /// From `targetRef.name`, where the target is a Pod: for display.
     pub pod: Option<Arc<str>>,
+}
+
+impl Endpoint {
+    /// A ready endpoint on no node in particular.
+    pub fn new(address: impl Into<IpAddr>) -> Self {
+        Self {
+            address: address.into(),
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: None,
+            zone: None,
+            zone_hints: Vec::new(),
+            node_hints: Vec::new(),
+            pod: None,
+        }
+    }
 }
 
 /// What a source says.
@@ -316,5 +453,145 @@ impl Model {
             }
         }
         dirty.insert(owner);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn web() -> Service {
+        Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 80)
+    }
+
+    fn slice(name: &str, service: &str, hosts: &[u8]) -> Slice {
+        let slice = Slice::new(name, &Service::new(service)).port("http", 8000);
+        hosts.iter().fold(slice, |slice, host| slice.endpoint(Endpoint::new([10, 0, 0, *host])))
+    }
+
+    /// Applies an event and tells which Services it touched.
+    fn touched(model: &mut Model, event: Event) -> Vec<String> {
+        let mut dirty = BTreeSet::new();
+        model.apply(event, &mut dirty);
+        dirty.iter().map(ToString::to_string).collect()
+    }
+
+    fn apply(model: &mut Model, slice: Slice) -> Vec<String> {
+        touched(model, Event::ApplySlice(Box::new(slice)))
+    }
+
+    fn hosts(model: &Model, service: &str) -> Vec<String> {
+        let service = ObjectName::parse(service);
+        model.slices(&service).flat_map(|slice| &slice.endpoints).map(|endpoint| endpoint.address.to_string()).collect()
+    }
+
+    #[test]
+    fn t009_given_a_service_when_the_same_comes_again_then_nothing_is_touched() {
+        let mut model = Model::default();
+        assert_eq!(touched(&mut model, Event::ApplyService(Box::new(web()))), ["default/web"]);
+
+        assert!(touched(&mut model, Event::ApplyService(Box::new(web()))).is_empty());
+        assert_eq!(touched(&mut model, Event::ApplyService(Box::new(web().port("https", 443)))), ["default/web"]);
+    }
+
+    #[test]
+    fn t039_given_equal_names_in_two_namespaces_when_stored_then_their_endpoints_do_not_mix() {
+        let mut model = Model::default();
+        apply(&mut model, slice("s", "ns1/svc1", &[1]));
+        apply(&mut model, slice("t", "ns1/svc2", &[2]));
+        apply(&mut model, slice("s", "ns2/svc1", &[3]));
+
+        assert_eq!(hosts(&model, "ns1/svc1"), ["10.0.0.1"]);
+        assert_eq!(hosts(&model, "ns1/svc2"), ["10.0.0.2"]);
+        assert_eq!(hosts(&model, "ns2/svc1"), ["10.0.0.3"]);
+    }
+
+    #[test]
+    fn t042_t134_given_slices_before_their_service_when_it_comes_then_they_are_there() {
+        let mut model = Model::default();
+        assert_eq!(apply(&mut model, slice("web-1", "default/web", &[1])), ["default/web"]);
+        assert!(model.service(&web().name).is_none());
+
+        touched(&mut model, Event::ApplyService(Box::new(web())));
+
+        assert_eq!(hosts(&model, "default/web"), ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn t052_given_a_slice_when_the_same_comes_again_then_nothing_is_touched_and_any_change_touches_its_service() {
+        let mut model = Model::default();
+        apply(&mut model, slice("web-1", "default/web", &[1, 2]));
+
+        assert!(apply(&mut model, slice("web-1", "default/web", &[1, 2])).is_empty());
+        assert_eq!(apply(&mut model, slice("web-1", "default/web", &[2, 1])), ["default/web"]);
+        assert_eq!(apply(&mut model, slice("web-1", "default/web", &[2, 1]).port("https", 8443)), ["default/web"]);
+    }
+
+    #[test]
+    fn t053_given_an_unknown_slice_when_deleted_then_nothing_is_touched() {
+        let mut model = Model::default();
+        let unknown = slice("web-1", "default/web", &[]).name;
+
+        assert!(touched(&mut model, Event::DeleteSlice(unknown)).is_empty());
+    }
+
+    #[test]
+    fn t056_given_a_slice_when_it_goes_over_to_another_service_then_both_are_touched_and_it_is_there_once() {
+        let mut model = Model::default();
+        apply(&mut model, slice("s", "default/svc1", &[1]));
+
+        assert_eq!(apply(&mut model, slice("s", "default/svc2", &[1])), ["default/svc1", "default/svc2"]);
+        assert!(hosts(&model, "default/svc1").is_empty());
+        assert_eq!(hosts(&model, "default/svc2"), ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn t061_given_slices_that_come_and_go_when_the_last_is_gone_then_nothing_is_left() {
+        let mut model = Model::default();
+        for round in 0..100 {
+            let passing = slice(&format!("s-{round}"), &format!("default/svc-{round}"), &[1]);
+            let name = passing.name.clone();
+            apply(&mut model, passing);
+            touched(&mut model, Event::DeleteSlice(name));
+        }
+
+        assert!(model.slices.is_empty());
+        assert!(model.owners.is_empty());
+    }
+
+    #[test]
+    fn given_a_whole_state_when_it_replaces_another_then_what_is_missing_goes_and_what_is_equal_is_not_touched() {
+        let mut model = Model::default();
+        let kept = Objects { services: vec![web()], slices: vec![slice("web-1", "default/web", &[1])] };
+        let mut first = kept.clone();
+        first.services.push(Service::new("default/db"));
+        first.slices.push(slice("web-2", "default/web", &[2]));
+        touched(&mut model, Event::Replace(first));
+
+        assert_eq!(touched(&mut model, Event::Replace(kept.clone())), ["default/db", "default/web"]);
+        assert_eq!(hosts(&model, "default/web"), ["10.0.0.1"]);
+        assert!(touched(&mut model, Event::Replace(kept)).is_empty());
+    }
+
+    #[test]
+    fn given_an_endpoints_object_and_a_slice_of_one_name_when_stored_then_both_count() {
+        let mut model = Model::default();
+        let from_slice = slice("web", "default/web", &[1]);
+        let name = SliceName::Endpoints(ObjectName::parse("default/web"), 0, Family::V4);
+        let from_endpoints = Slice { name, ..slice("web", "default/web", &[2]) };
+
+        apply(&mut model, from_slice);
+        apply(&mut model, from_endpoints);
+
+        assert_eq!(hosts(&model, "default/web"), ["10.0.0.1", "10.0.0.2"]);
+    }
+
+    #[test]
+    fn given_two_families_when_an_address_is_looked_up_then_its_place_does_not_matter() {
+        let v6 = "fd00::10".parse::<IpAddr>().expect("an address");
+        let service = Service::new("default/web").cluster_ip(v6).cluster_ip([10, 96, 0, 10]);
+
+        assert_eq!(service.cluster_ips.of(Family::V4), Some(IpAddr::from([10, 96, 0, 10])));
+        assert_eq!(service.cluster_ips.of(Family::V6), Some(v6));
     }
 }

@@ -1,0 +1,155 @@
+//! Which addresses may be endpoints at all.
+//!
+//! Whoever may write an EndpointSlice could otherwise reach, through this process, what listens on the
+//! node only for itself (CVE-2021-25737). What is chosen among the admitted is decided in `endpoints`.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+use crate::model::Slice;
+use crate::name::Family;
+use crate::problem::Problem;
+
+/// The slices without the endpoints that are refused, and a problem for each slice and cause.
+pub(crate) fn admit<'a>(
+    slices: impl Iterator<Item = &'a Slice>,
+    allow_loopback: bool,
+) -> (Vec<Cow<'a, Slice>>, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let admitted = slices
+        .map(|slice| {
+            let refused = |address| Refusal::of(address, slice.family, allow_loopback);
+            if slice.endpoints.iter().all(|endpoint| refused(endpoint.address).is_none()) {
+                return Cow::Borrowed(slice);
+            }
+            problems.extend(report(slice, refused));
+            let mut rest = slice.clone();
+            rest.endpoints.retain(|endpoint| refused(endpoint.address).is_none());
+            Cow::Owned(rest)
+        })
+        .collect();
+    (admitted, problems)
+}
+
+/// Why an address cannot be an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    Family,
+    Unspecified,
+    Loopback,
+    LinkLocal,
+    Multicast,
+    Broadcast,
+}
+
+impl Refusal {
+    const ALL: [Self; 6] =
+        [Self::Family, Self::Unspecified, Self::Loopback, Self::LinkLocal, Self::Multicast, Self::Broadcast];
+
+    fn of(address: IpAddr, family: Family, allow_loopback: bool) -> Option<Self> {
+        if Family::of(address) != family {
+            return Some(Self::Family);
+        }
+        // `::ffff:127.0.0.1` is loopback for the kernel.
+        let address = address.to_canonical();
+        let (link_local, broadcast) = match address {
+            IpAddr::V4(v4) => (v4.is_link_local(), v4.is_broadcast()),
+            IpAddr::V6(v6) => (v6.is_unicast_link_local(), false),
+        };
+        let causes = [
+            (address.is_unspecified(), Self::Unspecified),
+            (address.is_loopback() && !allow_loopback, Self::Loopback),
+            (link_local, Self::LinkLocal),
+            (address.is_multicast(), Self::Multicast),
+            (broadcast, Self::Broadcast),
+        ];
+        causes.into_iter().find_map(|(applies, cause)| applies.then_some(cause))
+    }
+
+    fn reason(self) -> &'static str {
+        if self == Self::Family { "family" } else { "denied_address" }
+    }
+
+    fn explain(self, family: Family) -> String {
+        match self {
+            Self::Family => format!("is not of the slice's addressType {family}"),
+            Self::Unspecified => "is the unspecified address".into(),
+            Self::Loopback => "is a loopback address, which endpoints of a cluster may not have".into(),
+            Self::LinkLocal => "is a link-local address, which has no meaning off its link".into(),
+            Self::Multicast => "is a multicast address".into(),
+            Self::Broadcast => "is the broadcast address".into(),
+        }
+    }
+}
+
+/// One problem for each cause, however many endpoints share it.
+fn report(slice: &Slice, refused: impl Fn(IpAddr) -> Option<Refusal>) -> Vec<Problem> {
+    let problem = |cause: Refusal| {
+        let mut addresses = slice.endpoints.iter().map(|endpoint| endpoint.address);
+        let first = addresses.find(|address| refused(*address) == Some(cause))?;
+        let more = addresses.filter(|address| refused(*address) == Some(cause)).count();
+        let others = if more == 0 { String::new() } else { format!(" ({more} more like it)") };
+        let message = format!("endpoint {first} {}: not used{others}", cause.explain(slice.family));
+        Some(Problem::error(&slice.name, cause.reason(), message))
+    };
+    Refusal::ALL.into_iter().filter_map(problem).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Endpoint, Service};
+
+    fn slice(addresses: &[&str]) -> Slice {
+        let endpoints = addresses.iter().map(|ip| Endpoint::new(ip.parse::<IpAddr>().expect("an address")));
+        endpoints.fold(Slice::new("web-1", &Service::new("default/web")), Slice::endpoint)
+    }
+
+    fn admitted(slice: &Slice, allow_loopback: bool) -> (Vec<String>, Vec<Problem>) {
+        let (slices, problems) = admit([slice].into_iter(), allow_loopback);
+        let addresses = slices.iter().flat_map(|slice| &slice.endpoints).map(|e| e.address.to_string()).collect();
+        (addresses, problems)
+    }
+
+    #[test]
+    fn given_addresses_that_mean_the_node_itself_when_admitted_then_they_are_refused_and_named() {
+        let slice = slice(&["10.0.0.1", "127.0.0.1", "127.0.0.2", "169.254.169.254", "224.0.0.1", "0.0.0.0"]);
+
+        let (addresses, problems) = admitted(&slice, false);
+
+        assert_eq!(addresses, ["10.0.0.1"]);
+        assert_eq!(problems.len(), 4);
+        assert!(problems.iter().all(|problem| problem.reason == "denied_address"));
+        let loopback = problems.iter().find(|problem| problem.message.contains("127.0.0.1")).expect("a problem");
+        assert_eq!(loopback.object, "EndpointSlice default/web-1");
+        assert!(loopback.message.contains("(1 more like it)"), "{}", loopback.message);
+    }
+
+    #[test]
+    fn given_the_static_mode_when_an_endpoint_is_loopback_then_it_is_admitted_and_others_stay_refused() {
+        let slice = slice(&["127.0.0.1", "255.255.255.255"]);
+
+        let (addresses, problems) = admitted(&slice, true);
+
+        assert_eq!(addresses, ["127.0.0.1"]);
+        assert_eq!(problems.len(), 1);
+    }
+
+    #[test]
+    fn given_a_mapped_loopback_address_when_admitted_then_the_mapping_does_not_hide_it() {
+        let mut slice = slice(&["::ffff:127.0.0.1", "fe80::1", "fd00::1"]);
+        slice.family = Family::V6;
+
+        assert_eq!(admitted(&slice, false).0, ["fd00::1"]);
+    }
+
+    #[test]
+    fn t049_given_an_ipv6_address_in_an_ipv4_slice_when_admitted_then_it_is_skipped_with_a_problem() {
+        let slice = slice(&["10.0.0.1", "fd00::1"]);
+
+        let (addresses, problems) = admitted(&slice, true);
+
+        assert_eq!(addresses, ["10.0.0.1"]);
+        assert_eq!(problems[0].reason, "family");
+    }
+}

@@ -1,0 +1,375 @@
+//! Where a Service is to be reached: one entry for each address and port, and which of them are refused.
+//!
+//! What happens to traffic that arrives there is decided in `service_plan`.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::layout::ListenerKind;
+use crate::model::{Service, ServicePort};
+use crate::name::{Family, ListenKey, Protocol};
+use crate::plan::{Expose, PlanOptions};
+use crate::problem::Problem;
+
+/// One place where clients reach one port of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Why it is there.
+    pub(crate) kind: ListenerKind,
+    /// Where it is.
+    pub(crate) key: ListenKey,
+    /// Index into the Service's ports.
+    pub(crate) port: usize,
+    /// True where the static source chose the address or the number.
+    pub(crate) allocated: bool,
+}
+
+impl Entry {
+    /// The family that it is served in.
+    pub(crate) fn family(&self) -> Family {
+        Family::of(self.key.address.ip())
+    }
+}
+
+/// The entries of one Service.
+#[derive(Debug)]
+pub(crate) struct Entries<'a> {
+    service: &'a Service,
+    options: &'a PlanOptions,
+    /// The families that the Service exists in: those that it has a cluster IP of.
+    pub(crate) families: Vec<Family>,
+    /// In order of kind, then of port: where two have one key, the first is meant.
+    pub(crate) list: Vec<Entry>,
+    /// What is refused.
+    pub(crate) problems: Vec<Problem>,
+}
+
+impl<'a> Entries<'a> {
+    /// All entries of a Service on this node.
+    pub(crate) fn of(service: &'a Service, options: &'a PlanOptions) -> Self {
+        let mut entries = Self { service, options, families: Vec::new(), list: Vec::new(), problems: Vec::new() };
+        entries.find_families();
+        if !entries.families.is_empty() {
+            entries.refuse_sctp();
+            entries.open_cluster_ips();
+            entries.open_node_ports();
+            entries.open_external_ips();
+            entries.open_load_balancer_ips();
+            entries.open_exposed();
+        }
+        entries
+    }
+
+    fn find_families(&mut self) {
+        for family in [Family::V4, Family::V6] {
+            let Some(address) = self.service.cluster_ips.of(family) else { continue };
+            if self.service.families.is_empty() || self.service.families.contains(&family) {
+                self.families.push(family);
+            } else {
+                self.refuse("family", format!("cluster IP {address} is not served: spec.ipFamilies lacks {family}"));
+            }
+        }
+    }
+
+    fn refuse_sctp(&mut self) {
+        for port in self.service.ports.iter().filter(|port| port.protocol == Protocol::Sctp) {
+            self.refuse("sctp", format!("port {}/SCTP is not served: this proxy relays TCP and UDP", port.port));
+        }
+    }
+
+    fn open_cluster_ips(&mut self) {
+        let ips = &self.service.cluster_ips;
+        let served: Vec<IpAddr> = self.families.iter().filter_map(|family| ips.of(*family)).collect();
+        for ip in served {
+            self.open_ports(ListenerKind::ClusterIp, ip, ips.allocated());
+        }
+    }
+
+    fn open_node_ports(&mut self) {
+        let addresses = self.in_our_families(&self.options.node_port_addresses);
+        for (index, port) in ports(self.service) {
+            let Some(number) = port.node_port else { continue };
+            self.list.extend(addresses.iter().map(|ip| Entry {
+                kind: ListenerKind::NodePort,
+                key: ListenKey::new(*ip, number, port.protocol),
+                port: index,
+                allocated: port.node_port_allocated,
+            }));
+        }
+    }
+
+    fn open_external_ips(&mut self) {
+        for ip in &self.service.external_ips {
+            match self.refusal_of_family(*ip).or_else(|| self.refusal_of_external_ip(*ip)) {
+                Some((reason, why)) => self.refuse(reason, format!("external IP {ip} is not served: {why}")),
+                None => self.open_ports(ListenerKind::ExternalIp, *ip, false),
+            }
+        }
+    }
+
+    fn open_load_balancer_ips(&mut self) {
+        for ip in &self.service.load_balancer_ips {
+            match self.refusal_of_family(*ip).or_else(|| self.refusal_of_guarded(*ip)) {
+                Some((reason, why)) => self.refuse(reason, format!("load-balancer IP {ip} is not served: {why}")),
+                None => self.open_ports(ListenerKind::LoadBalancerIp, *ip, false),
+            }
+        }
+    }
+
+    fn open_exposed(&mut self) {
+        for expose in self.options.expose.iter().filter(|expose| expose.service == self.service.name) {
+            let before = self.list.len();
+            let addresses = self.in_our_families(&listen_addresses(expose, &self.options.node_addresses));
+            for (index, port) in ports(self.service).filter(|(_, port)| expose.names(port)) {
+                self.list.extend(addresses.iter().map(|ip| Entry {
+                    kind: ListenerKind::Exposed,
+                    key: ListenKey::new(*ip, expose.listen.port(), port.protocol),
+                    port: index,
+                    allocated: false,
+                }));
+            }
+            if self.list.len() == before {
+                let why = "the Service has no such port, or no cluster IP of that family";
+                self.refuse("expose", format!("--expose {expose} opens nothing: {why}"));
+            }
+        }
+    }
+
+    /// Opens every port at an address, under the Service's own numbers.
+    fn open_ports(&mut self, kind: ListenerKind, ip: IpAddr, allocated: bool) {
+        self.list.extend(ports(self.service).map(|(index, port)| Entry {
+            kind,
+            key: ListenKey::new(ip, port.port, port.protocol),
+            port: index,
+            allocated,
+        }));
+    }
+
+    fn in_our_families(&self, addresses: &[IpAddr]) -> Vec<IpAddr> {
+        addresses.iter().copied().filter(|ip| self.families.contains(&Family::of(*ip))).collect()
+    }
+
+    fn refusal_of_family(&self, ip: IpAddr) -> Option<Refusal> {
+        let family = Family::of(ip);
+        (!self.families.contains(&family)).then(|| ("family", format!("the Service has no {family} cluster IP")))
+    }
+
+    /// Whoever may edit a Service could take any address with it (CVE-2020-8554): closed unless opened.
+    fn refusal_of_external_ip(&self, ip: IpAddr) -> Option<Refusal> {
+        if self.options.node_addresses.contains(&ip) {
+            return Some(("external_ip", "it is an address of this node".into()));
+        }
+        let allowed = self.options.allowed_external_cidrs.iter().any(|net| net.contains(&ip));
+        (!allowed).then(|| ("external_ip", format!("allow it with --allowed-external-cidrs {}", IpNet::from(ip))))
+    }
+
+    /// Until listeners can filter by source, an address that is not for everybody is for nobody.
+    fn refusal_of_guarded(&self, ip: IpAddr) -> Option<Refusal> {
+        let guarded = self.service.source_ranges.iter().any(|net| Family::of(net.addr()) == Family::of(ip));
+        guarded.then(|| ("denied_address", "spec.loadBalancerSourceRanges cannot be enforced yet".into()))
+    }
+
+    fn refuse(&mut self, reason: &'static str, message: String) {
+        self.problems.push(Problem::error(format_args!("Service {}", self.service.name), reason, message));
+    }
+}
+
+/// Reason word, and the rest of the sentence.
+type Refusal = (&'static str, String);
+
+/// The ports that can be served at all, with their indices.
+fn ports(service: &Service) -> impl Iterator<Item = (usize, &ServicePort)> {
+    service.ports.iter().enumerate().filter(|(_, port)| port.protocol != Protocol::Sctp)
+}
+
+/// A wildcard stands for the addresses of this node in its family: listeners never bind a wildcard.
+fn listen_addresses(expose: &Expose, node_addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let ip = expose.listen.ip();
+    if !ip.is_unspecified() {
+        return vec![ip];
+    }
+    node_addresses.iter().copied().filter(|own| Family::of(*own) == Family::of(ip)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ClusterIps, ServicePort};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    fn web() -> Service {
+        Service::new("default/web").cluster_ip(ip("10.96.0.10")).port("http", 80)
+    }
+
+    fn node() -> PlanOptions {
+        PlanOptions {
+            node_port_addresses: vec![ip("127.0.0.1"), ip("::1")],
+            node_addresses: vec![ip("127.0.0.1"), ip("192.0.2.1"), ip("::1")],
+            ..PlanOptions::default()
+        }
+    }
+
+    /// `kind key` of each entry, in order.
+    fn listed(service: &Service, options: &PlanOptions) -> Vec<String> {
+        let entries = Entries::of(service, options);
+        entries.list.iter().map(|entry| format!("{} {}", entry.kind.as_str(), entry.key)).collect()
+    }
+
+    fn reasons(service: &Service, options: &PlanOptions) -> Vec<String> {
+        Entries::of(service, options).problems.iter().map(|problem| problem.reason.to_string()).collect()
+    }
+
+    #[test]
+    fn t018_given_families_in_the_order_v6_v4_when_opened_then_each_family_has_its_own_address() {
+        let mut service = web().cluster_ip(ip("fd00::10"));
+        service.cluster_ips =
+            ClusterIps::Addresses { addresses: vec![ip("fd00::10"), ip("10.96.0.10")], allocated: false };
+        service.families = vec![Family::V6, Family::V4];
+
+        assert_eq!(listed(&service, &node()), ["clusterIP 10.96.0.10:80/TCP", "clusterIP [fd00::10]:80/TCP"]);
+    }
+
+    #[test]
+    fn t019_given_no_families_when_opened_then_the_address_tells_the_family() {
+        assert_eq!(Entries::of(&web(), &node()).families, [Family::V4]);
+    }
+
+    #[test]
+    fn t020_given_a_single_stack_v6_service_when_opened_then_nothing_is_there_for_v4() {
+        let service = Service::new("default/web").cluster_ip(ip("fd00::10")).port("http", 80).node_port(30000);
+
+        assert_eq!(listed(&service, &node()), ["clusterIP [fd00::10]:80/TCP", "nodePort [::1]:30000/TCP"]);
+    }
+
+    #[test]
+    fn given_an_address_of_a_family_that_the_service_denies_when_opened_then_it_is_a_problem() {
+        let mut service = web();
+        service.families = vec![Family::V6];
+
+        assert_eq!(listed(&service, &node()), Vec::<String>::new());
+        assert_eq!(reasons(&service, &node()), ["family"]);
+    }
+
+    #[test]
+    fn t030_t031_given_one_number_for_three_protocols_when_opened_then_tcp_and_udp_are_there_and_sctp_is_a_problem() {
+        let mut service = web().udp_port("quic", 80).port("http3", 81);
+        service.ports[2].protocol = Protocol::Sctp;
+        for port in &mut service.ports {
+            port.node_port = Some(30000);
+        }
+        let options = PlanOptions { node_port_addresses: vec![ip("127.0.0.1")], ..node() };
+
+        assert_eq!(
+            listed(&service, &options),
+            [
+                "clusterIP 10.96.0.10:80/TCP",
+                "clusterIP 10.96.0.10:80/UDP",
+                "nodePort 127.0.0.1:30000/TCP",
+                "nodePort 127.0.0.1:30000/UDP",
+            ]
+        );
+        assert_eq!(reasons(&service, &options), ["sctp"]);
+    }
+
+    #[test]
+    fn t032_given_250_ports_when_opened_then_all_are_there() {
+        let service = (1..=250).fold(web(), |service, number| service.port(&format!("p{number}"), 1000 + number));
+
+        assert_eq!(listed(&service, &node()).len(), 251);
+    }
+
+    #[test]
+    fn t021_given_external_ips_of_both_families_when_allowed_then_only_families_of_the_service_are_served() {
+        let mut service = web();
+        service.external_ips = vec![ip("203.0.113.1"), ip("2001:db8::1")];
+        let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse().expect("a net")).to_vec();
+        let options = PlanOptions { allowed_external_cidrs: all, ..node() };
+
+        assert_eq!(listed(&service, &options)[1..], ["externalIP 203.0.113.1:80/TCP"]);
+        assert_eq!(reasons(&service, &options), ["family"]);
+    }
+
+    #[test]
+    fn t122_given_an_external_ip_that_nobody_allowed_when_opened_then_it_is_refused_with_the_remedy() {
+        let mut service = web();
+        service.external_ips = vec![ip("203.0.113.1")];
+
+        let options = node();
+        let problems = Entries::of(&service, &options).problems;
+
+        assert_eq!(problems[0].reason, "external_ip");
+        assert!(problems[0].message.contains("--allowed-external-cidrs 203.0.113.1/32"), "{}", problems[0].message);
+    }
+
+    #[test]
+    fn t123_given_an_external_ip_of_the_node_itself_when_opened_then_no_allow_list_helps() {
+        let mut service = web();
+        service.external_ips = vec![ip("192.0.2.1")];
+        let allowed_external_cidrs = vec!["192.0.2.0/24".parse().expect("a net")];
+        let options = PlanOptions { allowed_external_cidrs, ..node() };
+
+        assert_eq!(listed(&service, &options).len(), 1);
+        assert_eq!(reasons(&service, &options), ["external_ip"]);
+    }
+
+    #[test]
+    fn t022_given_a_load_balancer_ip_when_opened_then_the_service_port_is_there() {
+        let mut service = web();
+        service.load_balancer_ips = vec![ip("198.51.100.1")];
+
+        assert_eq!(listed(&service, &node())[1..], ["loadBalancerIP 198.51.100.1:80/TCP"]);
+    }
+
+    #[test]
+    fn given_source_ranges_of_its_family_when_opened_then_a_load_balancer_ip_is_closed_rather_than_open_to_all() {
+        let mut service = web();
+        service.load_balancer_ips = vec![ip("198.51.100.1")];
+        service.source_ranges = vec!["2001:db8::/32".parse().expect("a net")];
+        assert_eq!(reasons(&service, &node()), Vec::<String>::new());
+
+        service.source_ranges.push("203.0.113.0/25".parse().expect("a net"));
+
+        assert_eq!(listed(&service, &node()).len(), 1);
+        assert_eq!(reasons(&service, &node()), ["denied_address"]);
+    }
+
+    #[test]
+    fn given_a_wildcard_to_expose_when_opened_then_it_is_each_node_address_of_its_family() {
+        let service = web().udp_port("quic", 80);
+        let listen = "0.0.0.0:8080".parse().expect("an address");
+        let expose = Expose { listen, service: service.name.clone(), port: "80".into() };
+        let options = PlanOptions { expose: vec![expose], ..node() };
+
+        assert_eq!(
+            listed(&service, &options)[2..],
+            [
+                "exposed 127.0.0.1:8080/TCP",
+                "exposed 192.0.2.1:8080/TCP",
+                "exposed 127.0.0.1:8080/UDP",
+                "exposed 192.0.2.1:8080/UDP",
+            ]
+        );
+    }
+
+    #[test]
+    fn given_an_unknown_port_to_expose_when_opened_then_it_is_a_problem() {
+        let listen = "127.0.0.1:8080".parse().expect("an address");
+        let expose = Expose { listen, service: web().name, port: "https".into() };
+        let options = PlanOptions { expose: vec![expose], ..node() };
+
+        assert_eq!(reasons(&web(), &options), ["expose"]);
+    }
+
+    #[test]
+    fn given_a_port_without_node_port_when_opened_then_only_the_others_are_on_the_node() {
+        let mut service = web().port("https", 443).node_port(30443);
+        service.ports.push(ServicePort::new("plain", Protocol::Tcp, 8080));
+        let options = PlanOptions { node_port_addresses: vec![ip("127.0.0.1")], ..node() };
+
+        assert_eq!(listed(&service, &options)[3..], ["nodePort 127.0.0.1:30443/TCP"]);
+    }
+}
