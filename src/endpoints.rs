@@ -494,20 +494,18 @@ mod tests {
     fn t077_t078_t079_t080_given_internal_policy_local_when_chosen_then_there_is_a_local_set_only() {
         let service = service(TrafficPolicy::Local, TrafficPolicy::Cluster);
         let (ours, theirs) = (READY.on(HERE), READY.on(ELSEWHERE));
-        let cases: [(&[(u8, With<'_>)], &[u8], bool); 4] = [
-            (&[], &[], false),
-            (&[(1, theirs), (2, theirs)], &[], true),
-            (&[(1, ours), (2, ours)], &[1, 2], true),
-            (&[(1, ours), (2, theirs)], &[1], true),
-        ];
-
-        for (endpoints, expected, any) in cases {
+        let check = |endpoints: &[(u8, With<'_>)], local: &[u8], any: bool| {
             let selection = select(&service, false, endpoints);
 
             assert_eq!(picks(&selection.cluster), None);
-            assert_eq!(picks(&selection.local).as_deref(), Some(expected));
+            assert_eq!(picks(&selection.local).as_deref(), Some(local));
             assert_eq!(selection.any, any);
-        }
+        };
+
+        check(&[], &[], false);
+        check(&[(1, theirs), (2, theirs)], &[], true);
+        check(&[(1, ours), (2, ours)], &[1, 2], true);
+        check(&[(1, ours), (2, theirs)], &[1], true);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod allocate;
 mod claims;
 pub mod config;
 pub mod control;
+mod describe;
 pub mod endpoints;
 mod entries;
 pub mod host;

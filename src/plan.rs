@@ -208,9 +208,359 @@ fn conflicts(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Prob
             (_, [key]) => format!("{} {key}", kind.in_words()),
             _ => format!("{} {number}/{protocol} ({addresses})", kind.in_words()),
         };
-        let remedy = "the older object keeps it; give one of them another number or address";
+        let remedy = "the older, then the first by name, keeps it; give this one another number or address";
         let message = format!("{what} is taken by Service {winner}: {remedy}");
         Problem::error(format_args!("Service {name}"), "conflict", message)
     };
     lost.into_iter().map(problem).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{ClusterIps, Endpoint, Event, Objects, Service, ServiceKind, Slice};
+
+    /// A model, its plan and the running state that follows it, as `control` keeps them.
+    #[derive(Default)]
+    struct Control {
+        model: Model,
+        plan: Plan,
+        running: Layout,
+        options: PlanOptions,
+    }
+
+    impl Control {
+        fn new() -> Self {
+            let node_port_addresses = vec![[127, 0, 0, 1].into(), "::1".parse().expect("an address")];
+            Self { options: PlanOptions { node_port_addresses, ..PlanOptions::default() }, ..Self::default() }
+        }
+
+        /// Applies one batch. The steps must lead from what runs to what a plan made from nothing would want.
+        fn batch(&mut self, events: impl IntoIterator<Item = Event>) -> Vec<Step> {
+            let mut dirty = BTreeSet::new();
+            events.into_iter().for_each(|event| self.model.apply(event, &mut dirty));
+            let steps = self.plan.update(&self.model, &dirty, &self.options);
+            self.running.apply(&steps);
+            assert_eq!(self.running, self.plan.layout());
+            assert_eq!(self.running, self.made_anew());
+            steps
+        }
+
+        fn made_anew(&self) -> Layout {
+            let all = self.model.services().map(|service| service.name.clone()).collect();
+            let mut plan = Plan::default();
+            plan.update(&self.model, &all, &self.options);
+            plan.layout()
+        }
+
+        fn problems(&self) -> Vec<String> {
+            self.plan.problems().map(ToString::to_string).collect()
+        }
+
+        /// Who is served at an address: `service:port`.
+        fn at(&self, address: &str) -> Option<String> {
+            let address = address.parse().expect("an address");
+            let found = self.running.listeners.iter().find(|(key, _)| key.address == address);
+            found.map(|(_, listener)| listener.port.to_string())
+        }
+    }
+
+    fn web() -> Service {
+        Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 80)
+    }
+
+    fn slice(name: &str, hosts: &[u8]) -> Slice {
+        let slice = Slice::new(name, &web()).port("http", 8000);
+        hosts.iter().fold(slice, |slice, host| slice.endpoint(Endpoint::new([10, 0, 0, *host])))
+    }
+
+    fn put(service: &Service) -> Event {
+        Event::ApplyService(Box::new(service.clone()))
+    }
+
+    fn put_slice(slice: &Slice) -> Event {
+        Event::ApplySlice(Box::new(slice.clone()))
+    }
+
+    fn delete(service: &Service) -> Event {
+        Event::DeleteService(service.name.clone())
+    }
+
+    /// The kinds of steps, in order: `swap point bind`…
+    fn kinds(steps: &[Step]) -> String {
+        let kind = |step: &Step| match step {
+            Step::Swap(..) => "swap",
+            Step::Point(..) => "point",
+            Step::Revive(..) => "revive",
+            Step::Unbind(..) => "unbind",
+            Step::Bind(..) => "bind",
+            Step::Park(..) => "park",
+            Step::Retire(..) => "retire",
+        };
+        steps.iter().map(kind).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn given_a_service_when_endpoints_come_and_go_then_its_listener_is_parked_and_revived_but_never_closed() {
+        let mut control = Control::new();
+
+        assert_eq!(kinds(&control.batch([put(&web())])), "swap bind");
+        assert_eq!(kinds(&control.batch([put_slice(&slice("web-1", &[1]))])), "swap revive");
+        assert_eq!(kinds(&control.batch([put_slice(&slice("web-1", &[1, 2]))])), "swap");
+        assert_eq!(kinds(&control.batch([put_slice(&slice("web-1", &[]))])), "swap park");
+        assert_eq!(kinds(&control.batch([delete(&web())])), "unbind retire");
+        assert_eq!(control.running, Layout::default());
+    }
+
+    #[test]
+    fn t005_t007_given_a_live_service_when_it_becomes_headless_or_an_alias_then_all_listeners_go() {
+        let mut control = Control::new();
+        let node_port = web().node_port(30000);
+        let headless = Service { cluster_ips: ClusterIps::Headless, ..web() };
+        let alias = Service { kind: ServiceKind::ExternalName, ..node_port.clone() };
+
+        assert_eq!(kinds(&control.batch([put(&headless)])), "");
+        assert_eq!(kinds(&control.batch([put(&web())])), "swap bind");
+        assert_eq!(kinds(&control.batch([put(&node_port)])), "bind");
+        assert_eq!(kinds(&control.batch([put(&alias)])), "unbind unbind retire");
+        assert_eq!(kinds(&control.batch([put(&web())])), "swap bind");
+        assert_eq!(kinds(&control.batch([put(&headless)])), "unbind retire");
+    }
+
+    #[test]
+    fn t009_t010_t011_given_changes_that_cancel_out_when_they_come_in_one_batch_then_there_is_nothing_to_do() {
+        let mut control = Control::new();
+        assert_eq!(kinds(&control.batch([put(&web()), delete(&web())])), "");
+        control.batch([put(&web()), put_slice(&slice("web-1", &[1, 2]))]);
+
+        assert_eq!(kinds(&control.batch([put(&web()), put_slice(&slice("web-1", &[1, 2]))])), "");
+        assert_eq!(kinds(&control.batch([put(&web().port("https", 443)), put(&web())])), "");
+        assert_eq!(kinds(&control.batch([delete(&web()), put(&web())])), "");
+    }
+
+    #[test]
+    fn t012_given_a_service_made_anew_elsewhere_when_planned_then_the_new_address_opens_and_the_old_closes() {
+        let mut control = Control::new();
+        control.batch([put(&web())]);
+        let moved = Service::new("default/web").cluster_ip([10, 96, 0, 11]).port("http", 80);
+
+        assert_eq!(kinds(&control.batch([delete(&web()), put(&moved)])), "bind unbind");
+        assert_eq!(control.at("10.96.0.11:80").as_deref(), Some("default/web:http"));
+    }
+
+    #[test]
+    fn t013_given_a_port_when_it_is_renamed_then_its_socket_stays_and_points_to_the_new_name() {
+        let mut control = Control::new();
+        control.batch([put(&web().port("admin", 81))]);
+        let renamed = web().port("operator", 81);
+
+        assert_eq!(kinds(&control.batch([put(&renamed)])), "swap point retire");
+        assert_eq!(control.at("10.96.0.10:81").as_deref(), Some("default/web:operator"));
+    }
+
+    #[test]
+    fn t014_given_two_ports_when_they_swap_numbers_then_nothing_is_closed_and_nothing_bound() {
+        let mut control = Control::new();
+        let before = Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("a", 80).port("b", 81);
+        let after = Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("a", 81).port("b", 80);
+        control.batch([put(&before)]);
+
+        assert_eq!(kinds(&control.batch([put(&after)])), "point point");
+        assert_eq!(control.at("10.96.0.10:80").as_deref(), Some("default/web:b"));
+    }
+
+    #[test]
+    fn t015_given_a_port_when_its_number_changes_then_the_new_one_opens_before_the_old_one_closes() {
+        let mut control = Control::new();
+        control.batch([put(&web())]);
+        let renumbered = Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 99);
+
+        assert_eq!(kinds(&control.batch([put(&renumbered)])), "bind unbind");
+    }
+
+    #[test]
+    fn t023_given_a_load_balancer_ip_when_it_is_not_to_be_captured_any_more_then_its_listener_closes() {
+        let mut control = Control::new();
+        let load_balancer_ips = vec![[198, 51, 100, 1].into()];
+        control.batch([put(&Service { load_balancer_ips, ..web() })]);
+        assert_eq!(control.at("198.51.100.1:80").as_deref(), Some("default/web:http"));
+
+        assert_eq!(kinds(&control.batch([put(&web())])), "unbind");
+    }
+
+    #[test]
+    fn t029_given_two_services_on_one_node_port_when_planned_then_the_older_has_it_and_the_other_takes_over() {
+        let mut control = Control::new();
+        let service = |name: &str, host: u8, created: &str| {
+            let service = Service::new(name).cluster_ip([10, 96, 0, host]).port("http", 80).node_port(30000);
+            Service { created: created.into(), ..service }
+        };
+        let (a, b) = (service("default/a", 1, "2024-01-02T00:00:00Z"), service("default/b", 2, "2024-01-01T00:00:00Z"));
+
+        control.batch([put(&a)]);
+        assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/a:http"));
+        assert_eq!(kinds(&control.batch([put(&b)])), "swap point bind");
+        assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/b:http"));
+        assert_eq!(control.at("10.96.0.1:80").as_deref(), Some("default/a:http"), "the rest of the loser is served");
+        let remedy = "the older, then the first by name, keeps it; give this one another number or address";
+        let said =
+            format!("Service default/a: node port 30000/TCP (127.0.0.1) is taken by Service default/b: {remedy}");
+        assert_eq!(control.problems(), [said]);
+        assert_eq!(control.plan.listeners(&a.name).count(), 1);
+
+        assert_eq!(kinds(&control.batch([delete(&b)])), "point unbind retire");
+        assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/a:http"));
+        assert_eq!(control.problems(), [] as [&str; 0]);
+        assert!(control.plan.touched().contains(&a.name), "its report is to be made anew");
+    }
+
+    #[test]
+    fn t029_given_a_conflict_on_many_addresses_when_reported_then_it_is_one_problem() {
+        let mut control = Control::new();
+        control.options.node_port_addresses = (1..=9).map(|host| [192, 0, 2, host].into()).collect();
+        let service =
+            |name: &str, host| Service::new(name).cluster_ip([10, 96, 0, host]).port("http", 80).node_port(30000);
+
+        control.batch([put(&service("default/a", 1)), put(&service("default/b", 2))]);
+
+        assert_eq!(control.problems().len(), 1);
+    }
+
+    #[test]
+    fn t124_given_one_external_ip_for_two_services_when_ports_differ_then_both_are_served() {
+        let mut control = Control::new();
+        control.options.allowed_external_cidrs = vec!["203.0.113.0/24".parse().expect("a net")];
+        let service = |name: &str, host, port| {
+            let service = Service::new(name).cluster_ip([10, 96, 0, host]).port("http", port);
+            Service { external_ips: vec![[203, 0, 113, 1].into()], ..service }
+        };
+
+        control.batch([put(&service("default/a", 1, 80)), put(&service("default/b", 2, 81))]);
+        assert_eq!(control.problems(), [] as [&str; 0]);
+        control.batch([put(&service("default/b", 2, 80))]);
+
+        assert_eq!(control.at("203.0.113.1:80").as_deref(), Some("default/a:http"));
+        assert!(control.problems()[0].contains("external IP 203.0.113.1:80/TCP is taken by Service default/a"));
+    }
+
+    #[test]
+    fn given_a_winner_when_it_only_changes_elsewhere_then_the_loser_is_left_alone() {
+        let mut control = Control::new();
+        let service = |name: &str| Service::new(name).cluster_ip([10, 96, 0, 1]).port("http", 80);
+        control.batch([put(&service("default/a")), put(&service("default/b"))]);
+
+        assert_eq!(kinds(&control.batch([put(&service("default/a").port("https", 443))])), "swap bind");
+        assert_eq!(control.problems().len(), 1);
+    }
+
+    #[test]
+    fn t052_t054_t055_given_an_endpoint_when_it_moves_between_slices_then_the_table_is_not_swapped() {
+        let mut control = Control::new();
+        control.batch([put(&web()), put_slice(&slice("a", &[1, 2])), put_slice(&slice("b", &[3]))]);
+
+        let gone_first = [put_slice(&slice("a", &[1])), put_slice(&slice("b", &[2, 3]))];
+        assert_eq!(kinds(&control.batch(gone_first)), "");
+        let there_first = [put_slice(&slice("a", &[2, 1])), put_slice(&slice("b", &[3]))];
+        assert_eq!(kinds(&control.batch(there_first)), "");
+        assert_eq!(kinds(&control.batch([put_slice(&slice("a", &[1, 2]))])), "", "order alone is no change");
+    }
+
+    #[test]
+    fn t063_given_ten_thousand_services_when_one_endpoint_changes_then_one_table_is_swapped_and_no_other_looked_at() {
+        let mut control = Control::new();
+        let service = |n: u16| {
+            let [high, low] = n.to_be_bytes();
+            Service::new(&format!("default/s{n}")).cluster_ip([10, 97, high, low]).port("http", 80)
+        };
+        let services: Vec<_> = (0..10_000).map(service).collect();
+        let slice = |service: &Service, hosts: u8| {
+            let name = format!("{}-1", service.name.name);
+            let slice = Slice::new(&name, service).port("http", 8000);
+            (0..hosts).fold(slice, |slice, host| slice.endpoint(Endpoint::new([10, 0, 0, host])))
+        };
+        let slices = services.iter().map(|service| slice(service, 10)).collect();
+        control.batch([Event::Replace(Objects { services: services.clone(), slices })]);
+        let changed = put_slice(&slice(&services[5_000], 9));
+
+        let mut dirty = BTreeSet::new();
+        control.model.apply(changed, &mut dirty);
+        let steps = control.plan.update(&control.model, &dirty, &control.options);
+
+        assert_eq!(kinds(&steps), "swap");
+        assert_eq!(control.plan.touched(), &BTreeSet::from([services[5_000].name.clone()]));
+    }
+
+    #[test]
+    fn t091_given_a_zone_when_it_changes_then_tables_follow_without_a_change_of_the_service() {
+        let mut control = Control::new();
+        let hinted = |host, zone: &str| Endpoint { zone_hints: vec![zone.into()], ..Endpoint::new([10, 0, 0, host]) };
+        let slice = slice("web-1", &[]).endpoint(hinted(1, "zone-a")).endpoint(hinted(2, "zone-b"));
+        control.options.node.zone = Some("zone-a".into());
+        control.batch([put(&web()), put_slice(&slice)]);
+
+        control.options.node.zone = Some("zone-b".into());
+        let steps = control.plan.update(&control.model, &BTreeSet::from([web().name]), &control.options);
+
+        let [Step::Swap(_, backends)] = steps.as_slice() else { panic!("not one swap: {steps:?}") };
+        assert_eq!(backends.usable.picks[0].address.to_string(), "10.0.0.2:8000");
+        assert_eq!(backends.usable.serving.len(), 2);
+    }
+
+    #[test]
+    fn given_a_service_to_expose_that_is_not_there_when_it_comes_then_the_problem_goes() {
+        let mut control = Control::new();
+        let listen = "127.0.0.1:8080".parse().expect("an address");
+        control.options.expose = vec![Expose { listen, service: web().name, port: "http".into() }];
+        control.batch([]);
+        assert!(control.problems()[0].contains("--expose 127.0.0.1:8080=default/web:http opens nothing"));
+
+        control.batch([put(&web())]);
+
+        assert_eq!(control.problems(), [] as [&str; 0]);
+        assert_eq!(control.at("127.0.0.1:8080").as_deref(), Some("default/web:http"));
+    }
+
+    #[test]
+    fn given_a_dual_stack_service_when_planned_then_its_node_port_is_on_both_localhost_addresses() {
+        let mut control = Control::new();
+        let v6: IpAddr = "fd00::10".parse().expect("an address");
+
+        control.batch([put(&web().cluster_ip(v6).node_port(30000))]);
+
+        assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/web:http"));
+        assert_eq!(control.at("[::1]:30000").as_deref(), Some("default/web:http"));
+    }
+
+    /// A few Services that meet in addresses, numbers and ages, and come and go.
+    fn event() -> impl Strategy<Value = Event> {
+        (0_u8..4, 0_u8..3, 0_u8..3, 0_u8..3, any::<bool>()).prop_map(|(name, host, number, age, gone)| {
+            let service = Service::new(&format!("default/s{name}")).cluster_ip([10, 96, 0, host]).port("http", 80);
+            let service = Service { created: format!("{age}").into(), ..service };
+            let service = if number == 0 { service } else { service.node_port(30000 + u16::from(number)) };
+            match (gone, age) {
+                (true, 0) => delete(&service),
+                (true, _) => put_slice(&Slice::new(&format!("s{name}-1"), &service).port("http", 8000)),
+                (false, 0) => {
+                    let slice = Slice::new(&format!("s{name}-1"), &service).port("http", 8000);
+                    put_slice(&slice.endpoint(Endpoint::new([10, 0, 0, host])))
+                }
+                (false, _) => put(&service),
+            }
+        })
+    }
+
+    proptest! {
+        /// `batch` compares with a plan made anew: only the objects count, not the way that led to them.
+        #[test]
+        fn given_any_history_when_planned_step_by_step_then_the_state_is_that_of_a_plan_made_at_once(
+            batches in prop::collection::vec(prop::collection::vec(event(), 1..4), 1..16),
+        ) {
+            let mut control = Control::new();
+            for batch in batches {
+                control.batch(batch);
+            }
+        }
+    }
 }

@@ -181,3 +181,227 @@ fn judge(selection: &Selection, scope: Scope) -> Side {
     };
     Side { scope, verdict }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::endpoints::Node;
+    use crate::model::{DEFAULT_AFFINITY_TIMEOUT, Endpoint};
+
+    const HERE: &str = "node-1";
+    const ELSEWHERE: &str = "node-2";
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    fn options() -> PlanOptions {
+        PlanOptions {
+            node: Node { name: Some(HERE.into()), zone: None },
+            node_port_addresses: vec![ip("192.0.2.1")],
+            ..PlanOptions::default()
+        }
+    }
+
+    /// One port, reached at a cluster IP and a node port.
+    fn web(internal: TrafficPolicy, external: TrafficPolicy) -> Service {
+        let service = Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 80).node_port(30000);
+        Service { internal_policy: internal, external_policy: external, ..service }
+    }
+
+    fn ready(host: u8, node: &str) -> Endpoint {
+        Endpoint { node: Some(node.into()), ..Endpoint::new([10, 0, 0, host]) }
+    }
+
+    fn ending(host: u8, node: &str) -> Endpoint {
+        Endpoint { ready: false, terminating: true, ..ready(host, node) }
+    }
+
+    fn plan(service: &Service, endpoints: Vec<Endpoint>) -> ServicePlan {
+        let slice = Slice::new("web-1", service).port("http", 8000);
+        let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
+        ServicePlan::of(service, [&slice].into_iter(), &options())
+    }
+
+    /// What the cluster IP, the node port from outside and the node port from inside lead to.
+    fn verdicts(service: &Service, endpoints: Vec<Endpoint>) -> [String; 3] {
+        let plan = plan(service, endpoints);
+        let said = |kind, inside: bool| {
+            let found = plan.wanted.listeners.iter().find(|(_, listener)| listener.kind == kind);
+            let (key, listener) = found.expect("a listener of that kind");
+            let [outer, inner] = listener.balancers(key);
+            let (side, balancer) =
+                if inside { (listener.target.inside, inner) } else { (listener.target.outside, outer) };
+            let picks = &plan.wanted.balancers[&balancer].usable.picks;
+            let hosts: Vec<_> = picks.iter().map(|e| e.address.ip().to_string().replace("10.0.0.", "")).collect();
+            match side.verdict {
+                Verdict::Serve => hosts.join(" "),
+                Verdict::Reject => "reject".into(),
+                Verdict::Drop => "drop".into(),
+            }
+        };
+        [said(ListenerKind::ClusterIp, false), said(ListenerKind::NodePort, false), said(ListenerKind::NodePort, true)]
+    }
+
+    const CLUSTER: TrafficPolicy = TrafficPolicy::Cluster;
+    const LOCAL: TrafficPolicy = TrafficPolicy::Local;
+
+    #[test]
+    fn t003_t004_t006_given_a_service_that_is_not_proxied_when_planned_then_a_word_says_why() {
+        let word = |change: fn(&mut Service)| {
+            let mut service = web(CLUSTER, CLUSTER);
+            change(&mut service);
+            let plan = plan(&service, vec![ready(1, HERE)]);
+            assert_eq!(plan.wanted, Layout::default());
+            plan.skipped
+        };
+
+        assert_eq!(word(|service| service.cluster_ips = ClusterIps::Headless), Some("headless"));
+        assert_eq!(
+            word(|service| (service.cluster_ips, service.ports) = (ClusterIps::Headless, vec![])),
+            Some("headless")
+        );
+        assert_eq!(word(|service| service.cluster_ips = ClusterIps::Unset), Some("unallocated"));
+        assert_eq!(word(|service| service.kind = ServiceKind::ExternalName), Some("external_name"));
+        assert_eq!(word(|service| service.families = vec![Family::V6]), Some("family"));
+    }
+
+    #[test]
+    fn t016_given_a_proxy_name_when_planned_then_exactly_the_services_labelled_so_are_taken() {
+        let skipped = |label: Option<&str>, own: Option<&str>| {
+            let service = Service { proxy_name: label.map(Arc::from), ..web(CLUSTER, CLUSTER) };
+            let options = PlanOptions { proxy_name: own.map(String::from), ..options() };
+            ServicePlan::of(&service, std::iter::empty(), &options).skipped
+        };
+
+        assert_eq!(skipped(None, None), None);
+        assert_eq!(skipped(Some("other"), None), Some("proxy_name"));
+        assert_eq!(skipped(Some(""), None), Some("proxy_name"), "any value counts");
+        assert_eq!(skipped(None, Some("kube-relay")), Some("proxy_name"));
+        assert_eq!(skipped(Some("kube-relay"), Some("kube-relay")), None);
+    }
+
+    #[test]
+    fn t093_t095_given_no_endpoint_anywhere_when_judged_then_every_side_rejects_and_is_parked() {
+        for (internal, external) in [(CLUSTER, CLUSTER), (LOCAL, LOCAL), (CLUSTER, LOCAL), (LOCAL, CLUSTER)] {
+            let service = web(internal, external);
+
+            assert_eq!(verdicts(&service, vec![]), ["reject", "reject", "reject"]);
+            assert!(plan(&service, vec![]).wanted.listeners.values().all(|listener| listener.target.parked()));
+        }
+    }
+
+    #[test]
+    fn t115_given_policy_cluster_when_judged_then_every_path_reaches_every_endpoint() {
+        let endpoints = vec![ready(1, HERE), ready(2, ELSEWHERE)];
+
+        assert_eq!(verdicts(&web(CLUSTER, CLUSTER), endpoints), ["1 2", "1 2", "1 2"]);
+    }
+
+    #[test]
+    fn t112_given_internal_policy_local_when_judged_then_it_is_for_the_cluster_ip_alone() {
+        let service = web(LOCAL, CLUSTER);
+
+        assert_eq!(verdicts(&service, vec![ready(1, HERE), ready(2, ELSEWHERE)]), ["1", "1 2", "1 2"]);
+        assert_eq!(verdicts(&service, vec![ready(1, ELSEWHERE), ready(2, ELSEWHERE)]), ["drop", "1 2", "1 2"]);
+    }
+
+    #[test]
+    fn t113_t114_given_external_policy_local_when_judged_then_inside_sources_use_the_cluster_set() {
+        let service = web(CLUSTER, LOCAL);
+
+        assert_eq!(verdicts(&service, vec![ready(1, HERE), ready(2, ELSEWHERE)]), ["1 2", "1", "1 2"]);
+        assert_eq!(verdicts(&service, vec![ready(1, ELSEWHERE)]), ["1", "drop", "1"]);
+    }
+
+    #[test]
+    fn t116_t117_t118_t119_given_terminating_endpoints_when_judged_then_each_scope_falls_back_by_itself() {
+        let service = web(CLUSTER, LOCAL);
+        let all = vec![ready(1, HERE), ready(2, HERE), ending(3, HERE), ready(4, ELSEWHERE)];
+        let ended = Endpoint { serving: false, ..ending(1, HERE) };
+
+        assert_eq!(verdicts(&service, all), ["1 2 4", "1 2", "1 2 4"]);
+        assert_eq!(verdicts(&service, vec![ending(1, HERE), ready(2, ELSEWHERE)]), ["2", "1", "2"]);
+        assert_eq!(verdicts(&service, vec![ended, ready(2, ELSEWHERE)]), ["2", "drop", "2"]);
+        assert_eq!(verdicts(&service, vec![ending(1, ELSEWHERE)]), ["1", "drop", "1"]);
+    }
+
+    #[test]
+    fn t089_given_no_external_address_when_planned_then_external_policy_local_makes_no_balancer() {
+        let mut service = web(CLUSTER, LOCAL);
+        service.ports[0].node_port = None;
+
+        let plan = plan(&service, vec![ready(1, HERE)]);
+
+        let scopes: Vec<_> = plan.wanted.balancers.keys().map(|key| key.scope).collect();
+        assert_eq!(scopes, [Scope::Cluster]);
+    }
+
+    #[test]
+    fn t025_given_session_affinity_when_planned_then_each_balancer_has_its_timeout() {
+        let service = Service { affinity_timeout: Some(DEFAULT_AFFINITY_TIMEOUT), ..web(CLUSTER, LOCAL) };
+
+        let plan = plan(&service, vec![ready(1, HERE)]);
+
+        let timeouts: Vec<_> = plan.wanted.balancers.values().map(|backends| backends.affinity_timeout).collect();
+        assert_eq!(timeouts, [Some(Duration::from_secs(10_800)); 2]);
+    }
+
+    #[test]
+    fn given_two_families_when_planned_then_each_listener_leads_to_backends_of_its_own() {
+        let service =
+            Service::new("default/web").cluster_ip([10, 96, 0, 10]).cluster_ip(ip("fd00::10")).port("http", 80);
+        let v4 = Slice::new("v4", &service).port("http", 8000).endpoint(Endpoint::new([10, 0, 0, 1]));
+        let mut v6 = Slice::new("v6", &service).port("http", 8000).endpoint(Endpoint::new(ip("fd00:1::1")));
+        v6.family = Family::V6;
+
+        let plan = ServicePlan::of(&service, [&v4, &v6].into_iter(), &options());
+
+        let backends: Vec<_> = plan
+            .wanted
+            .balancers
+            .iter()
+            .map(|(key, backends)| format!("{} {}", key.family, backends.usable.picks[0].address))
+            .collect();
+        assert_eq!(backends, ["IPv4 10.0.0.1:8000", "IPv6 [fd00:1::1]:8000"]);
+    }
+
+    #[test]
+    fn given_one_node_port_for_two_ports_when_planned_then_the_first_has_it_and_the_other_is_said_once() {
+        let mut service = web(CLUSTER, CLUSTER).port("https", 443).node_port(30000);
+        service.external_ips = vec![ip("10.96.0.10")]; // the cluster IP again: the same port, no conflict
+        let options = PlanOptions {
+            node_port_addresses: vec![ip("192.0.2.1"), ip("192.0.2.2")],
+            allowed_external_cidrs: vec!["10.0.0.0/8".parse().expect("a net")],
+            ..options()
+        };
+
+        let plan = ServicePlan::of(&service, std::iter::empty(), &options);
+
+        assert_eq!(plan.wanted.listeners.len(), 4);
+        let on_node = plan.wanted.listeners.iter().filter(|(key, _)| key.address.port() == 30000);
+        assert!(on_node.into_iter().all(|(_, listener)| &*listener.port.port == "http"));
+        let problems: Vec<_> = plan.problems.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            problems,
+            [
+                r#"Service default/web: node port 30000/TCP of port "https" is taken by port "http" (node port): give one of them another number"#
+            ]
+        );
+    }
+
+    #[test]
+    fn given_any_service_when_planned_then_each_side_of_each_listener_names_a_balancer_that_is_there() {
+        for (internal, external) in [(CLUSTER, CLUSTER), (LOCAL, LOCAL), (CLUSTER, LOCAL), (LOCAL, CLUSTER)] {
+            for endpoints in [vec![], vec![ready(1, HERE)], vec![ready(1, ELSEWHERE)]] {
+                let wanted = plan(&web(internal, external), endpoints).wanted;
+
+                let named = wanted.listeners.iter().flat_map(|(key, listener)| listener.balancers(key));
+                assert!(named.into_iter().all(|balancer| wanted.balancers.contains_key(&balancer)));
+            }
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! What people and programs see of a plan and of a running relay: one shape for `check`, `/status` and `status`.
 //!
 //! A report without its live parts is what `check` prints; with them it is what `/status` answers.
-//! Serving it over HTTP is `admin`; Prometheus text is `metrics`.
+//! Its text form is in `describe`; serving it over HTTP is `admin`; Prometheus text is `metrics`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::name::{ListenKey, ObjectName, Protocol};
-use crate::plan::{ListenerKind, Problem, Side};
+use crate::model::{Model, Service, ServicePort};
+use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
+use crate::plan::{Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
 use crate::serve::balancer::{Backend, PortState};
 
 /// All Services and all problems: the document that `check -o json` prints.
@@ -23,6 +24,21 @@ pub struct Report {
     /// What a person may want to know: passed-over kinds, Services that wait for slices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<Problem>,
+}
+
+impl Report {
+    /// The report of a plan. `found` is what the source has to say about its input; it comes first.
+    pub fn of(model: &Model, plan: &Plan, found: Vec<Problem>) -> Self {
+        let all = found.into_iter().chain(plan.problems().cloned());
+        let (notes, problems) = all.partition(|problem| problem.severity == Severity::Note);
+        let services = model.services().map(|service| ServiceReport::of(service, plan)).collect();
+        Self { services, problems, notes }
+    }
+
+    /// How many listeners it names.
+    pub fn listener_count(&self) -> usize {
+        self.services.iter().flat_map(|service| &service.ports).map(|port| port.listeners.len()).sum()
+    }
 }
 
 /// One Service.
@@ -42,6 +58,22 @@ pub struct ServiceReport {
     pub affinity_seconds: Option<u64>,
     /// One for each entry of `spec.ports`.
     pub ports: Vec<PortReport>,
+}
+
+impl ServiceReport {
+    /// The report of one Service: the listeners that it really gets, and the backends behind them.
+    pub fn of(service: &Service, plan: &Plan) -> Self {
+        let planned = plan.service(&service.name);
+        let ports = service.ports.iter().map(|port| PortReport::of(service, port, plan, planned));
+        Self {
+            namespace: service.name.namespace.to_string(),
+            name: service.name.name.to_string(),
+            kind: service.kind.as_str().into(),
+            skipped: planned.and_then(|planned| planned.skipped).map(Cow::Borrowed),
+            affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
+            ports: ports.collect(),
+        }
+    }
 }
 
 /// One ServicePort.
@@ -66,6 +98,38 @@ pub struct PortReport {
     /// Counters of each backend; only from a running relay.
     #[serde(rename = "backendTraffic", default, skip_serializing_if = "Vec::is_empty")]
     pub backend_traffic: Vec<BackendTraffic>,
+}
+
+impl PortReport {
+    fn of(service: &Service, port: &ServicePort, plan: &Plan, planned: Option<&ServicePlan>) -> Self {
+        let name =
+            ServicePortName { service: service.name.clone(), port: Arc::clone(&port.name), protocol: port.protocol };
+        let listeners = plan.listeners(&service.name).filter(|(_, listener)| listener.port == name);
+        let mut listeners: Vec<_> = listeners.map(|(key, listener)| ListenerReport::of(key, listener)).collect();
+        listeners.sort_by_key(|listener| listener.kind); // stable: by address within a kind
+        Self {
+            name: port.name.to_string(),
+            protocol: port.protocol,
+            port: port.port,
+            target_port: port.target_port.as_ref().map(ToString::to_string),
+            listeners,
+            backends: ScopedBackends {
+                cluster: planned.and_then(|planned| addresses(planned, &name, Scope::Cluster)),
+                local: planned.and_then(|planned| addresses(planned, &name, Scope::Local)),
+            },
+            traffic: None,
+            backend_traffic: Vec::new(),
+        }
+    }
+}
+
+/// The picks of a ServicePort in one scope, over both families; `None` where nobody asks for the scope.
+fn addresses(planned: &ServicePlan, port: &ServicePortName, scope: Scope) -> Option<Vec<String>> {
+    let balancers = planned.wanted.balancers.iter();
+    let mut asked = balancers.filter(|(key, _)| key.port == *port && key.scope == scope).peekable();
+    asked.peek()?;
+    let picks = asked.flat_map(|(_, backends)| &backends.usable.picks);
+    Some(picks.map(|endpoint| endpoint.address.to_string()).collect())
 }
 
 /// The backends of a ServicePort by scope; `null` where no listener uses the scope.
@@ -94,6 +158,19 @@ pub struct ListenerReport {
     /// Whether it is bound; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<ListenerState>,
+}
+
+impl ListenerReport {
+    fn of(key: &ListenKey, listener: &Listener) -> Self {
+        Self {
+            kind: listener.kind,
+            address: key.address.to_string(),
+            allocated: listener.allocated,
+            outside: listener.target.outside,
+            inside: listener.target.inside,
+            state: None,
+        }
+    }
 }
 
 /// Whether a listener of a running relay is bound.
@@ -200,4 +277,83 @@ pub struct PortCounters {
     pub state: Option<Arc<PortState>>,
     /// Its backends of both scopes and families, with the pod's name.
     pub backends: Vec<(Arc<Backend>, Option<Arc<str>>)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::{ClusterIps, Endpoint, Event, Objects, Slice, TrafficPolicy};
+    use crate::plan::PlanOptions;
+
+    fn report(services: Vec<Service>, slices: Vec<Slice>, found: Vec<Problem>) -> Report {
+        let node_port_addresses = vec![[127, 0, 0, 1].into(), "::1".parse().expect("an address")];
+        let options = PlanOptions { node_port_addresses, ..PlanOptions::default() };
+        let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
+        model.apply(Event::Replace(Objects { services, slices }), &mut dirty);
+        plan.update(&model, &dirty, &options);
+        Report::of(&model, &plan, found)
+    }
+
+    #[test]
+    fn given_a_plan_when_reported_then_the_document_has_the_published_shape() {
+        let mut web = Service::new("default/web").port("http", 80).node_port(30000);
+        let addresses = vec![[127, 96, 0, 10].into()];
+        web.cluster_ips = ClusterIps::Addresses { addresses, allocated: true };
+        web.external_policy = TrafficPolicy::Local;
+        web.ports[0].target_port = Some("8000".into());
+        let slice = Slice::new("web-1", &web).port("http", 8000).endpoint(Endpoint::new([10, 244, 0, 2]));
+
+        let report = report(vec![web, Service::new("db")], vec![slice], vec![]);
+
+        let serve = json!({"scope": "Cluster", "verdict": "serve"});
+        assert_eq!(
+            serde_json::to_value(&report).expect("a report is JSON"),
+            json!({
+                "services": [
+                    {
+                        "namespace": "default", "name": "db", "type": "ClusterIP",
+                        "skipped": "unallocated", "affinitySeconds": null, "ports": [],
+                    },
+                    {
+                        "namespace": "default", "name": "web", "type": "NodePort",
+                        "skipped": null, "affinitySeconds": null,
+                        "ports": [{
+                            "name": "http", "protocol": "TCP", "port": 80, "targetPort": "8000",
+                            "listeners": [
+                                {
+                                    "kind": "clusterIP", "address": "127.96.0.10:80", "allocated": true,
+                                    "outside": serve, "inside": serve,
+                                },
+                                {
+                                    "kind": "nodePort", "address": "127.0.0.1:30000", "allocated": false,
+                                    "outside": {"scope": "Local", "verdict": "drop"}, "inside": serve,
+                                },
+                            ],
+                            "backends": {"Cluster": ["10.244.0.2:8000"], "Local": []},
+                        }],
+                    },
+                ],
+                "problems": [],
+            })
+        );
+    }
+
+    #[test]
+    fn given_problems_and_notes_when_reported_then_each_is_in_its_own_list_and_the_sources_come_first() {
+        let mut note = Problem::error("web.yaml", "decode", "kind Deployment: passed over");
+        note.severity = Severity::Note;
+        let broken = Problem::error("db.yaml", "decode", "cannot be read");
+        let mut web = Service::new("web").cluster_ip([10, 96, 0, 10]).port("http", 80);
+        web.external_ips = vec![[203, 0, 113, 1].into()];
+
+        let report = report(vec![web], vec![], vec![note.clone(), broken]);
+
+        assert_eq!(report.notes, [note]);
+        let reasons: Vec<_> = report.problems.iter().map(|problem| &*problem.reason).collect();
+        assert_eq!(reasons, ["decode", "external_ip"]);
+    }
 }
