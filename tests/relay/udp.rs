@@ -1,0 +1,221 @@
+//! Datagrams: who answers, from which address, and what becomes of flows when endpoints come and go.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use kube_relay::control::RelayOptions;
+use kube_relay::serve::flow::IdleTimes;
+
+use crate::support::backend::{Backend, Talk, Talker};
+use crate::support::client::{self, Caller};
+use crate::support::manifest::Manifest;
+use crate::support::relay::Relay;
+use crate::support::site::Site;
+use crate::support::skip;
+
+/// Idle times that a test can wait for.
+fn short_idle_times() -> RelayOptions {
+    let mut options = RelayOptions::default();
+    let short = Duration::from_secs(1);
+    options.udp.idle = IdleTimes { unreplied: short, answered: short, stream: short };
+    options
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t180_given_several_ways_in_when_a_client_sends_then_the_answer_comes_from_where_it_sent_to() {
+    let site = Site::new(180);
+    let _backend = Talker::start(site.backend(1), Talk::Echo).await;
+    let _relay = Relay::start(site, Manifest::new(site).udp().node_port().endpoints([site.backend(1)])).await;
+
+    for service in [site.service(), site.node_port()] {
+        // A connected socket takes datagrams from this address and port alone.
+        let caller = Caller::new(service).await;
+        assert_eq!(caller.exchange(b"hello").await.expect("an answer"), b"hello", "{service}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t180_given_ipv6_loopback_when_a_client_sends_then_the_answer_comes_from_there() {
+    let site = Site::new(4);
+    let local = IpAddr::from(Ipv6Addr::LOCALHOST);
+    if std::net::UdpSocket::bind((local, 0)).is_err() {
+        skip("ipv6", "this machine has no IPv6 loopback");
+        return;
+    }
+    // ::1 is one address for all tests: this one alone uses it, at the Service's and the backend's port.
+    let backend = SocketAddr::new(local, site.backend(1).port());
+    let _backend = Talker::start(backend, Talk::Echo).await;
+    let _relay = Relay::start(site, Manifest::new(site).cluster_ip(local).udp().endpoints([backend])).await;
+
+    let caller = Caller::new(SocketAddr::new(local, site.service().port())).await;
+
+    assert_eq!(caller.exchange(b"hello").await.expect("an answer"), b"hello");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t181_given_a_flow_when_nothing_moves_for_the_idle_time_then_it_is_removed() {
+    let site = Site::new(181);
+    let _backend = Talker::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).udp().endpoints([site.backend(1)]);
+    let relay = Relay::start_with(site, manifest, short_idle_times()).await;
+    let backend = relay.backend("web", site.backend(1));
+    let caller = Caller::new(site.service()).await;
+
+    caller.ask().await;
+    assert_eq!(backend.stats.active_flows.get(), 1);
+    relay.until("the flow to be removed", |_| backend.stats.active_flows.get() == 0).await;
+
+    assert_eq!(caller.ask().await.backend, site.backend(1));
+    assert_eq!(backend.stats.flows.get(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t182_given_a_backend_that_keeps_sending_when_the_client_is_silent_then_the_flow_stays() {
+    let site = Site::new(182);
+    // Twice the idle time in all, and never near it between two datagrams.
+    let talk = Talk::Repeat { times: 8, pause: Duration::from_millis(250) };
+    let _backend = Talker::start(site.backend(1), talk).await;
+    let manifest = Manifest::new(site).udp().endpoints([site.backend(1)]);
+    let relay = Relay::start_with(site, manifest, short_idle_times()).await;
+    let caller = Caller::new(site.service()).await;
+
+    caller.send(b"subscribe").await.expect("the port is open");
+    for _ in 0..8 {
+        assert_eq!(caller.receive().await.expect("the flow is open"), b"subscribe");
+    }
+
+    assert_eq!(relay.backend("web", site.backend(1)).stats.flows.get(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t183_given_clients_with_several_addresses_and_ports_when_they_send_then_each_has_its_flow() {
+    let site = Site::new(183);
+    let _backend = Talker::named(site.backend(1)).await;
+    let relay = Relay::start(site, Manifest::new(site).udp().endpoints([site.backend(1)])).await;
+    let callers = [
+        Caller::from_address(site.client(1), site.service()).await,
+        Caller::from_address(site.client(2), site.service()).await,
+        Caller::from_address(site.client(2), site.service()).await,
+    ];
+
+    let mut source_ports = Vec::new();
+    for caller in &callers {
+        source_ports.push(caller.ask().await.source_port);
+    }
+
+    source_ports.sort_unstable();
+    source_ports.dedup();
+    assert_eq!(source_ports.len(), 3);
+    assert_eq!(relay.backend("web", site.backend(1)).stats.active_flows.get(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t184_given_datagrams_of_all_sizes_when_they_pass_then_they_stay_whole() {
+    let site = Site::new(184);
+    let _backend = Talker::start(site.backend(1), Talk::Echo).await;
+    let _relay = Relay::start(site, Manifest::new(site).udp().endpoints([site.backend(1)])).await;
+    let caller = Caller::new(site.service()).await;
+
+    for length in [0, 1, 1472, 4097, 9000, 65_507] {
+        let payload: Vec<u8> = (0..length).map(|index| (index % 251) as u8).collect();
+        let answer = caller.exchange(&payload).await.expect("an answer");
+        assert_eq!(answer.len(), length);
+        assert!(answer == payload, "{length} bytes came back changed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t185_given_a_backend_that_takes_2_s_when_a_client_asks_once_then_the_answer_arrives() {
+    let site = Site::new(185);
+    let _backend = Talker::start(site.backend(1), Talk::Late(Duration::from_secs(2))).await;
+    let _relay = Relay::start(site, Manifest::new(site).udp().endpoints([site.backend(1)])).await;
+    let caller = Caller::new(site.service()).await;
+
+    assert_eq!(caller.exchange(b"slow?").await.expect("an answer"), b"slow?");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t188_given_a_one_way_sender_when_the_last_endpoint_goes_then_it_is_told_and_nothing_more_gets_through() {
+    let site = Site::new(188);
+    let backend = Talker::start(site.backend(1), Talk::Silent).await;
+    let without = Manifest::new(site).udp();
+    let with = without.clone().endpoints([site.backend(1)]);
+    let relay = Relay::start(site, &with).await;
+    let counters = relay.backend("web", site.backend(1));
+    let caller = Caller::new(site.service()).await;
+    caller.send(b"early").await.expect("the port is open");
+    relay.until("the first datagram", |_| backend.has_received(b"early")).await;
+
+    relay.edit(&without);
+    caller.send_until_refused(b"meanwhile").await;
+    for _ in 0..10 {
+        let _ = caller.send(b"too late").await; // Every other one reports the refusal of the one before.
+    }
+
+    relay.until("the flow to be closed", |_| counters.stats.active_flows.get() == 0).await;
+    // The endpoint comes back: what was refused does not.
+    relay.edit(&with);
+    relay.until_backends("web", &[site.backend(1)]).await;
+    let later = Caller::new(site.service()).await;
+    later.send(b"afterwards").await.expect("the port is open");
+    relay.until("the last datagram", |_| backend.has_received(b"afterwards")).await;
+    assert!(!backend.has_received(b"too late"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t189_given_a_client_that_never_stops_when_the_first_endpoint_comes_then_it_is_served() {
+    let site = Site::new(189);
+    let _backend = Talker::named(site.backend(1)).await;
+    let without = Manifest::new(site).udp();
+    let relay = Relay::start(site, &without).await;
+    let caller = Caller::new(site.service()).await;
+    caller.send_until_refused(b"who?").await;
+
+    let asking = tokio::spawn(async move { caller.ask_until_answered().await });
+    relay.edit(without.endpoints([site.backend(1)]));
+
+    assert_eq!(asking.await.expect("the client does not panic").backend, site.backend(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t190_given_flows_to_two_backends_when_one_goes_then_its_flow_moves_and_the_other_stays() {
+    let site = Site::new(190);
+    let (stays, goes) = (site.backend(1), site.backend(2));
+    let _running = [Talker::named(stays).await, Talker::named(goes).await];
+    let manifest = Manifest::new(site).udp();
+    let relay = Relay::start(site, manifest.clone().endpoints([stays, goes])).await;
+    let callers = [Caller::new(site.service()).await, Caller::new(site.service()).await];
+    let before = [callers[0].ask().await, callers[1].ask().await];
+    assert_ne!(before[0].backend, before[1].backend);
+
+    relay.edit(manifest.endpoints([stays]));
+    relay.until_backends("web", &[stays]).await;
+
+    for (caller, before) in callers.iter().zip(before) {
+        let after = caller.ask().await;
+        assert_eq!(after.backend, stays);
+        // The source port tells a flow that stayed from one that was made anew.
+        assert_eq!(after == before, before.backend == stays);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t098_given_one_number_for_both_protocols_when_clients_ask_then_each_protocol_has_its_own_turn() {
+    let site = Site::new(98);
+    let backends = [site.backend(1), site.backend(2)];
+    let _streams = [Backend::named(backends[0]).await, Backend::named(backends[1]).await];
+    let _datagrams = [Talker::named(backends[0]).await, Talker::named(backends[1]).await];
+    let _relay = Relay::start(site, Manifest::new(site).tcp().udp().endpoints(backends)).await;
+
+    let mut by_tcp = Vec::new();
+    let mut by_udp = Vec::new();
+    for _ in 0..4 {
+        by_tcp.push(client::ask(site.service()).await.expect("a backend answers"));
+        by_udp.push(Caller::new(site.service()).await.ask().await.backend);
+    }
+
+    for answers in [by_tcp, by_udp] {
+        assert_ne!(answers[0], answers[1]);
+        assert_eq!(answers[..2], answers[2..]);
+    }
+}

@@ -1,0 +1,139 @@
+//! Manifests as text: what a person would write, with the test's own addresses in it.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use super::site::{BACKEND_PORT, NODE_PORT, SERVICE_PORT, Site};
+
+/// One Service with its EndpointSlice. Its text is two YAML documents.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    name: String,
+    cluster_ip: IpAddr,
+    protocols: Vec<&'static str>,
+    node_port: bool,
+    affinity_seconds: Option<u32>,
+    annotations: Vec<(&'static str, &'static str)>,
+    endpoints: Vec<IpAddr>,
+}
+
+impl Manifest {
+    /// The Service `web` at the site's cluster IP, without ports and endpoints.
+    pub fn new(site: Site) -> Self {
+        Self {
+            name: "web".to_owned(),
+            cluster_ip: site.cluster_ip(),
+            protocols: Vec::new(),
+            node_port: false,
+            affinity_seconds: None,
+            annotations: Vec::new(),
+            endpoints: Vec::new(),
+        }
+    }
+
+    /// Another name.
+    pub fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Another cluster IP.
+    pub fn cluster_ip(mut self, ip: IpAddr) -> Self {
+        self.cluster_ip = ip;
+        self
+    }
+
+    /// Adds the TCP port.
+    pub fn tcp(mut self) -> Self {
+        self.protocols.push("TCP");
+        self
+    }
+
+    /// Adds the UDP port, of the same number.
+    pub fn udp(mut self) -> Self {
+        self.protocols.push("UDP");
+        self
+    }
+
+    /// Makes it a NodePort Service.
+    pub fn node_port(mut self) -> Self {
+        self.node_port = true;
+        self
+    }
+
+    /// Session affinity ClientIP.
+    pub fn sticky(mut self, seconds: u32) -> Self {
+        self.affinity_seconds = Some(seconds);
+        self
+    }
+
+    /// Adds an annotation under `kube-relay.dev/`.
+    pub fn annotation(mut self, key: &'static str, value: &'static str) -> Self {
+        self.annotations.push((key, value));
+        self
+    }
+
+    /// Adds endpoints.
+    pub fn endpoints(mut self, backends: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.endpoints.extend(backends.into_iter().map(|backend| backend.ip()));
+        self
+    }
+}
+
+impl fmt::Display for Manifest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.service(f)?;
+        writeln!(f, "---")?;
+        self.slice(f)
+    }
+}
+
+impl Manifest {
+    fn service(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}", self.name)?;
+        if !self.annotations.is_empty() {
+            writeln!(f, "  annotations:")?;
+        }
+        for (key, value) in &self.annotations {
+            writeln!(f, "    kube-relay.dev/{key}: {value:?}")?;
+        }
+        writeln!(f, "spec:\n  clusterIP: \"{}\"", self.cluster_ip)?;
+        if self.node_port {
+            writeln!(f, "  type: NodePort")?;
+        }
+        if let Some(seconds) = self.affinity_seconds {
+            writeln!(f, "  sessionAffinity: ClientIP")?;
+            writeln!(f, "  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}")?;
+        }
+        writeln!(f, "  ports:")?;
+        for protocol in &self.protocols {
+            writeln!(f, "    - name: {}\n      protocol: {protocol}", port_name(protocol))?;
+            writeln!(f, "      port: {SERVICE_PORT}\n      targetPort: {BACKEND_PORT}")?;
+            if self.node_port {
+                writeln!(f, "      nodePort: {NODE_PORT}")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn slice(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.cluster_ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        writeln!(f, "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {}-1", self.name)?;
+        writeln!(f, "  labels: {{kubernetes.io/service-name: {}}}\naddressType: {family}\nports:", self.name)?;
+        for protocol in &self.protocols {
+            writeln!(f, "  - {{name: {}, protocol: {protocol}, port: {BACKEND_PORT}}}", port_name(protocol))?;
+        }
+        if self.endpoints.is_empty() {
+            return writeln!(f, "endpoints: []");
+        }
+        writeln!(f, "endpoints:")?;
+        for ip in &self.endpoints {
+            writeln!(f, "  - addresses: [\"{ip}\"]")?;
+        }
+        Ok(())
+    }
+}
+
+fn port_name(protocol: &str) -> String {
+    format!("on-{}", protocol.to_lowercase())
+}
