@@ -66,7 +66,7 @@ fn remarks(listener: &ListenerReport) -> String {
         remarks.push("allocated".to_owned());
     }
     let (outside, inside) = (listener.outside, listener.inside);
-    if outside != inside {
+    if words(outside) != words(inside) {
         remarks.push(format!("from outside: {}; from this node: {}", words(outside), words(inside)));
     } else if outside != (Side { scope: Scope::Cluster, verdict: Verdict::Serve }) {
         remarks.push(words(outside).to_owned());
