@@ -111,6 +111,8 @@ words! {
         Unreachable = "unreachable",
         /// The client was gone before a backend was reached.
         ClientAbort = "client_abort",
+        /// The source is a socket of this process: an answer would come back as a request.
+        Loop = "loop",
         /// The process is stopping.
         Drain = "drain",
     }

@@ -1,0 +1,363 @@
+//! A seeded adversary for the flow table: random steps, a shadow of what must be true, and a check after each.
+//!
+//! `KUBE_RELAY_SEED=n` replays one seed.
+
+use std::collections::BTreeMap;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::*;
+use crate::name::{ObjectName, Protocol, ServicePortName};
+use crate::stats::BackendStats;
+
+const SEEDS: u64 = 50;
+const STEPS: usize = 1_000;
+const FLOWS: usize = 48;
+
+#[test]
+fn given_an_adversary_when_it_takes_random_steps_then_the_table_never_contradicts_itself() {
+    let replay = std::env::var("KUBE_RELAY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seeds = replay.map_or(0..SEEDS, |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        let outcome = std::panic::catch_unwind(|| Simulation::new(seed).run(STEPS));
+        assert!(outcome.is_ok(), "failed: replay with KUBE_RELAY_SEED={seed}");
+    }
+}
+
+/// The world around a table: listeners, backends, clients, and the sockets that a shell would hold.
+struct Simulation {
+    random: StdRng,
+    now: Instant,
+    table: FlowTable,
+    listeners: Vec<ListenerId>,
+    port: Arc<PortState>,
+    backends: Vec<Arc<Backend>>,
+    /// Backends that may be picked, by index.
+    live: Vec<usize>,
+    sockets: BTreeMap<FlowId, Shadow>,
+}
+
+#[derive(Debug, Clone)]
+struct Shadow {
+    listener: ListenerId,
+    client: SocketAddr,
+    backend: u32,
+    last: Instant,
+    state: FlowState,
+    refused: bool,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let now = Instant::now();
+        let name = ServicePortName { service: ObjectName::parse("web"), port: "".into(), protocol: Protocol::Udp };
+        let backends = (0..5).map(|id| {
+            let address = SocketAddr::from(([10, 0, 0, id as u8], 53));
+            Arc::new(Backend { id, address, stats: BackendStats::default() })
+        });
+        let mut world = Self {
+            random: StdRng::seed_from_u64(seed),
+            now,
+            table: Self::table(now, seed),
+            listeners: Vec::new(),
+            port: Arc::new(PortState::new(name)),
+            backends: backends.collect(),
+            live: vec![0, 1, 2, 3, 4],
+            sockets: BTreeMap::new(),
+        };
+        (0..3).for_each(|_| world.add_listener());
+        world
+    }
+
+    fn table(now: Instant, seed: u64) -> FlowTable {
+        let mut of_two_shards = FlowLimits::split(FLOWS, 2); // the other shard stays empty
+        FlowTable::new(of_two_shards.next().expect("two shards"), seed, now)
+    }
+
+    fn run(mut self, steps: usize) {
+        for _ in 0..steps {
+            match self.random.random_range(0..1000) {
+                0..500 => self.known_client_sends(),
+                500..650 => self.anybody_sends(),
+                650..850 => self.backend_answers(),
+                850..900 => self.backend_refuses(),
+                900..970 => self.time_passes(),
+                970..985 => self.endpoints_change(),
+                985..990 => self.listener_goes(),
+                990..995 => self.add_listener(),
+                _ => self.hand_over(),
+            }
+            self.check();
+        }
+        let backends = self.backends.clone();
+        drop(self.table);
+        assert!(backends.iter().all(|backend| backend.stats.active_flows.get() == 0), "a gauge outlived its table");
+    }
+
+    fn known_client_sends(&mut self) {
+        let [host, port] = [self.random.random_range(0..6), self.random.random_range(1..12)];
+        self.datagram(SocketAddr::from(([10, 9, 0, host], 1000 + u16::from(port))));
+    }
+
+    fn anybody_sends(&mut self) {
+        let ip: [u8; 4] = self.random.random();
+        let port = self.random.random();
+        self.datagram(SocketAddr::from((ip, port)));
+    }
+
+    fn datagram(&mut self, client: SocketAddr) {
+        let Some(listener) = self.any_listener() else { return };
+        let first = self.random.random_range(0..5);
+        let choices: Vec<Choice> = (first..first + 5)
+            .map(|index| index % 5)
+            .filter(|index| self.live.contains(index))
+            .map(|index| Choice { backend: Arc::clone(&self.backends[index]), port: Arc::clone(&self.port) })
+            .collect();
+        let mut asked = false;
+        let verdict = self.table.on_datagram(listener, client, self.now, |tried| {
+            asked = true;
+            let untried = choices.iter().find(|choice| !tried.contains(&choice.backend));
+            untried.cloned().ok_or(DropReason::NoEndpoints)
+        });
+        match verdict {
+            Verdict::Forward(flow) => {
+                assert!(!asked, "a live flow needs no pick");
+                let socket = self.sockets.get_mut(&flow).expect("a socket to forward to");
+                assert_eq!((socket.listener, socket.client, socket.refused), (listener, client, false));
+                socket.last = self.now;
+                if socket.state != FlowState::Unreplied {
+                    socket.state = FlowState::Stream;
+                }
+            }
+            Verdict::Open { flow, evicted } => self.open(listener, client, flow, evicted),
+            Verdict::Drop(DropReason::NoEndpoints) => {
+                assert!(self.live.is_empty());
+                self.sockets.retain(|_, socket| !(socket.refused && socket.client == client));
+            }
+            Verdict::Drop(DropReason::DeniedAddress) => assert!(!may_be_answered(client)),
+            Verdict::Drop(reason) => {
+                assert_eq!(reason, DropReason::FlowLimit);
+                let rivals = self.sockets.values().filter(|socket| socket.client.ip() == client.ip()).count();
+                assert!(self.sockets.len() >= FLOWS * 3 / 4 || rivals >= FLOWS / 4, "refused without need");
+            }
+        }
+    }
+
+    fn open(&mut self, listener: ListenerId, client: SocketAddr, flow: FlowId, evicted: Option<FlowId>) {
+        if let Some(evicted) = evicted {
+            let victim = self.sockets.remove(&evicted).expect("an evicted flow was alive");
+            let silent = self.now - victim.last;
+            let is_busy_stream = victim.state == FlowState::Stream && silent < Duration::from_secs(10);
+            assert!(!is_busy_stream, "evicted a stream after {silent:?}");
+        }
+        if let Some(before) = self.sockets.remove(&flow) {
+            assert!(before.refused && before.client == client && before.listener == listener);
+            let chosen = self.table.choice(flow).expect("opened").backend.id;
+            assert!(chosen != before.backend || self.live.len() == 1, "the same backend, though there are others");
+        }
+        if self.random.random_bool(0.05) {
+            self.table.failed(flow, ConnectFailure::FdLimit);
+            assert!(self.table.choice(flow).is_none());
+            return;
+        }
+        self.table.opened(flow);
+        let backend = self.table.choice(flow).expect("opened").backend.id;
+        assert!(self.live.contains(&(backend as usize)), "no datagram to an endpoint that left");
+        let (last, state) = (self.now, FlowState::Unreplied);
+        self.sockets.insert(flow, Shadow { listener, client, backend, last, state, refused: false });
+    }
+
+    fn backend_answers(&mut self) {
+        let Some((flow, socket)) = self.any_socket() else { return };
+        if socket.refused {
+            return;
+        }
+        assert_eq!(self.table.on_reply(flow, self.now), Some((socket.listener, socket.client)));
+        let socket = self.sockets.get_mut(&flow).expect("it was there");
+        socket.last = self.now;
+        socket.state = socket.state.max(FlowState::Answered);
+    }
+
+    fn backend_refuses(&mut self) {
+        let Some((flow, _)) = self.any_socket() else { return };
+        self.table.on_refused(flow, CloseReason::Refused, self.now);
+        let socket = self.sockets.get_mut(&flow).expect("it was there");
+        if !socket.refused {
+            (socket.refused, socket.state, socket.last) = (true, FlowState::Unreplied, self.now);
+        }
+    }
+
+    fn time_passes(&mut self) {
+        let millis = match self.random.random_range(0..20) {
+            0 => 200_000,
+            1..4 => self.random.random_range(10_000..20_000),
+            _ => self.random.random_range(0..2_500),
+        };
+        self.now += Duration::from_millis(millis);
+        let mut closed = Vec::new();
+        self.table.expire(self.now, |flow| closed.push(flow));
+        for flow in closed {
+            let socket = self.sockets.remove(&flow).expect("an expired flow was alive, once");
+            let idle = if socket.state == FlowState::Stream { 60 } else { 10 };
+            assert!(self.now - socket.last >= Duration::from_secs(idle), "{socket:?} was closed early");
+        }
+        let late = self.sockets.values().find(|socket| self.now - socket.last > Duration::from_secs(61));
+        assert!(late.is_none(), "{late:?} should be over");
+        assert!(!self.table.is_overdue(self.now));
+    }
+
+    fn endpoints_change(&mut self) {
+        self.live = (0..5).filter(|_| self.random.random_bool(0.6)).collect();
+        let mut closed = Vec::new();
+        for listener in self.listeners.clone() {
+            let keeps = |_, choice: &Choice| self.live.contains(&(choice.backend.id as usize));
+            self.table.sweep(listener, keeps, |flow| closed.push(flow));
+        }
+        for flow in closed {
+            let socket = self.sockets.remove(&flow).expect("a swept flow was alive, once");
+            assert!(!self.live.contains(&(socket.backend as usize)), "its backend is still there");
+        }
+        assert!(self.sockets.values().all(|socket| self.live.contains(&(socket.backend as usize))));
+    }
+
+    fn listener_goes(&mut self) {
+        if self.listeners.is_empty() {
+            return;
+        }
+        let listener = self.listeners.swap_remove(self.random.random_range(0..self.listeners.len()));
+        let mut closed = Vec::new();
+        self.table.remove_listener(listener, CloseReason::Drain, |flow| closed.push(flow));
+        for flow in closed {
+            assert_eq!(self.sockets.remove(&flow).expect("alive, once").listener, listener);
+        }
+        assert!(self.sockets.values().all(|socket| socket.listener != listener));
+    }
+
+    fn add_listener(&mut self) {
+        if self.listeners.len() < 4 {
+            self.listeners.push(self.table.add_listener(IdleTimes::default()));
+        }
+    }
+
+    /// Another process takes the flows over.
+    fn hand_over(&mut self) {
+        let records = self.table.export(self.now);
+        assert_eq!(records.len(), self.sockets.values().filter(|socket| !socket.refused).count());
+        let mut table = Self::table(self.now, self.random.random());
+        let renamed: BTreeMap<_, _> =
+            self.listeners.iter().map(|old| (*old, table.add_listener(IdleTimes::default()))).collect();
+        let mut sockets = BTreeMap::new();
+        for record in &records {
+            let backend = self.backends.iter().find(|backend| backend.address == record.backend).expect("known");
+            let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port) };
+            let flow = table.import(renamed[&record.listener], record, choice, self.now).expect("room for all");
+            table.opened(flow);
+            table.check();
+            let same = |socket: &&Shadow| (socket.listener, socket.client) == (record.listener, record.client);
+            let mut socket = self.sockets.values().find(same).expect("exported from a socket").clone();
+            socket.listener = renamed[&record.listener];
+            assert_eq!((socket.backend, socket.state), (backend.id, record.state));
+            sockets.insert(flow, socket);
+        }
+        (self.table, self.sockets) = (table, sockets);
+        self.listeners = renamed.into_values().collect();
+    }
+
+    fn check(&self) {
+        self.table.check();
+        assert_eq!(self.table.count(), self.sockets.len(), "a flow without a socket, or the other way round");
+        assert!(self.sockets.len() <= FLOWS * 3 / 4, "more flows than this shard may have");
+        assert_eq!(self.table.next_expiry().is_some(), !self.sockets.is_empty());
+        for backend in &self.backends {
+            let open = |socket: &&Shadow| !socket.refused && socket.backend == backend.id;
+            let expected = self.sockets.values().filter(open).count() as u64;
+            let stats = &backend.stats;
+            assert_eq!(stats.active_flows.get(), expected, "the gauge of backend {}", backend.id);
+            let closed: u64 = CloseReason::ALL.iter().map(|reason| stats.closed.get(*reason)).sum();
+            assert_eq!(stats.flows.get(), expected + closed, "each flow that began is open or has ended once");
+        }
+    }
+
+    fn any_listener(&mut self) -> Option<ListenerId> {
+        let count = self.listeners.len();
+        (count > 0).then(|| self.listeners[self.random.random_range(0..count)])
+    }
+
+    fn any_socket(&mut self) -> Option<(FlowId, Shadow)> {
+        let count = self.sockets.len();
+        let nth = (count > 0).then(|| self.random.random_range(0..count))?;
+        self.sockets.iter().nth(nth).map(|(flow, socket)| (*flow, socket.clone()))
+    }
+}
+
+impl FlowTable {
+    /// Panics where the table contradicts itself. To be called between any two steps.
+    pub(super) fn check(&self) {
+        let count = self.flows.count();
+        assert_eq!(self.by_key.len(), count, "each flow has one key");
+        assert_eq!(self.ages.count(), count);
+        self.check_ages(AGE, &self.ages, |_| true);
+        self.check_clients();
+        self.check_listeners();
+        self.check_wheel();
+        self.room.check(count);
+        for (id, flow) in self.ages.iter(&self.flows, AGE) {
+            assert_eq!(self.by_key.get(&FlowKey::new(flow.listener, flow.client)), Some(&id), "{id:?} is found");
+        }
+    }
+
+    fn check_clients(&self) {
+        let mut total = 0;
+        for (ip, mine) in &self.clients {
+            assert!((1..=self.room.per_client()).contains(&mine.count()), "{ip} has {} flows", mine.count());
+            self.check_ages(CLIENT_AGE, mine, |flow| flow.client.ip() == *ip);
+            total += mine.count();
+        }
+        assert_eq!(total, self.flows.count(), "each flow belongs to one client address");
+    }
+
+    fn check_ages(&self, lane: usize, ages: &Ages, belongs: impl Fn(&Flow) -> bool) {
+        for state in FlowState::ALL {
+            let (mut last, mut count) = (0, 0);
+            for (id, flow) in ages.of_state(state, &self.flows, lane) {
+                assert!(flow.state == state && belongs(flow), "{id:?} is on a foreign chain");
+                assert!(flow.last >= last, "{id:?} is older than the one before it");
+                (last, count) = (flow.last, count + 1);
+            }
+            assert_eq!(count, ages.count_of(state), "{state:?}");
+        }
+    }
+
+    fn check_listeners(&self) {
+        let mut owners: Vec<_> = self.ages.iter(&self.flows, AGE).map(|(_, flow)| flow.listener).collect();
+        owners.sort_unstable();
+        owners.dedup();
+        let mut total = 0;
+        for owner in owners {
+            let listener = self.listeners.get(owner.0).expect("flows end with their listener");
+            let flows = self.flows.iter(LISTENER, listener.flows);
+            total += flows.inspect(|(id, flow)| assert_eq!(flow.listener, owner, "{id:?}")).count();
+        }
+        assert_eq!(total, self.flows.count(), "each flow is found by its listener");
+    }
+
+    fn check_wheel(&self) {
+        let next = self.clock.turned + 1;
+        let mut total = 0;
+        for (slot, chain) in self.wheel.iter().enumerate() {
+            for (id, flow) in self.flows.iter(WHEEL, *chain) {
+                assert_eq!(wheel_slot(flow.due), slot, "{id:?} is in a foreign slot");
+                assert!((next..next + WHEEL_SLOTS as u32).contains(&flow.due), "the wheel will come to {id:?}");
+                assert!(flow.due <= self.end_of(flow).max(next), "{id:?} is looked at before it is overdue");
+                total += 1;
+            }
+        }
+        assert_eq!(total, self.flows.count(), "each flow is on the wheel");
+    }
+
+    fn is_overdue(&self, now: Instant) -> bool {
+        let second = self.clock.second(now);
+        self.ages.iter(&self.flows, AGE).any(|(_, flow)| self.end_of(flow) <= second)
+    }
+}
