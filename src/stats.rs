@@ -167,7 +167,12 @@ pub struct Tally<const N: usize>([Counter; N]);
 impl<const N: usize> Tally<N> {
     /// Counts one event under its word.
     pub fn count(&self, word: impl Into<usize>) {
-        self.0[word.into()].increment();
+        self.add(word, 1);
+    }
+
+    /// Counts so many events under their word.
+    pub fn add(&self, word: impl Into<usize>, amount: u64) {
+        self.0[word.into()].add(amount);
     }
 
     /// How often the word was counted.

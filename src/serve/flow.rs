@@ -394,6 +394,19 @@ impl FlowTable {
         Some(self.insert(listener, record.client, choice, record.state, last))
     }
 
+    /// Ends all flows for a reason and forgets all listeners: for a shell that has lost track of them.
+    pub fn reset(&mut self, reason: CloseReason, seed: u64, now: Instant) {
+        self.end_all(reason);
+        let own_addresses = self.own_addresses.clone();
+        *self = Self::new(self.room.limits(), seed, now);
+        self.own_addresses = own_addresses;
+    }
+
+    fn end_all(&mut self, reason: CloseReason) {
+        self.ages.iter(&self.flows, AGE).for_each(|(_, flow)| flow.end_leg(reason));
+        self.ages = Ages::default();
+    }
+
     /// A datagram of a flow that is there.
     fn go_on(
         &mut self,
@@ -589,11 +602,10 @@ impl FlowTable {
     }
 }
 
-/// A table that goes ends its flows, whatever ends it: the gauges of backends outlive it.
+/// A table that goes ends its flows: the gauges of backends outlive it.
 impl Drop for FlowTable {
     fn drop(&mut self) {
-        let reason = if std::thread::panicking() { CloseReason::Panic } else { CloseReason::Drain };
-        self.ages.iter(&self.flows, AGE).for_each(|(_, flow)| flow.end_leg(reason));
+        self.end_all(CloseReason::Drain);
     }
 }
 

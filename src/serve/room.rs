@@ -67,6 +67,10 @@ impl Room {
         Self { limits, borrowed: 0 }
     }
 
+    pub(super) fn limits(&self) -> FlowLimits {
+        self.limits.clone()
+    }
+
     /// Finds a place for one more flow of a client that has `mine`, in a table that has `all`.
     pub(super) fn place(&mut self, mine: usize, all: usize) -> Place {
         if mine >= self.limits.per_client {

@@ -1,1 +1,538 @@
-//! x
+//! One UDP shard as it runs: an epoll loop of its own that moves datagrams in batches.
+//!
+//! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, and the control side's handle
+//! is `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+use tokio::sync::oneshot;
+use tracing::{debug, error, warn};
+
+use crate::name::ListenKey;
+use crate::serve::balancer::Tried;
+use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
+use crate::serve::mmsg::{BATCH, Batch, To, connect_udp};
+use crate::serve::room::FlowLimits;
+use crate::serve::{Target, TargetCell, Verdict};
+use crate::stats::{CloseReason, ConnectFailure, DropReason};
+
+/// What the control side asks of a shard. Obeyed in the order of sending.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve a listener.
+    Add(ListenKey, UdpSocket, TargetCell),
+    /// Close a listener and its flows, then tell.
+    Remove(ListenKey, oneshot::Sender<()>),
+    /// The listener's table or target has changed: close the flows that may not stay.
+    Sweep(ListenKey),
+    /// A listener of this process, of any shard, is open: its address is no client.
+    Opened(SocketAddr),
+    /// A listener of this process, of any shard, is closed.
+    Closed(SocketAddr),
+    /// Panic, to see what happens then.
+    #[cfg(test)]
+    Panic,
+}
+
+/// A shard. Owned by its thread.
+pub(super) struct Shard {
+    epoll: OwnedFd,
+    wake: Arc<OwnedFd>,
+    commands: Receiver<Command>,
+    idle: IdleTimes,
+    table: FlowTable,
+    keys: HashMap<ListenKey, ListenerId>,
+    /// By [`ListenerId::index`].
+    listeners: Vec<Option<Listener>>,
+    /// The sockets to backends, by [`FlowId::index`]. Closing one takes it out of the epoll instance, too.
+    upstream: Vec<Option<UdpSocket>>,
+    /// Empty between turns, as is `order`.
+    batch: Batch,
+    /// The flows of the datagrams in the batch.
+    order: Vec<Outgoing>,
+    complaints: Complaints,
+}
+
+struct Listener {
+    id: ListenerId,
+    key: ListenKey,
+    socket: UdpSocket,
+    target: TargetCell,
+    /// How many datagrams the kernel had dropped at this socket when it last said so.
+    overflow: u32,
+}
+
+/// A datagram of the batch. Sorted, those of one listener are together, in them those of one flow, in the order of
+/// their arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Outgoing {
+    listener: ListenerId,
+    flow: FlowId,
+    slot: u8,
+}
+
+/// Tells listeners from flows in the numbers that epoll hands back; a flow's id leaves this bit free.
+const LISTENER_BIT: u64 = 1 << 63;
+
+/// Commands are waiting.
+const WAKE: u64 = u64::MAX;
+
+/// Events taken at once. What is ready beyond these comes next: epoll goes round.
+const EVENTS: usize = 256;
+
+/// A flow is asked for so many answers first: most have one, and each header that is asked for costs a little.
+const FIRST_ASK: usize = 8;
+
+impl Shard {
+    pub(super) fn new(
+        wake: Arc<OwnedFd>,
+        commands: Receiver<Command>,
+        idle: IdleTimes,
+        limits: FlowLimits,
+    ) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &*wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
+        Ok(Self {
+            epoll,
+            wake,
+            commands,
+            idle,
+            table: FlowTable::new(limits, rand::random(), Instant::now()),
+            keys: HashMap::new(),
+            listeners: Vec::new(),
+            upstream: Vec::new(),
+            batch: Batch::default(),
+            order: Vec::with_capacity(BATCH),
+            complaints: Complaints::default(),
+        })
+    }
+
+    /// Serves until the control side is gone. Sleeps while nothing comes and no flow is left to end.
+    pub(super) fn run(mut self) {
+        let mut events = Vec::with_capacity(EVENTS);
+        loop {
+            events.clear();
+            let timeout = self.table.next_expiry().map(time_until);
+            match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return error!(error = %errno, "a UDP shard cannot wait for its sockets: it stops"),
+            }
+            match catch_unwind(AssertUnwindSafe(|| self.turn(&events, Instant::now()))) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
+                Err(_) => self.begin_anew(),
+            }
+        }
+    }
+
+    /// Clients' datagrams, backends' answers, flows that are over; commands last, so that no event of this turn is
+    /// taken for one of a listener that came in the place of another.
+    fn turn(&mut self, events: &[epoll::Event], now: Instant) -> ControlFlow<()> {
+        let tokens = || events.iter().map(|event| event.data.u64());
+        for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
+            self.forward((token ^ LISTENER_BIT) as usize, now);
+        }
+        for token in tokens().filter(|token| *token & LISTENER_BIT == 0) {
+            self.collect(FlowId::from_bits(token), now);
+        }
+        self.answer();
+        self.table.expire(now, |flow| close(&mut self.upstream, flow));
+        if tokens().any(|token| token == WAKE) { self.obey() } else { ControlFlow::Continue(()) }
+    }
+
+    /// Moves one batch of a listener's datagrams to backends. What else waits comes in the next turn, after others.
+    fn forward(&mut self, index: usize, now: Instant) {
+        let Some(listener) = self.listeners.get_mut(index).and_then(Option::as_mut) else { return };
+        let received = match self.batch.receive(listener.socket.as_fd(), BATCH) {
+            Ok(received) => received,
+            Err(error) => return debug!(listen = %listener.key, %error, "nothing received"),
+        };
+        let target = listener.target.load_full(); // one moment for the whole batch
+        if let Some(overflow) = self.batch.overflow() {
+            let lost = overflow.wrapping_sub(mem::replace(&mut listener.overflow, overflow));
+            target.port.stats.dropped.add(DropReason::Memory, u64::from(lost));
+        }
+        let visit = Visit { listener: listener.id, key: listener.key, target, now };
+        for slot in 0..received {
+            let flow = self.batch.peer(slot).and_then(|client| self.admit(&visit, client));
+            self.order.extend(flow.map(|flow| Outgoing { listener: visit.listener, flow, slot: slot as u8 }));
+        }
+        let mut order = mem::take(&mut self.order);
+        order.sort_unstable();
+        for run in order.chunk_by(|a, b| a.flow == b.flow) {
+            self.deliver(&visit, run);
+        }
+        order.clear();
+        self.order = order;
+        self.batch.clear();
+    }
+
+    /// The flow of a client's datagram, opened if it is new; `None` where nobody gets the datagram.
+    fn admit(&mut self, visit: &Visit, client: SocketAddr) -> Option<FlowId> {
+        let pick = |tried: &Tried| choose(&visit.target, client.ip(), tried, visit.now);
+        match self.table.on_datagram(visit.listener, client, visit.now, pick) {
+            flow::Verdict::Forward(flow) => Some(flow),
+            flow::Verdict::Open { flow, evicted } => {
+                if let Some(evicted) = evicted {
+                    close(&mut self.upstream, evicted);
+                    self.complaints.say(DropReason::FlowLimit, visit);
+                }
+                self.open(visit, flow, client)
+            }
+            flow::Verdict::Drop(reason) => {
+                visit.target.port.stats.dropped.count(reason);
+                self.complaints.say(reason, visit);
+                None
+            }
+        }
+    }
+
+    fn open(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr) -> Option<FlowId> {
+        let choice = self.table.choice(flow)?.clone();
+        match self.connect(flow, choice.backend.address) {
+            Ok(()) => {
+                self.table.opened(flow);
+                debug!(service = %choice.port.name, listen = %visit.key, %client, backend = %choice.backend.address, "flow opened");
+                Some(flow)
+            }
+            Err(error) => {
+                let (failure, reason) = why_not_opened(&error);
+                self.table.failed(flow, failure);
+                choice.port.stats.dropped.count(reason);
+                self.complaints.say(reason, visit);
+                None
+            }
+        }
+    }
+
+    fn connect(&mut self, flow: FlowId, backend: SocketAddr) -> io::Result<()> {
+        let socket = connect_udp(backend)?;
+        let data = epoll::EventData::new_u64(flow.to_bits());
+        epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN)?;
+        if self.upstream.len() <= flow.index() {
+            self.upstream.resize_with(flow.index() + 1, || None);
+        }
+        self.upstream[flow.index()] = Some(socket);
+        Ok(())
+    }
+
+    /// Sends a run of one flow's datagrams. If it turns out that earlier ones were refused, the rest goes to another
+    /// backend at once.
+    fn deliver(&mut self, visit: &Visit, run: &[Outgoing]) {
+        let Some(flow) = run.first().map(|outgoing| outgoing.flow) else { return };
+        let mut slots = [0; BATCH];
+        let slots = slots_of(run, &mut slots);
+        let sent = self.send_upstream(visit, flow, slots);
+        let Some(next) = slots.get(sent) else { return };
+        let (client, rest) = (self.batch.peer(usize::from(*next)), &slots[sent..]);
+        let sent = match client.and_then(|client| self.admit(visit, client)) {
+            Some(flow) => self.send_upstream(visit, flow, rest),
+            None => 1, // counted with its reason
+        };
+        visit.target.port.stats.dropped.add(DropReason::Unreachable, (rest.len() - sent) as u64);
+    }
+
+    /// Sends datagrams to a flow's backend. What the network will not take is counted and left out.
+    ///
+    /// Returns how many are dealt with; fewer than all means that the backend refused and the flow needs another.
+    fn send_upstream(&mut self, visit: &Visit, flow: FlowId, slots: &[u8]) -> usize {
+        let service = &visit.target.port.stats;
+        let socket = self.upstream.get(flow.index()).and_then(Option::as_ref);
+        let (Some(socket), Some(choice)) = (socket, self.table.choice(flow)) else {
+            service.dropped.add(DropReason::FlowLimit, slots.len() as u64); // evicted by its own batch
+            return slots.len();
+        };
+        let mut refused = None;
+        let sent = send_all(&mut self.batch, socket, slots, To::Connected, |at, error| {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                refused = Some(at);
+                return ControlFlow::Break(());
+            }
+            count_unsent(error, slots.len() - at, |reason, count| service.dropped.add(reason, count))
+        });
+        let (datagrams, bytes) = measure(&self.batch, slots, sent);
+        choice.backend.stats.upstream_datagrams.add(datagrams);
+        choice.backend.stats.upstream_bytes.add(bytes);
+        if refused.is_some() {
+            self.refuse(flow, CloseReason::Refused, visit.now);
+        }
+        refused.unwrap_or(slots.len())
+    }
+
+    /// Takes a flow's answers into the batch: at most a batch in one turn.
+    fn collect(&mut self, flow: FlowId, now: Instant) {
+        if self.batch.room() == 0 {
+            self.answer();
+        }
+        let mut ask = FIRST_ASK;
+        while self.table.choice(flow).is_some() && self.batch.room() > 0 {
+            let Some(Some(socket)) = self.upstream.get(flow.index()) else { return };
+            ask = ask.min(self.batch.room());
+            match self.batch.receive(socket.as_fd(), ask) {
+                Ok(received) => {
+                    self.address(flow, received, now);
+                    if received < ask {
+                        return;
+                    }
+                    ask = BATCH;
+                }
+                Err(error) => return self.not_received(flow, &error, now),
+            }
+        }
+    }
+
+    /// Addresses the datagrams that were received last to the flow's client.
+    fn address(&mut self, flow: FlowId, received: usize, now: Instant) {
+        let Some((listener, client)) = self.table.on_reply(flow, now) else { return };
+        for slot in self.batch.count() - received..self.batch.count() {
+            self.batch.set_peer(slot, client);
+            self.order.push(Outgoing { listener, flow, slot: slot as u8 });
+        }
+    }
+
+    fn not_received(&mut self, flow: FlowId, error: &io::Error, now: Instant) {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+            io::ErrorKind::ConnectionRefused => self.refuse(flow, CloseReason::Refused, now),
+            _ => self.refuse(flow, CloseReason::Unreachable, now),
+        }
+    }
+
+    /// Sends the answers in the batch to their clients, each from the address that the client sent to.
+    fn answer(&mut self) {
+        let mut order = mem::take(&mut self.order);
+        order.sort_unstable();
+        for answers in order.chunk_by(|a, b| a.listener == b.listener) {
+            self.send_downstream(answers);
+        }
+        order.clear();
+        self.order = order;
+        self.batch.clear();
+    }
+
+    fn send_downstream(&mut self, answers: &[Outgoing]) {
+        let index = answers.first().map_or(usize::MAX, |answer| answer.listener.index());
+        let Some(listener) = self.listeners.get(index).and_then(Option::as_ref) else { return };
+        let dropped = |at: usize, reason, count| {
+            if let Some(choice) = answers.get(at).and_then(|answer| self.table.choice(answer.flow)) {
+                choice.port.stats.dropped.add(reason, count);
+            }
+        };
+        let mut slots = [0; BATCH];
+        let slots = slots_of(answers, &mut slots);
+        let mut sent = send_all(&mut self.batch, &listener.socket, slots, To::Peers, |at, error| {
+            count_unsent(error, slots.len() - at, |reason, count| dropped(at, reason, count))
+        });
+        for run in answers.chunk_by(|a, b| a.flow == b.flow) {
+            let mut slots = [0; BATCH];
+            let (datagrams, bytes) = measure(&self.batch, slots_of(run, &mut slots), sent);
+            sent = sent.checked_shr(run.len() as u32).unwrap_or(0);
+            if let Some(choice) = run.first().and_then(|answer| self.table.choice(answer.flow)) {
+                choice.backend.stats.downstream_datagrams.add(datagrams);
+                choice.backend.stats.downstream_bytes.add(bytes);
+            }
+        }
+    }
+
+    /// The network says that the flow's backend is not there.
+    fn refuse(&mut self, flow: FlowId, reason: CloseReason, now: Instant) {
+        self.table.on_refused(flow, reason, now);
+        close(&mut self.upstream, flow);
+    }
+
+    /// Does what the control side has asked for; breaks off when it is gone.
+    fn obey(&mut self) -> ControlFlow<()> {
+        let _ = rustix::io::read(&*self.wake, &mut [0; 8]); // before looking, so that no command is missed
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Add(key, socket, target)) => self.add(key, socket, target),
+                Ok(Command::Remove(key, closed)) => {
+                    self.remove(&key);
+                    let _ = closed.send(()); // nobody may wait for it
+                }
+                Ok(Command::Sweep(key)) => self.sweep(&key),
+                Ok(Command::Opened(address)) => self.table.add_own_address(address),
+                Ok(Command::Closed(address)) => self.table.remove_own_address(address),
+                #[cfg(test)]
+                Ok(Command::Panic) => panic!("asked to"),
+                Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
+                Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
+            }
+        }
+    }
+
+    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell) {
+        self.remove(&key); // one socket for each key
+        let id = self.table.add_listener(self.idle);
+        let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
+        if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
+            error!(listen = %key, error = %errno, "cannot wait for datagrams: this listener does not serve");
+            return self.table.remove_listener(id, CloseReason::Drain, |_| {});
+        }
+        if self.listeners.len() <= id.index() {
+            self.listeners.resize_with(id.index() + 1, || None);
+        }
+        self.listeners[id.index()] = Some(Listener { id, key, socket, target, overflow: 0 });
+        self.keys.insert(key, id);
+    }
+
+    fn remove(&mut self, key: &ListenKey) {
+        self.sweep(key); // what goes for its endpoint's sake is counted so
+        let Some(id) = self.keys.remove(key) else { return };
+        self.table.remove_listener(id, CloseReason::Drain, |flow| close(&mut self.upstream, flow));
+        self.listeners[id.index()] = None;
+    }
+
+    fn sweep(&mut self, key: &ListenKey) {
+        let Some(&id) = self.keys.get(key) else { return };
+        let Some(Some(listener)) = self.listeners.get(id.index()) else { return };
+        let target = listener.target.load();
+        let keeps = |client, choice: &Choice| match target.judge(client) {
+            Verdict::Serve(balancer) => {
+                // Ids of backends tell them apart within one ServicePort only.
+                Arc::ptr_eq(&balancer.port, &choice.port) && balancer.serves(&choice.backend)
+            }
+            Verdict::Reject | Verdict::Drop => false,
+        };
+        self.table.sweep(id, keeps, |flow| close(&mut self.upstream, flow));
+    }
+
+    /// After a panic: all flows of this shard begin anew, its listeners stay.
+    fn begin_anew(&mut self) {
+        error!("a UDP shard panicked: its flows begin anew");
+        self.upstream.clear();
+        self.batch.clear();
+        self.order.clear();
+        self.keys.clear();
+        self.table.reset(CloseReason::Panic, rand::random(), Instant::now());
+        for listener in mem::take(&mut self.listeners).into_iter().flatten() {
+            let _ = epoll::delete(&self.epoll, &listener.socket); // its index may be another one now
+            self.add(listener.key, listener.socket, listener.target);
+        }
+        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
+    }
+}
+
+/// What the datagrams of one batch have in common.
+struct Visit {
+    listener: ListenerId,
+    key: ListenKey,
+    target: Arc<Target>,
+    now: Instant,
+}
+
+/// Chooses a backend for a client. *Port unreachable* towards one side of a listener cannot be told by a socket that
+/// serves the other side, so that side's datagrams are dropped and counted.
+fn choose(target: &Target, client: IpAddr, tried: &Tried, now: Instant) -> Result<Choice, DropReason> {
+    match target.judge(client) {
+        Verdict::Serve(balancer) => {
+            let backend = balancer.pick(client, tried, now).ok_or(DropReason::NoEndpoints)?;
+            Ok(Choice { backend, port: Arc::clone(&balancer.port) })
+        }
+        Verdict::Reject => Err(DropReason::NoEndpoints),
+        Verdict::Drop => Err(DropReason::NoLocalEndpoints),
+    }
+}
+
+fn close(upstream: &mut [Option<UdpSocket>], flow: FlowId) {
+    if let Some(socket) = upstream.get_mut(flow.index()) {
+        *socket = None;
+    }
+}
+
+fn slots_of<'a>(run: &[Outgoing], slots: &'a mut [u8; BATCH]) -> &'a [u8] {
+    let count = run.len().min(BATCH);
+    slots.iter_mut().zip(run).for_each(|(slot, outgoing)| *slot = outgoing.slot);
+    &slots[..count]
+}
+
+/// Sends datagrams one after another. `failed` hears which one the kernel would not take, and whether to go on with
+/// the next. Returns a bit for each one that left.
+fn send_all(
+    batch: &mut Batch,
+    socket: &UdpSocket,
+    slots: &[u8],
+    to: To,
+    mut failed: impl FnMut(usize, &io::Error) -> ControlFlow<()>,
+) -> u64 {
+    let (mut at, mut sent) = (0, 0);
+    while at < slots.len() {
+        match batch.send(socket.as_fd(), &slots[at..], to) {
+            Ok(count) => {
+                sent |= (at..at + count).fold(0, |bits, bit| bits | 1 << bit);
+                at += count.max(1);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if failed(at, &error).is_break() => break,
+            Err(_) => at += 1,
+        }
+    }
+    sent
+}
+
+/// Counts a datagram that was not sent, or all `left` where the socket's queue is full.
+fn count_unsent(error: &io::Error, left: usize, mut count: impl FnMut(DropReason, u64)) -> ControlFlow<()> {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => {
+            count(DropReason::Memory, left as u64);
+            return ControlFlow::Break(());
+        }
+        Some(libc::ENOBUFS | libc::ENOMEM) => count(DropReason::Memory, 1),
+        _ => count(DropReason::Unreachable, 1),
+    }
+    ControlFlow::Continue(())
+}
+
+/// Datagrams and payload bytes of the slots whose bit is set.
+fn measure(batch: &Batch, slots: &[u8], sent: u64) -> (u64, u64) {
+    let sent = slots.iter().enumerate().filter(|(at, _)| sent & (1 << at) != 0);
+    sent.fold((0, 0), |(count, bytes), (_, slot)| (count + 1, bytes + batch.length(usize::from(*slot)) as u64))
+}
+
+fn why_not_opened(error: &io::Error) -> (ConnectFailure, DropReason) {
+    match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => (ConnectFailure::FdLimit, DropReason::FdLimit),
+        // EAGAIN is what connect says when it finds no free port for a datagram socket.
+        Some(libc::EAGAIN | libc::EADDRNOTAVAIL | libc::EADDRINUSE) => {
+            (ConnectFailure::LocalPorts, DropReason::LocalPorts)
+        }
+        Some(libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC) => (ConnectFailure::Memory, DropReason::Memory),
+        _ => (ConnectFailure::Unreachable, DropReason::Unreachable),
+    }
+}
+
+/// A little more than until then, as a wait that ends too early would be repeated at once.
+fn time_until(then: Instant) -> Timespec {
+    let time = then.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+    Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) }
+}
+
+/// Says each limit that is reached at most once a minute: under a flood there would be a line per datagram.
+#[derive(Default)]
+struct Complaints([Option<Instant>; DropReason::ALL.len()]);
+
+impl Complaints {
+    const PAUSE: Duration = Duration::from_secs(60);
+
+    fn say(&mut self, reason: DropReason, visit: &Visit) {
+        use DropReason::{FdLimit, FlowLimit, LocalPorts, Memory};
+        let said = &mut self.0[usize::from(reason)];
+        let is_limit = matches!(reason, FdLimit | FlowLimit | LocalPorts | Memory);
+        if is_limit && said.is_none_or(|then| visit.now.saturating_duration_since(then) >= Self::PAUSE) {
+            *said = Some(visit.now);
+            warn!(service = %visit.target.port.name, listen = %visit.key, %reason, "UDP flows give way at a limit");
+        }
+    }
+}
