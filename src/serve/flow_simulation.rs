@@ -29,6 +29,7 @@ fn given_an_adversary_when_it_takes_random_steps_then_the_table_never_contradict
 struct Simulation {
     random: StdRng,
     now: Instant,
+    limits: FlowLimits,
     table: FlowTable,
     listeners: Vec<ListenerId>,
     port: Arc<PortState>,
@@ -46,12 +47,15 @@ struct Shadow {
     last: Instant,
     state: FlowState,
     refused: bool,
+    /// How often it was handed over: each time may round its silence down by a second.
+    moves: u64,
 }
 
 impl Simulation {
     fn new(seed: u64) -> Self {
         let now = Instant::now();
         let name = ServicePortName { service: ObjectName::parse("web"), port: "".into(), protocol: Protocol::Udp };
+        let limits = FlowLimits::split(FLOWS, 2).next().expect("two shards"); // the other shard stays empty
         let backends = (0..5).map(|id| {
             let address = SocketAddr::from(([10, 0, 0, id as u8], 53));
             Arc::new(Backend { id, address, stats: BackendStats::default() })
@@ -59,7 +63,8 @@ impl Simulation {
         let mut world = Self {
             random: StdRng::seed_from_u64(seed),
             now,
-            table: Self::table(now, seed),
+            table: FlowTable::new(limits.clone(), seed, now),
+            limits,
             listeners: Vec::new(),
             port: Arc::new(PortState::new(name)),
             backends: backends.collect(),
@@ -70,15 +75,11 @@ impl Simulation {
         world
     }
 
-    fn table(now: Instant, seed: u64) -> FlowTable {
-        let mut of_two_shards = FlowLimits::split(FLOWS, 2); // the other shard stays empty
-        FlowTable::new(of_two_shards.next().expect("two shards"), seed, now)
-    }
-
     fn run(mut self, steps: usize) {
         for _ in 0..steps {
             match self.random.random_range(0..1000) {
-                0..500 => self.known_client_sends(),
+                0..490 => self.known_client_sends(),
+                490..500 => self.everybody_talks(),
                 500..650 => self.anybody_sends(),
                 650..850 => self.backend_answers(),
                 850..900 => self.backend_refuses(),
@@ -93,6 +94,7 @@ impl Simulation {
         let backends = self.backends.clone();
         drop(self.table);
         assert!(backends.iter().all(|backend| backend.stats.active_flows.get() == 0), "a gauge outlived its table");
+        assert_eq!(self.limits.free(), FLOWS / 2, "shared places outlived their table");
     }
 
     fn known_client_sends(&mut self) {
@@ -106,8 +108,23 @@ impl Simulation {
         self.datagram(SocketAddr::from((ip, port)));
     }
 
+    /// Every open flow becomes a stream.
+    fn everybody_talks(&mut self) {
+        let open: Vec<_> = self.sockets.iter().filter(|(_, socket)| !socket.refused).map(|(flow, _)| *flow).collect();
+        for flow in open {
+            self.answer(flow);
+            let socket = self.sockets[&flow].clone();
+            self.datagram_to(socket.listener, socket.client);
+        }
+    }
+
     fn datagram(&mut self, client: SocketAddr) {
-        let Some(listener) = self.any_listener() else { return };
+        if let Some(listener) = self.any_listener() {
+            self.datagram_to(listener, client);
+        }
+    }
+
+    fn datagram_to(&mut self, listener: ListenerId, client: SocketAddr) {
         let first = self.random.random_range(0..5);
         let choices: Vec<Choice> = (first..first + 5)
             .map(|index| index % 5)
@@ -165,16 +182,19 @@ impl Simulation {
         let backend = self.table.choice(flow).expect("opened").backend.id;
         assert!(self.live.contains(&(backend as usize)), "no datagram to an endpoint that left");
         let (last, state) = (self.now, FlowState::Unreplied);
-        self.sockets.insert(flow, Shadow { listener, client, backend, last, state, refused: false });
+        self.sockets.insert(flow, Shadow { listener, client, backend, last, state, refused: false, moves: 0 });
     }
 
     fn backend_answers(&mut self) {
         let Some((flow, socket)) = self.any_socket() else { return };
-        if socket.refused {
-            return;
+        if !socket.refused {
+            self.answer(flow);
         }
-        assert_eq!(self.table.on_reply(flow, self.now), Some((socket.listener, socket.client)));
+    }
+
+    fn answer(&mut self, flow: FlowId) {
         let socket = self.sockets.get_mut(&flow).expect("it was there");
+        assert_eq!(self.table.on_reply(flow, self.now), Some((socket.listener, socket.client)));
         socket.last = self.now;
         socket.state = socket.state.max(FlowState::Answered);
     }
@@ -202,7 +222,8 @@ impl Simulation {
             let idle = if socket.state == FlowState::Stream { 60 } else { 10 };
             assert!(self.now - socket.last >= Duration::from_secs(idle), "{socket:?} was closed early");
         }
-        let late = self.sockets.values().find(|socket| self.now - socket.last > Duration::from_secs(61));
+        let is_late = |socket: &&Shadow| self.now - socket.last > Duration::from_secs(61 + socket.moves);
+        let late = self.sockets.values().find(is_late);
         assert!(late.is_none(), "{late:?} should be over");
         assert!(!self.table.is_overdue(self.now));
     }
@@ -244,7 +265,8 @@ impl Simulation {
     fn hand_over(&mut self) {
         let records = self.table.export(self.now);
         assert_eq!(records.len(), self.sockets.values().filter(|socket| !socket.refused).count());
-        let mut table = Self::table(self.now, self.random.random());
+        self.limits = FlowLimits::split(FLOWS, 2).next().expect("two shards");
+        let mut table = FlowTable::new(self.limits.clone(), self.random.random(), self.now);
         let renamed: BTreeMap<_, _> =
             self.listeners.iter().map(|old| (*old, table.add_listener(IdleTimes::default()))).collect();
         let mut sockets = BTreeMap::new();
@@ -257,6 +279,7 @@ impl Simulation {
             let same = |socket: &&Shadow| (socket.listener, socket.client) == (record.listener, record.client);
             let mut socket = self.sockets.values().find(same).expect("exported from a socket").clone();
             socket.listener = renamed[&record.listener];
+            socket.moves += 1;
             assert_eq!((socket.backend, socket.state), (backend.id, record.state));
             sockets.insert(flow, socket);
         }

@@ -35,6 +35,11 @@ impl FlowLimits {
         let per_client = (flows / 4).max(1);
         (0..shards).map(move |_| Self { own, shared: Arc::clone(&shared), per_client })
     }
+
+    #[cfg(test)]
+    pub(super) fn free(&self) -> usize {
+        self.shared.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Places that no table holds now.

@@ -536,3 +536,100 @@ impl Complaints {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use arc_swap::ArcSwap;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+    use crate::name::{Family, Protocol};
+    use crate::serve::mmsg::bind_udp;
+    use crate::serve::udp::tests::{backend, balancer, loopback, plain, target_of};
+
+    /// A shard whose loop does not run: its steps are called by hand.
+    fn still_shard() -> Shard {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("a descriptor");
+        let (_, commands) = channel();
+        let limits = FlowLimits::split(8, 1).next().expect("one shard");
+        Shard::new(Arc::new(wake), commands, IdleTimes::default(), limits).expect("a descriptor")
+    }
+
+    #[test]
+    fn t191_given_a_refusal_is_met_only_when_sending_when_a_run_is_sent_then_all_of_it_goes_to_another_backend() {
+        let (dead, alive) = (plain(loopback()), plain(loopback()));
+        let refusing = backend(1, dead.local_addr().expect("bound"));
+        let serving = backend(2, alive.local_addr().expect("bound"));
+        drop(dead);
+        let balancer = balancer(Family::V4, &[&refusing, &serving]);
+        let address = SocketAddr::from(([127, 18, 2, 1], 5300));
+        let mut shard = still_shard();
+        let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
+        let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
+        shard.add(key, bind_udp(address).expect("a free address"), target);
+        let client = plain(loopback());
+
+        client.send_to(b"lost", address).expect("sent");
+        shard.forward(0, Instant::now()); // on loopback, the refusal has come before this returns
+        client.send_to(b"first", address).expect("sent");
+        client.send_to(b"second", address).expect("sent");
+        shard.forward(0, Instant::now());
+
+        let mut buffer = [0; 16];
+        assert_eq!(alive.recv(&mut buffer).expect("a datagram"), 5);
+        assert_eq!(alive.recv(&mut buffer).expect("a datagram"), 6);
+        assert_eq!(refusing.stats.closed.get(CloseReason::Refused), 1);
+        assert_eq!(serving.stats.upstream_datagrams.get(), 2);
+        assert_eq!(balancer.port.stats.retries.get(), 1);
+    }
+
+    #[test]
+    fn f16_given_a_datagram_that_the_kernel_will_not_take_when_a_batch_is_sent_then_the_others_leave() {
+        let (sender, receiver) = (plain(loopback()), plain(loopback()));
+        let mut batch = Batch::default();
+        for payload in [b"a", b"b", b"c"] {
+            let own = sender.local_addr().expect("bound");
+            receiver.send_to(payload, own).expect("sent");
+        }
+        while batch.count() < 3 {
+            batch.receive(sender.as_fd(), BATCH).expect("on loopback they are here already");
+        }
+        batch.set_peer(1, SocketAddr::from(([127, 0, 0, 1], 0))); // nobody can be sent to there
+
+        let mut failed = Vec::new();
+        let sent = send_all(&mut batch, &sender, &[0, 1, 2], To::Peers, |at, error| {
+            failed.push(at);
+            count_unsent(error, 3 - at, |reason, count| assert_eq!((reason, count), (DropReason::Unreachable, 1)))
+        });
+
+        assert_eq!((sent, failed), (0b101, vec![1]));
+        assert_eq!(measure(&batch, &[0, 1, 2], sent), (2, 2));
+    }
+
+    #[test]
+    fn f16_given_errors_of_sending_when_counted_then_a_full_queue_takes_the_rest_with_it() {
+        let outcome = |errno| {
+            let mut counted = None;
+            let error = io::Error::from_raw_os_error(errno);
+            let flow = count_unsent(&error, 5, |reason, count| counted = Some((reason, count)));
+            (counted, flow.is_break())
+        };
+
+        assert_eq!(outcome(libc::EAGAIN), (Some((DropReason::Memory, 5)), true));
+        assert_eq!(outcome(libc::ENOBUFS), (Some((DropReason::Memory, 1)), false));
+        assert_eq!(outcome(libc::EHOSTUNREACH), (Some((DropReason::Unreachable, 1)), false));
+    }
+
+    #[test]
+    fn given_errors_of_opening_when_named_then_ports_descriptors_and_memory_are_told_apart() {
+        let reason = |errno| why_not_opened(&io::Error::from_raw_os_error(errno)).1;
+
+        assert_eq!(reason(libc::EMFILE), DropReason::FdLimit);
+        assert_eq!(reason(libc::EAGAIN), DropReason::LocalPorts);
+        assert_eq!(reason(libc::EADDRNOTAVAIL), DropReason::LocalPorts);
+        assert_eq!(reason(libc::ENOBUFS), DropReason::Memory);
+        assert_eq!(reason(libc::ENETUNREACH), DropReason::Unreachable);
+    }
+}

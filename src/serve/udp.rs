@@ -167,7 +167,7 @@ impl Drop for Handle {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeSet;
     use std::io::ErrorKind;
     use std::net::SocketAddr;
@@ -202,19 +202,12 @@ mod tests {
         fn start_with(address: &str, backends: &[&Arc<Backend>], options: UdpOptions) -> Self {
             let address: SocketAddr = address.parse().expect("an address");
             let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
-            let port =
-                ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
-            let state = Arc::new(PortState::new(port.clone()));
-            let family = Family::of(address.ip());
-            let balancer_key = BalancerKey { port, family, scope: Scope::Cluster };
-            let balancer = Arc::new(Balancer::new(balancer_key, Arc::clone(&state), table(backends)));
-            let verdict = Verdict::Serve(Arc::clone(&balancer));
-            let target = Target { port: state, outside: verdict.clone(), inside: verdict, inside_of: [].into() };
+            let balancer = balancer(Family::of(address.ip()), backends);
             let service = Self {
                 shards: UdpShards::start(2, options).expect("threads"),
                 key,
+                target: Arc::new(ArcSwap::from_pointee(target_of(&balancer))),
                 balancer,
-                target: Arc::new(ArcSwap::from_pointee(target)),
             };
             service.bind();
             service
@@ -236,6 +229,14 @@ mod tests {
             self.shards.sweep(self.key);
         }
 
+        /// Waits until the listener's shard has carried out all commands so far.
+        fn obeyed(&self) {
+            let (done, is_done) = oneshot::channel();
+            let nobody = ListenKey::new(self.key.address.ip(), 1, Protocol::Udp);
+            self.shards.shard_of(&self.key).send(Command::Remove(nobody, done));
+            wait(is_done).expect("the shard runs");
+        }
+
         fn client(&self) -> UdpSocket {
             let client = plain(SocketAddr::new(self.key.address.ip(), 0));
             client.connect(self.key.address).expect("connected");
@@ -249,6 +250,19 @@ mod tests {
         fn dropped(&self, reason: DropReason) -> u64 {
             self.balancer.port.stats.dropped.get(reason)
         }
+    }
+
+    /// A balancer of a Service of its own.
+    pub(in crate::serve) fn balancer(family: Family, backends: &[&Arc<Backend>]) -> Arc<Balancer> {
+        let port = ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
+        let state = Arc::new(PortState::new(port.clone()));
+        Arc::new(Balancer::new(BalancerKey { port, family, scope: Scope::Cluster }, state, table(backends)))
+    }
+
+    /// Both sides served by one balancer.
+    pub(in crate::serve) fn target_of(balancer: &Arc<Balancer>) -> Target {
+        let verdict = Verdict::Serve(Arc::clone(balancer));
+        Target { port: Arc::clone(&balancer.port), outside: verdict.clone(), inside: verdict, inside_of: [].into() }
     }
 
     fn table(backends: &[&Arc<Backend>]) -> Table {
@@ -267,17 +281,17 @@ mod tests {
         }
     }
 
-    fn plain(address: SocketAddr) -> UdpSocket {
+    pub(in crate::serve) fn plain(address: SocketAddr) -> UdpSocket {
         let socket = UdpSocket::bind(address).expect("a loopback address");
         socket.set_read_timeout(Some(DEADLINE)).expect("a deadline");
         socket
     }
 
-    fn loopback() -> SocketAddr {
+    pub(in crate::serve) fn loopback() -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], 0))
     }
 
-    fn backend(id: u32, address: SocketAddr) -> Arc<Backend> {
+    pub(in crate::serve) fn backend(id: u32, address: SocketAddr) -> Arc<Backend> {
         Arc::new(Backend { id, address, stats: BackendStats::default() })
     }
 
@@ -331,7 +345,7 @@ mod tests {
         answer(client)
     }
 
-    fn answer(client: &UdpSocket) -> Vec<u8> {
+    pub(in crate::serve) fn answer(client: &UdpSocket) -> Vec<u8> {
         let mut buffer = vec![0; 65_536];
         let length = client.recv(&mut buffer).expect("an answer");
         buffer.truncate(length);
@@ -536,12 +550,8 @@ mod tests {
         let client = service.client();
         ask(&client, b"hello");
 
-        let state = Arc::new(PortState::new(service.balancer.key.port.clone()));
-        let key = service.balancer.key.clone();
-        let other = Arc::new(Balancer::new(key, Arc::clone(&state), table(&[&echoes[1].backend])));
-        let verdict = Verdict::Serve(other);
-        let target = Target { port: state, outside: verdict.clone(), inside: verdict, inside_of: [].into() };
-        service.target.store(Arc::new(target));
+        let other = balancer(Family::V4, &[&echoes[1].backend]);
+        service.target.store(Arc::new(target_of(&other)));
         service.shards.sweep(service.key);
         until("the old flow ends", || echoes[0].backend.stats.active_flows.get() == 0);
 
@@ -577,6 +587,7 @@ mod tests {
 
         // As if somebody had sent with the other listener's address as the source.
         service.shards.add(key, socket, Arc::clone(&service.target));
+        service.obeyed();
         spoofed.send_to(b"round and round", service.key.address).expect("sent");
 
         until("it is dropped", || service.dropped(DropReason::Loop) == 1);
