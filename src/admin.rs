@@ -1,1 +1,649 @@
-//! placeholder
+//! Our own HTTP: health for load balancers and probes; metrics, status and readiness for operators.
+//!
+//! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics` and `live`.
+//! Small on purpose: GET and HEAD, no TLS, bounded in connections, time and header size.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue, SERVER, X_CONTENT_TYPE_OPTIONS};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{debug, info, warn};
+
+use crate::lifecycle::Readiness;
+use crate::live::LiveReport;
+use crate::name::{ListenKey, Protocol};
+use crate::remedy::{self, BindFailure};
+use crate::status::Status;
+use crate::timestamp::rfc3339;
+use crate::{metrics, peer};
+
+/// Connections of one server. One more, and the oldest makes room: somebody who only holds connections open cannot keep a scrape out.
+const CONNECTION_LIMIT: usize = 64;
+/// Time from the start of a connection, or from the answer before, to the end of a request's headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size of a request's headers. No smaller than what hyper reads at once.
+const HEADER_LIMIT_BYTES: usize = 8 << 10;
+/// Time between tries to bind an address that is taken.
+const BIND_RETRY: Duration = Duration::from_secs(5);
+/// Pause after a failed accept: most causes (no descriptor left) do not end at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a server tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Surface {
+    /// `/healthz` and `/livez` as kube-proxy answers them. Harmless: anybody may ask, under any host name.
+    Health,
+    /// `/metrics`, `/status`, `/readyz` and more.
+    Metrics,
+}
+
+impl Surface {
+    /// What may be asked for.
+    pub fn paths(self) -> &'static [&'static str] {
+        match self {
+            Self::Health => &["/healthz", "/livez"],
+            Self::Metrics => &["/metrics", "/status", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
+        }
+    }
+}
+
+/// Where to answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdminOptions {
+    /// Addresses of [`Surface::Metrics`], no wildcards. From `--metrics-bind-address`.
+    pub metrics: Vec<SocketAddr>,
+    /// Addresses of [`Surface::Health`], no wildcards. From `--healthz-bind-address`.
+    pub health: Vec<SocketAddr>,
+    /// An address that cannot be bound is an error of [`start`], not a reason to try again. From `--bind-address-hard-fail`.
+    pub hard_fail: bool,
+}
+
+/// An admin address could not be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("admin server: cannot listen on {address}: {remedy}")]
+pub struct AdminError {
+    /// The address.
+    pub address: SocketAddr,
+    /// What an operator can do.
+    pub remedy: String,
+    source: io::Error,
+}
+
+/// Running servers. Dropping it ends them and their connections.
+#[derive(Debug)]
+pub struct Admin {
+    bound: Vec<(Surface, SocketAddr)>,
+    _servers: JoinSet<()>,
+}
+
+impl Admin {
+    /// The addresses that were bound at the start, in the order of the options (metrics first).
+    pub fn bound(&self) -> &[(Surface, SocketAddr)] {
+        &self.bound
+    }
+}
+
+/// Binds all addresses and answers on them. One that cannot be bound is tried again every 5 s, unless `hard_fail` is set.
+pub async fn start(
+    options: AdminOptions,
+    status: watch::Receiver<Arc<Status>>,
+    readiness: Readiness,
+) -> Result<Admin, AdminError> {
+    let mut admin = Admin { bound: Vec::new(), _servers: JoinSet::new() };
+    let view = Arc::new(View { readiness, updated_s: AtomicU64::new(now_s()), status });
+    admin._servers.spawn(note_updates(Arc::clone(&view)));
+    let metrics = options.metrics.iter().map(|address| (Surface::Metrics, *address));
+    let health = options.health.iter().map(|address| (Surface::Health, *address));
+    for (surface, address) in metrics.chain(health) {
+        let view = Arc::clone(&view);
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                admin.bound.push((surface, listener.local_addr().unwrap_or(address)));
+                admin._servers.spawn(serve(listener, surface, view, HEADER_TIMEOUT));
+            }
+            Err(source) => {
+                let error = AdminError { address, remedy: remedy_of(address, &source).await, source };
+                if options.hard_fail {
+                    return Err(error);
+                }
+                warn!(listen = %address, reason = %BindFailure::of(&error.source), error = %error.source,
+                    "{error}; trying again every {} s", BIND_RETRY.as_secs());
+                admin._servers.spawn(serve_once_bound(address, surface, view));
+            }
+        }
+    }
+    Ok(admin)
+}
+
+async fn serve_once_bound(address: SocketAddr, surface: Surface, view: Arc<View>) {
+    loop {
+        tokio::time::sleep(BIND_RETRY).await;
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                info!(listen = %address, "admin server listens now");
+                return serve(listener, surface, view, HEADER_TIMEOUT).await;
+            }
+            Err(error) => debug!(listen = %address, %error, "admin server still cannot listen"),
+        }
+    }
+}
+
+/// Whose it is, if it is one of us, is worth more than any advice.
+async fn remedy_of(address: SocketAddr, error: &io::Error) -> String {
+    let failure = BindFailure::of(error);
+    if failure == BindFailure::InUse
+        && let Some(pid) = peer::pid(address).await
+    {
+        return format!("another kube-relay (pid {pid}) answers there: stop it, or give this one another address");
+    }
+    let key = ListenKey { address, protocol: Protocol::Tcp };
+    remedy::remedy(failure, key).unwrap_or_else(|| "give it another address, or `none`".into())
+}
+
+/// What the servers read. Shared by all of them.
+struct View {
+    status: watch::Receiver<Arc<Status>>,
+    readiness: Readiness,
+    /// When the relay last took a change in, in seconds since 1970.
+    updated_s: AtomicU64,
+}
+
+impl View {
+    fn snapshot(&self) -> Arc<Status> {
+        Arc::clone(&self.status.borrow())
+    }
+
+    /// The control task lives: it holds the other end of the channel.
+    fn is_healthy(&self) -> bool {
+        self.status.has_changed().is_ok()
+    }
+}
+
+async fn note_updates(view: Arc<View>) {
+    let mut status = view.status.clone();
+    while status.changed().await.is_ok() {
+        view.updated_s.store(now_s(), Ordering::Relaxed);
+    }
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Connections of one server, oldest first. Dropping it ends them.
+#[derive(Default)]
+struct Connections {
+    tasks: JoinSet<()>,
+    oldest_first: VecDeque<AbortHandle>,
+}
+
+impl Connections {
+    fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
+        while self.tasks.try_join_next().is_some() {}
+        self.oldest_first.retain(|task| !task.is_finished());
+        if self.oldest_first.len() >= CONNECTION_LIMIT
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            oldest.abort();
+        }
+        self.oldest_first.push_back(self.tasks.spawn(connection));
+    }
+}
+
+async fn serve(listener: TcpListener, surface: Surface, view: Arc<View>, header_timeout: Duration) {
+    let mut connections = Connections::default();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => connections.add(converse(stream, surface, Arc::clone(&view), header_timeout)),
+            Err(error) => {
+                debug!(%error, "admin server cannot accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: TcpStream, surface: Surface, view: Arc<View>, header_timeout: Duration) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let view = Arc::clone(&view);
+        async move { Ok::<_, Infallible>(answer(request, surface, view).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .max_header_size(HEADER_LIMIT_BYTES)
+        .max_buf_size(HEADER_LIMIT_BYTES)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = connection.await {
+        debug!(%error, "admin connection ended early");
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+async fn answer(request: Request<Incoming>, surface: Surface, view: Arc<View>) -> Answer {
+    let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        response
+    } else if surface == Surface::Metrics && !host_is_allowed(&request) {
+        text(StatusCode::FORBIDDEN, "ask by IP address or localhost: other names are refused (DNS rebinding)\n")
+    } else {
+        match surface {
+            Surface::Health => health(request.uri().path(), &view),
+            Surface::Metrics => operators(&request, view).await,
+        }
+    };
+    let headers = response.headers_mut();
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if let Ok(introduction) = HeaderValue::from_str(&peer::introduction()) {
+        headers.insert(SERVER, introduction);
+    }
+    response
+}
+
+/// A page in a browser may reach this server under a name that its author controls, and read the answer as its own. So
+/// only addresses and localhost count as names of ours.
+fn host_is_allowed(request: &Request<Incoming>) -> bool {
+    let in_header = request.headers().get(HOST).map(|host| host.to_str().unwrap_or_default());
+    match request.uri().authority().map(|authority| authority.as_str()).or(in_header) {
+        Some(host) => is_address_or_localhost(host),
+        // Browsers always send one; old probes do not.
+        None => request.version() < Version::HTTP_11,
+    }
+}
+
+/// `127.0.0.1`, `[::1]:10249`, `localhost:10249`, `view.localhost`.
+fn is_address_or_localhost(host: &str) -> bool {
+    if host.parse::<SocketAddr>().is_ok() || host.parse::<IpAddr>().is_ok() {
+        return true;
+    }
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let literal = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let name = name.to_ascii_lowercase();
+    literal.is_some_and(|ip| ip.parse::<IpAddr>().is_ok()) || name == "localhost" || name.ends_with(".localhost")
+}
+
+fn health(path: &str, view: &View) -> Answer {
+    match path {
+        "/healthz" => health_document(view, true),
+        "/livez" => health_document(view, false),
+        _ => not_found(Surface::Health),
+    }
+}
+
+/// kube-proxy's document. The node counts as eligible: a static source knows no Node that could be deleted.
+fn health_document(view: &View, with_node: bool) -> Answer {
+    let healthy = view.is_healthy();
+    let now = SystemTime::now();
+    // "Now" while healthy, as kube-proxy says it: readers take an old time for a stuck proxy.
+    let updated = if healthy { now } else { UNIX_EPOCH + Duration::from_secs(view.updated_s.load(Ordering::Relaxed)) };
+    let family = json!({ "lastUpdated": rfc3339(updated), "healthy": healthy });
+    let mut document = json!({
+        "lastUpdated": rfc3339(updated),
+        "currentTime": rfc3339(now),
+        "healthy": healthy,
+        "status": { "IPv4": family, "IPv6": family },
+    });
+    if with_node {
+        document["nodeEligible"] = true.into();
+    }
+    let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    response(code, "application/json", document.to_string())
+}
+
+async fn operators(request: &Request<Incoming>, view: Arc<View>) -> Answer {
+    match request.uri().path() {
+        "/metrics" => {
+            let page = off_the_workers(move || metrics::render(&view.snapshot(), view.readiness.is_ready())).await;
+            page.map_or_else(failed, |page| response(StatusCode::OK, metrics::CONTENT_TYPE, page))
+        }
+        "/status" => {
+            let document = off_the_workers(move || serde_json::to_string(&LiveReport::of(&view.snapshot()))).await;
+            match document {
+                Some(Ok(document)) => response(StatusCode::OK, "application/json", document),
+                Some(Err(_)) | None => failed(),
+            }
+        }
+        "/readyz" => readyz(&view.readiness, request.uri().query().is_some_and(|query| query.starts_with("verbose"))),
+        "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
+        "/proxyMode" => text(StatusCode::OK, "userspace"),
+        _ => not_found(Surface::Metrics),
+    }
+}
+
+/// Rendering ten thousand Services takes milliseconds that a worker owes to its connections. `None`: it panicked.
+async fn off_the_workers<T: Send + 'static>(render: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(render).await.ok()
+}
+
+fn readyz(readiness: &Readiness, verbose: bool) -> Answer {
+    let ready = readiness.is_ready();
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body = match (verbose, ready) {
+        (false, true) => "ok".to_owned(),
+        (false, false) => format!("not ready: {}\n", readiness.blockers().join(", ")),
+        (true, _) => {
+            let lines = readiness.checks().into_iter().map(|(name, passed)| match passed {
+                true => format!("[+]{name} ok\n"),
+                false => format!("[-]{name} not yet\n"),
+            });
+            let sum = if ready { "passed" } else { "failed" };
+            lines.collect::<String>() + "readyz check " + sum + "\n"
+        }
+    };
+    text(code, body)
+}
+
+fn not_found(surface: Surface) -> Answer {
+    text(StatusCode::NOT_FOUND, format!("there is:\n{}\n", surface.paths().join("\n")))
+}
+
+fn failed() -> Answer {
+    text(StatusCode::INTERNAL_SERVER_ERROR, "this answer could not be made; the log may tell why\n")
+}
+
+fn text(code: StatusCode, body: impl Into<Bytes>) -> Answer {
+    response(code, "text/plain; charset=utf-8", body)
+}
+
+fn response(code: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = code;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::lifecycle::{LISTENERS, SOURCE};
+    use crate::live::sample;
+
+    const LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+    /// Both surfaces on loopback, and the two things that they read.
+    struct Served {
+        admin: Admin,
+        status: watch::Sender<Arc<Status>>,
+        readiness: Readiness,
+    }
+
+    impl Served {
+        async fn start() -> Self {
+            let (status, receiver) = watch::channel(Arc::new(sample::status()));
+            let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
+            let options = AdminOptions { metrics: vec![LOCALHOST], health: vec![LOCALHOST], hard_fail: true };
+            let admin = start(options, receiver, readiness.clone()).await.expect("port 0 is free");
+            Self { admin, status, readiness }
+        }
+
+        fn address(&self, surface: Surface) -> SocketAddr {
+            let mut bound = self.admin.bound().iter();
+            bound.find(|(found, _)| *found == surface).expect("both are bound").1
+        }
+
+        async fn get(&self, surface: Surface, path: &str) -> String {
+            self.ask(surface, &format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")).await
+        }
+
+        async fn ask(&self, surface: Surface, request: &str) -> String {
+            let mut stream = TcpStream::connect(self.address(surface)).await.expect("it listens");
+            stream.write_all(request.as_bytes()).await.expect("it reads");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.expect("it answers");
+            answer
+        }
+    }
+
+    fn body(answer: &str) -> &str {
+        answer.split_once("\r\n\r\n").expect("headers and body").1
+    }
+
+    #[tokio::test]
+    async fn given_a_running_relay_when_metrics_are_asked_for_then_the_content_type_is_exact() {
+        let served = Served::start().await;
+
+        let answer = served.get(Surface::Metrics, "/metrics").await;
+
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{answer}");
+        assert!(body(&answer).contains("kuberelay_connections_total{"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn given_a_running_relay_when_its_status_is_asked_for_then_the_report_comes_back() {
+        let served = Served::start().await;
+
+        let live = peer::status(served.address(Surface::Metrics)).await.expect("a status");
+
+        assert_eq!((live.pid, live.revision), (std::process::id(), 7));
+        assert_eq!(live.report.services.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn t215_given_the_metrics_surface_when_the_proxy_mode_is_asked_for_then_it_is_userspace() {
+        let served = Served::start().await;
+
+        let answer = served.get(Surface::Metrics, "/proxyMode").await;
+
+        assert_eq!(body(&answer), "userspace");
+        assert!(answer.contains("\r\ncontent-type: text/plain; charset=utf-8\r\n"), "{answer}");
+        assert!(answer.contains("\r\nx-content-type-options: nosniff\r\n"), "{answer}");
+        for path in ["/livez", "/healthz"] {
+            assert_eq!(body(&served.get(Surface::Metrics, path).await), "ok");
+        }
+    }
+
+    #[tokio::test]
+    async fn given_blockers_when_readiness_is_asked_for_then_they_are_named_until_cleared() {
+        let served = Served::start().await;
+
+        let blocked = served.get(Surface::Metrics, "/readyz").await;
+        served.readiness.clear(SOURCE);
+        let verbose = served.get(Surface::Metrics, "/readyz?verbose").await;
+        served.readiness.clear(LISTENERS);
+        let ready = served.get(Surface::Metrics, "/readyz").await;
+
+        assert!(blocked.starts_with("HTTP/1.1 503 "), "{blocked}");
+        assert_eq!(body(&blocked), "not ready: listeners, source\n");
+        assert_eq!(body(&verbose), "[-]listeners not yet\n[+]source ok\nreadyz check failed\n");
+        assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
+    }
+
+    #[tokio::test]
+    async fn t208_t212_given_a_live_relay_when_health_is_asked_for_then_both_families_are_well_and_livez_has_no_node() {
+        let served = Served::start().await;
+
+        let healthz = served.get(Surface::Health, "/healthz").await;
+        let livez = served.get(Surface::Health, "/livez").await;
+
+        assert!(healthz.starts_with("HTTP/1.1 200 "), "{healthz}");
+        let document: serde_json::Value = serde_json::from_str(body(&healthz)).expect("JSON");
+        assert_eq!(document["nodeEligible"], true);
+        assert_eq!(document["status"]["IPv4"]["healthy"], true);
+        assert_eq!(document["status"]["IPv6"]["healthy"], true);
+        assert_eq!(document["lastUpdated"], document["currentTime"], "T213: now while healthy");
+        assert!(!body(&livez).contains("nodeEligible"), "{livez}");
+    }
+
+    #[tokio::test]
+    async fn given_the_control_task_is_gone_when_health_is_asked_for_then_it_is_503() {
+        let served = Served::start().await;
+        let address = served.address(Surface::Health);
+        drop(served.status);
+
+        let mut stream = TcpStream::connect(address).await.expect("it listens");
+        stream.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await.expect("it reads");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("it answers");
+
+        assert!(answer.starts_with("HTTP/1.0 503 "), "{answer}");
+        assert!(body(&answer).contains(r#""healthy":false"#), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn given_an_unknown_path_when_asked_for_then_404_lists_what_there_is() {
+        let served = Served::start().await;
+
+        let metrics = served.get(Surface::Metrics, "/").await;
+        let health = served.get(Surface::Health, "/status").await;
+
+        assert!(metrics.starts_with("HTTP/1.1 404 ") && body(&metrics).contains("\n/proxyMode\n"), "{metrics}");
+        assert!(health.starts_with("HTTP/1.1 404 ") && body(&health) == "there is:\n/healthz\n/livez\n", "{health}");
+    }
+
+    #[tokio::test]
+    async fn given_a_foreign_host_name_when_asked_then_only_the_metrics_surface_refuses() {
+        let served = Served::start().await;
+        let request =
+            |path: &str| format!("GET {path} HTTP/1.1\r\nhost: rebound.example:10249\r\nconnection: close\r\n\r\n");
+
+        assert!(served.ask(Surface::Metrics, &request("/status")).await.starts_with("HTTP/1.1 403 "));
+        assert!(
+            served.ask(Surface::Metrics, &request("http://rebound.example/status")).await.starts_with("HTTP/1.1 403 ")
+        );
+        assert!(served.ask(Surface::Health, &request("/healthz")).await.starts_with("HTTP/1.1 200 "));
+    }
+
+    #[test]
+    fn given_host_names_when_judged_then_addresses_and_localhost_pass() {
+        for good in [
+            "127.0.0.1",
+            "127.0.0.1:10249",
+            "10.0.0.5:80",
+            "[::1]",
+            "[::1]:80",
+            "::1",
+            "localhost",
+            "LOCALHOST:80",
+            "relay.localhost:1",
+        ] {
+            assert!(is_address_or_localhost(good), "{good}");
+        }
+        for bad in [
+            "",
+            "example.com",
+            "localhost.example.com:80",
+            "127.0.0.1.example.com",
+            "notlocalhost",
+            "[::1].example.com",
+        ] {
+            assert!(!is_address_or_localhost(bad), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn given_head_and_post_when_asked_then_one_has_no_body_and_the_other_is_refused() {
+        let served = Served::start().await;
+
+        let head = served
+            .ask(Surface::Metrics, "HEAD /proxyMode HTTP/1.1\r\nhost: [::1]:10249\r\nconnection: close\r\n\r\n")
+            .await;
+        let post = served
+            .ask(
+                Surface::Metrics,
+                "POST /status HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+            )
+            .await;
+
+        assert!(head.starts_with("HTTP/1.1 200 ") && head.contains("content-length: 9\r\n"), "{head}");
+        assert_eq!(body(&head), "");
+        assert!(post.starts_with("HTTP/1.1 405 ") && post.contains("allow: GET, HEAD\r\n"), "{post}");
+    }
+
+    #[tokio::test]
+    async fn given_headers_that_never_end_when_the_time_is_over_then_the_connection_is_closed() {
+        let served = Served::start().await;
+        let listener = TcpListener::bind(LOCALHOST).await.expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let view = View { status: served.status.subscribe(), readiness: served.readiness.clone(), updated_s: 0.into() };
+        let mut servers = JoinSet::new();
+        servers.spawn(serve(listener, Surface::Metrics, Arc::new(view), Duration::from_millis(20)));
+
+        let mut stream = TcpStream::connect(address).await.expect("it listens");
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: ").await.expect("it reads");
+        let mut rest = Vec::new();
+
+        // Ends only because the server closes; a reset counts as well.
+        let _ = stream.read_to_end(&mut rest).await;
+        assert!(!rest.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&rest));
+    }
+
+    #[tokio::test]
+    async fn given_headers_that_are_too_large_when_sent_then_they_are_refused() {
+        let served = Served::start().await;
+        let large = "a".repeat(HEADER_LIMIT_BYTES);
+
+        let request = format!("GET /livez HTTP/1.1\r\nhost: localhost\r\nx: {large}\r\n\r\n");
+        let mut stream = TcpStream::connect(served.address(Surface::Metrics)).await.expect("it listens");
+        stream.write_all(request.as_bytes()).await.expect("the kernel takes it");
+        let mut answer = Vec::new();
+
+        // What the server did not read makes its close a reset, which may overtake the refusal.
+        let end = stream.read_to_end(&mut answer).await;
+        assert!(answer.starts_with(b"HTTP/1.1 431 ") || end.is_err(), "{}", String::from_utf8_lossy(&answer));
+    }
+
+    #[tokio::test]
+    async fn given_more_idle_connections_than_allowed_when_somebody_asks_then_the_oldest_made_room() {
+        let served = Served::start().await;
+        let address = served.address(Surface::Metrics);
+        let mut idle = vec![];
+        for _ in 0..CONNECTION_LIMIT {
+            idle.push(TcpStream::connect(address).await.expect("it listens"));
+        }
+
+        let answer = served.get(Surface::Metrics, "/livez").await;
+
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert_eq!(idle[0].read(&mut [0; 1]).await.unwrap_or(0), 0, "the oldest is closed");
+    }
+
+    #[tokio::test]
+    async fn given_a_second_kube_relay_when_it_binds_the_same_address_then_the_first_is_named() {
+        let first = Served::start().await;
+        let address = first.address(Surface::Health);
+        let options = AdminOptions { health: vec![address], hard_fail: true, ..AdminOptions::default() };
+
+        let error = start(options, first.status.subscribe(), first.readiness.clone()).await.expect_err("taken");
+
+        let text = error.to_string();
+        assert!(text.contains(&address.to_string()), "{text}");
+        assert!(text.contains(&format!("another kube-relay (pid {})", std::process::id())), "{text}");
+    }
+
+    #[tokio::test]
+    async fn given_a_taken_address_when_started_without_hard_fail_then_the_other_surface_is_served() {
+        let taken = TcpListener::bind(LOCALHOST).await.expect("a free port");
+        let health = vec![taken.local_addr().expect("a bound socket")];
+        let (_status, receiver) = watch::channel(Arc::new(Status::default()));
+        let options = AdminOptions { metrics: vec![LOCALHOST], health, hard_fail: false };
+
+        let admin = start(options, receiver, Readiness::blocked_by(&[])).await.expect("not fatal");
+
+        assert_eq!(admin.bound().len(), 1);
+        assert_eq!(admin.bound()[0].0, Surface::Metrics);
+    }
+}

@@ -1,1 +1,186 @@
-//! placeholder
+//! What the program works with, as checked values; every default is a constant here.
+//!
+//! How people write it is `cli` (flags and environment) and `value` (grammar). Each value is parsed once, there.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::endpoints::Node;
+use crate::host::{Host, NodePortSelector, node_port_addresses};
+use crate::lifecycle::ShutdownTimes;
+use crate::logs::LogOptions;
+use crate::plan::{Expose, PlanOptions};
+
+/// `--metrics-bind-address`: metrics, status and readiness, on loopback since they tell a lot.
+pub const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// `--healthz-bind-address` with a static source. kube-proxy's port.
+pub const DEFAULT_HEALTHZ_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
+/// `--nodeport-addresses` with a static source: nobody else can reach a laptop by accident.
+pub const DEFAULT_NODE_PORT_ADDRESSES: NodePortSelector = NodePortSelector::Localhost;
+/// `--service-cluster-ip-range`: inside 127.0.0.0/8, so that addresses need no root.
+pub const DEFAULT_SERVICE_RANGE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 96, 0, 0), 16);
+/// `--service-node-port-range`: the API server's.
+pub const DEFAULT_NODE_PORT_RANGE: RangeInclusive<u16> = 30000..=32767;
+/// `--shutdown-delay` with a static source: no load balancer watches it.
+pub const DEFAULT_SHUTDOWN_DELAY: Duration = Duration::ZERO;
+/// `--drain-timeout`.
+pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// `--udp-timeout-unreplied`: a flow that no backend has answered.
+pub const DEFAULT_UDP_TIMEOUT_UNREPLIED: Duration = Duration::from_secs(10);
+/// `--udp-timeout-answered`: one exchange, as DNS has it.
+pub const DEFAULT_UDP_TIMEOUT_ANSWERED: Duration = Duration::from_secs(10);
+/// `--udp-timeout-stream`: a client that sent again after an answer.
+pub const DEFAULT_UDP_TIMEOUT_STREAM: Duration = Duration::from_secs(60);
+/// `--log-level`.
+pub const DEFAULT_LOG_LEVEL: &str = "info";
+
+/// What `run` works with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunConfig {
+    /// Files and folders; `-` is standard input. At least one. From `--source`.
+    pub sources: Vec<PathBuf>,
+    /// What shapes the plan.
+    pub plan: PlanConfig,
+    /// Where metrics and status are served; `None`: nowhere. A wildcard means each address of this machine.
+    pub metrics_address: Option<SocketAddr>,
+    /// Where health is served; `None`: nowhere. A wildcard means each address of this machine.
+    pub healthz_address: Option<SocketAddr>,
+    /// True where the process is to end if one of these cannot be bound.
+    pub bind_address_hard_fail: bool,
+    /// How long the end may take.
+    pub shutdown: ShutdownTimes,
+    /// How long idle UDP flows live.
+    pub udp_timeouts: UdpTimeouts,
+    /// How to log.
+    pub logs: LogOptions,
+    /// Worker threads (1..=1024); `None`: as many as this process may use processors.
+    pub workers: Option<usize>,
+}
+
+/// Idle times of UDP flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpTimeouts {
+    /// No backend has answered. From `--udp-timeout-unreplied`.
+    pub unreplied: Duration,
+    /// One exchange. From `--udp-timeout-answered`.
+    pub answered: Duration,
+    /// The client sent again after an answer. From `--udp-timeout-stream`.
+    pub stream: Duration,
+}
+
+/// What `check` works with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckConfig {
+    /// Files and folders; `-` is standard input. At least one.
+    pub sources: Vec<PathBuf>,
+    /// What shapes the plan.
+    pub plan: PlanConfig,
+}
+
+/// What shapes a plan besides the objects, before this machine's addresses are known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanConfig {
+    /// Where node ports are served. From `--nodeport-addresses`.
+    pub node_port_addresses: Vec<NodePortSelector>,
+    /// Extra listeners; a wildcard means each address of this machine. From `--expose`.
+    pub expose: Vec<Expose>,
+    /// Where external IPs are served. From `--allowed-external-cidrs`.
+    pub allowed_external_cidrs: Vec<IpNet>,
+    /// Where the static source takes cluster IPs from; `None`: it gives none. From `--service-cluster-ip-range`.
+    pub service_cluster_ip_range: Option<IpNet>,
+    /// Where the static source takes node ports from. From `--service-node-port-range`.
+    pub service_node_port_range: RangeInclusive<u16>,
+    /// The pods' networks; empty: unknown. From `--cluster-cidr`.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Whose Services to take. From `--proxy-name`.
+    pub proxy_name: Option<String>,
+    /// This node. From `--node-name` and `--zone`.
+    pub node: Node,
+    /// The addresses that this node goes by; may be empty. From `--node-address`.
+    pub node_addresses: Vec<IpAddr>,
+}
+
+impl PlanConfig {
+    /// What the plan needs, now that this machine's addresses are known.
+    pub fn resolve(&self, host: &Host) -> PlanOptions {
+        PlanOptions {
+            node: self.node.clone(),
+            node_port_addresses: node_port_addresses(&self.node_port_addresses, host, &self.node_addresses),
+            allowed_external_cidrs: self.allowed_external_cidrs.clone(),
+            proxy_name: self.proxy_name.clone(),
+            expose: self.expose.clone(),
+            node_addresses: self.addresses_of(host),
+            allow_loopback_endpoints: true, // only the API source must not (CVE-2021-25737)
+        }
+    }
+
+    /// What counts as this node and its pods: its addresses, all of loopback, and the pods' networks.
+    pub fn inside(&self, host: &Host) -> Vec<IpNet> {
+        let loopback = [IpNet::new_assert([127, 0, 0, 0].into(), 8), IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))];
+        let own = self.addresses_of(host).into_iter().map(IpNet::from);
+        loopback.into_iter().chain(own).chain(self.cluster_cidrs.iter().copied()).collect()
+    }
+
+    fn addresses_of(&self, host: &Host) -> Vec<IpAddr> {
+        let interfaces = host.interfaces.iter().map(|interface| interface.address);
+        interfaces.chain(self.node_addresses.iter().copied()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::InterfaceAddress;
+
+    fn host() -> Host {
+        let address = |interface: &str, ip: [u8; 4], prefix| InterfaceAddress {
+            interface: interface.into(),
+            address: ip.into(),
+            prefix,
+        };
+        let interfaces = vec![address("lo", [127, 0, 0, 1], 8), address("eth0", [10, 0, 0, 5], 24)];
+        Host { interfaces, default_sources: vec![[10, 0, 0, 5].into()] }
+    }
+
+    fn config() -> PlanConfig {
+        PlanConfig {
+            node_port_addresses: vec![DEFAULT_NODE_PORT_ADDRESSES],
+            expose: vec![],
+            allowed_external_cidrs: vec![],
+            service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
+            service_node_port_range: DEFAULT_NODE_PORT_RANGE,
+            cluster_cidrs: vec![],
+            proxy_name: None,
+            node: Node::default(),
+            node_addresses: vec![],
+        }
+    }
+
+    #[test]
+    fn t216_given_the_static_default_when_resolved_then_node_ports_are_on_loopback_alone() {
+        let options = config().resolve(&host());
+
+        assert_eq!(options.node_port_addresses, [IpAddr::from([127, 0, 0, 1])]);
+        assert!(options.allow_loopback_endpoints);
+    }
+
+    #[test]
+    fn given_an_address_of_this_machine_when_asked_then_it_is_inside_and_its_neighbour_is_not() {
+        let inside = PlanConfig { cluster_cidrs: vec![IpNet::new_assert([10, 244, 0, 0].into(), 16)], ..config() }
+            .inside(&host());
+
+        let is_inside = |ip: [u8; 4]| inside.iter().any(|net| net.contains(&IpAddr::from(ip)));
+        assert!(is_inside([10, 0, 0, 5]) && is_inside([127, 96, 0, 1]) && is_inside([10, 244, 3, 2]));
+        assert!(!is_inside([10, 0, 0, 6]));
+    }
+
+    #[test]
+    fn given_the_defaults_when_compared_then_no_two_servers_share_an_address() {
+        assert_ne!(DEFAULT_METRICS_ADDRESS, DEFAULT_HEALTHZ_ADDRESS);
+        assert!(DEFAULT_SERVICE_RANGE.network().is_loopback(), "addresses need no root");
+    }
+}

@@ -1,1 +1,368 @@
-//! placeholder
+//! This node: its interface addresses, the addresses that node ports are served on, its limit of descriptors.
+//!
+//! Reading the machine and deciding are apart: [`Host::read`] asks the kernel once, everything else is pure.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::str::FromStr;
+
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::LinkAttribute;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::name::Family;
+
+/// What this machine says about its addresses at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// The addresses of all interfaces, in the kernel's order.
+    pub interfaces: Vec<InterfaceAddress>,
+    /// The source address of the default route, at most one for each family.
+    pub default_sources: Vec<IpAddr>,
+}
+
+/// An address of an interface of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// `lo`, `eth0`; empty where the interface went away while we asked.
+    pub interface: String,
+    /// The address.
+    pub address: IpAddr,
+    /// Length of its network prefix in bits.
+    pub prefix: u8,
+}
+
+/// The machine's addresses could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// There is no such socket here, or no descriptor left for it.
+    #[error("rtnetlink: cannot open a socket")]
+    Open(#[source] io::Error),
+    /// The kernel did not answer as expected.
+    #[error("rtnetlink: cannot read the {what} of this machine")]
+    Dump {
+        /// `addresses` or `interfaces`.
+        what: &'static str,
+        /// Its answer; boxed, since it carries whole messages.
+        source: Box<rtnetlink::Error>,
+    },
+}
+
+impl Host {
+    /// Asks the kernel over rtnetlink. Sends nothing to the network. Needs a tokio runtime.
+    pub async fn read() -> Result<Self, HostError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(HostError::Open)?;
+        // Ends by itself when the last handle is dropped, at the end of this function.
+        tokio::spawn(connection);
+        let interfaces = interface_addresses(&handle).await?;
+        Ok(Self { interfaces, default_sources: default_route_sources() })
+    }
+
+    /// What is true of every machine, for one that does not answer over rtnetlink.
+    pub fn loopback_only() -> Self {
+        let lo = InterfaceAddress { interface: "lo".into(), address: Ipv4Addr::LOCALHOST.into(), prefix: 8 };
+        Self { interfaces: vec![lo], default_sources: default_route_sources() }
+    }
+
+    /// A wildcard address, written out: a socket for each address of this machine instead of one that would also
+    /// catch the traffic of every VIP. Other addresses are returned as they are.
+    pub fn expand_wildcard(&self, address: SocketAddr) -> Vec<SocketAddr> {
+        if !address.ip().is_unspecified() {
+            return vec![address];
+        }
+        let family = Family::of(address.ip());
+        let own: BTreeSet<IpAddr> = self.bindable().filter(|ip| Family::of(*ip) == family).collect();
+        own.into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect()
+    }
+
+    /// Addresses that a socket can be bound to without naming an interface.
+    fn bindable(&self) -> impl Iterator<Item = IpAddr> {
+        self.interfaces.iter().map(|found| found.address).filter(|ip| !is_link_local_v6(*ip))
+    }
+}
+
+/// Where node ports are served: one item of `--nodeport-addresses`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortSelector {
+    /// This node's main address of each family.
+    Primary,
+    /// 127.0.0.1, and ::1 where `lo` has it.
+    Localhost,
+    /// All addresses but loopback.
+    All,
+    /// The interface addresses inside a network.
+    Cidr(IpNet),
+}
+
+/// Text that is no [`NodePortSelector`].
+#[derive(Debug, thiserror::Error)]
+#[error("neither a keyword nor a network: write primary, localhost, all, or a CIDR like 192.168.0.0/16")]
+pub struct SelectorError;
+
+impl FromStr for NodePortSelector {
+    type Err = SelectorError;
+
+    fn from_str(text: &str) -> Result<Self, SelectorError> {
+        match text {
+            "primary" => Ok(Self::Primary),
+            "localhost" => Ok(Self::Localhost),
+            "all" => Ok(Self::All),
+            cidr => cidr.parse().map(Self::Cidr).map_err(|_| SelectorError),
+        }
+    }
+}
+
+impl fmt::Display for NodePortSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Primary => f.write_str("primary"),
+            Self::Localhost => f.write_str("localhost"),
+            Self::All => f.write_str("all"),
+            Self::Cidr(cidr) => cidr.fmt(f),
+        }
+    }
+}
+
+/// The addresses that node ports are served on, sorted, each once. None is a legal answer.
+///
+/// `node_addresses` are the addresses that the node goes by (`--node-address`); where they lack a family, the source
+/// address of its default route is `primary`. A list of CIDRs that names one family leaves the other one at `all`, as
+/// kube-proxy does, unless it names loopback networks alone: who asks for those does not want the rest opened.
+pub fn node_port_addresses(selectors: &[NodePortSelector], host: &Host, node_addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let mut chosen: BTreeSet<IpAddr> = BTreeSet::new();
+    for selector in selectors {
+        match selector {
+            NodePortSelector::Primary => chosen.extend(primary(node_addresses, &host.default_sources)),
+            NodePortSelector::Localhost => chosen.extend(localhost(host)),
+            NodePortSelector::All => chosen.extend(all(host)),
+            // A network of everything means all, and that is without loopback.
+            NodePortSelector::Cidr(net) if net.prefix_len() == 0 => {
+                chosen.extend(all(host).filter(|ip| net.contains(ip)))
+            }
+            NodePortSelector::Cidr(net) => chosen.extend(host.bindable().filter(|ip| net.contains(ip))),
+        }
+    }
+    for family in families_left_at_all(selectors) {
+        chosen.extend(all(host).filter(|ip| Family::of(*ip) == family));
+    }
+    chosen.into_iter().collect()
+}
+
+fn families_left_at_all(selectors: &[NodePortSelector]) -> impl Iterator<Item = Family> {
+    let nets: Vec<IpNet> = selectors
+        .iter()
+        .filter_map(|selector| match selector {
+            NodePortSelector::Cidr(net) => Some(*net),
+            _ => None,
+        })
+        .collect();
+    let cidrs_only = !nets.is_empty() && nets.len() == selectors.len();
+    let loopback_only = nets.iter().all(|net| net.network().is_loopback());
+    [Family::V4, Family::V6]
+        .into_iter()
+        .filter(move |family| cidrs_only && !loopback_only && nets.iter().all(|net| Family::of(net.addr()) != *family))
+}
+
+fn primary(node_addresses: &[IpAddr], default_sources: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+    [Family::V4, Family::V6].into_iter().filter_map(move |family| {
+        let mut candidates = node_addresses.iter().chain(default_sources).copied();
+        candidates.find(|ip| Family::of(*ip) == family && !ip.is_loopback() && !ip.is_unspecified())
+    })
+}
+
+fn localhost(host: &Host) -> impl Iterator<Item = IpAddr> {
+    let v6 = IpAddr::V6(Ipv6Addr::LOCALHOST);
+    let has_v6 = host.interfaces.iter().any(|found| found.address == v6);
+    [IpAddr::V4(Ipv4Addr::LOCALHOST)].into_iter().chain(has_v6.then_some(v6))
+}
+
+fn all(host: &Host) -> impl Iterator<Item = IpAddr> {
+    host.bindable().filter(|ip| !ip.is_loopback())
+}
+
+/// Such an address means nothing without the interface, which a node port does not name.
+fn is_link_local_v6(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
+}
+
+async fn interface_addresses(handle: &rtnetlink::Handle) -> Result<Vec<InterfaceAddress>, HostError> {
+    let failed = |what| move |source| HostError::Dump { what, source: Box::new(source) };
+    let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed("interfaces"))?;
+    let messages: Vec<_> = handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
+    let name = |index: u32| {
+        let link = links.iter().find(|link| link.header.index == index)?;
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        })
+    };
+    let found = |message: &AddressMessage| {
+        let interface = name(message.header.index).unwrap_or_default();
+        own_address(message).map(|address| InterfaceAddress { interface, address, prefix: message.header.prefix_len })
+    };
+    Ok(messages.iter().filter_map(found).collect())
+}
+
+/// `IFA_LOCAL` is our end; `IFA_ADDRESS` is the same, or the peer's on a point-to-point link. IPv6 mostly has only the latter.
+fn own_address(message: &AddressMessage) -> Option<IpAddr> {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    local.or_else(|| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })
+    })
+}
+
+/// Connecting a UDP socket sends nothing, but makes the kernel choose a route and with it a source address.
+fn default_route_sources() -> Vec<IpAddr> {
+    let documentation: [(IpAddr, IpAddr); 2] = [
+        (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(198, 51, 100, 1).into()),
+        (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()),
+    ];
+    let source = |(any, remote): (IpAddr, IpAddr)| -> io::Result<IpAddr> {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect((remote, 9))?;
+        Ok(socket.local_addr()?.ip())
+    };
+    // No route of a family is no error: there is no primary address of that family then.
+    documentation.into_iter().filter_map(|pair| source(pair).ok()).filter(|ip| !ip.is_loopback()).collect()
+}
+
+/// Raises this process's soft limit of open descriptors to its hard limit, and returns the limit that holds now.
+pub fn raise_open_files() -> io::Result<Option<u64>> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current == maximum {
+        return Ok(current);
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    Ok(maximum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LO4: &str = "127.0.0.1";
+    const LO6: &str = "::1";
+
+    fn host(addresses: &[&str]) -> Host {
+        let interface = |address: IpAddr| if address.is_loopback() { "lo" } else { "eth0" };
+        let found = |text: &&str| {
+            let net: IpNet = text.parse().expect("address/prefix");
+            InterfaceAddress { interface: interface(net.addr()).into(), address: net.addr(), prefix: net.prefix_len() }
+        };
+        Host { interfaces: addresses.iter().map(found).collect(), default_sources: ips(&["10.0.0.5"]) }
+    }
+
+    fn dual_stack() -> Host {
+        host(&["127.0.0.1/8", "::1/128", "10.0.0.5/24", "192.168.7.2/24", "2001:db8::5/64", "fd00::5/64", "fe80::5/64"])
+    }
+
+    fn ips(addresses: &[&str]) -> Vec<IpAddr> {
+        addresses.iter().map(|text| text.parse().expect("an address")).collect()
+    }
+
+    fn chosen(selectors: &str, host: &Host, node_addresses: &[&str]) -> Vec<IpAddr> {
+        let selectors: Vec<NodePortSelector> =
+            selectors.split(',').map(|text| text.parse().expect("a selector")).collect();
+        node_port_addresses(&selectors, host, &ips(node_addresses))
+    }
+
+    #[test]
+    fn t216_given_all_when_resolved_then_every_address_but_loopback_and_link_local() {
+        let expected = ips(&["10.0.0.5", "192.168.7.2", "2001:db8::5", "fd00::5"]);
+
+        assert_eq!(chosen("all", &dual_stack(), &[]), expected);
+        assert_eq!(chosen("0.0.0.0/0,::/0", &dual_stack(), &[]), expected);
+    }
+
+    #[test]
+    fn t216_given_primary_when_resolved_then_the_first_node_address_of_each_family_else_the_default_route() {
+        let host = dual_stack();
+
+        assert_eq!(chosen("primary", &host, &["192.168.7.2", "fd00::5", "10.0.0.5"]), ips(&["192.168.7.2", "fd00::5"]));
+        assert_eq!(chosen("primary", &host, &["fd00::5"]), ips(&["10.0.0.5", "fd00::5"]));
+        assert_eq!(chosen("primary", &host, &["127.0.0.1"]), ips(&["10.0.0.5"]), "a loopback node address is skipped");
+    }
+
+    #[test]
+    fn t216_given_networks_of_both_families_when_resolved_then_only_addresses_inside() {
+        assert_eq!(chosen("10.0.0.0/8,fd00::/8", &dual_stack(), &[]), ips(&["10.0.0.5", "fd00::5"]));
+    }
+
+    #[test]
+    fn t217_given_networks_of_one_family_when_resolved_then_the_other_behaves_as_all() {
+        assert_eq!(chosen("10.0.0.0/8", &dual_stack(), &[]), ips(&["10.0.0.5", "2001:db8::5", "fd00::5"]));
+        assert_eq!(
+            chosen("10.0.0.0/8,::/0,fd00::/8", &dual_stack(), &[]),
+            ips(&["10.0.0.5", "2001:db8::5", "fd00::5"])
+        );
+    }
+
+    #[test]
+    fn t217_given_a_keyword_beside_a_network_when_resolved_then_no_family_is_opened_by_itself() {
+        assert_eq!(chosen("localhost,10.0.0.0/8", &dual_stack(), &[]), ips(&["10.0.0.5", LO4, LO6]));
+    }
+
+    #[test]
+    fn t218_given_loopback_selectors_when_resolved_then_loopback_alone_is_chosen() {
+        let host = dual_stack();
+
+        assert_eq!(chosen("localhost", &host, &[]), ips(&[LO4, LO6]));
+        assert_eq!(chosen("127.0.0.0/8", &host, &[]), ips(&[LO4]));
+        assert_eq!(chosen("primary,localhost", &host, &["10.0.0.5"]), ips(&["10.0.0.5", LO4, LO6]));
+    }
+
+    #[test]
+    fn t218_given_a_machine_without_v6_when_localhost_is_resolved_then_only_v4() {
+        assert_eq!(chosen("localhost", &host(&["127.0.0.1/8"]), &[]), ips(&[LO4]));
+    }
+
+    #[test]
+    fn t219_given_no_address_inside_when_resolved_then_the_answer_is_empty() {
+        assert_eq!(chosen("172.16.0.0/12,fd99::/16", &dual_stack(), &[]), ips(&[]));
+    }
+
+    #[test]
+    fn given_a_wildcard_when_expanded_then_each_address_of_its_family_gets_a_socket() {
+        let wildcard = "0.0.0.0:80".parse().expect("an address");
+        let own = "10.0.0.5:80".parse().expect("an address");
+
+        let expanded: Vec<IpAddr> = dual_stack().expand_wildcard(wildcard).iter().map(SocketAddr::ip).collect();
+
+        assert_eq!(expanded, ips(&["10.0.0.5", LO4, "192.168.7.2"]));
+        assert_eq!(dual_stack().expand_wildcard(own), [own]);
+    }
+
+    #[tokio::test]
+    async fn given_this_machine_when_read_then_loopback_is_among_its_addresses() {
+        let host = match Host::read().await {
+            Ok(host) => host,
+            Err(error) => return eprintln!("skipped, no rtnetlink here: {error}"),
+        };
+
+        assert!(host.interfaces.iter().any(|found| found.interface == "lo" && found.address.is_loopback()), "{host:?}");
+    }
+
+    #[test]
+    fn given_this_process_when_the_limit_is_raised_then_soft_equals_hard() {
+        let limit = raise_open_files().expect("raising to the hard limit needs no right");
+
+        assert_eq!(limit, getrlimit(Resource::Nofile).maximum);
+    }
+
+    #[test]
+    fn given_nonsense_when_read_as_a_selector_then_the_error_lists_what_is_right() {
+        let error = "eth0".parse::<NodePortSelector>().expect_err("no interface names");
+
+        assert!(error.to_string().contains("primary, localhost, all, or a CIDR"), "{error}");
+    }
+}

@@ -1,1 +1,416 @@
-//! placeholder
+//! Every metric: its name, kind and help in one table, and the Prometheus text of a running relay.
+//!
+//! The truth is the atomics in `stats`; nothing is counted here, and no exporter keeps a handle to a series. So a
+//! series lives exactly as long as its backend. Serving the text is `admin`.
+//!
+//! Which series there are: a Service that has carried traffic has all its series for all its backends, at 0 too, but
+//! those with a `reason`, which begin with their first event. Other Services have `kuberelay_service_backends` alone.
+
+use std::collections::BTreeMap;
+use std::fmt::{Display, Write};
+
+use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
+use metrics_process::collector;
+
+use crate::live::listener_state;
+use crate::name::Protocol;
+use crate::serve::balancer::Backend;
+use crate::stats::{CloseReason, ConnectFailure, DropReason};
+use crate::status::{ListenerState, PortCounters, PortReport, ServiceReport, ServiceStatus, Status};
+
+/// The `Content-Type` of [`render`]'s text.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// What a metric is to Prometheus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows; its name ends in `_total`.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+}
+
+impl Kind {
+    /// The word of a `# TYPE` line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+        }
+    }
+}
+
+/// One row of the table of metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// Full name, with the unit in it.
+    pub name: &'static str,
+    /// Counter or gauge.
+    pub kind: Kind,
+    /// Its labels, in the order in which they are written.
+    pub labels: &'static [&'static str],
+    /// What it counts, for people.
+    pub help: &'static str,
+}
+
+/// Declares the metrics as indices into [`METRICS`], so that a name is written once.
+macro_rules! metrics {
+    ($($id:ident = $kind:ident $name:literal [$($label:literal),*] $help:literal;)+) => {
+        #[derive(Clone, Copy)]
+        #[repr(usize)]
+        enum Id { $($id,)+ }
+
+        /// Every metric of this program, in the order of the text.
+        pub const METRICS: &[Metric] = &[
+            $(Metric { name: $name, kind: Kind::$kind, labels: &[$($label),*], help: $help },)+
+        ];
+    };
+}
+
+metrics! {
+    BuildInfo = Gauge "kuberelay_build_info" ["version"] "Always 1; the label tells the version.";
+    Ready = Gauge "kuberelay_ready" [] "1 while nothing keeps the process from being ready.";
+    ReloadSuccessful = Gauge "kuberelay_config_last_reload_successful" [] "1 where the last read of the manifests was taken whole.";
+    ConfigRevision = Gauge "kuberelay_config_revision" [] "How many different states of the manifests were taken.";
+    Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";
+    ListenerFailures = Gauge "kuberelay_listener_failures" ["reason"] "Listeners that cannot be bound now, by reason.";
+    ServiceBackends = Gauge "kuberelay_service_backends" ["namespace", "service", "port", "protocol", "state"] "Backends that get new traffic (ready), or only keep what they have (draining).";
+    ServiceAccepted = Counter "kuberelay_service_accepted_total" ["namespace", "service", "port", "protocol"] "Connections accepted from clients, or UDP flows begun.";
+    ServiceDropped = Counter "kuberelay_service_dropped_total" ["namespace", "service", "port", "protocol", "reason"] "Connections or datagrams turned away before they reached a backend, by reason.";
+    ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
+    Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend"] "TCP connections established to the backend.";
+    ActiveConnections = Gauge "kuberelay_active_connections" ["namespace", "service", "port", "protocol", "backend"] "TCP connections to the backend that are open now.";
+    Flows = Counter "kuberelay_flows_total" ["namespace", "service", "port", "protocol", "backend"] "UDP flows begun to the backend.";
+    ActiveFlows = Gauge "kuberelay_active_flows" ["namespace", "service", "port", "protocol", "backend"] "UDP flows to the backend that are open now.";
+    UpstreamBytes = Counter "kuberelay_upstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes sent to the backend.";
+    DownstreamBytes = Counter "kuberelay_downstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes received from the backend and passed to clients.";
+    Datagrams = Counter "kuberelay_datagrams_total" ["namespace", "service", "port", "protocol", "backend", "direction"] "Datagrams sent to the backend (upstream) and passed from it to clients (downstream).";
+    ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
+    Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
+    CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
+    OpenFds = Gauge "process_open_fds" [] "Open file descriptors.";
+    MaxFds = Gauge "process_max_fds" [] "Limit of open file descriptors.";
+    VirtualMemory = Gauge "process_virtual_memory_bytes" [] "Virtual memory size in bytes.";
+    ResidentMemory = Gauge "process_resident_memory_bytes" [] "Resident memory size in bytes.";
+    StartTime = Gauge "process_start_time_seconds" [] "Start of the process since the Unix epoch in seconds.";
+    Threads = Gauge "process_threads" [] "Threads of the process.";
+}
+
+/// The Prometheus text of a relay as it is now.
+///
+/// Reads each counter once; work and size are proportional to the backends that have series.
+pub fn render(status: &Status, ready: bool) -> String {
+    let mut page = Page::new();
+    page.sample(Id::BuildInfo, &label("version", env!("CARGO_PKG_VERSION")), 1);
+    page.sample(Id::Ready, "", u8::from(ready));
+    page.sample(Id::ReloadSuccessful, "", u8::from(status.source.last_reload_successful));
+    page.sample(Id::ConfigRevision, "", status.source.config_revision);
+    page.listeners(status);
+    for service in status.services.values() {
+        page.service(service);
+    }
+    page.process(&collector::collect());
+    page.text()
+}
+
+/// The samples of each metric, gathered in one walk over the relay: the format wants them together.
+struct Page {
+    samples: Vec<String>,
+}
+
+impl Page {
+    fn new() -> Self {
+        Self { samples: METRICS.iter().map(|_| String::new()).collect() }
+    }
+
+    /// Adds a sample; `labels` is finished text without the braces.
+    fn sample(&mut self, id: Id, labels: &str, value: impl Display) {
+        let (name, samples) = (METRICS[id as usize].name, &mut self.samples[id as usize]);
+        // Writing to a string cannot fail.
+        let _ = match labels {
+            "" => writeln!(samples, "{name} {value}"),
+            labels => writeln!(samples, "{name}{{{labels}}} {value}"),
+        };
+    }
+
+    fn text(self) -> String {
+        let mut text = String::with_capacity(self.samples.iter().map(|samples| samples.len() + 200).sum());
+        for (metric, samples) in METRICS.iter().zip(&self.samples) {
+            if !samples.is_empty() {
+                write_help_line(&mut text, metric.name, None, None, metric.help);
+                write_type_line(&mut text, metric.name, None, None, metric.kind.as_str());
+                text.push_str(samples);
+            }
+        }
+        text
+    }
+
+    fn listeners(&mut self, status: &Status) {
+        let [mut serving, mut parked] = [0_u64; 2];
+        for port in status.services.values().flat_map(|service| &service.report.ports) {
+            for listener in &port.listeners {
+                match listener_state(listener, port.protocol, &status.failed) {
+                    ListenerState::Serving => serving += 1,
+                    ListenerState::Parked => parked += 1,
+                    ListenerState::Failed { .. } => {}
+                }
+            }
+        }
+        self.sample(Id::Listeners, &label("state", "serving"), serving);
+        self.sample(Id::Listeners, &label("state", "parked"), parked);
+        self.sample(Id::Listeners, &label("state", "failed"), status.failed.len());
+        let mut failures: BTreeMap<&str, u64> = BTreeMap::new();
+        for state in status.failed.values() {
+            if let ListenerState::Failed { reason, .. } = state {
+                *failures.entry(reason.as_ref()).or_default() += 1;
+            }
+        }
+        for (reason, count) in failures {
+            self.sample(Id::ListenerFailures, &label("reason", reason), count);
+        }
+    }
+
+    fn service(&mut self, service: &ServiceStatus) {
+        let carried = service.ports.iter().any(has_carried_traffic);
+        for (port, counters) in service.report.ports.iter().zip(&service.ports) {
+            let Some(state) = &counters.state else { continue };
+            let labels = port_labels(&service.report, port);
+            self.backend_states(&labels, port, counters);
+            if !carried {
+                continue;
+            }
+            self.sample(Id::ServiceAccepted, &labels, state.stats.accepted.get());
+            self.sample(Id::ServiceRetries, &labels, state.stats.retries.get());
+            for reason in DropReason::ALL {
+                self.event(Id::ServiceDropped, &labels, reason.as_str(), state.stats.dropped.get(*reason));
+            }
+            for (backend, _) in &counters.backends {
+                self.backend(&labels, port.protocol, backend);
+            }
+        }
+    }
+
+    fn backend_states(&mut self, labels: &str, port: &PortReport, counters: &PortCounters) {
+        let picks = [&port.backends.cluster, &port.backends.local].map(|scope| scope.as_deref().unwrap_or_default());
+        let is_ready = |backend: &Backend| {
+            let address = backend.address.to_string();
+            picks.iter().any(|picks| picks.contains(&address))
+        };
+        let ready = counters.backends.iter().filter(|(backend, _)| is_ready(backend)).count();
+        let draining = counters.backends.len() - ready;
+        self.sample(Id::ServiceBackends, &format!(r#"{labels},state="ready""#), ready);
+        self.sample(Id::ServiceBackends, &format!(r#"{labels},state="draining""#), draining);
+    }
+
+    fn backend(&mut self, port_labels: &str, protocol: Protocol, backend: &Backend) {
+        let labels = &format!(r#"{port_labels},backend="{}""#, backend.address);
+        let stats = &backend.stats;
+        if protocol == Protocol::Udp {
+            self.sample(Id::Flows, labels, stats.flows.get());
+            self.sample(Id::ActiveFlows, labels, stats.active_flows.get());
+            let upstream = format!(r#"{labels},direction="upstream""#);
+            let downstream = format!(r#"{labels},direction="downstream""#);
+            self.sample(Id::Datagrams, &upstream, stats.upstream_datagrams.get());
+            self.sample(Id::Datagrams, &downstream, stats.downstream_datagrams.get());
+        } else {
+            self.sample(Id::Connections, labels, stats.connections.get());
+            self.sample(Id::ActiveConnections, labels, stats.active_connections.get());
+        }
+        self.sample(Id::UpstreamBytes, labels, stats.upstream_bytes.get());
+        self.sample(Id::DownstreamBytes, labels, stats.downstream_bytes.get());
+        for reason in ConnectFailure::ALL {
+            self.event(Id::ConnectFailures, labels, reason.as_str(), stats.connect_failures.get(*reason));
+        }
+        for reason in CloseReason::ALL {
+            self.event(Id::Closed, labels, reason.as_str(), stats.closed.get(*reason));
+        }
+    }
+
+    /// A series with a reason begins with its first event: with all words at 0 a backend would have 20 series more.
+    fn event(&mut self, id: Id, labels: &str, reason: &str, count: u64) {
+        if count > 0 {
+            self.sample(id, &format!(r#"{labels},reason="{reason}""#), count);
+        }
+    }
+
+    fn process(&mut self, process: &collector::Metrics) {
+        if let Some(seconds) = process.cpu_seconds_total {
+            self.sample(Id::CpuSeconds, "", seconds);
+        }
+        let whole = [
+            (Id::OpenFds, process.open_fds),
+            (Id::MaxFds, process.max_fds),
+            (Id::VirtualMemory, process.virtual_memory_bytes),
+            (Id::ResidentMemory, process.resident_memory_bytes),
+            (Id::StartTime, process.start_time_seconds),
+            (Id::Threads, process.threads),
+        ];
+        for (id, value) in whole {
+            if let Some(value) = value {
+                self.sample(id, "", value);
+            }
+        }
+    }
+}
+
+fn has_carried_traffic(counters: &PortCounters) -> bool {
+    let met_clients = counters.state.as_ref().is_some_and(|state| {
+        state.stats.accepted.get() > 0 || DropReason::ALL.iter().any(|reason| state.stats.dropped.get(*reason) > 0)
+    });
+    met_clients
+        || counters.backends.iter().any(|(backend, _)| backend.stats.connections.get() + backend.stats.flows.get() > 0)
+}
+
+/// The labels that all series of a ServicePort share. Written once for each, as escaping is what costs.
+fn port_labels(service: &ServiceReport, port: &PortReport) -> String {
+    let pairs = [("namespace", &*service.namespace), ("service", &service.name), ("port", &port.name)];
+    let mut text = String::with_capacity(128);
+    for (name, value) in pairs {
+        text.push_str(&label(name, value));
+        text.push(',');
+    }
+    text + &label("protocol", port.protocol.as_str())
+}
+
+fn label(name: &str, value: &str) -> String {
+    format!(r#"{name}="{}""#, sanitize_label_value(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::live::sample;
+    use crate::name::ObjectName;
+
+    /// One line of the text.
+    struct Sample<'a> {
+        name: &'a str,
+        labels: Vec<&'a str>,
+        value: f64,
+    }
+
+    /// `name{label="value",…} number`, strictly, for label values without `",`.
+    fn parse_sample(line: &str) -> Option<Sample<'_>> {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, labels) = match series.split_once('{') {
+            None => (series, vec![]),
+            Some((name, rest)) => {
+                let pairs = rest.strip_suffix("\"}")?.split("\",");
+                (name, pairs.map(|pair| pair.split_once("=\"").map(|(label, _)| label)).collect::<Option<_>>()?)
+            }
+        };
+        let legal = |text: &&str| {
+            text.starts_with(|c: char| c.is_ascii_lowercase())
+                && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        let fine = legal(&name) && labels.iter().all(legal);
+        fine.then_some(Sample { name, labels, value: value.parse().ok()? })
+    }
+
+    #[test]
+    fn given_a_relay_with_traffic_when_rendered_then_each_line_is_in_the_table_and_in_the_grammar() {
+        let text = render(&sample::status(), true);
+
+        let mut series = BTreeSet::new();
+        let mut lines = text.lines().peekable();
+        let mut seen = vec![];
+        while let Some(help) = lines.next() {
+            let metric = METRICS.iter().find(|metric| help == format!("# HELP {} {}", metric.name, metric.help));
+            let metric = metric.unwrap_or_else(|| panic!("not the help of a metric: {help}"));
+            assert_eq!(lines.next(), Some(format!("# TYPE {} {}", metric.name, metric.kind.as_str()).as_str()));
+            seen.push(metric.name);
+            while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
+                let sample = parse_sample(line).unwrap_or_else(|| panic!("not a sample: {line}"));
+                assert_eq!(sample.name, metric.name);
+                assert_eq!(sample.labels, metric.labels, "{line}");
+                assert!(sample.value >= 0.0, "{line}");
+                assert!(series.insert(line.rsplit_once(' ').expect("a sample").0.to_owned()), "twice: {line}");
+            }
+        }
+        let in_order: Vec<_> = METRICS.iter().map(|metric| metric.name).filter(|name| seen.contains(name)).collect();
+        assert_eq!(seen, in_order, "each once, in the order of the table");
+        assert!(text.ends_with('\n'));
+    }
+
+    #[test]
+    fn given_the_table_when_read_then_names_follow_the_conventions() {
+        let mut names = BTreeSet::new();
+        for metric in METRICS {
+            assert!(names.insert(metric.name), "{} twice", metric.name);
+            assert!(metric.name.starts_with("kuberelay_") || metric.name.starts_with("process_"), "{}", metric.name);
+            assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
+            assert!(metric.help.ends_with('.') && !metric.help.contains(['\n', '\\']), "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn given_a_service_that_carried_traffic_when_rendered_then_its_idle_backend_has_series_at_zero() {
+        let text = render(&sample::status(), true);
+
+        let labels = r#"namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.3:8000""#;
+        for line in [
+            format!("kuberelay_connections_total{{{labels}}} 0\n"),
+            format!("kuberelay_active_connections{{{labels}}} 0\n"),
+            format!("kuberelay_upstream_bytes_total{{{labels}}} 0\n"),
+            format!("kuberelay_connect_failures_total{{{labels},reason=\"refused\"}} 1\n"),
+        ] {
+            assert!(text.contains(&line), "{line} not in\n{text}");
+        }
+        assert!(!text.contains("kuberelay_flows_total"), "TCP has no flows");
+    }
+
+    #[test]
+    fn given_a_service_without_traffic_when_rendered_then_it_has_its_number_of_backends_alone() {
+        let text = render(&sample::status(), true);
+
+        let dns: Vec<&str> = text.lines().filter(|line| line.contains(r#"service="dns""#)).collect();
+        let labels = r#"namespace="default",service="dns",port="",protocol="UDP""#;
+        assert_eq!(
+            dns,
+            [
+                format!(r#"kuberelay_service_backends{{{labels},state="ready"}} 0"#),
+                format!(r#"kuberelay_service_backends{{{labels},state="draining"}} 0"#),
+            ]
+        );
+    }
+
+    #[test]
+    fn given_states_of_listeners_when_rendered_then_each_is_counted_once() {
+        let text = render(&sample::status(), false);
+
+        for line in [
+            "kuberelay_listeners{state=\"serving\"} 1\n",
+            "kuberelay_listeners{state=\"parked\"} 1\n",
+            "kuberelay_listeners{state=\"failed\"} 1\n",
+            "kuberelay_listener_failures{reason=\"in_use\"} 1\n",
+            "kuberelay_ready 0\n",
+            "kuberelay_config_last_reload_successful 1\n",
+            "kuberelay_config_revision 3\n",
+        ] {
+            assert!(text.contains(line), "{line} not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn given_a_backend_that_left_the_picks_when_rendered_then_it_is_draining() {
+        let mut web = sample::web();
+        web.report.ports[0].backends.cluster = Some(vec!["10.244.0.2:8000".into()]);
+        let services = [(ObjectName::parse("web"), Arc::new(web))].into();
+
+        let text = render(&Status { services, ..Status::default() }, true);
+
+        assert!(text.contains(r#"protocol="TCP",state="ready"} 1"#), "{text}");
+        assert!(text.contains(r#"protocol="TCP",state="draining"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn given_no_services_when_rendered_then_build_and_process_are_still_told() {
+        let text = render(&Status::default(), false);
+
+        assert!(text.contains(concat!("kuberelay_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1\n")));
+        assert!(text.contains("process_resident_memory_bytes "), "{text}");
+    }
+}

@@ -271,7 +271,7 @@ pub struct ServiceStatus {
 }
 
 /// Where the counters of one ServicePort are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PortCounters {
     /// Counters of the ServicePort; `None` where nothing of it is served.
     pub state: Option<Arc<PortState>>,

@@ -1,0 +1,693 @@
+//! The command line: commands, flags, environment and help, and how they become checked values.
+//!
+//! Defaults and what the values mean are in `config`; the grammar of single values is in `value`.
+
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use crate::config::{
+    CheckConfig, DEFAULT_DRAIN_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS,
+    DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY,
+    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig,
+    UdpTimeouts,
+};
+use crate::endpoints::Node;
+use crate::host::NodePortSelector;
+use crate::lifecycle::ShutdownTimes;
+use crate::logs::{LogFormat, LogLevel, LogOptions};
+use crate::model::ServiceKind;
+use crate::name::ObjectName;
+use crate::plan::Expose;
+use crate::value::{NodePort, OrNone, PortRange, Time, expose, label};
+
+/// Exit code: all is well.
+pub const EXIT_FINE: u8 = 0;
+/// Exit code: problems were found, or the command failed.
+pub const EXIT_PROBLEMS: u8 = 1;
+/// Exit code: the command line is wrong (`EX_USAGE`).
+pub const EXIT_USAGE: u8 = 64;
+
+/// A userspace L4 proxy for Kubernetes Services.
+#[derive(Debug, Parser)]
+#[command(
+    name = "kube-relay",
+    version,
+    about = "Relays TCP and UDP from Service addresses to their endpoints",
+    long_about = "Relays TCP and UDP from the addresses of Kubernetes Services to their endpoints, with real sockets:\n\
+                  exact round robin, retries, numbers for each backend, no netfilter, no cluster needed.",
+    after_long_help = "Examples:
+  Serve the Services of a folder, on loopback addresses, without root:
+    kube-relay run -f manifests/
+
+  Serve one without writing a manifest:
+    kube-relay new service web --port 8080 --backend 192.168.1.5:80 | kube-relay run -f -
+
+  See what is served, and how it goes:
+    kube-relay status
+
+Exit codes: 0 fine, 1 problems found or failed, 64 wrong command line.",
+    arg_required_else_help = true,
+    infer_subcommands = false
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve Services until a signal ends it
+    #[command(
+        long_about = "Serves the Services that the manifests describe until SIGTERM or SIGINT. Files are read again when they\n\
+                      change, and on SIGHUP; a broken file leaves the last good state in service.\n\
+                      A Service without an address gets one: `kube-relay check` shows which.",
+        after_long_help = "Examples:
+  A folder of YAML or JSON: Service, EndpointSlice, Endpoints, List.
+    kube-relay run -f manifests/
+
+  From standard input, with node ports for the whole network:
+    kubectl get services,endpointslices -o yaml | kube-relay run -f - --nodeport-addresses primary,localhost
+
+  A Service on one more address of this machine:
+    kube-relay run -f web.yaml --expose 0.0.0.0:8080=default/web:http
+
+Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at once; SIGHUP reads the manifests again."
+    )]
+    Run(Box<RunArgs>),
+
+    /// Show what would be served, and what is wrong with manifests
+    #[command(
+        long_about = "Reads manifests as `run` does and prints who would listen where, on which backends, without opening a socket.\n\
+                      Exits with 1 where something is wrong with them.",
+        after_long_help = "Examples:
+  Before a commit:
+    kube-relay check manifests/
+
+  As the node with that name and zone would serve them, for a program:
+    kube-relay check manifests/ --node-name worker-1 --zone eu-1a -o json
+
+  The addresses that were allocated:
+    kube-relay check -o json web.yaml | jq -r '.services[].ports[].listeners[] | select(.allocated).address'"
+    )]
+    Check(Box<CheckArgs>),
+
+    /// Show what a running kube-relay serves, with live numbers
+    #[command(
+        long_about = "Asks a running kube-relay what it serves. Without a name: a line for each Service.\n\
+                      With one: its addresses, backends and counters, in the layout of `kubectl describe service`.",
+        after_long_help = "Examples:
+  All Services:
+    kube-relay status
+
+  One of them, with the state of each listener and backend:
+    kube-relay status default/web
+
+  Bytes sent to each backend, for a program:
+    kube-relay status default/web -o json | jq '.services[].ports[].backendTraffic[] | {address, upstreamBytes}'"
+    )]
+    Status(StatusArgs),
+
+    /// Print a manifest to start from
+    #[command(subcommand, arg_required_else_help = true)]
+    New(NewCommand),
+}
+
+/// What to print a manifest of.
+#[derive(Debug, Subcommand)]
+pub enum NewCommand {
+    /// A Service and the EndpointSlice with its backends
+    #[command(
+        long_about = "Prints a Service and the EndpointSlice with its backends, as YAML that `run` serves and kubectl takes.",
+        after_long_help = "Examples:
+  Serve it at once:
+    kube-relay new service web --port 8080 --backend 192.168.1.5:80 | kube-relay run -f -
+
+  Two backends, each client stays with its own, on a node port:
+    kube-relay new service web --port 80 --node-port 30080 --sticky --backend 10.0.0.1:8000 --backend 10.0.0.2:8000
+
+  DNS, over UDP:
+    kube-relay new service dns --port 5353 --udp --backend 192.168.1.1:53"
+    )]
+    Service(NewServiceArgs),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// File or folder with manifests; `-` reads standard input. Repeat for more
+    #[arg(short = 'f', long = "source", value_name = "PATH", required = true)]
+    #[arg(env = "KUBE_RELAY_SOURCE", help_heading = "Source")]
+    sources: Vec<PathBuf>,
+
+    #[command(flatten)]
+    plan: PlanFlags,
+
+    #[command(flatten)]
+    admin: AdminFlags,
+
+    #[command(flatten)]
+    times: TimeFlags,
+
+    #[command(flatten)]
+    process: ProcessFlags,
+}
+
+/// Our own servers.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Admin servers")]
+struct AdminFlags {
+    /// Address of /metrics, /status, /readyz and /proxyMode; `none` for no such server
+    #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_METRICS_BIND_ADDRESS")]
+    #[arg(default_value_t = OrNone(Some(DEFAULT_METRICS_ADDRESS)))]
+    metrics_bind_address: OrNone<SocketAddr>,
+
+    /// Address of /healthz and /livez, for load balancers and kubelet probes; `none` for no such server
+    #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_HEALTHZ_BIND_ADDRESS")]
+    #[arg(default_value_t = OrNone(Some(DEFAULT_HEALTHZ_ADDRESS)))]
+    healthz_bind_address: OrNone<SocketAddr>,
+
+    /// Exit where one of these two addresses cannot be bound, instead of trying again every 5 s
+    #[arg(long, env = "KUBE_RELAY_BIND_ADDRESS_HARD_FAIL")]
+    bind_address_hard_fail: bool,
+}
+
+/// How long things may take.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Times")]
+struct TimeFlags {
+    /// Time between "not ready" and no longer accepting after SIGTERM, for load balancers to notice
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_SHUTDOWN_DELAY")]
+    #[arg(default_value_t = Time(DEFAULT_SHUTDOWN_DELAY))]
+    shutdown_delay: Time,
+
+    /// Time that open connections get to end by themselves after SIGTERM; the rest is reset
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_DRAIN_TIMEOUT")]
+    #[arg(default_value_t = Time(DEFAULT_DRAIN_TIMEOUT))]
+    drain_timeout: Time,
+
+    /// Idle time of a UDP flow that no backend has answered
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_UDP_TIMEOUT_UNREPLIED")]
+    #[arg(default_value_t = Time(DEFAULT_UDP_TIMEOUT_UNREPLIED))]
+    udp_timeout_unreplied: Time,
+
+    /// Idle time of a UDP flow of one exchange
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_UDP_TIMEOUT_ANSWERED")]
+    #[arg(default_value_t = Time(DEFAULT_UDP_TIMEOUT_ANSWERED))]
+    udp_timeout_answered: Time,
+
+    /// Idle time of a UDP flow whose client sent again after an answer
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_UDP_TIMEOUT_STREAM")]
+    #[arg(default_value_t = Time(DEFAULT_UDP_TIMEOUT_STREAM))]
+    udp_timeout_stream: Time,
+}
+
+/// What concerns the process as a whole.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Process")]
+struct ProcessFlags {
+    /// What to log: a level (error, warn, info, debug, trace), or target=level pairs as in RUST_LOG
+    #[arg(long, value_name = "LEVEL", env = "KUBE_RELAY_LOG_LEVEL", default_value = DEFAULT_LOG_LEVEL)]
+    log_level: LogLevel,
+
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORMAT", env = "KUBE_RELAY_LOG_FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
+
+    /// Threads that relay [default: the processors that this process may use]
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Files or folders with manifests; `-` reads standard input
+    #[arg(value_name = "PATH", required = true)]
+    sources: Vec<PathBuf>,
+
+    /// Form of the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: CheckOutput,
+
+    #[command(flatten)]
+    plan: PlanFlags,
+}
+
+/// The flags that shape a plan: the same for `run` and `check`.
+#[derive(Debug, Args)]
+struct PlanFlags {
+    #[command(flatten)]
+    addresses: AddressFlags,
+
+    #[command(flatten)]
+    node: NodeFlags,
+}
+
+/// Where Services are reached.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Addresses")]
+struct AddressFlags {
+    /// Where node ports are served: primary (this node's main addresses), localhost, all, and CIDRs of interface addresses
+    #[arg(long, value_name = "LIST", env = "KUBE_RELAY_NODEPORT_ADDRESSES", value_delimiter = ',')]
+    #[arg(default_values_t = [DEFAULT_NODE_PORT_ADDRESSES])]
+    nodeport_addresses: Vec<NodePortSelector>,
+
+    /// Serve a port of a Service on one more address: 0.0.0.0:8080=default/web:http. Repeat for more
+    #[arg(long, value_name = "LISTEN=NAMESPACE/SERVICE:PORT", value_parser = expose)]
+    expose: Vec<Expose>,
+
+    /// Serve spec.externalIPs inside these networks; without it all are refused (CVE-2020-8554)
+    #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOWED_EXTERNAL_CIDRS", value_delimiter = ',')]
+    allowed_external_cidrs: Vec<IpNet>,
+
+    /// Where Services without a clusterIP get theirs; `none` leaves them without
+    #[arg(long, value_name = "CIDR", env = "KUBE_RELAY_SERVICE_CLUSTER_IP_RANGE")]
+    #[arg(default_value_t = OrNone(Some(IpNet::V4(DEFAULT_SERVICE_RANGE))))]
+    service_cluster_ip_range: OrNone<IpNet>,
+
+    /// Where NodePort and LoadBalancer Services without a nodePort get theirs
+    #[arg(long, value_name = "FROM-TO", env = "KUBE_RELAY_SERVICE_NODE_PORT_RANGE")]
+    #[arg(default_value_t = PortRange(DEFAULT_NODE_PORT_RANGE))]
+    service_node_port_range: PortRange,
+}
+
+/// Who we are in the cluster.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Node")]
+struct NodeFlags {
+    /// Networks of the cluster's pods: traffic from there is internal to externalTrafficPolicy Local
+    #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_CLUSTER_CIDR", value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
+
+    /// Take the Services with the label service.kubernetes.io/service-proxy-name of this value, and no others
+    #[arg(long, value_name = "NAME", env = "KUBE_RELAY_PROXY_NAME")]
+    proxy_name: Option<String>,
+
+    /// Name of this node: endpoints with it are local to traffic policy Local
+    #[arg(long, value_name = "NAME", env = "KUBE_RELAY_NODE_NAME", visible_alias = "hostname-override")]
+    node_name: Option<String>,
+
+    /// Zone of this node, for topology hints
+    #[arg(long, value_name = "ZONE", env = "KUBE_RELAY_ZONE")]
+    zone: Option<String>,
+
+    /// Address that this node goes by, of either family; repeat for both [default: source of the default route]
+    #[arg(long, value_name = "IP", env = "KUBE_RELAY_NODE_ADDRESS", value_delimiter = ',')]
+    node_address: Vec<IpAddr>,
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// One Service: NAMESPACE/NAME, or NAME in namespace default
+    #[arg(value_name = "NAMESPACE/NAME", value_parser = object_name)]
+    pub service: Option<ObjectName>,
+
+    /// Form of the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: StatusOutput,
+
+    /// Whom to ask: the --metrics-bind-address of a running kube-relay
+    #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
+    pub server: SocketAddr,
+}
+
+/// Arguments of `new service`.
+#[derive(Debug, Args)]
+pub struct NewServiceArgs {
+    /// Name of the Service
+    #[arg(value_parser = label)]
+    pub name: String,
+
+    /// Namespace of the Service
+    #[arg(short, long, default_value = "default", value_parser = label)]
+    pub namespace: String,
+
+    /// Port that clients use
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+
+    /// Port of the pods, number or name [default: the port of the first backend]
+    #[arg(long, value_name = "PORT")]
+    pub target_port: Option<String>,
+
+    /// Port on each node: a number, or `auto` to get one; makes the Service a NodePort
+    #[arg(long, value_name = "auto|N")]
+    pub node_port: Option<NodePort>,
+
+    /// spec.type [default: NodePort with --node-port, else ClusterIP]
+    #[arg(long = "type", value_name = "TYPE", value_enum, ignore_case = true)]
+    pub kind: Option<NewServiceKind>,
+
+    /// UDP instead of TCP
+    #[arg(long)]
+    pub udp: bool,
+
+    /// Keep each client with one backend (sessionAffinity ClientIP)
+    #[arg(long)]
+    pub sticky: bool,
+
+    /// Where to relay to; repeat for more, or give several
+    #[arg(long = "backend", value_name = "IP:PORT", required = true, num_args = 1..)]
+    pub backends: Vec<SocketAddr>,
+}
+
+/// `spec.type` of a Service that can be relayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum NewServiceKind {
+    /// Reached at its cluster IP
+    #[value(name = "ClusterIP")]
+    ClusterIp,
+    /// Reached at a port of each node, too
+    NodePort,
+    /// Reached at a balancer's address, too
+    LoadBalancer,
+}
+
+impl NewServiceArgs {
+    /// The type of the Service to print.
+    pub fn service_kind(&self) -> ServiceKind {
+        match self.kind {
+            Some(NewServiceKind::ClusterIp) => ServiceKind::ClusterIp,
+            Some(NewServiceKind::NodePort) => ServiceKind::NodePort,
+            Some(NewServiceKind::LoadBalancer) => ServiceKind::LoadBalancer,
+            None if self.node_port.is_some() => ServiceKind::NodePort,
+            None => ServiceKind::ClusterIp,
+        }
+    }
+
+    /// Refuses what contradicts itself.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        if self.kind == Some(NewServiceKind::ClusterIp)
+            && let Some(node_port) = self.node_port
+        {
+            return Err(ConfigError {
+                flag: "--node-port",
+                value: node_port.to_string(),
+                right: "a Service of type ClusterIP has none: leave out --type, or write --type NodePort".into(),
+            });
+        }
+        Ok(self)
+    }
+}
+
+/// Form of the answer of `check`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CheckOutput {
+    /// For people
+    #[default]
+    Text,
+    /// For programs: the plan
+    Json,
+}
+
+/// Form of the answer of `status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum StatusOutput {
+    /// For people
+    #[default]
+    Table,
+    /// For programs: what /status answers
+    Json,
+    /// The same as YAML
+    Yaml,
+}
+
+/// A flag whose value is fine by itself, but not beside the others.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("invalid value '{value}' for '{flag}': {right}")]
+pub struct ConfigError {
+    /// `--drain-timeout`.
+    pub flag: &'static str,
+    /// What was given.
+    pub value: String,
+    /// What would be right.
+    pub right: String,
+}
+
+impl TryFrom<RunArgs> for RunConfig {
+    type Error = ConfigError;
+
+    fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
+        let RunArgs { sources, plan, admin, times, process } = args;
+        let (metrics_address, healthz_address) = admin.checked()?;
+        Ok(Self {
+            sources: checked_sources(sources)?,
+            plan: plan.checked()?,
+            metrics_address,
+            healthz_address,
+            bind_address_hard_fail: admin.bind_address_hard_fail,
+            shutdown: ShutdownTimes { delay: times.shutdown_delay.0, drain_timeout: times.drain_timeout.0 },
+            udp_timeouts: UdpTimeouts {
+                unreplied: positive("--udp-timeout-unreplied", times.udp_timeout_unreplied)?,
+                answered: positive("--udp-timeout-answered", times.udp_timeout_answered)?,
+                stream: positive("--udp-timeout-stream", times.udp_timeout_stream)?,
+            },
+            logs: LogOptions { level: process.log_level, format: process.log_format },
+            workers: process.workers.map(usize::from),
+        })
+    }
+}
+
+impl TryFrom<CheckArgs> for CheckConfig {
+    type Error = ConfigError;
+
+    fn try_from(args: CheckArgs) -> Result<Self, ConfigError> {
+        Ok(Self { sources: checked_sources(args.sources)?, plan: args.plan.checked()? })
+    }
+}
+
+impl AdminFlags {
+    /// The addresses for metrics and for health.
+    fn checked(&self) -> Result<(Option<SocketAddr>, Option<SocketAddr>), ConfigError> {
+        let (metrics, health) = (self.metrics_bind_address.0, self.healthz_bind_address.0);
+        match (metrics, health) {
+            (Some(one), Some(other)) if one == other && one.port() != 0 => Err(ConfigError {
+                flag: "--healthz-bind-address",
+                value: other.to_string(),
+                right: format!(
+                    "--metrics-bind-address has the same: give one another port, like {DEFAULT_HEALTHZ_ADDRESS}"
+                ),
+            }),
+            _ => Ok((metrics, health)),
+        }
+    }
+}
+
+impl PlanFlags {
+    fn checked(self) -> Result<PlanConfig, ConfigError> {
+        let Self { addresses, node } = self;
+        Ok(PlanConfig {
+            node_port_addresses: addresses.nodeport_addresses,
+            expose: addresses.expose,
+            allowed_external_cidrs: addresses.allowed_external_cidrs,
+            service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
+            service_node_port_range: addresses.service_node_port_range.0,
+            cluster_cidrs: node.cluster_cidr,
+            proxy_name: non_empty(node.proxy_name),
+            node: Node { name: non_empty(node.node_name).map(Into::into), zone: non_empty(node.zone).map(Into::into) },
+            node_addresses: node.node_address.into_iter().map(specified).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// An empty environment variable (`value: ""` in a pod) means that there is none.
+fn non_empty(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
+fn specified(ip: IpAddr) -> Result<IpAddr, ConfigError> {
+    if !ip.is_unspecified() && !ip.is_multicast() {
+        return Ok(ip);
+    }
+    Err(ConfigError { flag: "--node-address", value: ip.to_string(), right: "write an address of this node".into() })
+}
+
+/// Standard input can be read once.
+fn checked_sources(sources: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
+    if sources.iter().filter(|path| path.as_os_str() == "-").count() > 1 {
+        return Err(ConfigError {
+            flag: "--source",
+            value: "-".into(),
+            right: "standard input can be given once".into(),
+        });
+    }
+    Ok(sources)
+}
+
+/// An idle time of 0 would end each flow with its first datagram.
+fn positive(flag: &'static str, time: Time) -> Result<Duration, ConfigError> {
+    if time.0.is_zero() {
+        return Err(ConfigError { flag, value: time.to_string(), right: "write a time above 0, like 10s".into() });
+    }
+    Ok(time.0)
+}
+
+fn object_name(text: &str) -> Result<ObjectName, Infallible> {
+    Ok(ObjectName::parse(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    fn run(line: &str) -> Result<RunConfig, ConfigError> {
+        match parse(line).expect("a command line").command {
+            Command::Run(args) => RunConfig::try_from(*args),
+            other => panic!("not run: {other:?}"),
+        }
+    }
+
+    fn run_fine(line: &str) -> RunConfig {
+        run(line).expect("a fine command line")
+    }
+
+    #[test]
+    fn given_the_grammar_when_checked_then_clap_finds_no_contradiction() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn given_only_a_source_when_parsed_then_each_default_is_the_documented_constant() {
+        let config = run_fine("kube-relay run -f web.yaml");
+
+        assert_eq!(config.sources, [PathBuf::from("web.yaml")]);
+        assert_eq!(config.metrics_address, Some(DEFAULT_METRICS_ADDRESS));
+        assert_eq!(config.healthz_address, Some(DEFAULT_HEALTHZ_ADDRESS));
+        assert!(!config.bind_address_hard_fail);
+        assert_eq!(config.shutdown.delay, DEFAULT_SHUTDOWN_DELAY);
+        assert_eq!(config.shutdown.drain_timeout, DEFAULT_DRAIN_TIMEOUT);
+        assert_eq!(config.udp_timeouts.unreplied, DEFAULT_UDP_TIMEOUT_UNREPLIED);
+        assert_eq!(config.udp_timeouts.stream, DEFAULT_UDP_TIMEOUT_STREAM);
+        assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
+        assert_eq!(config.workers, None);
+        assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
+        assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
+        assert_eq!(config.plan.service_node_port_range, DEFAULT_NODE_PORT_RANGE);
+        assert_eq!(config.plan.node, Node::default());
+    }
+
+    #[test]
+    fn t215_given_no_flags_when_parsed_then_metrics_are_on_loopback_only() {
+        assert!(run_fine("kube-relay run -f x").metrics_address.is_some_and(|address| address.ip().is_loopback()));
+    }
+
+    #[test]
+    fn given_lists_and_repeats_when_parsed_then_all_items_are_there() {
+        let config = run_fine(
+            "kube-relay run -f a -f - --nodeport-addresses primary,10.0.0.0/8 --nodeport-addresses localhost \
+             --node-address 10.0.0.5 --node-address fd00::5 --cluster-cidr 10.244.0.0/16,fd01::/48 \
+             --hostname-override worker-1 --zone eu-1a",
+        );
+
+        assert_eq!(config.sources, [PathBuf::from("a"), PathBuf::from("-")]);
+        let selectors: Vec<String> = config.plan.node_port_addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(selectors, ["primary", "10.0.0.0/8", "localhost"]);
+        assert_eq!(config.plan.node_addresses.len(), 2);
+        assert_eq!(config.plan.cluster_cidrs.len(), 2);
+        assert_eq!(config.plan.node.name.as_deref(), Some("worker-1"));
+        assert_eq!(config.plan.node.zone.as_deref(), Some("eu-1a"));
+    }
+
+    #[test]
+    fn given_none_or_nothing_when_parsed_then_the_server_is_off() {
+        let args = ["kube-relay", "run", "-f", "x", "--metrics-bind-address", "none", "--healthz-bind-address", ""];
+
+        let Command::Run(args) = Cli::try_parse_from(args).expect("a command line").command else { panic!("not run") };
+        let config = RunConfig::try_from(*args).expect("fine");
+
+        assert_eq!((config.metrics_address, config.healthz_address), (None, None));
+        assert_eq!(run_fine("kube-relay run -f x --service-cluster-ip-range none").plan.service_cluster_ip_range, None);
+    }
+
+    #[test]
+    fn given_values_that_clash_when_checked_then_flag_value_and_remedy_are_named() {
+        let same = run("kube-relay run -f x --healthz-bind-address 127.0.0.1:10249").expect_err("the same address");
+        let twice = run("kube-relay run -f - -f -").expect_err("standard input twice");
+        let zero = run("kube-relay run -f x --udp-timeout-stream 0").expect_err("no time");
+
+        assert!(same.to_string().contains("'127.0.0.1:10249' for '--healthz-bind-address'"), "{same}");
+        assert!(twice.to_string().contains("once"), "{twice}");
+        assert_eq!(zero.to_string(), "invalid value '0s' for '--udp-timeout-stream': write a time above 0, like 10s");
+    }
+
+    #[test]
+    fn given_wrong_values_when_parsed_then_flag_value_and_remedy_are_named() {
+        let cases = [
+            ("run -f x --drain-timeout 30", "--drain-timeout", "10s, 250ms, 1m30s"),
+            ("run -f x --nodeport-addresses eth0", "--nodeport-addresses", "a CIDR like"),
+            ("run -f x --metrics-bind-address :10249", "--metrics-bind-address", "none"),
+            ("run -f x --service-node-port-range 9-1", "--service-node-port-range", "30000-32767"),
+            ("run -f x --expose 8080=web", "--expose", "127.0.0.1:8080=default/web:http"),
+            ("run -f x --log-level kube_relay=loud", "--log-level", "loud"),
+            ("run -f x --workers 0", "--workers", "1..=1024"),
+            ("new service Web --port 1 --backend 1.2.3.4:5", "<NAME>", "lower case"),
+            ("new service web --port 1 --node-port x --backend 1.2.3.4:5", "--node-port", "auto"),
+        ];
+
+        for (line, flag, right) in cases {
+            let error = parse(&format!("kube-relay {line}")).expect_err("a wrong value").to_string();
+            assert!(error.contains(flag) && error.contains(right), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn given_no_source_when_parsed_then_the_flag_is_asked_for() {
+        let error = parse("kube-relay run").expect_err("no source");
+
+        assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument);
+        assert!(error.to_string().contains("--source"), "{error}");
+    }
+
+    #[test]
+    fn given_a_new_service_when_parsed_then_a_node_port_makes_it_a_node_port_service() {
+        let new = |line: &str| match parse(line).expect("a command line").command {
+            Command::New(NewCommand::Service(args)) => args,
+            other => panic!("not new service: {other:?}"),
+        };
+        let line = "kube-relay new service web --port 80 --backend 10.0.0.1:8000 10.0.0.2:8000";
+
+        assert_eq!(new(line).service_kind(), ServiceKind::ClusterIp);
+        assert_eq!(new(line).backends.len(), 2);
+        assert_eq!(new(&format!("{line} --node-port auto")).service_kind(), ServiceKind::NodePort);
+        assert_eq!(new(&format!("{line} --type loadbalancer")).service_kind(), ServiceKind::LoadBalancer);
+        assert!(new(&format!("{line} --type ClusterIP --node-port 30000")).checked().is_err());
+    }
+
+    #[test]
+    fn given_every_command_when_its_help_is_printed_then_it_has_examples_and_shows_defaults() {
+        let mut cli = Cli::command();
+        cli.build();
+        let help = |names: &[&str]| {
+            let mut command = &mut cli.clone();
+            for name in names {
+                command = command.find_subcommand_mut(name).expect("a command");
+            }
+            command.render_long_help().to_string()
+        };
+
+        for names in [&["run"][..], &["check"], &["status"], &["new", "service"]] {
+            let text = help(names);
+            assert!(text.matches("kube-relay ").count() >= 3, "{names:?}: {text}");
+        }
+        for flag in ["[default: 127.0.0.1:10249]", "[default: 30s]", "[default: localhost]", "[default: 127.96.0.0/16]"]
+        {
+            assert!(help(&["run"]).contains(flag), "{flag}");
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! A running relay as a report: states of listeners and counters filled in at the moment of asking.
+//!
+//! The shapes are in `status`; over HTTP it is served by `admin`, as text by `overview`, for Prometheus by `metrics`.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::name::{ListenKey, ObjectName, Protocol};
+use crate::plan::{Problem, Severity, Side, Verdict};
+use crate::serve::balancer::Backend;
+use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, ServiceStats, Tally};
+use crate::status::{
+    BackendTraffic, ListenerReport, ListenerState, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
+    Status,
+};
+
+/// What `/status` answers: a report with its live parts, and who answers.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LiveReport {
+    /// Version of the running program.
+    pub version: Cow<'static, str>,
+    /// Process id of the running program.
+    pub pid: u32,
+    /// Grows by one with each applied batch of events.
+    pub revision: u64,
+    /// True once the source has delivered its first complete state.
+    pub synced: bool,
+    /// How the source does.
+    pub source: SourceStatus,
+    /// Services and problems.
+    #[serde(flatten)]
+    pub report: Report,
+}
+
+impl LiveReport {
+    /// This process's relay as it is now.
+    pub fn of(status: &Status) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            revision: status.revision,
+            synced: status.synced,
+            source: status.source.clone(),
+            report: status.report(),
+        }
+    }
+}
+
+impl Report {
+    /// Keeps one Service and what is said about it; `None` where there is no such Service.
+    pub fn only(mut self, name: &ObjectName) -> Option<Self> {
+        self.services.retain(|service| *service.namespace == *name.namespace && *service.name == *name.name);
+        let object = name.to_string();
+        let concerned = |problem: &Problem| problem.object.rsplit(' ').next() == Some(object.as_str());
+        self.problems.retain(concerned);
+        self.notes.retain(concerned);
+        if self.services.is_empty() { None } else { Some(self) }
+    }
+}
+
+impl Status {
+    /// The report with the state of each listener and all counters, read now.
+    pub fn report(&self) -> Report {
+        let (notes, problems) = self.problems.iter().cloned().partition(|problem| problem.severity == Severity::Note);
+        let services = self.services.values().map(|service| service.live(&self.failed)).collect();
+        Report { services, problems, notes }
+    }
+}
+
+impl ServiceStatus {
+    fn live(&self, failed: &BTreeMap<ListenKey, ListenerState>) -> ServiceReport {
+        let mut report = self.report.clone();
+        for port in &mut report.ports {
+            for listener in &mut port.listeners {
+                listener.state = Some(listener_state(listener, port.protocol, failed));
+            }
+        }
+        for (port, counters) in report.ports.iter_mut().zip(&self.ports) {
+            port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(&state.stats));
+            port.backend_traffic =
+                counters.backends.iter().map(|(backend, pod)| BackendTraffic::of(backend, pod)).collect();
+        }
+        report
+    }
+}
+
+/// `Serving`, unless both sides refuse (`Parked`) or the address is among the failed ones.
+pub(crate) fn listener_state(
+    listener: &ListenerReport,
+    protocol: Protocol,
+    failed: &BTreeMap<ListenKey, ListenerState>,
+) -> ListenerState {
+    let key = listener.address.parse().ok().map(|address| ListenKey { address, protocol });
+    if let Some(state) = key.and_then(|key| failed.get(&key)) {
+        return state.clone();
+    }
+    let refuses = |side: Side| side.verdict == Verdict::Reject;
+    if refuses(listener.outside) && refuses(listener.inside) { ListenerState::Parked } else { ListenerState::Serving }
+}
+
+impl PortTraffic {
+    fn of(stats: &ServiceStats) -> Self {
+        Self {
+            accepted: stats.accepted.get(),
+            retries: stats.retries.get(),
+            dropped: counted(&stats.dropped, DropReason::ALL, DropReason::as_str),
+        }
+    }
+}
+
+impl BackendTraffic {
+    fn of(backend: &Backend, pod: &Option<Arc<str>>) -> Self {
+        let BackendStats {
+            connections,
+            active_connections,
+            flows,
+            active_flows,
+            upstream_bytes,
+            downstream_bytes,
+            upstream_datagrams,
+            downstream_datagrams,
+            connect_failures,
+            closed,
+        } = &backend.stats;
+        Self {
+            address: backend.address.to_string(),
+            pod: pod.as_deref().map(str::to_owned),
+            connections: connections.get(),
+            active_connections: active_connections.get(),
+            flows: flows.get(),
+            active_flows: active_flows.get(),
+            upstream_bytes: upstream_bytes.get(),
+            downstream_bytes: downstream_bytes.get(),
+            upstream_datagrams: upstream_datagrams.get(),
+            downstream_datagrams: downstream_datagrams.get(),
+            connect_failures: counted(connect_failures, ConnectFailure::ALL, ConnectFailure::as_str),
+            closed: counted(closed, CloseReason::ALL, CloseReason::as_str),
+        }
+    }
+}
+
+/// The words of a tally that were counted at all.
+fn counted<const N: usize, W: Copy + Into<usize>>(
+    tally: &Tally<N>,
+    words: &[W],
+    text: fn(W) -> &'static str,
+) -> BTreeMap<Cow<'static, str>, u64> {
+    let counts = words.iter().map(|word| (Cow::Borrowed(text(*word)), tally.get(*word)));
+    counts.filter(|(_, count)| *count > 0).collect()
+}
+
+/// A relay made by hand, for the tests of everything that reads a [`Status`].
+#[cfg(test)]
+pub(crate) mod sample {
+    use super::*;
+    use crate::name::{Scope, ServicePortName};
+    use crate::plan::ListenerKind;
+    use crate::serve::balancer::PortState;
+    use crate::status::{PortCounters, PortReport, ScopedBackends};
+
+    /// `default/web`: TCP 80 on a cluster IP and a (failed) node port, two backends, some traffic; `default/dns`: UDP, idle, parked.
+    pub(crate) fn status() -> Status {
+        let services = [web(), dns(), headless()].map(|service| {
+            let name = ObjectName::new(service.report.namespace.as_str(), service.report.name.as_str());
+            (name, Arc::new(service))
+        });
+        let failed = ListenerState::Failed { reason: "in_use".into(), message: "address in use; ask ss".into() };
+        let key = ListenKey { address: "127.0.0.1:30080".parse().expect("an address"), protocol: Protocol::Tcp };
+        Status {
+            revision: 7,
+            synced: true,
+            services: services.into(),
+            failed: Arc::new([(key, failed)].into()),
+            problems: Arc::new(vec![
+                problem("Service default/web", "field_unknown", Severity::Warning),
+                problem("Service default/dns", "no_slices", Severity::Note),
+            ]),
+            source: SourceStatus { kind: "static".into(), last_reload_successful: true, config_revision: 3 },
+        }
+    }
+
+    /// `default/web` alone: its state and its two backends.
+    pub(crate) fn web() -> ServiceStatus {
+        let backends = [backend(0, "10.244.0.2:8000"), backend(1, "10.244.0.3:8000")];
+        backends[0].stats.connections.add(5);
+        backends[0].stats.active_connections.increment();
+        backends[0].stats.upstream_bytes.add(2048);
+        backends[0].stats.downstream_bytes.add(3 * 1024 * 1024);
+        backends[0].stats.closed.count(CloseReason::Finished);
+        backends[1].stats.connect_failures.count(ConnectFailure::Refused);
+        let state = state("web", "http", Protocol::Tcp);
+        state.stats.accepted.add(6);
+        state.stats.retries.increment();
+        state.stats.dropped.count(DropReason::ClientAbort);
+        let port = PortReport {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            target_port: Some("8000".into()),
+            listeners: vec![
+                listener(ListenerKind::ClusterIp, "127.96.0.10:80", Verdict::Serve),
+                listener(ListenerKind::NodePort, "127.0.0.1:30080", Verdict::Serve),
+            ],
+            backends: ScopedBackends {
+                cluster: Some(vec!["10.244.0.2:8000".into(), "10.244.0.3:8000".into()]),
+                local: None,
+            },
+            traffic: None,
+            backend_traffic: vec![],
+        };
+        let [first, second] = backends;
+        let counters =
+            PortCounters { state: Some(state), backends: vec![(first, Some("web-1".into())), (second, None)] };
+        ServiceStatus { report: report("web", "NodePort", vec![port]), ports: vec![counters] }
+    }
+
+    fn dns() -> ServiceStatus {
+        let port = PortReport {
+            name: String::new(),
+            protocol: Protocol::Udp,
+            port: 53,
+            target_port: None,
+            listeners: vec![listener(ListenerKind::ClusterIp, "127.96.0.11:53", Verdict::Reject)],
+            backends: ScopedBackends { cluster: Some(vec![]), local: None },
+            traffic: None,
+            backend_traffic: vec![],
+        };
+        let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), backends: vec![] };
+        ServiceStatus { report: report("dns", "ClusterIP", vec![port]), ports: vec![counters] }
+    }
+
+    fn headless() -> ServiceStatus {
+        let skipped = Some("headless".into());
+        ServiceStatus { report: ServiceReport { skipped, ..report("headless", "ClusterIP", vec![]) }, ports: vec![] }
+    }
+
+    fn report(name: &str, kind: &'static str, ports: Vec<PortReport>) -> ServiceReport {
+        let namespace = "default".into();
+        ServiceReport { namespace, name: name.into(), kind: kind.into(), skipped: None, affinity_seconds: None, ports }
+    }
+
+    fn listener(kind: ListenerKind, address: &str, verdict: Verdict) -> ListenerReport {
+        let side = Side { scope: Scope::Cluster, verdict };
+        ListenerReport { kind, address: address.into(), allocated: true, outside: side, inside: side, state: None }
+    }
+
+    fn backend(id: u32, address: &str) -> Arc<Backend> {
+        Arc::new(Backend { id, address: address.parse().expect("an address"), stats: BackendStats::default() })
+    }
+
+    fn state(service: &str, port: &str, protocol: Protocol) -> Arc<PortState> {
+        let service = ObjectName::new("default", service);
+        Arc::new(PortState::new(ServicePortName { service, port: port.into(), protocol }))
+    }
+
+    fn problem(object: &str, reason: &'static str, severity: Severity) -> Problem {
+        let message = format!("something about {object}");
+        Problem {
+            object: object.into(),
+            file: None,
+            line: None,
+            column: None,
+            reason: reason.into(),
+            message,
+            severity,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_a_running_relay_when_reported_then_each_listener_has_its_state() {
+        let report = sample::status().report();
+
+        let listeners = report.services.iter().flat_map(|service| &service.ports).flat_map(|port| &port.listeners);
+        let states: Vec<_> = listeners.map(|listener| (listener.address.as_str(), listener.state.clone())).collect();
+        assert_eq!(states[0], ("127.96.0.11:53", Some(ListenerState::Parked)));
+        assert_eq!(states[1], ("127.96.0.10:80", Some(ListenerState::Serving)));
+        assert!(
+            matches!(&states[2], ("127.0.0.1:30080", Some(ListenerState::Failed { reason, .. })) if reason == "in_use")
+        );
+    }
+
+    #[test]
+    fn given_a_running_relay_when_reported_then_counters_are_read_now_and_zero_reasons_are_left_out() {
+        let status = sample::status();
+        let web = &status.services[&ObjectName::parse("default/web")];
+        web.ports[0].backends[0].0.stats.connections.increment();
+
+        let report = status.report();
+
+        let port = &report.services.iter().find(|service| service.name == "web").expect("web").ports[0];
+        assert_eq!(port.backend_traffic[0].connections, 6);
+        assert_eq!(port.backend_traffic[0].pod.as_deref(), Some("web-1"));
+        assert_eq!(port.backend_traffic[1].connect_failures, [("refused".into(), 1)].into());
+        let traffic = port.traffic.as_ref().expect("live");
+        assert_eq!((traffic.accepted, traffic.retries), (6, 1));
+        assert_eq!(traffic.dropped, [("client_abort".into(), 1)].into());
+    }
+
+    #[test]
+    fn given_a_live_report_when_sent_as_json_then_it_is_read_back_whole() {
+        let live = LiveReport::of(&sample::status());
+
+        let text = serde_json::to_string(&live).expect("JSON");
+        let back: LiveReport = serde_json::from_str(&text).expect("the same shape");
+
+        assert_eq!(serde_json::to_string(&back).expect("JSON"), text);
+        assert_eq!((back.revision, back.pid), (7, std::process::id()));
+        assert!(
+            text.contains(r#""source":{"kind":"static","lastReloadSuccessful":true,"configRevision":3}"#),
+            "{text}"
+        );
+        assert!(text.contains(r#""state":{"is":"parked"}"#), "{text}");
+    }
+
+    #[test]
+    fn given_notes_and_problems_when_reported_then_they_are_apart() {
+        let report = sample::status().report();
+
+        assert_eq!(report.problems.len(), 1);
+        assert_eq!(report.notes.len(), 1);
+    }
+
+    #[test]
+    fn given_one_service_is_asked_for_when_reduced_then_only_what_concerns_it_is_left() {
+        let report = sample::status().report().only(&ObjectName::parse("dns")).expect("dns is there");
+
+        assert_eq!(report.services.len(), 1);
+        assert!(report.problems.is_empty());
+        assert_eq!(report.notes[0].object, "Service default/dns");
+        assert!(sample::status().report().only(&ObjectName::parse("nowhere/dns")).is_none());
+    }
+}

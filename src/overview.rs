@@ -1,0 +1,394 @@
+//! What `kube-relay status` prints: a line for each Service, or one Service in the layout of `kubectl describe service`.
+//!
+//! Made from what `/status` answers (`live`), so that it says of another process what that process says of itself.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{Display, Write};
+
+use crate::live::LiveReport;
+use crate::plan::{ListenerKind, Problem, Side, Verdict};
+use crate::status::{BackendTraffic, ListenerReport, ListenerState, PortReport, Report, ServiceReport};
+
+/// Between columns, as `kubectl` has it.
+const GAP: &str = "   ";
+/// Of the values behind a label, as `kubectl describe` has it.
+const INDENT: usize = 19;
+
+/// A line for each Service, then how many listeners failed, then the problems.
+pub fn table(live: &LiveReport) -> String {
+    let header = ["NAMESPACE", "NAME", "TYPE", "CLUSTER-IP", "PORT(S)", "BACKENDS", "ACTIVE", "CONNS", "FAILED"];
+    let mut rows = vec![header.map(Cow::Borrowed).to_vec()];
+    rows.extend(live.report.services.iter().map(row));
+    let mut text = match live.report.services.is_empty() {
+        true => "No Services.\n".to_owned(),
+        false => columns(&rows),
+    };
+    if !live.synced {
+        text += "\nThe source has not delivered its first complete state yet.\n";
+    } else if !live.source.last_reload_successful {
+        text += "\nThe last read of the source failed: the last good state is served.\n";
+    }
+    text + &failures(&live.report) + &problems("Problems", &live.report.problems)
+}
+
+/// One Service with its listeners, backends and counters, for a report that [`Report::only`] has reduced to it.
+pub fn describe(report: &Report) -> String {
+    let mut text: String = report.services.iter().map(describe_service).collect();
+    text += &problems("Problems", &report.problems);
+    text + &problems("Notes", &report.notes)
+}
+
+fn row(service: &ServiceReport) -> Vec<Cow<'static, str>> {
+    let (namespace, name) = (service.namespace.clone().into(), service.name.clone().into());
+    let mut row = vec![namespace, name, service.kind.clone()];
+    if let Some(reason) = &service.skipped {
+        let cluster_ip = if reason == "headless" { "None" } else { "<none>" };
+        row.extend([cluster_ip.into(), format!("<{reason}>").into()]);
+        row.extend(["-"; 4].map(Cow::Borrowed));
+        return row;
+    }
+    let sums = Sums::of(service);
+    row.extend([cluster_ips(service).into(), ports(service).into()]);
+    row.extend([backends(service), sums.active, sums.total, sums.failed].map(|count| count.to_string().into()));
+    row
+}
+
+/// Connections and flows of a Service, together: one is TCP, the other UDP, and a line has room for one number.
+#[derive(Default)]
+struct Sums {
+    active: u64,
+    total: u64,
+    /// Turned away; a failed try that another backend made good is not among them.
+    failed: u64,
+}
+
+impl Sums {
+    fn of(service: &ServiceReport) -> Self {
+        let mut sums = Self::default();
+        for port in &service.ports {
+            sums.failed += port.traffic.as_ref().map_or(0, |traffic| traffic.dropped.values().sum());
+            for backend in &port.backend_traffic {
+                sums.active += backend.active_connections + backend.active_flows;
+                sums.total += backend.connections + backend.flows;
+            }
+        }
+        sums
+    }
+}
+
+fn cluster_ips(service: &ServiceReport) -> String {
+    let listeners = service.ports.iter().flat_map(|port| &port.listeners);
+    let ips =
+        listeners.filter(|listener| listener.kind == ListenerKind::ClusterIp).map(|listener| host(&listener.address));
+    or_none(join(ips.collect::<BTreeSet<_>>(), ","))
+}
+
+/// `80:30080/TCP,53/UDP`.
+fn ports(service: &ServiceReport) -> String {
+    let port = |port: &PortReport| match node_port(port) {
+        Some(number) => format!("{}:{number}/{}", port.port, port.protocol),
+        None => format!("{}/{}", port.port, port.protocol),
+    };
+    or_none(join(service.ports.iter().map(port), ","))
+}
+
+/// Distinct addresses, so that a pod with two ports counts once for each of them.
+fn backends(service: &ServiceReport) -> u64 {
+    let addresses: BTreeSet<&str> = service.ports.iter().flat_map(picks).collect();
+    addresses.len() as u64
+}
+
+fn picks(port: &PortReport) -> BTreeSet<&str> {
+    let scopes = [&port.backends.cluster, &port.backends.local];
+    scopes.into_iter().flatten().flatten().map(String::as_str).collect()
+}
+
+fn node_port(port: &PortReport) -> Option<&str> {
+    let listener = port.listeners.iter().find(|listener| listener.kind == ListenerKind::NodePort)?;
+    listener.address.rsplit_once(':').map(|(_, number)| number)
+}
+
+fn failures(report: &Report) -> String {
+    let failed = |service: &&ServiceReport| {
+        let mut listeners = service.ports.iter().flat_map(|port| &port.listeners);
+        listeners.any(|listener| matches!(listener.state, Some(ListenerState::Failed { .. })))
+    };
+    let mut text = String::new();
+    for service in report.services.iter().filter(failed) {
+        let name = format!("{}/{}", service.namespace, service.name);
+        text += &format!("\n{name} has listeners that are not bound: `kube-relay status {name}` tells why.\n");
+    }
+    text
+}
+
+fn problems(title: &str, problems: &[Problem]) -> String {
+    if problems.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("\n{title}:\n");
+    for problem in problems {
+        text += &format!("  {}{}: {} [{}]\n", place(problem), problem.object, problem.message, problem.reason);
+    }
+    text
+}
+
+/// `web.yaml:3:5: `, as far as it is known.
+fn place(problem: &Problem) -> String {
+    let numbers = [problem.line, problem.column].into_iter().map_while(|number| number);
+    match &problem.file {
+        Some(file) => numbers.fold(file.clone(), |place, number| format!("{place}:{number}")) + ": ",
+        None => String::new(),
+    }
+}
+
+fn describe_service(service: &ServiceReport) -> String {
+    let mut text = String::new();
+    field(&mut text, "Name", &service.name);
+    field(&mut text, "Namespace", &service.namespace);
+    field(&mut text, "Type", &service.kind);
+    if let Some(reason) = &service.skipped {
+        field(&mut text, "Not served", reason);
+        return text;
+    }
+    field(&mut text, "IP", cluster_ips(service));
+    match service.affinity_seconds {
+        Some(seconds) => field(&mut text, "Session Affinity", format!("ClientIP ({seconds}s)")),
+        None => field(&mut text, "Session Affinity", "None"),
+    }
+    for port in &service.ports {
+        describe_port(&mut text, port);
+    }
+    text
+}
+
+fn describe_port(text: &mut String, port: &PortReport) {
+    let name = if port.name.is_empty() { "<unset>" } else { &port.name };
+    text.push('\n');
+    field(text, "Port", format!("{name}  {}/{}", port.port, port.protocol));
+    if let Some(target) = &port.target_port {
+        field(text, "TargetPort", format!("{target}/{}", port.protocol));
+    }
+    if let Some(number) = node_port(port) {
+        field(text, "NodePort", format!("{name}  {number}/{}", port.protocol));
+    }
+    field(text, "Endpoints", or_none(join(picks(port), ",")));
+    if let Some(traffic) = &port.traffic {
+        field(text, "Accepted", traffic.accepted);
+        field(text, "Retries", traffic.retries);
+        field(text, "Dropped", reasons(&traffic.dropped));
+    }
+    let listeners = table_of(["ADDRESS", "KIND", "STATE"], port.listeners.iter().map(listener_row));
+    field(text, "Listeners", listeners.trim_start());
+    if !port.backend_traffic.is_empty() {
+        let header = ["BACKEND", "POD", "STATE", "ACTIVE", "TOTAL", "UP", "DOWN", "FAILED TRIES", "ENDED"];
+        let backends = table_of(header, port.backend_traffic.iter().map(|backend| backend_row(port, backend)));
+        field(text, "Backends", backends.trim_start());
+    }
+}
+
+fn listener_row(listener: &ListenerReport) -> Vec<Cow<'static, str>> {
+    let kind = serde_json::to_value(listener.kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
+    let state = match &listener.state {
+        Some(ListenerState::Failed { reason, message }) => format!("failed ({reason}): {message}"),
+        Some(ListenerState::Parked) => "parked: connections are refused, no backend".to_owned(),
+        Some(ListenerState::Serving) | None => sides(listener),
+    };
+    let allocated = if listener.allocated { ", allocated" } else { "" };
+    vec![listener.address.clone().into(), format!("{}{allocated}", kind.unwrap_or_default()).into(), state.into()]
+}
+
+fn sides(listener: &ListenerReport) -> String {
+    if listener.outside == listener.inside {
+        return side(listener.outside).to_owned();
+    }
+    format!("outside: {}; from this node: {}", side(listener.outside), side(listener.inside))
+}
+
+fn side(side: Side) -> &'static str {
+    match side.verdict {
+        Verdict::Serve => "serving",
+        Verdict::Reject => "refusing, no backend",
+        Verdict::Drop => "silent, no backend on this node",
+    }
+}
+
+fn backend_row(port: &PortReport, backend: &BackendTraffic) -> Vec<Cow<'static, str>> {
+    let state = if picks(port).contains(backend.address.as_str()) { "ready" } else { "draining" };
+    vec![
+        backend.address.clone().into(),
+        backend.pod.clone().unwrap_or_else(|| "-".into()).into(),
+        state.into(),
+        (backend.active_connections + backend.active_flows).to_string().into(),
+        (backend.connections + backend.flows).to_string().into(),
+        bytes(backend.upstream_bytes).into(),
+        bytes(backend.downstream_bytes).into(),
+        reasons(&backend.connect_failures).into(),
+        reasons(&backend.closed).into(),
+    ]
+}
+
+/// `refused 3, timeout 1`.
+fn reasons(counts: &BTreeMap<Cow<'static, str>, u64>) -> String {
+    match counts.is_empty() {
+        true => "0".into(),
+        false => join(counts.iter().map(|(reason, count)| format!("{reason} {count}")), ", "),
+    }
+}
+
+/// `999 B`, `1.5 MiB`: four significant characters at most, exact numbers are in the JSON.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut amount = count as f64 / 1024.0;
+    let mut units = UNITS.into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    while amount >= 1023.5
+        && let Some(next) = units.next()
+    {
+        (amount, unit) = (amount / 1024.0, next);
+    }
+    if amount < 99.95 { format!("{amount:.1} {unit}") } else { format!("{amount:.0} {unit}") }
+}
+
+/// `Label:             value`; further lines of the value are put below its first.
+fn field(text: &mut String, label: &str, value: impl Display) {
+    let value = value.to_string().trim_end().replace('\n', &format!("\n{:INDENT$}", ""));
+    // Writing to a string cannot fail.
+    let _ = writeln!(text, "{:<INDENT$}{value}", format!("{label}:"));
+}
+
+fn table_of<const N: usize>(header: [&'static str; N], rows: impl Iterator<Item = Vec<Cow<'static, str>>>) -> String {
+    let rows: Vec<_> = std::iter::once(header.map(Cow::Borrowed).to_vec()).chain(rows).collect();
+    columns(&rows)
+}
+
+/// Rows with each column as wide as its widest cell, but the last.
+fn columns(rows: &[Vec<Cow<'static, str>>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..count).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        text += join(cells, GAP).trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// The address without its port: `10.96.0.10`, `fd00::10`.
+fn host(address: &str) -> &str {
+    address.rsplit_once(':').map_or(address, |(host, _)| host).trim_start_matches('[').trim_end_matches(']')
+}
+
+fn join(items: impl IntoIterator<Item = impl AsRef<str>>, separator: &str) -> String {
+    let mut text = String::new();
+    for (index, item) in items.into_iter().enumerate() {
+        text.push_str(if index > 0 { separator } else { "" });
+        text.push_str(item.as_ref());
+    }
+    text
+}
+
+fn or_none(text: String) -> String {
+    if text.is_empty() { "<none>".into() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live::sample;
+    use crate::name::ObjectName;
+    use crate::status::Status;
+
+    #[test]
+    fn given_a_running_relay_when_tabled_then_each_service_has_a_line() {
+        let text = table(&LiveReport::of(&sample::status()));
+
+        insta::assert_snapshot!(text, @r"
+        NAMESPACE   NAME       TYPE        CLUSTER-IP    PORT(S)        BACKENDS   ACTIVE   CONNS   FAILED
+        default     dns        ClusterIP   127.96.0.11   53/UDP         0          0        0       0
+        default     headless   ClusterIP   None          <headless>     -          -        -       -
+        default     web        NodePort    127.96.0.10   80:30080/TCP   2          1        5       1
+
+        default/web has listeners that are not bound: `kube-relay status default/web` tells why.
+
+        Problems:
+          Service default/web: something about Service default/web [field_unknown]
+        ");
+    }
+
+    #[test]
+    fn given_one_service_when_described_then_listeners_and_backends_have_live_numbers() {
+        let report = sample::status().report().only(&ObjectName::parse("web")).expect("web is there");
+
+        insta::assert_snapshot!(describe(&report), @r"
+        Name:              web
+        Namespace:         default
+        Type:              NodePort
+        IP:                127.96.0.10
+        Session Affinity:  None
+
+        Port:              http  80/TCP
+        TargetPort:        8000/TCP
+        NodePort:          http  30080/TCP
+        Endpoints:         10.244.0.2:8000,10.244.0.3:8000
+        Accepted:          6
+        Retries:           1
+        Dropped:           client_abort 1
+        Listeners:         ADDRESS           KIND                   STATE
+                           127.96.0.10:80    clusterIP, allocated   serving
+                           127.0.0.1:30080   nodePort, allocated    failed (in_use): address in use; ask ss
+        Backends:          BACKEND           POD     STATE   ACTIVE   TOTAL   UP        DOWN      FAILED TRIES   ENDED
+                           10.244.0.2:8000   web-1   ready   1        5       2.0 KiB   3.0 MiB   0              finished 1
+                           10.244.0.3:8000   -       ready   0        0       0 B       0 B       refused 1      0
+
+        Problems:
+          Service default/web: something about Service default/web [field_unknown]
+        ");
+    }
+
+    #[test]
+    fn given_a_skipped_service_when_described_then_the_reason_stands_there() {
+        let report = sample::status().report().only(&ObjectName::parse("headless")).expect("it is there");
+
+        insta::assert_snapshot!(describe(&report), @r"
+        Name:              headless
+        Namespace:         default
+        Type:              ClusterIP
+        Not served:        headless
+        ");
+    }
+
+    #[test]
+    fn given_a_relay_that_has_just_begun_when_tabled_then_it_says_so() {
+        let text = table(&LiveReport::of(&Status::default()));
+
+        assert_eq!(text, "No Services.\n\nThe source has not delivered its first complete state yet.\n");
+    }
+
+    #[test]
+    fn given_numbers_of_bytes_when_printed_then_they_are_short() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536 * 1024, "1.5 MiB"),
+            (150 * 1024 * 1024, "150 MiB"),
+            (1024 * 1024 - 1, "1.0 MiB"),
+            (u64::MAX, "16.0 EiB"),
+        ];
+        for (count, text) in cases {
+            assert_eq!(bytes(count), text);
+        }
+    }
+
+    #[test]
+    fn given_addresses_of_both_families_when_the_port_is_cut_off_then_brackets_go_too() {
+        assert_eq!(host("10.96.0.10:80"), "10.96.0.10");
+        assert_eq!(host("[fd00::10]:80"), "fd00::10");
+    }
+}

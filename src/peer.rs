@@ -1,0 +1,193 @@
+//! Asks the admin server of a kube-relay that runs elsewhere: `status` does, and whoever finds a port taken.
+//!
+//! Answering is `admin`; both sides share the line by which a kube-relay names itself.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::header::{HOST, SERVER};
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::live::LiveReport;
+
+/// How long a neighbour on a taken port may take to name itself: it is on this machine.
+const INTRODUCTION: Duration = Duration::from_millis(200);
+/// How long `status` waits. The answer is ready at once, unless the other process hangs.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Larger than the status of any cluster; smaller than what would hurt.
+const ANSWER_LIMIT_BYTES: usize = 256 << 20;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// Nobody listens there.
+    #[error(
+        "{server}: nothing answers; is `kube-relay run` up, and is this its --metrics-bind-address? (--server IP:PORT asks another)"
+    )]
+    Connect {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Somebody listens there, but does not answer.
+    #[error("{server}: no answer within {}", crate::value::Time(PATIENCE))]
+    Timeout {
+        /// Whom we asked.
+        server: SocketAddr,
+    },
+    /// It does not speak HTTP, or broke off.
+    #[error("{server}: no HTTP answer")]
+    Http {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What went wrong.
+        source: hyper::Error,
+    },
+    /// The answer broke off, or is larger than any that we would send.
+    #[error("{server}: the answer cannot be read: {what}")]
+    Body {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What went wrong.
+        what: String,
+    },
+    /// It answers, but not as we do.
+    #[error("{server}: answers {status} to GET /status: not the --metrics-bind-address of a kube-relay")]
+    Stranger {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What it said.
+        status: StatusCode,
+    },
+    /// It is a kube-relay of a version with other words.
+    #[error("{server}: its status cannot be understood; is it another version than {}?", env!("CARGO_PKG_VERSION"))]
+    Shape {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What is not as expected.
+        source: serde_json::Error,
+    },
+}
+
+/// What the kube-relay at this address serves.
+pub async fn status(server: SocketAddr) -> Result<LiveReport, AskError> {
+    let answer = timeout(PATIENCE, get(server, "/status")).await.map_err(|_| AskError::Timeout { server })??;
+    if answer.status != StatusCode::OK {
+        return Err(AskError::Stranger { server, status: answer.status });
+    }
+    serde_json::from_slice(&answer.body).map_err(|source| AskError::Shape { server, source })
+}
+
+/// The process id of the kube-relay whose admin server has this address; `None` where it is somebody else's.
+pub async fn pid(server: SocketAddr) -> Option<u32> {
+    let answer = timeout(INTRODUCTION, get(server, "/livez")).await.ok()?.ok()?;
+    pid_in(&answer.introduction?)
+}
+
+/// How this process names itself in each answer: `kube-relay/0.1.0 (pid 4711)`.
+pub fn introduction() -> String {
+    format!("kube-relay/{} (pid {})", env!("CARGO_PKG_VERSION"), std::process::id())
+}
+
+fn pid_in(introduction: &str) -> Option<u32> {
+    let (_, pid) = introduction.strip_prefix("kube-relay/")?.split_once(" (pid ")?;
+    pid.strip_suffix(')')?.parse().ok()
+}
+
+struct Answer {
+    status: StatusCode,
+    introduction: Option<String>,
+    body: Bytes,
+}
+
+async fn get(server: SocketAddr, path: &'static str) -> Result<Answer, AskError> {
+    let stream = TcpStream::connect(server).await.map_err(|source| AskError::Connect { server, source })?;
+    let http = |source| AskError::Http { server, source };
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+    let request = Request::get(path).header(HOST, server.to_string()).body(Empty::<Bytes>::new());
+    let request = request.expect("a fixed path and an address make a request");
+    let exchange = async {
+        let response = sender.send_request(request).await.map_err(http)?;
+        let introduction = response.headers().get(SERVER).and_then(|name| name.to_str().ok()).map(str::to_owned);
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, ANSWER_LIMIT_BYTES).collect().await;
+        let body = body.map_err(|error| AskError::Body { server, what: error.to_string() })?.to_bytes();
+        Ok(Answer { status: head.status, introduction, body })
+    };
+    // The connection moves the bytes of the exchange, and may end just before the exchange has seen the last of them.
+    let connection = async {
+        let _ = connection.await;
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        answer = exchange => answer,
+        never = connection => match never {},
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Answers one request with these bytes.
+    async fn stranger(answer: &'static [u8]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await?;
+            let _ = stream.read(&mut [0; 1024]).await?;
+            stream.write_all(answer).await
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn given_nobody_when_asked_then_the_error_names_the_address_and_what_to_do() {
+        let address = {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+            listener.local_addr().expect("a bound socket")
+        };
+
+        let error = status(address).await.expect_err("nobody is there");
+
+        assert!(matches!(error, AskError::Connect { .. }));
+        assert!(error.to_string().contains(&address.to_string()) && error.to_string().contains("--server"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn given_another_program_when_asked_then_it_is_told_apart() {
+        let web = stranger(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
+        let other = stranger(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]").await;
+        let ssh = stranger(b"SSH-2.0-OpenSSH_9.9\r\n").await;
+
+        assert!(matches!(status(web).await, Err(AskError::Stranger { status: StatusCode::NOT_FOUND, .. })));
+        assert!(matches!(status(other).await, Err(AskError::Shape { .. })));
+        assert!(matches!(status(ssh).await, Err(AskError::Http { .. })));
+    }
+
+    #[tokio::test]
+    async fn given_a_stranger_on_a_port_when_asked_for_its_pid_then_there_is_none() {
+        let web = stranger(b"HTTP/1.1 200 OK\r\nserver: nginx\r\ncontent-length: 0\r\n\r\n").await;
+
+        assert_eq!(pid(web).await, None);
+    }
+
+    #[test]
+    fn given_our_own_introduction_when_read_then_the_pid_is_ours() {
+        assert_eq!(pid_in(&introduction()), Some(std::process::id()));
+        for other in ["nginx/1.27", "kube-relay/0.1.0", "kube-relay/0.1.0 (pid x)", "kube-relay/0.1.0 (pid 1"] {
+            assert_eq!(pid_in(other), None, "{other}");
+        }
+    }
+}
