@@ -132,7 +132,12 @@ impl Findings {
         match value {
             Scalar::Absent | Scalar::Null => None,
             Scalar::Text(text) => Some(text.clone()),
-            Scalar::Flag(_) | Scalar::Whole(_) | Scalar::Float(_) => {
+            Scalar::Flag(_) => {
+                let words = "y, yes and on are true, n, no and off are false";
+                self.error(at, format!("{value} where text is wanted; put it in quotes ({words})"));
+                None
+            }
+            Scalar::Whole(_) | Scalar::Float(_) => {
                 self.error(at, format!("{value} where text is wanted; put it in quotes"));
                 None
             }
