@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
+use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
 use crate::lifecycle::Readiness;
 use crate::live::LiveReport;
 use crate::name::{ListenKey, Protocol};
@@ -63,7 +64,7 @@ impl Surface {
 }
 
 /// Where to answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminOptions {
     /// Addresses of [`Surface::Metrics`], no wildcards. From `--metrics-bind-address`.
     pub metrics: Vec<SocketAddr>,
@@ -71,6 +72,13 @@ pub struct AdminOptions {
     pub health: Vec<SocketAddr>,
     /// An address that cannot be bound is an error of [`start`], not a reason to try again. From `--bind-address-hard-fail`.
     pub hard_fail: bool,
+}
+
+impl Default for AdminOptions {
+    /// One address of each surface, on loopback.
+    fn default() -> Self {
+        Self { metrics: vec![DEFAULT_METRICS_ADDRESS], health: vec![DEFAULT_HEALTHZ_ADDRESS], hard_fail: false }
+    }
 }
 
 /// An admin address could not be bound.
@@ -121,8 +129,10 @@ pub async fn start(
                 if options.hard_fail {
                     return Err(error);
                 }
-                warn!(listen = %address, reason = %BindFailure::of(&error.source), error = %error.source,
-                    "{error}; trying again every {} s", BIND_RETRY.as_secs());
+                warn!(
+                    listen = %address, reason = %BindFailure::of(&error.source), error = %error.source, remedy = error.remedy,
+                    "admin server cannot listen; trying again every 5 s"
+                );
                 admin._servers.spawn(serve_once_bound(address, surface, view));
             }
         }
@@ -625,7 +635,7 @@ mod tests {
     async fn given_a_second_kube_relay_when_it_binds_the_same_address_then_the_first_is_named() {
         let first = Served::start().await;
         let address = first.address(Surface::Health);
-        let options = AdminOptions { health: vec![address], hard_fail: true, ..AdminOptions::default() };
+        let options = AdminOptions { metrics: vec![], health: vec![address], hard_fail: true };
 
         let error = start(options, first.status.subscribe(), first.readiness.clone()).await.expect_err("taken");
 

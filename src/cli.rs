@@ -73,12 +73,13 @@ pub enum Command {
     kube-relay run -f manifests/
 
   From standard input, with node ports for the whole network:
-    kubectl get services,endpointslices -o yaml | kube-relay run -f - --nodeport-addresses primary,localhost
+    cat web.yaml dns.yaml | kube-relay run -f - --nodeport-addresses primary,localhost
 
   A Service on one more address of this machine:
     kube-relay run -f web.yaml --expose 0.0.0.0:8080=default/web:http
 
-Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at once; SIGHUP reads the manifests again."
+Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at once;
+         SIGHUP reads the manifests again."
     )]
     Run(Box<RunArgs>),
 
@@ -94,7 +95,7 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay check manifests/ --node-name worker-1 --zone eu-1a -o json
 
   The addresses that were allocated:
-    kube-relay check -o json web.yaml | jq -r '.services[].ports[].listeners[] | select(.allocated).address'"
+    kube-relay check web.yaml | grep allocated"
     )]
     Check(Box<CheckArgs>),
 
@@ -110,7 +111,7 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay status default/web
 
   Bytes sent to each backend, for a program:
-    kube-relay status default/web -o json | jq '.services[].ports[].backendTraffic[] | {address, upstreamBytes}'"
+    kube-relay status default/web -o json | jq '.services[].ports[].backendTraffic[]'"
     )]
     Status(StatusArgs),
 
@@ -130,7 +131,8 @@ pub enum NewCommand {
     kube-relay new service web --port 8080 --backend 192.168.1.5:80 | kube-relay run -f -
 
   Two backends, each client stays with its own, on a node port:
-    kube-relay new service web --port 80 --node-port 30080 --sticky --backend 10.0.0.1:8000 --backend 10.0.0.2:8000
+    kube-relay new service web --port 80 --node-port 30080 --sticky \\
+      --backend 10.0.0.1:8000 --backend 10.0.0.2:8000
 
   DNS, over UDP:
     kube-relay new service dns --port 5353 --udp --backend 192.168.1.1:53"
@@ -683,7 +685,9 @@ mod tests {
 
         for names in [&["run"][..], &["check"], &["status"], &["new", "service"]] {
             let text = help(names);
-            assert!(text.matches("kube-relay ").count() >= 3, "{names:?}: {text}");
+            let examples: Vec<&str> = text.lines().filter(|line| line.contains("    kube-relay ")).collect();
+            assert!(examples.len() >= 2, "{names:?}: {text}");
+            assert!(examples.iter().all(|line| line.len() <= 100), "a terminal would wrap {examples:?}");
         }
         for flag in ["[default: 127.0.0.1:10249]", "[default: 30s]", "[default: localhost]", "[default: 127.96.0.0/16]"]
         {

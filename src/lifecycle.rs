@@ -24,7 +24,8 @@ pub const SHUTDOWN: &str = "shutdown";
 /// What still keeps this process from being ready, by name. Shared: whoever knows of a blocker sets and clears it.
 ///
 /// A listener that cannot be bound is not a blocker: one taken port must not take a node out of service.
-#[derive(Clone, Debug)]
+/// The default is ready.
+#[derive(Clone, Debug, Default)]
 pub struct Readiness {
     checks: Arc<watch::Sender<BTreeMap<&'static str, bool>>>,
 }
@@ -124,7 +125,8 @@ impl Signals {
             hangup: unix::signal(SignalKind::hangup())?,
             terminate: unix::signal(SignalKind::terminate())?,
             interrupt: unix::signal(SignalKind::interrupt())?,
-            interactive: io::stdin().is_terminal(),
+            // Manifests may come through a pipe: somebody who reads the log at a terminal is a person, too.
+            interactive: io::stdin().is_terminal() || io::stderr().is_terminal(),
             asked: false,
         })
     }
@@ -173,7 +175,7 @@ impl ShutdownTimes {
 
 /// A relay that can be put to rest.
 pub trait Drainable {
-    /// Closes all listeners; what is open goes on.
+    /// Closes all listeners; what is open goes on. A second call changes nothing.
     fn stop_accepting(&self) -> impl Future<Output = ()> + Send;
 
     /// Waits until everything open has ended, for at most `timeout`; resets the rest and returns how many that were.
