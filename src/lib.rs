@@ -39,4 +39,5 @@ pub mod stats;
 pub mod status;
 pub mod timestamp;
 pub mod value;
+mod watch;
 mod yaml;
