@@ -124,6 +124,7 @@ impl BackendTraffic {
             downstream_datagrams,
             connect_failures,
             closed,
+            connect_us: _, // For the connect ladder, not for people.
         } = &backend.stats;
         Self {
             address: backend.address.to_string(),

@@ -6,10 +6,11 @@ pub mod affinity;
 pub mod balancer;
 pub mod connect;
 pub mod flow;
-pub mod health;
 pub mod mmsg;
 pub mod relay;
 pub mod room;
+#[cfg(test)]
+mod scripted;
 mod shard;
 pub mod slab;
 pub mod socket;

@@ -160,6 +160,22 @@ impl Gauge {
     }
 }
 
+/// The last measured value of something that varies.
+#[derive(Debug, Default)]
+pub struct Latest(AtomicU64);
+
+impl Latest {
+    /// Replaces the value.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// The last value; 0 before the first.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// One counter for each word of a vocabulary of at most `N` words.
 #[derive(Debug)]
 pub struct Tally<const N: usize>([Counter; N]);
@@ -226,6 +242,8 @@ pub struct BackendStats {
     pub upstream_datagrams: Counter,
     /// Datagrams received from it and passed to clients.
     pub downstream_datagrams: Counter,
+    /// Microseconds that the last successful connect took; 0 before the first. A far backend is given time by it.
+    pub connect_us: Latest,
     /// Tries to reach it that failed, by reason.
     pub connect_failures: ConnectFailureTally,
     /// Connections and flows that ended, by reason.

@@ -24,6 +24,13 @@ pub struct Backend {
     pub stats: BackendStats,
 }
 
+impl Backend {
+    /// A backend that has not carried anything yet.
+    pub fn new(id: u32, address: SocketAddr) -> Self {
+        Self { id, address, stats: BackendStats::default() }
+    }
+}
+
 /// What the balancers of a ServicePort share, over all scopes, families and swaps.
 #[derive(Debug)]
 pub struct PortState {
@@ -33,13 +40,12 @@ pub struct PortState {
     pub stats: ServiceStats,
     /// Which client stays with which backend.
     pub affinity: Affinity,
-    cursor: AtomicUsize,
 }
 
 impl PortState {
     /// Fresh state for a ServicePort.
     pub fn new(name: ServicePortName) -> Self {
-        Self { name, stats: ServiceStats::default(), affinity: Affinity::default(), cursor: AtomicUsize::new(0) }
+        Self { name, stats: ServiceStats::default(), affinity: Affinity::default() }
     }
 }
 
@@ -47,6 +53,8 @@ impl PortState {
 #[derive(Debug, Default)]
 pub struct Table {
     picks: Box<[Arc<Backend>]>,
+    /// Ids of the picks with their places, by id: a pin is found without a walk.
+    by_id: Box<[(u32, usize)]>,
     serving: Box<[u32]>,
 }
 
@@ -56,7 +64,9 @@ impl Table {
         let mut serving: Vec<u32> = serving.iter().chain(&picks).map(|backend| backend.id).collect();
         serving.sort_unstable();
         serving.dedup();
-        Self { picks: picks.into_boxed_slice(), serving: serving.into_boxed_slice() }
+        let mut by_id: Box<[_]> = picks.iter().enumerate().map(|(place, backend)| (backend.id, place)).collect();
+        by_id.sort_unstable();
+        Self { picks: picks.into_boxed_slice(), by_id, serving: serving.into_boxed_slice() }
     }
 
     /// The backends that may get new traffic, in the order of picks.
@@ -70,7 +80,8 @@ impl Table {
     }
 
     fn pick_by_id(&self, id: u32) -> Option<&Arc<Backend>> {
-        self.picks.iter().find(|backend| backend.id == id)
+        let found = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+        self.picks.get(self.by_id[found].1)
     }
 
     /// The first backend from `start` on that was not tried yet, once around.
@@ -82,23 +93,37 @@ impl Table {
 }
 
 /// The backends that one connection has tried already.
-#[derive(Debug, Default)]
-pub struct Tried(Vec<u32>);
+///
+/// The usual connection tries one and forgets it; as many as the connect ladder has steps fit in place.
+/// Only where refusals come at once can there be more, and only then is memory taken.
+#[derive(Clone, Debug, Default)]
+pub struct Tried {
+    count: usize,
+    first: [u32; Self::IN_PLACE],
+    more: Vec<u32>,
+}
 
 impl Tried {
+    const IN_PLACE: usize = 4;
+
     /// Notes a try.
     pub fn add(&mut self, backend: &Backend) {
-        self.0.push(backend.id);
+        match self.first.get_mut(self.count) {
+            Some(free) => *free = backend.id,
+            None => self.more.push(backend.id),
+        }
+        self.count += 1;
     }
 
     /// True once the backend was tried.
     pub fn contains(&self, backend: &Backend) -> bool {
-        self.0.contains(&backend.id)
+        let in_place = self.count.min(Self::IN_PLACE);
+        self.first[..in_place].contains(&backend.id) || self.more.contains(&backend.id)
     }
 
     /// How many were tried.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.count
     }
 }
 
@@ -110,17 +135,22 @@ pub struct Balancer {
     /// What it shares with the ServicePort's other balancers.
     pub port: Arc<PortState>,
     table: ArcSwap<Table>,
+    /// Turns since the balancer was made; survives swaps. One for each balancer: shared with those of the other
+    /// family or scope, clients that alternate between them would always meet the same half of the backends.
+    cursor: AtomicUsize,
 }
 
 impl Balancer {
     /// A balancer with its first table.
     pub fn new(key: BalancerKey, port: Arc<PortState>, table: Table) -> Self {
-        Self { key, port, table: ArcSwap::from_pointee(table) }
+        Self { key, port, table: ArcSwap::from_pointee(table), cursor: AtomicUsize::new(0) }
     }
 
     /// Chooses a backend for a client that has not been tried by this connection; `None` when there is none left.
     ///
     /// A client with a live pin gets its backend; after a failed try the pin moves to the next one.
+    /// Everybody else takes the next turn. A retry takes a turn too: otherwise the neighbour of a dead backend
+    /// would get the dead one's share besides its own.
     pub fn pick(&self, client: IpAddr, tried: &Tried, now: Instant) -> Option<Arc<Backend>> {
         let table = self.table.load(); // one load: everything below belongs to one moment
         let affinity = &self.port.affinity;
@@ -131,10 +161,15 @@ impl Balancer {
         {
             return Some(Arc::clone(backend));
         }
-        let start = self.port.cursor.fetch_add(1, Ordering::Relaxed);
-        let backend = table.next_untried(start, tried)?;
+        let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
+        let backend = table.next_untried(turn, tried)?;
         let kept = affinity.remember(client, self.key.scope, backend.id, pin, now);
-        Some(Arc::clone(table.pick_by_id(kept).filter(|kept| !tried.contains(kept)).unwrap_or(backend)))
+        if kept == backend.id {
+            return Some(Arc::clone(backend));
+        }
+        // Another connection of this client was pinned meanwhile: both go to the same place, if this one still can.
+        let kept = table.pick_by_id(kept).filter(|kept| !tried.contains(kept));
+        Some(Arc::clone(kept.unwrap_or(backend)))
     }
 
     /// Stores another table. New picks see it at once; picks under way end with the old one.
@@ -150,5 +185,343 @@ impl Balancer {
     /// True where the backend may keep its connections and flows.
     pub fn serves(&self, backend: &Backend) -> bool {
         self.table.load().serves(backend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::name::{Family, ObjectName, Protocol, Scope};
+
+    const TIMEOUT: Duration = Duration::from_secs(60);
+
+    fn port(name: &str) -> Arc<PortState> {
+        let service = ObjectName::new("default", name);
+        Arc::new(PortState::new(ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp }))
+    }
+
+    fn sticky_port(name: &str) -> Arc<PortState> {
+        let port = port(name);
+        port.affinity.set_timeout(Some(TIMEOUT));
+        port
+    }
+
+    fn balancer(port: &Arc<PortState>, scope: Scope, picks: &[Arc<Backend>]) -> Balancer {
+        let key = BalancerKey { port: port.name.clone(), family: Family::V4, scope };
+        Balancer::new(key, Arc::clone(port), table(picks))
+    }
+
+    fn cluster(port: &Arc<PortState>, picks: &[Arc<Backend>]) -> Balancer {
+        balancer(port, Scope::Cluster, picks)
+    }
+
+    fn table(picks: &[Arc<Backend>]) -> Table {
+        Table::new(picks.to_vec(), &[])
+    }
+
+    fn backends<const N: usize>(ids: [u32; N]) -> [Arc<Backend>; N] {
+        ids.map(|id| Arc::new(Backend::new(id, SocketAddr::from(([10, 0, 0, 1], 1_000 + id as u16)))))
+    }
+
+    fn client(number: u8) -> IpAddr {
+        [192, 0, 2, number].into()
+    }
+
+    fn pick(balancer: &Balancer, client: IpAddr) -> Option<u32> {
+        balancer.pick(client, &Tried::default(), Instant::now()).map(|backend| backend.id)
+    }
+
+    fn picks(balancer: &Balancer, count: usize) -> Vec<u32> {
+        (0..count).filter_map(|_| pick(balancer, client(1))).collect()
+    }
+
+    fn pick_each<const N: usize>(balancer: &Balancer, clients: [u8; N]) -> [Option<u32>; N] {
+        clients.map(|number| pick(balancer, client(number)))
+    }
+
+    #[test]
+    fn t127_given_no_backends_when_picked_then_there_is_none() {
+        let empty = cluster(&port("web"), &[]);
+
+        assert_eq!(pick(&empty, client(1)), None);
+    }
+
+    #[test]
+    fn t128_given_one_backend_when_picked_four_times_then_it_is_the_same() {
+        let web = cluster(&port("web"), &backends([7]));
+
+        assert_eq!(picks(&web, 4), [7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn t129_given_three_backends_when_picked_then_each_comes_in_turn() {
+        let web = cluster(&port("web"), &backends([1, 2, 3]));
+
+        assert_eq!(picks(&web, 7), [1, 2, 3, 1, 2, 3, 1]);
+    }
+
+    #[test]
+    fn t129_given_threads_when_they_pick_at_once_then_the_shares_are_exact() {
+        let web = cluster(&port("web"), &backends([1, 2, 3]));
+
+        let mut shares = BTreeMap::<u32, usize>::new();
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| picks(&web, 3_000))).collect();
+            for id in threads.into_iter().flat_map(|thread| thread.join().expect("no panic")) {
+                *shares.entry(id).or_default() += 1;
+            }
+        });
+
+        assert_eq!(shares, BTreeMap::from([(1, 4_000), (2, 4_000), (3, 4_000)]));
+    }
+
+    #[test]
+    fn t130_given_two_ports_when_picked_by_turns_then_their_cycles_are_independent() {
+        let backends = backends([1, 2, 3]);
+        let (web, admin) = (cluster(&port("web"), &backends), cluster(&port("admin"), &backends));
+
+        let both: Vec<_> = (0..3).map(|_| (pick(&web, client(1)), pick(&admin, client(1)))).collect();
+
+        assert_eq!(both, [(Some(1), Some(1)), (Some(2), Some(2)), (Some(3), Some(3))]);
+    }
+
+    #[test]
+    fn given_two_scopes_of_one_port_when_picked_by_turns_then_both_use_all_their_backends() {
+        let port = port("web");
+        let backends = backends([1, 2]);
+        let (outside, inside) = (balancer(&port, Scope::Local, &backends), balancer(&port, Scope::Cluster, &backends));
+
+        let both: Vec<_> = (0..2).map(|_| (pick(&outside, client(1)), pick(&inside, client(1)))).collect();
+
+        assert_eq!(both, [(Some(1), Some(1)), (Some(2), Some(2))]);
+    }
+
+    #[test]
+    fn t131_given_another_table_when_picked_then_no_backend_of_the_old_one_comes() {
+        let [one, two, three, four] = backends([1, 2, 3, 4]);
+        let web = cluster(&port("web"), &[one, two.clone(), three]);
+        picks(&web, 2);
+
+        web.swap(table(&[two, four]));
+
+        assert_eq!(picks(&web, 4), [2, 4, 2, 4]);
+    }
+
+    #[test]
+    fn t131_given_threads_that_pick_when_tables_are_swapped_then_a_pick_after_the_swap_is_of_the_new_table() {
+        let [one, two] = backends([1, 2]);
+        let web = cluster(&port("web"), std::slice::from_ref(&one));
+        let done = AtomicBool::new(false);
+
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert!(pick(&web, client(1)).is_some(), "a swap never shows an empty table");
+                }
+            });
+            for backend in [&two, &one].into_iter().cycle().take(2_000) {
+                web.swap(table(&[Arc::clone(backend)]));
+                assert_eq!(pick(&web, client(2)), Some(backend.id));
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn t132_given_the_same_backends_once_more_when_picked_then_the_cycle_goes_on() {
+        let backends = backends([1, 2, 3]);
+        let web = cluster(&port("web"), &backends);
+        picks(&web, 2);
+
+        web.swap(table(&backends));
+
+        assert_eq!(picks(&web, 3), [3, 1, 2]);
+    }
+
+    #[test]
+    fn t133_given_two_services_when_one_is_deleted_then_the_other_goes_on_where_it_was() {
+        let backends = backends([1, 2, 3]);
+        let (foo, bar) = (cluster(&port("foo"), &backends), cluster(&port("bar"), &backends));
+        picks(&foo, 1);
+        picks(&bar, 1);
+
+        foo.swap(Table::default());
+
+        assert_eq!(pick(&foo, client(1)), None);
+        assert_eq!(picks(&bar, 2), [2, 3]);
+    }
+
+    #[test]
+    fn t134_given_endpoints_after_the_service_when_picked_then_they_are_used_as_if_they_had_come_first() {
+        let web = cluster(&port("web"), &[]);
+
+        web.swap(table(&backends([1, 2])));
+
+        assert_eq!(picks(&web, 3), [1, 2, 1]);
+    }
+
+    #[test]
+    fn t135_given_three_sticky_clients_when_they_pick_by_turns_then_each_stays() {
+        let web = cluster(&sticky_port("web"), &backends([1, 2, 3]));
+
+        for _ in 0..4 {
+            assert_eq!(pick_each(&web, [1, 2, 3]), [Some(1), Some(2), Some(3)]);
+        }
+    }
+
+    #[test]
+    fn t136_given_sticky_clients_when_a_backend_leaves_and_another_comes_then_only_its_client_moves() {
+        let [one, two, three, four] = backends([1, 2, 3, 4]);
+        let web = cluster(&sticky_port("web"), &[one.clone(), two, three.clone()]);
+        pick_each(&web, [1, 2, 3]);
+
+        web.swap(table(&[one.clone(), three.clone()]));
+        let moved = pick_each(&web, [1, 2, 3]);
+        web.swap(table(&[one, three, four]));
+        let after = pick_each(&web, [1, 2, 3]);
+        let mut fresh = pick_each(&web, [4, 5, 6]);
+
+        assert_eq!((moved[0], moved[2]), (Some(1), Some(3)));
+        assert_eq!(after, moved);
+        fresh.sort_unstable();
+        assert_eq!(fresh, [Some(1), Some(3), Some(4)], "new clients cover the set");
+    }
+
+    #[test]
+    fn t137_given_sticky_clients_when_all_backends_are_replaced_then_each_is_picked_anew_once() {
+        let web = cluster(&sticky_port("web"), &backends([1, 2, 3]));
+        pick_each(&web, [1, 2, 3]);
+
+        web.swap(table(&backends([4, 5, 6])));
+
+        let anew = pick_each(&web, [1, 2, 3]);
+        let mut covered = anew;
+        covered.sort_unstable();
+        assert_eq!(covered, [Some(4), Some(5), Some(6)]);
+        assert_eq!(pick_each(&web, [1, 2, 3]), anew);
+    }
+
+    /// The addresses are the same, but a backend that was away is another backend: its id is new.
+    #[test]
+    fn t138_given_sticky_clients_when_all_backends_go_and_come_back_then_pins_start_anew() {
+        let web = cluster(&sticky_port("web"), &backends([1, 2]));
+        pick_each(&web, [1, 2]);
+
+        web.swap(Table::default());
+        assert_eq!(pick(&web, client(1)), None);
+        web.swap(table(&backends([3, 4])));
+
+        let anew = pick_each(&web, [2, 1]);
+        assert_ne!(anew[0], anew[1]);
+        assert!(anew.iter().all(|id| matches!(id, Some(3 | 4))));
+        assert_eq!(pick_each(&web, [2, 1]), anew);
+    }
+
+    #[test]
+    fn t139_given_two_sticky_services_when_the_same_client_uses_both_then_its_pins_are_separate() {
+        let (foo, bar) = (sticky_port("foo"), sticky_port("bar"));
+        let (foo, bar) = (cluster(&foo, &backends([1, 2])), cluster(&bar, &backends([1, 2])));
+        pick(&bar, client(9));
+
+        for _ in 0..3 {
+            assert_eq!((pick(&foo, client(1)), pick(&bar, client(1))), (Some(1), Some(2)));
+        }
+    }
+
+    #[test]
+    fn t140_given_a_pinned_backend_that_fails_when_picked_again_then_the_pin_moves_and_others_stay() {
+        let web = cluster(&sticky_port("web"), &backends([1, 2, 3]));
+        pick_each(&web, [1, 2, 3]);
+        let now = Instant::now();
+
+        let mut tried = Tried::default();
+        let mut seen = Vec::new();
+        while let Some(backend) = web.pick(client(1), &tried, now) {
+            seen.push(backend.id);
+            tried.add(&backend);
+        }
+
+        assert_eq!(seen[0], 1);
+        assert_eq!(pick(&web, client(1)), Some(seen[2]), "the pin is where the last try went");
+        assert_eq!(pick_each(&web, [2, 3]), [Some(2), Some(3)]);
+        seen.sort_unstable();
+        assert_eq!(seen, [1, 2, 3], "each once");
+    }
+
+    #[test]
+    fn t143_given_affinity_when_it_goes_on_and_off_live_then_a_client_is_spread_stuck_and_spread() {
+        let port = port("web");
+        let web = cluster(&port, &backends([1, 2]));
+
+        let spread = picks(&web, 4);
+        port.affinity.set_timeout(Some(TIMEOUT));
+        let stuck = picks(&web, 4);
+        port.affinity.set_timeout(None);
+        let spread_again = picks(&web, 4);
+
+        assert_eq!(spread, [1, 2, 1, 2]);
+        assert_eq!(stuck, [1, 1, 1, 1]);
+        assert_eq!(spread_again, [2, 1, 2, 1]);
+    }
+
+    #[test]
+    fn t144_given_a_client_of_both_scopes_when_its_backend_leaves_one_then_only_that_one_picks_anew() {
+        let port = sticky_port("web");
+        let [one, two] = backends([1, 2]);
+        let inside = balancer(&port, Scope::Cluster, &[one.clone(), two.clone()]);
+        let outside = balancer(&port, Scope::Local, &[one, two.clone()]);
+        assert_eq!((pick(&inside, client(1)), pick(&outside, client(1))), (Some(1), Some(1)), "t145: one pin");
+
+        outside.swap(table(&[two]));
+
+        assert_eq!((pick(&outside, client(1)), pick(&inside, client(1))), (Some(2), Some(1)));
+    }
+
+    #[test]
+    fn given_a_dead_backend_when_connections_retry_then_its_share_goes_to_all_others() {
+        let web = cluster(&port("web"), &backends([1, 2, 3]));
+        let now = Instant::now();
+
+        let mut shares = BTreeMap::<u32, usize>::new();
+        for _ in 0..300 {
+            let mut tried = Tried::default();
+            let mut backend = web.pick(client(1), &tried, now).expect("a backend");
+            if backend.id == 2 {
+                tried.add(&backend);
+                backend = web.pick(client(1), &tried, now).expect("another backend");
+            }
+            *shares.entry(backend.id).or_default() += 1;
+        }
+
+        assert_eq!(shares, BTreeMap::from([(1, 150), (3, 150)]));
+    }
+
+    #[test]
+    fn given_more_tries_than_fit_in_place_when_asked_then_all_are_known() {
+        let backends = backends([1, 2, 3, 4, 5, 6, 0]);
+        let mut tried = Tried::default();
+
+        for backend in &backends[..6] {
+            tried.add(backend);
+        }
+
+        assert_eq!(tried.count(), 6);
+        assert!(backends[..6].iter().all(|backend| tried.contains(backend)));
+        assert!(!tried.contains(&backends[6]), "an empty place is not the id 0");
+    }
+
+    #[test]
+    fn given_a_backend_that_only_serves_when_picked_then_it_gets_nothing_new_but_keeps_what_it_has() {
+        let [one, two, three] = backends([1, 2, 3]);
+        let web = cluster(&port("web"), &[]);
+
+        web.swap(Table::new(vec![one.clone()], &[one.clone(), two.clone()]));
+
+        assert_eq!(picks(&web, 2), [1, 1]);
+        assert!(web.serves(&one) && web.serves(&two) && !web.serves(&three));
     }
 }

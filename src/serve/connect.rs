@@ -1,1 +1,571 @@
-//! placeholder
+//! Reaches a backend: one try, and the ladder of tries that one connection may climb.
+//!
+//! *The ladder.* A backend that gives no answer is left after the time of the current step, and the
+//! next try, at the next backend, has the time of the next step. A backend that says no (refused,
+//! unreachable, no source port towards it) costs no step: the next one is asked at once. Nobody is
+//! asked twice while another is left. When all were asked and steps are left, those that were silent
+//! are asked again, as each step is longer than the last: a single backend that is far away is reached.
+//! Those that said no are not asked again. Whatever happens, the ladder ends after the sum of its steps.
+//!
+//! A try also ends when its endpoint is removed meanwhile. Who gives up is reset in `tcp`, not here.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+use crate::name::Family;
+use crate::serve::balancer::{Backend, Balancer, Tried};
+use crate::serve::socket;
+use crate::stats::{ConnectFailure, DropReason};
+
+/// How backends are connected to.
+#[derive(Clone, Debug)]
+pub struct ConnectOptions {
+    /// How long each silent try may take. Their sum is the longest that a client waits.
+    /// Default 250 ms, 500 ms, 1 s, 2 s, as the classic userspace mode had it.
+    pub steps: [Duration; 4],
+    /// Silence after which a backend is asked whether it is still there. Whole seconds. Default 60 s.
+    pub keepalive_idle: Duration,
+    /// How long bytes (or questions whether it is still there) may wait for a backend's acknowledgement,
+    /// a closed window included, before the connection is given up. Default 2 min.
+    pub user_timeout: Duration,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self {
+            steps: [250, 500, 1_000, 2_000].map(Duration::from_millis),
+            keepalive_idle: Duration::from_secs(60),
+            user_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// The address that a backend sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// The kernel chooses: the address of this node towards the backend.
+    #[default]
+    Any,
+    /// One of this node's addresses; the port is chosen per destination.
+    Address(IpAddr),
+    /// The client's own address. Needs CAP_NET_ADMIN, and replies that come back through this node.
+    Client(SocketAddr),
+}
+
+/// What a backend gets before the client's first byte. Not counted as payload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Preface {
+    /// Nothing.
+    #[default]
+    None,
+    /// A header that tells who the client is.
+    Bytes(Box<[u8]>),
+}
+
+/// One try failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot reach {address}: {reason}")]
+pub struct ConnectError {
+    /// The backend.
+    pub address: SocketAddr,
+    /// Why, in one word.
+    pub reason: ConnectFailure,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+impl ConnectError {
+    fn new(address: SocketAddr, source: io::Error) -> Self {
+        Self { address, reason: classify(&source), source }
+    }
+}
+
+/// A backend and the connection to it.
+#[derive(Debug)]
+pub struct Reached {
+    /// Who was reached.
+    pub backend: Arc<Backend>,
+    /// The connection, with the preface written.
+    pub stream: TcpStream,
+}
+
+/// Tries to connect to one backend, for as long as the kernel does: the caller sets the time.
+///
+/// # Errors
+/// [`ConnectError`], with a reason that tells the backend's fault from this host's.
+pub async fn connect(
+    backend: &Backend,
+    source: Source,
+    preface: &Preface,
+    options: &ConnectOptions,
+) -> Result<TcpStream, ConnectError> {
+    let address = backend.address;
+    open(address, source, preface, options).await.map_err(|source| ConnectError::new(address, source))
+}
+
+/// Reaches a backend of the balancer for a client, by the ladder. Counts failures and retries.
+///
+/// # Errors
+/// Why the client has to be turned away.
+pub async fn dial(
+    balancer: &Balancer,
+    client: IpAddr,
+    source: Source,
+    preface: &Preface,
+    options: &ConnectOptions,
+) -> Result<Reached, DropReason> {
+    let mut ladder = Ladder::new(balancer, client, options);
+    loop {
+        let backend = ladder.next_backend()?;
+        ladder.count_attempt();
+        match ladder.attempt(&backend, source, preface).await {
+            Ok(stream) => return Ok(Reached { backend, stream }),
+            Err(missed) => ladder.note(&backend, &missed)?,
+        }
+    }
+}
+
+/// Why a try did not give a connection.
+#[derive(Debug)]
+enum Missed {
+    /// It failed.
+    Failed(ConnectError),
+    /// The endpoint was removed while it was being tried: not its fault, and no use either.
+    Left,
+}
+
+/// The tries of one connection. Lives in a box while the connection is being made.
+struct Ladder<'a> {
+    balancer: &'a Balancer,
+    client: IpAddr,
+    options: &'a ConnectOptions,
+    end: Instant,
+    /// Tries so far, of any outcome.
+    attempts: usize,
+    /// Silent tries so far.
+    step: usize,
+    /// Not to be asked in this round.
+    tried: Tried,
+    /// Not to be asked again at all.
+    denied: Tried,
+    /// The word for the client where nothing worse happens.
+    verdict: DropReason,
+}
+
+impl<'a> Ladder<'a> {
+    /// A connect that is still open after this long looks whether its endpoint is still wanted.
+    const LOOK: Duration = Duration::from_millis(50);
+
+    /// A step is at least this many times what the last connect to the same backend took.
+    const PATIENCE: u32 = 4;
+
+    fn new(balancer: &'a Balancer, client: IpAddr, options: &'a ConnectOptions) -> Self {
+        Self {
+            balancer,
+            client,
+            options,
+            end: Instant::now() + options.steps.iter().sum::<Duration>(),
+            attempts: 0,
+            step: 0,
+            tried: Tried::default(),
+            denied: Tried::default(),
+            verdict: DropReason::NoEndpoints,
+        }
+    }
+
+    /// Whom to try now.
+    fn next_backend(&mut self) -> Result<Arc<Backend>, DropReason> {
+        if self.step == self.options.steps.len() || Instant::now() >= self.end {
+            return Err(self.verdict);
+        }
+        let next = self.pick().or_else(|| {
+            let silent = self.tried.count() > self.denied.count();
+            self.tried = self.denied.clone();
+            silent.then(|| self.pick()).flatten()
+        });
+        next.ok_or(self.verdict)
+    }
+
+    fn pick(&self) -> Option<Arc<Backend>> {
+        self.balancer.pick(self.client, &self.tried, Instant::now().into_std())
+    }
+
+    fn count_attempt(&mut self) {
+        if self.attempts > 0 {
+            self.balancer.port.stats.retries.increment();
+        }
+        self.attempts += 1;
+    }
+
+    async fn attempt(&self, backend: &Backend, source: Source, preface: &Preface) -> Result<TcpStream, Missed> {
+        let begin = Instant::now();
+        let until = (begin + self.patience(backend)).min(self.end);
+        let mut connecting = pin!(connect(backend, source, preface, self.options));
+        loop {
+            let look = (Instant::now() + Self::LOOK).min(until);
+            match timeout_at(look, &mut connecting).await {
+                _ if !self.balancer.serves(backend) => return Err(Missed::Left),
+                Ok(Ok(stream)) => {
+                    backend.stats.connect_us.set(begin.elapsed().as_micros() as u64);
+                    return Ok(stream);
+                }
+                Ok(Err(error)) => return Err(Missed::Failed(error)),
+                Err(_) if Instant::now() >= until => {
+                    let silence = io::ErrorKind::TimedOut.into();
+                    return Err(Missed::Failed(ConnectError::new(backend.address, silence)));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The time of the current step, and more for a backend that is known to be far.
+    fn patience(&self, backend: &Backend) -> Duration {
+        let last = Duration::from_micros(backend.stats.connect_us.get());
+        self.options.steps[self.step].max(last.saturating_mul(Self::PATIENCE))
+    }
+
+    /// Draws the conclusions from a missed try; an error where another try would be useless.
+    fn note(&mut self, backend: &Backend, missed: &Missed) -> Result<(), DropReason> {
+        self.tried.add(backend);
+        let Missed::Failed(error) = missed else {
+            self.denied.add(backend);
+            return Ok(());
+        };
+        debug!(
+            service = %self.balancer.port.name, backend = %backend.address, client = %self.client,
+            attempt = self.attempts, reason = %error.reason, error = %error.source, "backend not reached"
+        );
+        backend.stats.connect_failures.count(error.reason);
+        match error.reason {
+            // This host's trouble, and the same for each backend.
+            ConnectFailure::FdLimit => return Err(DropReason::FdLimit),
+            ConnectFailure::Memory => return Err(DropReason::Memory),
+            ConnectFailure::Timeout => self.step += 1,
+            _ => self.denied.add(backend),
+        }
+        self.verdict = match (error.reason, self.verdict) {
+            (ConnectFailure::LocalPorts, DropReason::NoEndpoints | DropReason::LocalPorts) => DropReason::LocalPorts,
+            _ => DropReason::EjectedAll,
+        };
+        Ok(())
+    }
+}
+
+async fn open(
+    address: SocketAddr,
+    source: Source,
+    preface: &Preface,
+    options: &ConnectOptions,
+) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    set_options(&socket, options)?;
+    bind(&socket, source)?;
+    let mut stream = socket.connect(address).await?;
+    if met_itself(&stream, address)? {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    if let Preface::Bytes(bytes) = preface {
+        stream.write_all(bytes).await?;
+    }
+    Ok(stream)
+}
+
+/// The user timeout ends what the keep-alive finds dead, so its interval and count stay the kernel's: two calls less.
+fn set_options(socket: &TcpSocket, options: &ConnectOptions) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(options.keepalive_idle))?;
+    socket.set_tcp_user_timeout(Some(options.user_timeout))
+}
+
+fn bind(socket: &TcpSocket, source: Source) -> io::Result<()> {
+    match source {
+        Source::Any => Ok(()),
+        Source::Address(address) => socket::bind_source(socket, SocketAddr::new(address, 0)),
+        Source::Client(client) => {
+            socket::allow_foreign_source(socket, Family::of(client.ip()))?;
+            socket::bind_source(socket, SocketAddr::new(client.ip(), 0))
+        }
+    }
+}
+
+/// True where nobody listened and the kernel, choosing a source port, connected the socket to itself.
+///
+/// That can only happen on an address of this host, on a port out of the range of source ports: one call less elsewhere.
+fn met_itself(stream: &TcpStream, backend: SocketAddr) -> io::Result<bool> {
+    const FIRST_SOURCE_PORT: u16 = 32_768; // The kernel's default for net.ipv4.ip_local_port_range.
+    Ok(backend.port() >= FIRST_SOURCE_PORT && stream.local_addr()? == backend)
+}
+
+/// The word for what the kernel said.
+fn classify(error: &io::Error) -> ConnectFailure {
+    let Some(errno) = Errno::from_io_error(error) else {
+        return match error.kind() {
+            io::ErrorKind::TimedOut => ConnectFailure::Timeout,
+            io::ErrorKind::ConnectionRefused => ConnectFailure::Refused,
+            _ => ConnectFailure::Unreachable,
+        };
+    };
+    match errno {
+        Errno::CONNREFUSED => ConnectFailure::Refused,
+        Errno::TIMEDOUT => ConnectFailure::Timeout,
+        Errno::CONNRESET | Errno::CONNABORTED | Errno::PIPE => ConnectFailure::Reset,
+        Errno::ADDRNOTAVAIL | Errno::ADDRINUSE => ConnectFailure::LocalPorts,
+        Errno::MFILE | Errno::NFILE => ConnectFailure::FdLimit,
+        Errno::NOMEM | Errno::NOBUFS => ConnectFailure::Memory,
+        _ => ConnectFailure::Unreachable, // No route, a prohibiting route or rule, a network or host that is down.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::serve::balancer::Table;
+    use crate::serve::scripted::{LOOPBACK, backends, balancer, black_hole, echo, read_all, refusing, soon, until};
+
+    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+
+    /// A ladder for tests that climb to its end.
+    fn quick() -> ConnectOptions {
+        ConnectOptions { steps: [20, 30, 40, 50].map(Duration::from_millis), ..ConnectOptions::default() }
+    }
+
+    async fn dial(balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
+        soon(super::dial(balancer, CLIENT, Source::Any, &Preface::None, options)).await
+    }
+
+    fn failures(backend: &Backend, reason: ConnectFailure) -> u64 {
+        backend.stats.connect_failures.get(reason)
+    }
+
+    #[test]
+    fn given_the_defaults_when_added_up_then_a_client_waits_3750_ms_at_most() {
+        let options = ConnectOptions::default();
+
+        assert_eq!(options.steps.iter().sum::<Duration>(), Duration::from_millis(3_750));
+    }
+
+    #[tokio::test]
+    async fn given_a_backend_when_it_is_reached_then_its_socket_has_the_options() {
+        let [web] = backends([echo().await]);
+
+        let reached = dial(&balancer(&[Arc::clone(&web)]), &ConnectOptions::default()).await.expect("reached");
+
+        let socket = SockRef::from(&reached.stream);
+        assert!(socket.tcp_nodelay().expect("an option"));
+        assert!(socket.keepalive().expect("an option"));
+        assert_eq!(socket.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
+        assert_eq!(socket.tcp_user_timeout().expect("an option"), Some(Duration::from_secs(120)));
+        assert!(web.stats.connect_us.get() > 0);
+    }
+
+    #[tokio::test]
+    async fn t161_given_a_backend_that_refuses_when_dialed_then_the_next_is_reached_at_once() {
+        let (_held, dead) = refusing();
+        let [dead, alive] = backends([dead, echo().await]);
+        let web = balancer(&[dead.clone(), alive.clone()]);
+        let begin = Instant::now();
+
+        let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
+
+        assert_eq!(reached.backend.id, alive.id);
+        assert!(begin.elapsed() < ConnectOptions::default().steps[0], "no step was waited for");
+        assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
+        assert_eq!(web.port.stats.retries.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn t162_given_a_black_hole_when_dialed_then_the_next_is_reached_after_the_first_step() {
+        let (_held, silent) = black_hole();
+        let [silent, alive] = backends([silent, echo().await]);
+        let web = balancer(&[silent.clone(), alive.clone()]);
+        let begin = Instant::now();
+
+        let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
+
+        assert_eq!(reached.backend.id, alive.id);
+        let [first, second, ..] = ConnectOptions::default().steps;
+        assert!((first..first + second).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+        assert_eq!(failures(&silent, ConnectFailure::Timeout), 1);
+    }
+
+    #[tokio::test]
+    async fn t163_given_only_black_holes_when_dialed_then_it_ends_after_all_steps() {
+        let (_held, one) = black_hole();
+        let (_also_held, two) = black_hole();
+        let all = backends([one, two]);
+        let web = balancer(&all);
+        let begin = Instant::now();
+
+        let verdict = dial(&web, &quick()).await.expect_err("nobody");
+
+        assert_eq!(verdict, DropReason::EjectedAll);
+        assert!(begin.elapsed() >= quick().steps.iter().sum());
+        assert_eq!(all.map(|backend| failures(&backend, ConnectFailure::Timeout)), [2, 2], "each in turn");
+        assert_eq!(web.port.stats.retries.get(), 3);
+    }
+
+    #[tokio::test]
+    async fn t165_given_backends_that_refuse_when_all_were_asked_then_none_is_asked_again() {
+        let held = [refusing(), refusing(), refusing(), refusing(), refusing(), refusing()];
+        let all = backends(held.each_ref().map(|(_, address)| *address));
+        let web = balancer(&all);
+
+        let verdict = dial(&web, &ConnectOptions::default()).await.expect_err("nobody");
+
+        assert_eq!(verdict, DropReason::EjectedAll);
+        assert!(all.iter().all(|backend| failures(backend, ConnectFailure::Refused) == 1));
+    }
+
+    #[tokio::test]
+    async fn t165_given_one_silent_backend_and_one_that_refuses_when_dialed_then_only_the_silent_one_is_asked_again() {
+        let ((_held, silent), (_also_held, dead)) = (black_hole(), refusing());
+        let [silent, dead] = backends([silent, dead]);
+
+        dial(&balancer(&[silent.clone(), dead.clone()]), &quick()).await.expect_err("nobody");
+
+        assert_eq!(failures(&silent, ConnectFailure::Timeout), 4);
+        assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
+    }
+
+    #[tokio::test]
+    async fn t166_given_a_dial_in_flight_when_its_endpoint_is_removed_then_the_next_is_chosen() {
+        let (_held, silent) = black_hole();
+        let [silent, alive] = backends([silent, echo().await]);
+        let web = balancer(std::slice::from_ref(&silent));
+        let hour = Duration::from_secs(3_600);
+        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+
+        let dialing = tokio::spawn({
+            let web = Arc::clone(&web);
+            async move { dial(&web, &patient).await }
+        });
+        let waiting = Arc::clone(&silent);
+        until(|| Arc::strong_count(&waiting) > 3).await; // The table's, the test's two, and the dial's.
+        web.swap(Table::new(vec![alive.clone()], &[]));
+        let reached = soon(dialing).await.expect("no panic").expect("the other one");
+
+        assert_eq!(reached.backend.id, alive.id);
+        assert_eq!(failures(&silent, ConnectFailure::Timeout), 0, "not its fault");
+    }
+
+    #[tokio::test]
+    async fn given_no_backend_when_dialed_then_the_verdict_says_so() {
+        assert_eq!(dial(&balancer(&[]), &quick()).await.expect_err("nobody"), DropReason::NoEndpoints);
+    }
+
+    #[test]
+    fn given_a_backend_that_is_far_when_tried_again_then_the_step_is_longer() {
+        let [far] = backends([SocketAddr::from((LOOPBACK, 9))]);
+        let web = balancer(std::slice::from_ref(&far));
+        let options = ConnectOptions::default();
+        let ladder = Ladder::new(&web, CLIENT, &options);
+
+        assert_eq!(ladder.patience(&far), options.steps[0]);
+        far.stats.connect_us.set(200_000);
+
+        assert_eq!(ladder.patience(&far), Duration::from_millis(800));
+    }
+
+    #[tokio::test]
+    async fn given_a_source_address_when_connected_then_the_backend_sees_it() {
+        let (peer_of, mut seen) = tokio::sync::mpsc::unbounded_channel();
+        let address = crate::serve::scripted::backend(move |stream| {
+            let _ = peer_of.send(stream.peer_addr().expect("a connection"));
+            async {}
+        });
+        let [web] = backends([address.await]);
+        let source = IpAddr::from([127, 82, 0, 1]);
+
+        let stream = soon(connect(&web, Source::Address(source), &Preface::None, &ConnectOptions::default())).await;
+
+        assert_eq!(stream.expect("reached").local_addr().expect("a connection").ip(), source);
+        assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
+    }
+
+    /// Needs CAP_NET_ADMIN to be more than a refusal with a reason.
+    #[tokio::test]
+    async fn given_the_clients_own_address_when_connected_then_it_is_seen_or_refused_with_a_reason() {
+        let [web] = backends([echo().await]);
+        let client = SocketAddr::from(([127, 82, 0, 2], 40_000));
+
+        let outcome = soon(connect(&web, Source::Client(client), &Preface::None, &ConnectOptions::default())).await;
+
+        match outcome {
+            Ok(stream) => assert_eq!(stream.local_addr().expect("a connection").ip(), client.ip()),
+            Err(error) => assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied),
+        }
+    }
+
+    #[tokio::test]
+    async fn given_a_preface_when_connected_then_it_comes_first() {
+        let [web] = backends([echo().await]);
+        let preface = Preface::Bytes(b"PROXY ".as_slice().into());
+
+        let stream = soon(connect(&web, Source::Any, &preface, &ConnectOptions::default())).await;
+        let mut stream = stream.expect("reached");
+        stream.write_all(b"hello").await.expect("a connection");
+        stream.shutdown().await.expect("a connection");
+
+        assert_eq!(read_all(&mut stream).await.0, b"PROXY hello");
+    }
+
+    /// The kernel may choose the very port that is connected to; here it has to.
+    #[tokio::test]
+    async fn given_a_socket_that_met_itself_when_asked_then_it_is_told() {
+        let (held, address) = refusing();
+        drop(held);
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(address).expect("a free port");
+        let mut stream = socket.connect(address).await.expect("itself");
+
+        assert!(met_itself(&stream, address).expect("a connection"));
+        stream.write_all(b"x").await.expect("itself");
+        stream.read_exact(&mut [0]).await.expect("itself");
+    }
+
+    #[test]
+    fn given_what_the_kernel_says_when_classified_then_the_backends_fault_is_told_from_ours() {
+        let word = |errno: Errno| classify(&errno.into());
+
+        assert_eq!(word(Errno::CONNREFUSED), ConnectFailure::Refused);
+        assert_eq!(word(Errno::HOSTUNREACH), ConnectFailure::Unreachable);
+        assert_eq!(word(Errno::CONNRESET), ConnectFailure::Reset);
+        assert_eq!(word(Errno::ADDRNOTAVAIL), ConnectFailure::LocalPorts);
+        assert_eq!(word(Errno::MFILE), ConnectFailure::FdLimit);
+        assert_eq!(word(Errno::NOBUFS), ConnectFailure::Memory);
+    }
+
+    /// T168: one backend after the other without a source port is no fault of theirs, and is told as it is.
+    #[test]
+    fn t168_given_no_source_port_to_any_backend_when_noted_then_the_verdict_says_so() {
+        let all = backends([SocketAddr::from((LOOPBACK, 1)), SocketAddr::from((LOOPBACK, 2))]);
+        let web = balancer(&all);
+        let options = ConnectOptions::default();
+        let mut ladder = Ladder::new(&web, CLIENT, &options);
+
+        for _ in 0..2 {
+            let backend = ladder.next_backend().expect("one more");
+            let error = ConnectError::new(backend.address, Errno::ADDRNOTAVAIL.into());
+            ladder.note(&backend, &Missed::Failed(error)).expect("another try is of use");
+        }
+
+        assert_eq!(ladder.next_backend().expect_err("no more"), DropReason::LocalPorts);
+        assert!(all.iter().all(|backend| failures(backend, ConnectFailure::LocalPorts) == 1));
+    }
+}

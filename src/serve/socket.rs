@@ -1,3 +1,286 @@
 //! System calls and socket options: making, parking and filtering listeners, aborting connections.
 //!
 //! One of the files where `unsafe` is allowed; who calls when is decided elsewhere.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use socket2::{Domain, SockFilter, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::name::{Family, ListenKey};
+
+// ---- TCP: listeners ----
+
+/// Connections that may wait for accept: as many as the kernel allows, which caps this at `net.core.somaxconn`.
+const BACKLOG: i32 = i32::MAX;
+
+/// Opens a TCP listener on exactly this address, non-blocking, not inherited by child processes.
+///
+/// Accepted sockets inherit TCP_NODELAY. SO_REUSEADDR lets a restarted process bind while connections of the
+/// last one linger; SO_REUSEPORT is never set, so that nobody else can share the port.
+pub fn listen_tcp(key: ListenKey) -> io::Result<OwnedFd> {
+    let address = key.address;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        socket.set_freebind_v6(true)?; // An address that is only routed to this host (AnyIP) cannot be bound without.
+    }
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Parks a TCP listener: the port stays held and connects are refused; accepted connections go on, waiting ones are reset.
+///
+/// The socket must not be registered with an event loop: a parked socket is always readable, and the loop would
+/// spin. It must have been bound to an explicit port, or it comes back on another one.
+pub fn park_tcp(listener: impl AsFd) -> io::Result<()> {
+    let listener = listener.as_fd();
+    let listener = SockRef::from(&listener);
+    listener.shutdown(Shutdown::Both)?;
+    listener.set_reuse_address(false) // Two sockets that may reuse share a port on which neither listens.
+}
+
+/// Revives a parked TCP listener. Its options and its filter are those that it had.
+pub fn revive_tcp(listener: impl AsFd) -> io::Result<()> {
+    let listener = listener.as_fd();
+    let listener = SockRef::from(&listener);
+    listener.set_reuse_address(true)?; // Connections that it accepted before are still on the port.
+    listener.listen(BACKLOG)
+}
+
+/// Makes a listener deaf: the kernel drops what arrives, and clients time out as if nobody were there.
+///
+/// Replaces a filter that is there. Accepted connections keep the filter that they were born with.
+pub fn drop_all(socket: impl AsFd) -> io::Result<()> {
+    const RETURN: u16 = 0x06; // BPF_RET | BPF_K: end of program, take `k` bytes of the packet.
+    SockRef::from(&socket.as_fd()).attach_filter(&[SockFilter::new(RETURN, 0, 0, 0)])
+}
+
+/// Takes a listener's filter away. Fine where there is none.
+pub fn drop_none(socket: impl AsFd) -> io::Result<()> {
+    match SockRef::from(&socket.as_fd()).detach_filter() {
+        Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Registers a listener with the event loop of the runtime, to be told of waiting connections.
+///
+/// Dropping the registration deregisters the socket and leaves it open for its other owners.
+#[allow(unsafe_code)]
+pub fn watch_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: the registration holds a share of the descriptor's owner, so it stays open and the same all along.
+    unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// Takes one waiting connection from a listener: its socket, non-blocking, and who it is.
+pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
+    let (socket, peer) = rustix::net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+    match peer.and_then(|peer| SocketAddr::try_from(peer).ok()) {
+        Some(peer) => Ok((socket, peer)),
+        None => Err(Errno::CONNABORTED.into()), // Gone before it was accepted: there is nobody to serve.
+    }
+}
+
+// ---- TCP: connections ----
+
+/// Asks a silent peer whether it is still there: first after `idle`, then every third of it, `probes` times in all.
+///
+/// On a listener: for the connections that it will accept. Whole seconds.
+pub fn keep_alive(socket: impl AsFd, idle: Duration, probes: u32) -> io::Result<()> {
+    let interval = (idle / 3).max(Duration::from_secs(1));
+    let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+    SockRef::from(&socket.as_fd()).set_tcp_keepalive(&keepalive)
+}
+
+/// Gives a TCP socket its source address before it connects; `from` has port 0.
+///
+/// The port is chosen when the destination is known (IP_BIND_ADDRESS_NO_PORT), so that the same one serves many
+/// destinations: otherwise an address is used up by as many connections as there are ports, whoever they go to.
+pub fn bind_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
+    let socket = socket.as_fd();
+    set_flag(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
+    SockRef::from(&socket).bind(&from.into())
+}
+
+/// Lets a socket be bound to an address that is not this host's. Needs CAP_NET_ADMIN.
+pub fn allow_foreign_source(socket: impl AsFd, family: Family) -> io::Result<()> {
+    let socket = socket.as_fd();
+    match family {
+        Family::V4 => SockRef::from(&socket).set_ip_transparent_v4(true),
+        Family::V6 => SockRef::from(&socket).set_ip_transparent_v6(true),
+    }
+}
+
+/// Sets a socket option whose value is 1.
+#[allow(unsafe_code)]
+fn set_flag(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open while it is borrowed; the pointer is to a live `c_int` and the length is its size.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            std::ptr::from_ref(&on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the next close of the connection a reset: what is still on its way is given up, and the peer is told.
+///
+/// Best effort: a socket that refuses is one that has been reset already.
+pub fn reset_on_close(socket: impl AsFd) {
+    let _ = SockRef::from(&socket.as_fd()).set_linger(Some(Duration::ZERO));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::name::Protocol;
+
+    const SOON: Duration = Duration::from_millis(200);
+
+    fn key(address: &str) -> ListenKey {
+        ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp }
+    }
+
+    fn connect(key: ListenKey) -> io::Result<TcpStream> {
+        TcpStream::connect_timeout(&key.address, SOON)
+    }
+
+    /// Waits until a connection is there to be accepted.
+    fn accept_soon(listener: &OwnedFd) -> (OwnedFd, SocketAddr) {
+        let mut waiting = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
+        let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut waiting, Some(&limit)), Ok(1), "a connection in time");
+        accept(listener).expect("a connection")
+    }
+
+    #[test]
+    fn given_a_listener_when_a_client_connects_then_its_socket_has_the_inherited_options() {
+        let key = key("127.81.1.1:7101");
+        let listener = listen_tcp(key).expect("a free address");
+        keep_alive(&listener, Duration::from_secs(60), 3).expect("options of a listener");
+        let client = connect(key).expect("a listener");
+
+        let (accepted, peer) = accept_soon(&listener);
+
+        assert_eq!(peer, client.local_addr().expect("a connected socket"));
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.tcp_nodelay().expect("an option"));
+        assert!(accepted.nonblocking().expect("a flag"));
+        assert!(accepted.keepalive().expect("an option"));
+        assert_eq!(accepted.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
+        assert_eq!(accepted.tcp_keepalive_interval().expect("an option"), Duration::from_secs(20));
+        assert_eq!(accepted.tcp_keepalive_retries().expect("an option"), 3);
+    }
+
+    #[test]
+    fn given_a_listener_when_another_binds_its_address_then_it_is_in_use() {
+        let key = key("127.81.1.2:7101");
+        let _held = listen_tcp(key).expect("a free address");
+
+        assert_eq!(listen_tcp(key).expect_err("held").kind(), ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn given_an_ipv6_listener_when_the_same_port_is_bound_in_ipv4_then_both_live() {
+        let (six, four) = (key("[::1]:7102"), key("127.0.0.1:7102"));
+
+        let _six = listen_tcp(six).expect("IPv6 on loopback");
+        let _four = listen_tcp(four).expect("the same port in the other family");
+
+        connect(six).expect("an IPv6 listener");
+        connect(four).expect("an IPv4 listener");
+    }
+
+    #[test]
+    fn given_a_parked_listener_when_clients_connect_then_they_are_refused_and_the_port_stays_held() {
+        let key = key("127.81.1.3:7101");
+        let listener = listen_tcp(key).expect("a free address");
+        let mut before = connect(key).expect("a listener");
+        let (served, _) = accept_soon(&listener);
+
+        park_tcp(&listener).expect("a listener");
+
+        assert_eq!(connect(key).expect_err("parked").kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(listen_tcp(key).expect_err("still held").kind(), ErrorKind::AddrInUse);
+        rustix::io::write(&served, b"x").expect("a connection that goes on");
+        before.read_exact(&mut [0]).expect("a connection that goes on");
+        revive_tcp(&listener).expect("its port, though a connection is on it");
+        connect(key).expect("a listener again");
+    }
+
+    #[test]
+    fn given_a_parked_listener_when_it_is_revived_then_it_serves_with_the_options_it_had() {
+        let key = key("127.81.1.4:7101");
+        let listener = listen_tcp(key).expect("a free address");
+
+        for _ in 0..3 {
+            park_tcp(&listener).expect("a listener");
+            revive_tcp(&listener).expect("a parked listener");
+            let _client = connect(key).expect("a listener");
+            let (accepted, _) = accept_soon(&listener);
+            assert!(SockRef::from(&accepted).tcp_nodelay().expect("an option"));
+        }
+    }
+
+    #[test]
+    fn given_a_deaf_listener_when_clients_connect_then_they_time_out_until_it_hears_again() {
+        let key = key("127.81.1.5:7101");
+        let listener = listen_tcp(key).expect("a free address");
+        let mut before = connect(key).expect("a listener");
+        let (served, _) = accept_soon(&listener);
+
+        drop_all(&listener).expect("a filter");
+        let deaf = connect(key).expect_err("no answer");
+        drop_none(&listener).expect("a filter to take away");
+        drop_none(&listener).expect("fine without a filter");
+
+        assert_eq!(deaf.kind(), ErrorKind::TimedOut);
+        connect(key).expect("a listener that hears");
+        before.write_all(b"x").expect("a connection that goes on");
+        rustix::io::write(&served, b"x").expect("a connection that goes on");
+        before.read_exact(&mut [0]).expect("a connection that goes on");
+    }
+
+    #[test]
+    fn given_a_connection_when_it_is_closed_by_reset_then_the_peer_sees_a_reset() {
+        let key = key("127.81.1.6:7101");
+        let listener = listen_tcp(key).expect("a free address");
+        let mut client = connect(key).expect("a listener");
+        let (accepted, _) = accept_soon(&listener);
+
+        reset_on_close(&accepted);
+        drop(accepted);
+
+        assert_eq!(client.read(&mut [0]).expect_err("a reset").kind(), ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn given_a_listener_when_it_is_opened_then_child_processes_do_not_inherit_it() {
+        let listener = listen_tcp(key("127.81.1.7:7101")).expect("a free address");
+
+        let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd())).expect("procfs");
+
+        let flags = flags.lines().find_map(|line| line.strip_prefix("flags:")).expect("flags").trim();
+        let flags = i32::from_str_radix(flags, 8).expect("an octal number");
+        assert_ne!(flags & libc::O_CLOEXEC, 0);
+    }
+}

@@ -1,1 +1,781 @@
-//! placeholder
+//! TCP servers: accept clients of one listener, and carry each connection from its first to its last moment.
+//!
+//! A server task owns nothing but its registration with the event loop: the listening socket belongs
+//! to `Listeners`, and outlives the task when it is parked or pointed elsewhere. Connections outlive
+//! both; they are known to [`TcpShared`], which waits for them or ends them when the process stops.
+//!
+//! The life of a connection: accepted here, a backend reached in `connect`, bytes moved in `relay`. A client
+//! that is turned away gets a reset, never a clean end of stream, and is counted with the reason.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
+use tokio::select;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use crate::name::ListenKey;
+use crate::serve::balancer::{Balancer, PortState};
+use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
+use crate::serve::relay::{Connection, broken};
+use crate::serve::{TargetCell, Verdict, socket};
+use crate::stats::DropReason;
+
+/// How TCP is served.
+#[derive(Clone, Debug)]
+pub struct TcpOptions {
+    /// How backends are connected to.
+    pub connect: ConnectOptions,
+    /// How long one side of a half-closed connection may keep silent. Default 1 h.
+    pub half_close_timeout: Duration,
+    /// Silence after which a client is asked whether it is still there. Whole seconds. Default 60 s.
+    pub keepalive_idle: Duration,
+    /// How often it is asked, a third of `keepalive_idle` apart, before it is given up (1..=127). Default 3.
+    pub keepalive_probes: u32,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self {
+            connect: ConnectOptions::default(),
+            half_close_timeout: Duration::from_secs(3_600),
+            keepalive_idle: Duration::from_secs(60),
+            keepalive_probes: 3,
+        }
+    }
+}
+
+/// What all TCP servers of a process share: the options, and the connections that are open.
+#[derive(Debug)]
+pub struct TcpShared {
+    options: TcpOptions,
+    connections: TaskTracker,
+    abort: CancellationToken,
+    /// The token's state, to be read without its lock at each turn of each connection.
+    aborting: AtomicBool,
+}
+
+impl TcpShared {
+    /// No connection yet.
+    pub fn new(options: TcpOptions) -> Self {
+        Self {
+            options,
+            connections: TaskTracker::new(),
+            abort: CancellationToken::new(),
+            aborting: AtomicBool::new(false),
+        }
+    }
+
+    /// Connections that are open or being made.
+    pub fn open_connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Waits until the last connection has ended. New ones may still come: stop the servers first.
+    pub async fn drained(&self) {
+        self.connections.close();
+        self.connections.wait().await;
+    }
+
+    /// Ends all connections by reset, with the reason `drain`, and those that would come.
+    pub fn abort_connections(&self) {
+        self.aborting.store(true, Ordering::Release); // Pairs with the load in `unless_aborted`.
+        self.abort.cancel();
+    }
+
+    /// Runs a connection until its end or until all are aborted, whichever comes first.
+    ///
+    /// The token is polled once, to be woken by it. Polled at each turn, its lock would be everybody's.
+    async fn unless_aborted(&self, mut connection: Pin<&mut impl Future<Output = ()>>) {
+        let mut aborted = pin!(self.abort.cancelled());
+        let mut watching = false;
+        poll_fn(|cx| {
+            let late = !watching && aborted.as_mut().poll(cx).is_ready();
+            watching = true;
+            if late || self.aborting.load(Ordering::Acquire) {
+                return Poll::Ready(());
+            }
+            connection.as_mut().poll(cx)
+        })
+        .await;
+    }
+}
+
+/// Accepts the clients of one listener. Made and stopped by `Listeners`; dropping it stops it, too.
+#[derive(Debug)]
+pub struct TcpServer {
+    listener: Arc<OwnedFd>,
+    task: JoinHandle<()>,
+    stop: DropGuard,
+}
+
+impl TcpServer {
+    /// Registers a listening socket (see [`socket::listen_tcp`]) and starts to accept. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The event loop or the socket does not take it: no memory, no descriptor, no listening socket.
+    pub fn start(
+        listener: Arc<OwnedFd>,
+        key: ListenKey,
+        target: TargetCell,
+        shared: Arc<TcpShared>,
+    ) -> io::Result<Self> {
+        let TcpOptions { keepalive_idle, keepalive_probes, .. } = shared.options;
+        socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
+        let registration = socket::watch_listener(Arc::clone(&listener))?;
+        let stop = CancellationToken::new();
+        let server = Server { key, target, shared };
+        let task = tokio::spawn(server.run(registration, stop.clone()));
+        Ok(Self { listener, task, stop: stop.drop_guard() })
+    }
+
+    /// Stops to accept and gives the socket back, deregistered: it may now be parked, handed over or closed.
+    /// Connections go on.
+    pub async fn stop(self) -> Arc<OwnedFd> {
+        drop(self.stop);
+        let _ = self.task.await; // Its registration is gone, whether it ended or panicked.
+        self.listener
+    }
+}
+
+/// The accepting task.
+struct Server {
+    key: ListenKey,
+    target: TargetCell,
+    shared: Arc<TcpShared>,
+}
+
+/// Connections that are accepted before other tasks get their turn.
+const BURST: usize = 16;
+
+impl Server {
+    async fn run(self, registration: AsyncFd<Arc<OwnedFd>>, stop: CancellationToken) {
+        let mut stopped = pin!(stop.cancelled());
+        let mut pause = Pause::default();
+        loop {
+            let readable = select! {
+                biased;
+                () = &mut stopped => return,
+                readable = registration.readable() => readable,
+            };
+            let Ok(mut readable) = readable else { return }; // The runtime is going away.
+            match self.accept_some(registration.get_ref(), &mut pause) {
+                Accepted::All => readable.clear_ready(),
+                Accepted::Burst => tokio::task::yield_now().await,
+                Accepted::Paused(delay) => select! {
+                    biased;
+                    () = &mut stopped => return,
+                    () = tokio::time::sleep(delay) => {}
+                },
+            }
+        }
+    }
+
+    fn accept_some(&self, listener: &OwnedFd, pause: &mut Pause) -> Accepted {
+        for _ in 0..BURST {
+            match socket::accept(listener) {
+                Ok((socket, peer)) => {
+                    pause.end();
+                    self.admit(socket, peer);
+                }
+                Err(error) => match Refusal::of(&error) {
+                    Refusal::Empty => return Accepted::All,
+                    Refusal::Gone => {}
+                    Refusal::Lack(reason) => {
+                        self.target.load().port.stats.dropped.count(reason);
+                        return Accepted::Paused(self.pause(pause, &error));
+                    }
+                    Refusal::Broken => return Accepted::Paused(self.pause(pause, &error)),
+                },
+            }
+        }
+        Accepted::Burst
+    }
+
+    fn pause(&self, pause: &mut Pause, error: &io::Error) -> Duration {
+        if pause.is_news(Instant::now()) {
+            let service = &self.target.load().port.name;
+            warn!(%service, listen = %self.key, %error, "cannot accept, clients wait");
+        }
+        pause.next()
+    }
+
+    /// Gives a client to a task of its own, or turns it away.
+    fn admit(&self, socket: OwnedFd, peer: SocketAddr) {
+        let target = self.target.load();
+        let port = &target.port;
+        port.stats.accepted.increment();
+        let balancer = match target.judge(peer.ip()) {
+            Verdict::Serve(balancer) => Arc::clone(balancer),
+            Verdict::Reject => return turn_away(&socket, peer, port, DropReason::NoEndpoints),
+            Verdict::Drop => return turn_away(&socket, peer, port, DropReason::NoLocalEndpoints),
+        };
+        match TcpStream::from_std(socket.into()) {
+            Ok(client) => {
+                let Self { key, shared, .. } = self;
+                shared.connections.spawn(serve(client, peer, *key, balancer, Arc::clone(shared)));
+            }
+            Err(_) => port.stats.dropped.count(DropReason::Memory), // The event loop takes no more; closed.
+        }
+    }
+}
+
+/// How a turn of accepting ended.
+enum Accepted {
+    /// Nobody waits.
+    All,
+    /// There may be more.
+    Burst,
+    /// It does not work now: try again after this time.
+    Paused(Duration),
+}
+
+/// Why accept gave no connection.
+#[derive(Debug, PartialEq, Eq)]
+enum Refusal {
+    /// Nobody waits.
+    Empty,
+    /// One client is gone before it was served; the next one may be fine.
+    Gone,
+    /// This host lacks something; clients wait meanwhile. Each pause for it is counted, not each client.
+    Lack(DropReason),
+    /// It is no listening socket (any more).
+    Broken,
+}
+
+impl Refusal {
+    fn of(error: &io::Error) -> Self {
+        match Errno::from_io_error(error) {
+            Some(Errno::AGAIN) => Self::Empty,
+            Some(Errno::MFILE | Errno::NFILE) => Self::Lack(DropReason::FdLimit),
+            Some(Errno::NOMEM | Errno::NOBUFS) => Self::Lack(DropReason::Memory),
+            Some(Errno::INVAL | Errno::BADF | Errno::NOTSOCK | Errno::FAULT) | None => Self::Broken,
+            // What the network did to a connection that was waiting comes out of accept, too.
+            Some(_) => Self::Gone,
+        }
+    }
+}
+
+/// The pauses of a listener that cannot accept: 5 ms, doubling to 1 s.
+#[derive(Debug, Default)]
+struct Pause {
+    last: Option<Duration>,
+    told: Option<Instant>,
+}
+
+impl Pause {
+    const FIRST: Duration = Duration::from_millis(5);
+    const LONGEST: Duration = Duration::from_secs(1);
+    const TOLD_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
+    fn next(&mut self) -> Duration {
+        let next = self.last.map_or(Self::FIRST, |last| (last * 2).min(Self::LONGEST));
+        *self.last.insert(next)
+    }
+
+    /// Something was accepted: the next pause is a short one.
+    fn end(&mut self) {
+        self.last = None;
+    }
+
+    /// True where it was not told lately: at the limit, pauses and accepts come by turns.
+    fn is_news(&mut self, now: Instant) -> bool {
+        let news = self.told.is_none_or(|told| now.duration_since(told) >= Self::TOLD_AGAIN_AFTER);
+        if news {
+            self.told = Some(now);
+        }
+        news
+    }
+}
+
+/// Closes a client's connection by reset and counts why. (A drop without any answer is made by a filter on the listener.)
+fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: DropReason) {
+    debug!(service = %port.name, client = %peer, %reason, "client turned away");
+    port.stats.dropped.count(reason);
+    socket::reset_on_close(client);
+}
+
+/// One connection. Its future is paid for by each open connection: what ends early lives in a box.
+fn serve(
+    client: TcpStream,
+    peer: SocketAddr,
+    listen: ListenKey,
+    balancer: Arc<Balancer>,
+    shared: Arc<TcpShared>,
+) -> impl Future<Output = ()> + Send {
+    let port = Arc::clone(&balancer.port);
+    let waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
+    let reaching = Box::pin(reach(waiting, balancer, Arc::clone(&shared)));
+    async move {
+        let carry = pin!(async {
+            let Some((port, mut connection)) = reaching.await else { return };
+            let reason = connection.relay(shared.options.half_close_timeout).await;
+            let (upstream_bytes, downstream_bytes) = connection.bytes();
+            debug!(
+                service = %port.name, %listen, client = %peer, backend = %connection.backend().address, %reason,
+                upstream_bytes, downstream_bytes, "connection closed"
+            );
+        });
+        shared.unless_aborted(carry).await;
+    }
+}
+
+/// A client whose backend is not reached yet. Dropped, it is turned away.
+struct Waiting {
+    client: Option<TcpStream>,
+    peer: SocketAddr,
+    port: Arc<PortState>,
+    /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
+    reason: DropReason,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(client) = &self.client {
+            turn_away(client, self.peer, &self.port, self.reason);
+        }
+    }
+}
+
+/// Reaches a backend, unless the client goes away meanwhile.
+async fn reach(
+    mut waiting: Waiting,
+    balancer: Arc<Balancer>,
+    shared: Arc<TcpShared>,
+) -> Option<(Arc<PortState>, Connection)> {
+    let client = waiting.client.as_ref()?;
+    let reached = select! {
+        biased;
+        reached = dial(&balancer, waiting.peer.ip(), Source::Any, &Preface::None, &shared.options.connect) => reached,
+        _ = broken(client) => Err(DropReason::ClientAbort),
+    };
+    match reached {
+        Ok(Reached { backend, stream }) => {
+            let client = waiting.client.take()?;
+            Some((Arc::clone(&waiting.port), Connection::open(client, stream, backend)))
+        }
+        Err(reason) => {
+            waiting.reason = reason;
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use arc_swap::ArcSwap;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::name::Protocol;
+    use crate::serve::Target;
+    use crate::serve::balancer::{Backend, Table};
+    use crate::serve::scripted::{
+        backend, backends, balancer, black_hole, echo, expect_reset, named, pair, read_all, refusing, reset, soon,
+        until,
+    };
+    use crate::stats::{CloseReason, ConnectFailure};
+
+    /// A listener with its server, on an address of the test's own.
+    struct Served {
+        key: ListenKey,
+        target: TargetCell,
+        shared: Arc<TcpShared>,
+        balancer: Arc<Balancer>,
+        server: TcpServer,
+    }
+
+    impl Served {
+        fn start(address: &str, backends: &[Arc<Backend>]) -> Self {
+            Self::with_options(address, backends, TcpOptions::default())
+        }
+
+        fn with_options(address: &str, backends: &[Arc<Backend>], options: TcpOptions) -> Self {
+            let key = ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp };
+            let balancer = balancer(backends);
+            let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
+            let shared = Arc::new(TcpShared::new(options));
+            let listener = Arc::new(socket::listen_tcp(key).expect("a free address"));
+            let server =
+                TcpServer::start(listener, key, Arc::clone(&target), Arc::clone(&shared)).expect("a listening socket");
+            Self { key, target, shared, balancer, server }
+        }
+
+        async fn connect(&self) -> TcpStream {
+            soon(TcpStream::connect(self.key.address)).await.expect("a listener")
+        }
+
+        /// What the backend says to a client that says nothing.
+        async fn ask(&self) -> String {
+            let mut client = self.connect().await;
+            client.shutdown().await.expect("a connection");
+            let (bytes, outcome) = read_all(&mut client).await;
+            outcome.expect("an end of stream");
+            String::from_utf8(bytes).expect("a name")
+        }
+
+        fn dropped(&self, reason: DropReason) -> u64 {
+            self.balancer.port.stats.dropped.get(reason)
+        }
+    }
+
+    fn serving(balancer: &Arc<Balancer>) -> Target {
+        let verdict = Verdict::Serve(Arc::clone(balancer));
+        both_sides(&balancer.port, verdict)
+    }
+
+    fn both_sides(port: &Arc<PortState>, verdict: Verdict) -> Target {
+        Target { port: Arc::clone(port), outside: verdict.clone(), inside: verdict, inside_of: Arc::new([]) }
+    }
+
+    /// Sends a byte and waits until it comes back.
+    async fn ping(stream: &mut TcpStream) {
+        stream.write_all(b"x").await.expect("a connection");
+        soon(stream.read_exact(&mut [0])).await.expect("an echo");
+    }
+
+    #[tokio::test]
+    async fn t152_given_an_echo_backend_when_a_client_talks_to_it_then_all_comes_back() {
+        let [web] = backends([echo().await]);
+        let served = Served::start("127.83.0.1:7300", std::slice::from_ref(&web));
+        let mut client = served.connect().await;
+        let sent: Vec<u8> = (0..300_000_u32).map(|number| (number * 31 / 8) as u8).collect();
+
+        let (mut read, mut write) = client.split();
+        let sending = async {
+            write.write_all(&sent).await.expect("a connection");
+            write.shutdown().await.expect("a connection");
+        };
+        let mut received = Vec::new();
+        soon(async { tokio::join!(sending, read.read_to_end(&mut received)) }).await.1.expect("an end of stream");
+
+        assert!(received == sent);
+        until(|| web.stats.closed.get(CloseReason::Finished) == 1).await;
+        assert_eq!(served.balancer.port.stats.accepted.get(), 1);
+        assert_eq!(web.stats.downstream_bytes.get(), 300_000);
+    }
+
+    #[tokio::test]
+    async fn t129_given_three_backends_when_clients_come_then_they_are_served_in_turn() {
+        let all = backends([named("one").await, named("two").await, named("three").await]);
+        let served = Served::start("127.83.0.2:7300", &all);
+
+        for _ in 0..2 {
+            assert_eq!([served.ask().await, served.ask().await, served.ask().await], ["one", "two", "three"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn t178_given_an_ipv6_listener_when_a_client_comes_then_it_is_served() {
+        let served = Served::start("[::1]:7303", &backends([named("one").await]));
+
+        assert_eq!(served.ask().await, "one");
+    }
+
+    #[tokio::test]
+    async fn t156_given_an_open_connection_when_its_server_stops_then_it_goes_on_and_the_port_can_be_closed() {
+        let served = Served::start("127.83.0.3:7300", &backends([echo().await]));
+        let mut client = served.connect().await;
+        ping(&mut client).await;
+
+        let listener = served.server.stop().await;
+        assert_eq!(Arc::strong_count(&listener), 1, "nobody else holds the socket");
+        drop(listener);
+
+        ping(&mut client).await;
+        let refused = TcpStream::connect(served.key.address).await.expect_err("nobody listens");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn given_an_open_connection_when_a_server_is_parked_and_revived_then_it_goes_on_and_new_ones_are_served() {
+        let Served { key, target, shared, server, .. } = Served::start("127.83.0.4:7300", &backends([echo().await]));
+        let mut before = soon(TcpStream::connect(key.address)).await.expect("a listener");
+        ping(&mut before).await;
+
+        let mut server = server;
+        for _ in 0..3 {
+            let listener = server.stop().await;
+            socket::park_tcp(&listener).expect("a listener");
+            let refused = TcpStream::connect(key.address).await.expect_err("parked");
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+            socket::revive_tcp(&listener).expect("a parked listener");
+            server = TcpServer::start(listener, key, Arc::clone(&target), Arc::clone(&shared)).expect("revived");
+            ping(&mut soon(TcpStream::connect(key.address)).await.expect("a listener")).await;
+        }
+
+        ping(&mut before).await;
+    }
+
+    /// CPU time of this thread, which is the whole runtime of a test.
+    fn cpu_time() -> Duration {
+        let times = std::fs::read_to_string("/proc/thread-self/schedstat").expect("procfs");
+        Duration::from_nanos(times.split(' ').next().expect("a first word").parse().expect("a number"))
+    }
+
+    #[tokio::test]
+    async fn given_a_parked_and_then_a_revived_server_when_nobody_comes_then_neither_uses_the_cpu() {
+        let window = Duration::from_millis(300);
+        let Served { key, target, shared, server, .. } = Served::start("127.83.0.5:7300", &backends([echo().await]));
+        let listener = server.stop().await;
+        socket::park_tcp(&listener).expect("a listener");
+
+        let begin = cpu_time();
+        tokio::time::sleep(window).await; // Nothing to wait for: that nothing happens is the point.
+        let parked = cpu_time() - begin;
+        socket::revive_tcp(&listener).expect("a parked listener");
+        let _server = TcpServer::start(listener, key, target, shared).expect("revived");
+        ping(&mut soon(TcpStream::connect(key.address)).await.expect("a listener")).await;
+        let begin = cpu_time();
+        tokio::time::sleep(window).await;
+        let revived = cpu_time() - begin;
+
+        assert!(parked < window / 10 && revived < window / 10, "{parked:?} parked, {revived:?} revived");
+    }
+
+    #[tokio::test]
+    async fn given_verdicts_when_clients_come_then_they_are_reset_and_counted_with_the_reason() {
+        let served = Served::start("127.83.0.6:7300", &backends([named("one").await]));
+        let port = &served.balancer.port;
+
+        served.target.store(Arc::new(both_sides(port, Verdict::Reject)));
+        expect_reset(&mut served.connect().await).await;
+        served.target.store(Arc::new(both_sides(port, Verdict::Drop)));
+        expect_reset(&mut served.connect().await).await;
+        served.target.store(Arc::new(serving(&served.balancer)));
+
+        assert_eq!(served.ask().await, "one");
+        assert_eq!(served.dropped(DropReason::NoEndpoints), 1);
+        assert_eq!(served.dropped(DropReason::NoLocalEndpoints), 1);
+        assert_eq!(port.stats.accepted.get(), 3);
+    }
+
+    #[tokio::test]
+    async fn given_a_target_of_two_sides_when_a_client_of_this_node_comes_then_it_gets_the_inside() {
+        let served = Served::start("127.83.0.7:7300", &backends([named("one").await]));
+        let inside_of = ["127.0.0.0/8".parse().expect("a network")];
+        let two_sided = Target { outside: Verdict::Drop, inside_of: Arc::new(inside_of), ..serving(&served.balancer) };
+
+        served.target.store(Arc::new(two_sided));
+
+        assert_eq!(served.ask().await, "one");
+    }
+
+    #[tokio::test]
+    async fn t155_given_a_client_that_resets_when_relayed_then_the_backend_sees_it() {
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let address = backend(move |mut stream| {
+            let told = told.clone();
+            async move {
+                let outcome = read_all(&mut stream).await.1;
+                let _ = told.send(outcome.map_err(|error| error.kind()));
+            }
+        });
+        let [web] = backends([address.await]);
+        let served = Served::start("127.83.0.8:7300", std::slice::from_ref(&web));
+        let mut client = served.connect().await;
+        client.write_all(b"half a requ").await.expect("a connection");
+        until(|| web.stats.upstream_bytes.get() == 11).await;
+
+        reset(client);
+
+        assert_eq!(soon(heard.recv()).await, Some(Err(io::ErrorKind::ConnectionReset)));
+        until(|| web.stats.closed.get(CloseReason::ClientAbort) == 1).await;
+    }
+
+    #[tokio::test]
+    async fn t161_given_one_dead_backend_when_clients_come_then_all_are_served() {
+        let (_held, dead) = refusing();
+        let all = backends([dead, named("one").await]);
+        let served = Served::start("127.83.0.9:7300", &all);
+
+        for _ in 0..4 {
+            assert_eq!(served.ask().await, "one");
+        }
+        assert!(all[0].stats.connect_failures.get(ConnectFailure::Refused) >= 2);
+    }
+
+    fn quick() -> TcpOptions {
+        let connect = ConnectOptions { steps: [20, 30, 40, 50].map(Duration::from_millis), ..Default::default() };
+        TcpOptions { connect, ..TcpOptions::default() }
+    }
+
+    #[tokio::test]
+    async fn t163_given_only_a_black_hole_when_a_client_comes_then_it_is_reset_after_all_steps() {
+        let (_held, silent) = black_hole();
+        let served = Served::with_options("127.83.0.10:7300", &backends([silent]), quick());
+        let begin = Instant::now();
+
+        expect_reset(&mut served.connect().await).await;
+
+        assert!(begin.elapsed() >= quick().connect.steps.iter().sum());
+        assert_eq!(served.dropped(DropReason::EjectedAll), 1);
+    }
+
+    #[tokio::test]
+    async fn t164_given_a_client_stuck_at_a_black_hole_when_others_come_then_they_do_not_wait_for_it() {
+        let (_held, silent) = black_hole();
+        let hour = Duration::from_secs(3_600);
+        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
+        let all = backends([silent, named("one").await]);
+        let served = Served::with_options("127.83.0.11:7300", &all, options);
+
+        let stuck = served.connect().await;
+        until(|| served.balancer.port.stats.accepted.get() == 1).await;
+
+        assert_eq!(served.ask().await, "one");
+        drop(stuck);
+    }
+
+    #[tokio::test]
+    async fn given_a_client_that_resets_while_a_backend_is_dialed_then_the_dial_ends_and_it_is_counted() {
+        let (_held, silent) = black_hole();
+        let hour = Duration::from_secs(3_600);
+        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
+        let served = Served::with_options("127.83.0.12:7300", &backends([silent]), options);
+        let client = served.connect().await;
+        until(|| served.shared.open_connections() == 1).await;
+
+        reset(client);
+
+        until(|| served.shared.open_connections() == 0).await;
+        assert_eq!(served.dropped(DropReason::ClientAbort), 1);
+    }
+
+    #[tokio::test]
+    async fn given_a_client_that_closed_its_half_while_a_backend_was_dialed_then_it_is_served() {
+        let (_held, silent) = black_hole();
+        let all = backends([silent, echo().await]);
+        let served = Served::with_options("127.83.0.13:7300", &all, quick());
+        let mut client = served.connect().await;
+
+        client.write_all(b"request").await.expect("a connection");
+        client.shutdown().await.expect("a connection");
+
+        assert_eq!(read_all(&mut client).await.0, b"request");
+    }
+
+    #[tokio::test]
+    async fn t166_given_a_client_stuck_at_a_black_hole_when_its_endpoint_is_removed_then_it_is_served_by_another() {
+        let (_held, silent) = black_hole();
+        let [silent, one] = backends([silent, named("one").await]);
+        let hour = Duration::from_secs(3_600);
+        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
+        let served = Served::with_options("127.83.0.14:7300", &[silent], options);
+        let mut client = served.connect().await;
+        until(|| served.balancer.port.stats.accepted.get() == 1).await;
+
+        served.balancer.swap(Table::new(vec![one], &[]));
+
+        client.shutdown().await.expect("a connection");
+        assert_eq!(read_all(&mut client).await.0, b"one");
+    }
+
+    #[tokio::test]
+    async fn given_open_connections_when_all_are_aborted_then_peers_see_resets_and_the_drain_ends() {
+        let (_held, silent) = black_hole();
+        let all = backends([echo().await, silent]);
+        let served = Served::start("127.83.0.15:7300", &all);
+        let (mut relayed, mut dialing) = (served.connect().await, served.connect().await);
+        ping(&mut relayed).await;
+        until(|| served.shared.open_connections() == 2).await;
+        served.server.stop().await;
+
+        served.shared.abort_connections();
+
+        expect_reset(&mut relayed).await;
+        expect_reset(&mut dialing).await;
+        soon(served.shared.drained()).await;
+        assert_eq!(all[0].stats.closed.get(CloseReason::Drain), 1);
+        assert_eq!(served.balancer.port.stats.dropped.get(DropReason::Drain), 1);
+    }
+
+    #[tokio::test]
+    async fn given_open_connections_when_they_end_by_themselves_then_the_drain_ends() {
+        let served = Served::start("127.83.0.16:7300", &backends([echo().await]));
+        let mut client = served.connect().await;
+        ping(&mut client).await;
+        served.server.stop().await;
+        let drained = tokio::spawn({
+            let shared = Arc::clone(&served.shared);
+            async move { shared.drained().await }
+        });
+
+        assert!(!drained.is_finished());
+        client.shutdown().await.expect("a connection");
+
+        soon(drained).await.expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn given_a_burst_of_clients_when_they_come_at_once_then_all_are_served() {
+        let served = Served::start("127.83.0.17:7300", &backends([named("one").await]));
+
+        let clients: Vec<_> = (0..100).map(|_| served.ask()).collect();
+
+        let answers = soon(futures_util::future::join_all(clients)).await;
+        assert!(answers.iter().all(|answer| answer == "one"));
+    }
+
+    #[tokio::test]
+    async fn given_a_connection_when_its_future_is_measured_then_it_is_small() {
+        let (_far, client) = pair().await;
+        let peer = client.peer_addr().expect("a connection");
+        let key = ListenKey::new(IpAddr::from([127, 0, 0, 1]), 80, Protocol::Tcp);
+        let shared = Arc::new(TcpShared::new(TcpOptions::default()));
+
+        let connection = serve(client, peer, key, balancer(&[]), shared);
+
+        assert!(size_of_val(&connection) <= 768, "{} bytes", size_of_val(&connection));
+    }
+
+    #[test]
+    fn given_what_accept_says_when_judged_then_only_a_lack_pauses() {
+        let refusal = |errno: Errno| Refusal::of(&errno.into());
+
+        assert_eq!(refusal(Errno::AGAIN), Refusal::Empty);
+        assert_eq!(refusal(Errno::CONNABORTED), Refusal::Gone);
+        assert_eq!(refusal(Errno::NETUNREACH), Refusal::Gone);
+        assert_eq!(refusal(Errno::MFILE), Refusal::Lack(DropReason::FdLimit));
+        assert_eq!(refusal(Errno::NOBUFS), Refusal::Lack(DropReason::Memory));
+        assert_eq!(refusal(Errno::INVAL), Refusal::Broken);
+    }
+
+    #[test]
+    fn given_accepts_that_fail_when_they_go_on_then_pauses_double_to_a_second_and_begin_anew() {
+        let mut pause = Pause::default();
+
+        let pauses: Vec<_> = (0..10).map(|_| pause.next().as_millis()).collect();
+        pause.end();
+
+        assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 320, 640, 1_000, 1_000]);
+        assert_eq!(pause.next(), Pause::FIRST);
+    }
+
+    #[test]
+    fn given_accepts_that_fail_and_succeed_by_turns_when_told_then_it_is_news_every_ten_seconds() {
+        let mut pause = Pause::default();
+        let now = Instant::now();
+
+        let news = [0, 1, 9, 10, 11, 20].map(|second| pause.is_news(now + Duration::from_secs(second)));
+
+        assert_eq!(news, [true, false, false, true, false, true]);
+    }
+}
