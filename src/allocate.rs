@@ -121,7 +121,7 @@ pub fn fill(services: &mut [Service], ranges: &Ranges) -> Vec<Problem> {
 
 fn fill_cluster_ips(services: &mut [&mut Service], range: IpNet, problems: &mut Vec<Problem>) {
     let family = Family::of(range.addr());
-    let pool = Pool::of_addresses(range);
+    let mut pool = Pool::of_addresses(range);
     let mut taken: BTreeSet<IpAddr> = services.iter().flat_map(|service| written(service)).collect();
     for service in services.iter_mut().filter(|service| wants_address(service)) {
         if !service.families.is_empty() && !service.families.contains(&family) {
@@ -136,6 +136,7 @@ fn fill_cluster_ips(services: &mut [&mut Service], range: IpNet, problems: &mut 
         match free {
             Some(ip) => service.cluster_ips = ClusterIps::Addresses { addresses: vec![ip], allocated: true },
             None => {
+                pool = Pool::EMPTY;
                 let text = format!(
                     "no cluster IP, as --service-cluster-ip-range {range} is used up; choose a larger one or write spec.clusterIP"
                 );
@@ -169,7 +170,7 @@ fn address(range: IpNet, offset: u128) -> IpAddr {
 }
 
 fn fill_node_ports(services: &mut [&mut Service], range: NodePortRange, problems: &mut Vec<Problem>) {
-    let pool = Pool::of_ports(range);
+    let mut pool = Pool::of_ports(range);
     let mut taken = BTreeSet::new();
     for service in services.iter() {
         for (index, number) in service.ports.iter().enumerate().filter_map(|(i, port)| Some((i, port.node_port?))) {
@@ -185,7 +186,7 @@ fn fill_node_ports(services: &mut [&mut Service], range: NodePortRange, problems
     }
     for service in services.iter_mut().filter(|service| wants_node_ports(service)) {
         for index in 0..service.ports.len() {
-            fill_node_port(service, index, pool, range, &mut taken, problems);
+            fill_node_port(service, index, &mut pool, range, &mut taken, problems);
         }
     }
 }
@@ -202,7 +203,7 @@ fn wants_node_ports(service: &Service) -> bool {
 fn fill_node_port(
     service: &mut Service,
     index: usize,
-    pool: Pool,
+    pool: &mut Pool,
     range: NodePortRange,
     taken: &mut BTreeSet<(u16, Protocol)>,
     problems: &mut Vec<Problem>,
@@ -228,6 +229,7 @@ fn fill_node_port(
             port.node_port_allocated = true;
         }
         None => {
+            *pool = Pool::EMPTY;
             let text = format!(
                 "spec.ports[{index}]: no node port, as --service-node-port-range {range} is used up; choose a larger one or write nodePort"
             );
@@ -245,6 +247,9 @@ struct Pool {
 }
 
 impl Pool {
+    /// What a pool is replaced by once nothing is free, so that nobody looks through it again.
+    const EMPTY: Self = Self { first: 0, size: 0, band: 0 };
+
     /// Without the first and the last address, which some stacks take for network and broadcast.
     fn of_addresses(range: IpNet) -> Self {
         let host_bits = u32::from(range.max_prefix_len() - range.prefix_len());

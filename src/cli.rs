@@ -20,9 +20,11 @@ use crate::endpoints::Node;
 use crate::host::NodePortSelector;
 use crate::lifecycle::ShutdownTimes;
 use crate::logs::{LogFormat, LogLevel, LogOptions};
+use crate::manifest::Input;
 use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
+use crate::scaffold::{NewNodePort, NewService};
 use crate::value::{NodePort, OrNone, PortRange, Time, expose, label};
 
 /// Exit code: all is well.
@@ -336,9 +338,9 @@ pub struct NewServiceArgs {
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
 
-    /// Port of the pods, number or name [default: the port of the first backend]
-    #[arg(long, value_name = "PORT")]
-    pub target_port: Option<String>,
+    /// Port that the Service names for its pods [default: the backends', where they have one in common]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub target_port: Option<u16>,
 
     /// Port on each node: a number, or `auto` to get one; makes the Service a NodePort
     #[arg(long, value_name = "auto|N")]
@@ -386,8 +388,8 @@ impl NewServiceArgs {
         }
     }
 
-    /// Refuses what contradicts itself.
-    pub fn checked(self) -> Result<Self, ConfigError> {
+    /// What to write. Refuses what contradicts itself.
+    pub fn checked(self) -> Result<NewService, ConfigError> {
         if self.kind == Some(NewServiceKind::ClusterIp)
             && let Some(node_port) = self.node_port
         {
@@ -397,7 +399,21 @@ impl NewServiceArgs {
                 right: "a Service of type ClusterIP has none: leave out --type, or write --type NodePort".into(),
             });
         }
-        Ok(self)
+        let node_port = match self.node_port {
+            None => NewNodePort::None,
+            Some(NodePort::Auto) => NewNodePort::Auto,
+            Some(NodePort::Number(number)) => NewNodePort::Number(number),
+        };
+        Ok(NewService {
+            kind: self.service_kind(),
+            name: ObjectName::new(self.namespace, self.name),
+            port: self.port,
+            target_port: self.target_port,
+            node_port,
+            udp: self.udp,
+            sticky: self.sticky,
+            backends: self.backends,
+        })
     }
 }
 
@@ -514,7 +530,7 @@ fn specified(ip: IpAddr) -> Result<IpAddr, ConfigError> {
 }
 
 /// Standard input can be read once.
-fn checked_sources(sources: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
+fn checked_sources(sources: Vec<PathBuf>) -> Result<Vec<Input>, ConfigError> {
     if sources.iter().filter(|path| path.as_os_str() == "-").count() > 1 {
         return Err(ConfigError {
             flag: "--source",
@@ -522,7 +538,7 @@ fn checked_sources(sources: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
             right: "standard input can be given once".into(),
         });
     }
-    Ok(sources)
+    Ok(sources.into_iter().map(|path| Input::from(path.into_os_string())).collect())
 }
 
 /// An idle time of 0 would end each flow with its first datagram.
@@ -568,7 +584,7 @@ mod tests {
     fn given_only_a_source_when_parsed_then_each_default_is_the_documented_constant() {
         let config = run_fine("kube-relay run -f web.yaml");
 
-        assert_eq!(config.sources, [PathBuf::from("web.yaml")]);
+        assert_eq!(config.sources, [Input::from("web.yaml")]);
         assert_eq!(config.metrics_address, Some(DEFAULT_METRICS_ADDRESS));
         assert_eq!(config.healthz_address, Some(DEFAULT_HEALTHZ_ADDRESS));
         assert!(!config.bind_address_hard_fail);
@@ -597,7 +613,7 @@ mod tests {
              --hostname-override worker-1 --zone eu-1a",
         );
 
-        assert_eq!(config.sources, [PathBuf::from("a"), PathBuf::from("-")]);
+        assert_eq!(config.sources, [Input::from("a"), Input::Stdin]);
         let selectors: Vec<String> = config.plan.node_port_addresses.iter().map(ToString::to_string).collect();
         assert_eq!(selectors, ["primary", "10.0.0.0/8", "localhost"]);
         assert_eq!(config.plan.node_addresses.len(), 2);

@@ -3,17 +3,23 @@
 //! How people write it is `cli` (flags and environment) and `value` (grammar). Each value is parsed once, there.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 
+use crate::allocate::{ClusterIpRange, NodePortRange, Ranges};
+use crate::control::RelayOptions;
 use crate::endpoints::Node;
 use crate::host::{Host, NodePortSelector, node_port_addresses};
 use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
+use crate::manifest::Input;
 use crate::plan::{Expose, PlanOptions};
+use crate::serve::flow::IdleTimes;
+use crate::serve::tcp::TcpOptions;
+use crate::serve::udp::UdpOptions;
 
 /// `--metrics-bind-address`: metrics, status and readiness, on loopback since they tell a lot.
 pub const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
@@ -42,7 +48,7 @@ pub const DEFAULT_LOG_LEVEL: &str = "info";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunConfig {
     /// Files and folders; `-` is standard input. At least one. From `--source`.
-    pub sources: Vec<PathBuf>,
+    pub sources: Vec<Input>,
     /// What shapes the plan.
     pub plan: PlanConfig,
     /// Where metrics and status are served; `None`: nowhere. A wildcard means each address of this machine.
@@ -76,7 +82,7 @@ pub struct UdpTimeouts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckConfig {
     /// Files and folders; `-` is standard input. At least one.
-    pub sources: Vec<PathBuf>,
+    pub sources: Vec<Input>,
     /// What shapes the plan.
     pub plan: PlanConfig,
 }
@@ -104,6 +110,20 @@ pub struct PlanConfig {
     pub node_addresses: Vec<IpAddr>,
 }
 
+impl RunConfig {
+    /// Everything that a relay wants to know, on this machine. After the limit of open files has been raised.
+    pub fn relay_options(&self, host: &Host) -> RelayOptions {
+        let UdpTimeouts { unreplied, answered, stream } = self.udp_timeouts;
+        RelayOptions {
+            plan: self.plan.resolve(host),
+            inside: self.plan.inside(host),
+            tcp: TcpOptions::default(),
+            udp: UdpOptions { idle: IdleTimes { unreplied, answered, stream }, ..UdpOptions::default() },
+            udp_shards: self.workers.and_then(NonZeroUsize::new),
+        }
+    }
+}
+
 impl PlanConfig {
     /// What the plan needs, now that this machine's addresses are known.
     pub fn resolve(&self, host: &Host) -> PlanOptions {
@@ -116,6 +136,12 @@ impl PlanConfig {
             node_addresses: self.addresses_of(host),
             allow_loopback_endpoints: true, // only the API source must not (CVE-2021-25737)
         }
+    }
+
+    /// Where the static source takes addresses from.
+    pub fn ranges(&self) -> Ranges {
+        let (first, last) = self.service_node_port_range.clone().into_inner();
+        Ranges { cluster_ips: ClusterIpRange(self.service_cluster_ip_range), node_ports: NodePortRange { first, last } }
     }
 
     /// What counts as this node and its pods: its addresses, all of loopback, and the pods' networks.

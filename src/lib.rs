@@ -1,4 +1,49 @@
 //! kube-relay: a userspace L4 proxy for Kubernetes Services.
+//!
+//! This page is the map. It is reviewed with the code: where the two disagree, one of them has a bug.
+//!
+//! # The story of a change
+//!
+//! ```text
+//! manifest ─ Message ─▶ control: batch ≤ 20 ms ─▶ Model::apply ─▶ Plan::update(dirty Services) ─▶ [Step] ─▶ Listeners::apply
+//! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
+//!                                                                                                           │ Point   → the listener's target
+//!                                                                                                           │ Bind    → a socket and its server task
+//!                                                                                                           │ Park    → port held, connects refused
+//!                                                                                                           │ Revive  → the same socket serves again
+//!                                                                                                           │ Unbind  → closed; open connections go on
+//!                                                                                                           └ Retire  → nobody needs the balancer
+//! ```
+//!
+//! # The story of a connection, and of a datagram
+//!
+//! ```text
+//! client ─▶ accept ─▶ Balancer::pick ─▶ connect (next backend on failure) ─▶ relay ─▶ guard drop: counters, close reason
+//! client ─▶ receive a batch ─▶ FlowTable (pure) ─▶ pick, open, send, close ─▶ replies leave from the listener's own socket
+//! ```
+//!
+//! Counters are atomics in `Arc<Backend>` and `Arc<PortState>`; `/metrics`, `/status` and `status` read them when asked.
+//!
+//! # Who owns what
+//!
+//! | State | Owner | Others see |
+//! |---|---|---|
+//! | [`model::Model`], [`plan::Plan`], [`serve::Listeners`] | the control task, by value | a `watch` snapshot: [`status::Status`] |
+//! | a table of backends | its [`serve::balancer::Balancer`]'s `ArcSwap` cell | one load a pick |
+//! | turn of the round robin | its [`serve::balancer::Balancer`], over all swaps | an atomic |
+//! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
+//! | a backend's counters | [`serve::balancer::Backend`], from table to table | atomics |
+//! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
+//! | flows | their UDP shard, by value | nobody |
+//! | last good objects of each file | the manifest source | [`control::Message`] |
+//!
+//! # What always holds
+//!
+//! * Sources and tasks never share a lock: messages in, snapshots out. In [`serve`] nothing waits for anything but sockets.
+//! * A bound listener always has a target, and a target's balancers are always there (see [`plan::diff`] for the order).
+//! * One bad object, file, address or peer hurts nobody else: it becomes a [`plan::Problem`], a failed listener or a
+//!   counted end with one word of a fixed vocabulary, the same in log, metric and status.
+//! * Arrows between modules point one way: `name ← stats ← model ← endpoints ← plan ← serve ← control ← admin ← main`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build it in a Linux machine, VM or container");

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use serde_saphyr::granit_parser::{Event, Options, Parser, ScalarStyle, Span, StrInput};
+use serde_saphyr::granit_parser::{Event, Options, Parser, Span, StrInput};
 
 /// One step from a value to a value inside it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -146,7 +146,8 @@ impl<'t, 'w> Walk<'t, 'w> {
 
     /// Walks a value that the fields `here` go through or end at.
     fn node(&mut self, event: Event<'t>, span: Span, depth: usize, here: &[usize]) -> Option<()> {
-        let empty = matches!(&event, Event::Scalar(text, ScalarStyle::Plain, ..) if text.is_empty());
+        // Nothing behind the colon has a place, but none that anybody would look at.
+        let empty = matches!(event, Event::Scalar(..)) && span.is_empty();
         for &index in here {
             let Wanted { path, name } = self.wanted[index];
             let keeps_name = self.places[index].is_some() && (empty || name && path.0.len() == depth);

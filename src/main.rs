@@ -1,12 +1,13 @@
 //! The program: arguments, logs, runtime, exit code. What the commands do lives in the library.
 
-use std::future::{Future, pending};
+use std::collections::BTreeSet;
+use std::future::Future;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use kube_relay::admin::{self, AdminOptions};
@@ -15,18 +16,19 @@ use kube_relay::cli::{
     NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig};
+use kube_relay::control::Relay;
 use kube_relay::host::{self, Host};
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
-use kube_relay::status::Status;
+use kube_relay::manifest::{self, Input, Reading, Source};
+use kube_relay::model::{Event, Model};
+use kube_relay::plan::Plan;
+use kube_relay::scaffold::new_service_yaml;
+use kube_relay::status::Report;
 use kube_relay::{logs, overview, peer};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-
-// The relay and its source are written beside this file: their stand-ins have the same calls.
-use stand_in::{Relay, manifest, report_of, service_manifest};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -61,6 +63,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn run(args: RunArgs) -> anyhow::Result<u8> {
     let config = RunConfig::try_from(args)?;
+    if let Some(missing) = config.sources.iter().find_map(Input::missing) {
+        bail!("{}: no such file or folder", missing.display());
+    }
     logs::start(&config.logs);
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
@@ -88,7 +93,7 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), workers, open_files, "starting");
 
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
-    let relay = Relay::start(config.plan.resolve(&host)).await.context("cannot start the relay")?;
+    let relay = Relay::start(config.relay_options(&host)).context("cannot start the relay")?;
     let admin = admin::start(admin_options(&config, &host), relay.status(), readiness.clone()).await?;
     for (surface, address) in admin.bound() {
         debug!(listen = %address, paths = ?surface.paths(), "admin server listens");
@@ -96,12 +101,9 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let source = manifest::run(config.sources, relay.messages(), Arc::clone(&reload), stop.clone());
-    let source = tokio::spawn(source);
-    let times = tokio::select! {
-        times = end(&mut signals, &reload, config.shutdown) => times,
-        error = false_start(source, relay.status()) => return Err(error),
-    };
+    let source = Source::new(config.sources, config.plan.ranges());
+    tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(&reload), stop.clone()));
+    let times = end(&mut signals, &reload, config.shutdown).await;
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
     watching.abort();
@@ -120,21 +122,6 @@ async fn end(signals: &mut Signals, reload: &Notify, patient: ShutdownTimes) -> 
             Request::Stop => return ShutdownTimes::NONE,
         }
     }
-}
-
-/// Waits for a source that fails before anything is served. Whatever happens to it later, what is served stays.
-async fn false_start(source: JoinHandle<io::Result<()>>, status: watch::Receiver<Arc<Status>>) -> anyhow::Error {
-    let error = match source.await {
-        // Standard input has been read: there is no more to come.
-        Ok(Ok(())) => return pending().await,
-        Ok(Err(error)) => anyhow!(error),
-        Err(error) => anyhow!(error).context("the source failed"),
-    };
-    if status.borrow().synced {
-        error!("{error:#}; what is served stays as it is");
-        return pending().await;
-    }
-    error
 }
 
 fn admin_options(config: &RunConfig, host: &Host) -> AdminOptions {
@@ -167,12 +154,23 @@ async fn read_host() -> Host {
 fn check(args: CheckArgs) -> anyhow::Result<u8> {
     let output = args.output;
     let config = CheckConfig::try_from(args)?;
-    let report = on(small_runtime()?, async { report_of(&config, &read_host().await).await })?;
+    let host = on(small_runtime()?, read_host());
+    let report = plan_of(config, &host);
     print(&match output {
-        CheckOutput::Text => overview::describe(&report),
+        CheckOutput::Text => format!("{report}\n"),
         CheckOutput::Json => serde_json::to_string_pretty(&report)? + "\n",
     })?;
     Ok(if report.problems.is_empty() { EXIT_FINE } else { EXIT_PROBLEMS })
+}
+
+/// The plan for manifests, as `run` would make it on this machine.
+fn plan_of(config: CheckConfig, host: &Host) -> Report {
+    let (options, ranges) = (config.plan.resolve(host), config.plan.ranges());
+    let Reading { objects, problems, .. } = manifest::read(config.sources, ranges);
+    let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
+    model.apply(Event::Replace(objects), &mut dirty);
+    plan.update(&model, &dirty, &options);
+    Report::of(&model, &plan, problems)
 }
 
 fn status(args: &StatusArgs) -> anyhow::Result<u8> {
@@ -191,7 +189,7 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
 }
 
 fn new_service(args: NewServiceArgs) -> anyhow::Result<u8> {
-    print(&service_manifest(&args.checked()?)?)?;
+    print(&new_service_yaml(&args.checked()?)?)?;
     Ok(EXIT_FINE)
 }
 
@@ -213,101 +211,5 @@ fn print(text: &str) -> anyhow::Result<()> {
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.context("cannot write to standard output"),
-    }
-}
-
-/// The calls of `control::Relay`, `manifest` and `scaffold`, until those are there.
-mod stand_in {
-    use std::sync::Arc;
-    use std::time::Duration;
-
-    use kube_relay::cli::NewServiceArgs;
-    use kube_relay::config::CheckConfig;
-    use kube_relay::control::Message;
-    use kube_relay::host::Host;
-    use kube_relay::lifecycle::Drainable;
-    use kube_relay::plan::PlanOptions;
-    use kube_relay::status::{Report, Status};
-    use tokio::sync::{mpsc, watch};
-
-    pub(crate) struct Relay {
-        status: watch::Receiver<Arc<Status>>,
-        messages: mpsc::Sender<Message>,
-    }
-
-    impl Relay {
-        pub(crate) async fn start(_plan: PlanOptions) -> std::io::Result<Self> {
-            let (messages, mut inbox) = mpsc::channel(64);
-            let (sender, status) = watch::channel(Arc::new(Status::default()));
-            tokio::spawn(async move {
-                while let Some(message) = inbox.recv().await {
-                    sender.send_modify(|status| {
-                        let status = Arc::make_mut(status);
-                        match message {
-                            Message::Event(_) => status.revision += 1,
-                            Message::Synced => status.synced = true,
-                            Message::Source { status: source, .. } => status.source = source,
-                        }
-                    });
-                }
-            });
-            Ok(Self { status, messages })
-        }
-
-        pub(crate) fn status(&self) -> watch::Receiver<Arc<Status>> {
-            self.status.clone()
-        }
-
-        pub(crate) fn messages(&self) -> mpsc::Sender<Message> {
-            self.messages.clone()
-        }
-    }
-
-    impl Drainable for Relay {
-        async fn stop_accepting(&self) {}
-
-        async fn drain(&self, _timeout: Duration) -> usize {
-            0
-        }
-    }
-
-    pub(crate) mod manifest {
-        use std::path::PathBuf;
-        use std::sync::Arc;
-
-        use kube_relay::control::Message;
-        use kube_relay::status::SourceStatus;
-        use tokio::sync::{Notify, mpsc};
-        use tokio_util::sync::CancellationToken;
-
-        pub(crate) async fn run(
-            sources: Vec<PathBuf>,
-            messages: mpsc::Sender<Message>,
-            reload: Arc<Notify>,
-            stop: CancellationToken,
-        ) -> std::io::Result<()> {
-            for source in sources.iter().filter(|source| source.as_os_str() != "-") {
-                source.metadata().map_err(|error| std::io::Error::other(format!("{}: {error}", source.display())))?;
-            }
-            let mut status = SourceStatus { kind: "static".into(), last_reload_successful: true, config_revision: 0 };
-            while !stop.is_cancelled() {
-                status.config_revision += 1;
-                let _ = messages.send(Message::Source { status: status.clone(), problems: vec![] }).await;
-                let _ = messages.send(Message::Synced).await;
-                tokio::select! {
-                    () = reload.notified() => {}
-                    () = stop.cancelled() => {}
-                }
-            }
-            Ok(())
-        }
-    }
-
-    pub(crate) async fn report_of(_config: &CheckConfig, _host: &Host) -> anyhow::Result<Report> {
-        Ok(Report::default())
-    }
-
-    pub(crate) fn service_manifest(args: &NewServiceArgs) -> anyhow::Result<String> {
-        anyhow::bail!("no manifest of Service {} yet", args.name)
     }
 }

@@ -47,6 +47,16 @@ pub enum Input {
     Stdin,
 }
 
+impl Input {
+    /// The path, where nothing is there: most likely a slip of the pen, not something that is still to come.
+    pub fn missing(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) if !path.exists() => Some(path),
+            Self::Path(_) | Self::Stdin => None,
+        }
+    }
+}
+
 impl From<OsString> for Input {
     fn from(text: OsString) -> Self {
         if text == "-" { Self::Stdin } else { Self::Path(text.into()) }

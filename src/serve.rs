@@ -1,11 +1,13 @@
 //! The data plane: listeners as they run, and the law of this folder.
 //!
-//! No lock, no look-up by name, no allocation per datagram, no await while choosing.
+//! No lock, no look-up by name, no allocation per datagram, no await while choosing. What should run
+//! is decided in `plan`; [`Listeners`] carries the steps out and is owned by `control`.
 
 pub mod affinity;
 pub mod balancer;
 pub mod connect;
 pub mod flow;
+pub mod listeners;
 pub mod mmsg;
 pub mod relay;
 pub mod room;
@@ -24,6 +26,8 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::serve::balancer::{Balancer, PortState};
+
+pub use listeners::Listeners;
 
 /// What happens to new traffic on one side of a running listener.
 #[derive(Clone, Debug)]
@@ -45,7 +49,7 @@ pub struct Target {
     pub outside: Verdict,
     /// For this node and its pods.
     pub inside: Verdict,
-    /// What counts as inside; consulted only where the two sides differ.
+    /// What counts as inside; empty where the two sides are the same.
     pub inside_of: Arc<[IpNet]>,
 }
 

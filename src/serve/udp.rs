@@ -512,7 +512,6 @@ pub(super) mod tests {
     }
 
     #[test]
-    #[ignore = "needs the client memory of serve/affinity.rs, which is written beside this"]
     fn t196_given_client_ip_affinity_when_one_client_opens_many_flows_then_all_go_to_one_backend() {
         let echoes = [Echo::start(1), Echo::start(2), Echo::start(3)];
         let backends = [&echoes[0].backend, &echoes[1].backend, &echoes[2].backend];

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kube_relay::allocate::Ranges;
 use kube_relay::control::{self, RelayOptions};
-use kube_relay::manifest::{self, ManifestOptions};
+use kube_relay::manifest::{self, Input, Source};
 use kube_relay::name::ObjectName;
 use kube_relay::serve::balancer::Backend;
 use kube_relay::status::{ServiceStatus, Status};
@@ -49,16 +50,11 @@ impl Relay {
             options.plan.node_port_addresses = vec![site.node_ip()];
         }
         options.plan.allow_loopback_endpoints = true;
-        let relay = control::Relay::start(options).await.expect("a relay can be started");
-        let source = CancellationToken::new();
-        tokio::spawn(manifest::run(
-            vec![folder.path().to_owned()],
-            ManifestOptions::default(),
-            relay.messages(),
-            Arc::new(Notify::new()),
-            source.clone(),
-        ));
-        let relay = Self { status: relay.status(), relay, folder, _source: source.drop_guard() };
+        let relay = control::Relay::start(options).expect("a relay can be started");
+        let cancel = CancellationToken::new();
+        let source = Source::new(vec![Input::Path(folder.path().to_owned())], Ranges::default());
+        tokio::spawn(manifest::run(source, relay.messages(), Arc::new(Notify::new()), cancel.clone()));
+        let relay = Self { status: relay.status(), relay, folder, _source: cancel.drop_guard() };
         relay.until("the first state to be served", |status| status.synced).await;
         relay
     }

@@ -197,8 +197,8 @@ mod bad_input {
 
     #[test]
     fn given_a_path_that_is_not_there_when_checked_or_run_then_it_is_named() {
-        refuses(&["check", "no/such/file.yaml"], 1, &["no/such/file.yaml", "No such file"]);
-        refuses(&["run", "-f", "no/such/file.yaml"], 1, &["no/such/file.yaml", "No such file"]);
+        refuses(&["check", "no/such/file.yaml"], 1, &["no/such/file.yaml", "no such file"]);
+        refuses(&["run", "-f", "no/such/file.yaml"], 1, &["no/such/file.yaml", "no such file"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let plan = PlanOptions { allow_loopback_endpoints: true, ..PlanOptions::default() };
-    let relay = Relay::start(RelayOptions { plan, ..RelayOptions::default() }).await?;
+    let relay = Relay::start(RelayOptions { plan, ..RelayOptions::default() })?;
     let (messages, mut status) = (relay.messages(), relay.status());
     let web = Service::new("default/web").cluster_ip([127, 96, 0, 20]).port("http", 8080);
     messages.send(Message::Event(Event::ApplyService(Box::new(web.clone())))).await?;

@@ -18,8 +18,10 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use kube_relay::admin::{self, AdminOptions};
+use kube_relay::allocate::Ranges;
 use kube_relay::control::{Relay, RelayOptions};
-use kube_relay::manifest::{self, ManifestOptions};
+use kube_relay::lifecycle::Readiness;
+use kube_relay::manifest::{self, Source};
 use kube_relay::name::{ObjectName, Protocol};
 use kube_relay::plan::{ListenerKind, PlanOptions};
 use kube_relay::status::Status;
@@ -64,7 +66,7 @@ async fn run(once: bool) -> Result<()> {
     }
     let relay = start_relay().await?;
     let entries = entries(&relay).await?;
-    let admin = admin::start(AdminOptions::default(), relay.status()).await;
+    let admin = admin::start(AdminOptions::default(), relay.status(), Readiness::default()).await;
 
     prove(&entries).await?;
     if once {
@@ -118,15 +120,9 @@ async fn answer_datagrams(socket: UdpSocket, name: Arc<str>) {
 async fn start_relay() -> Result<Relay> {
     let localhost = vec![IpAddr::from(Ipv4Addr::LOCALHOST)];
     let plan = PlanOptions { node_port_addresses: localhost, allow_loopback_endpoints: true, ..PlanOptions::default() };
-    let relay =
-        Relay::start(RelayOptions { plan, ..RelayOptions::default() }).await.context("cannot start the relay")?;
-    tokio::spawn(manifest::run(
-        vec![MANIFEST.into()],
-        ManifestOptions::default(),
-        relay.messages(),
-        Arc::new(Notify::new()),
-        CancellationToken::new(),
-    ));
+    let relay = Relay::start(RelayOptions { plan, ..RelayOptions::default() }).context("cannot start the relay")?;
+    let source = Source::new(vec![MANIFEST.into()], Ranges::default());
+    tokio::spawn(manifest::run(source, relay.messages(), Arc::new(Notify::new()), CancellationToken::new()));
     Ok(relay)
 }
 
