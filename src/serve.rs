@@ -18,6 +18,7 @@ pub mod slab;
 pub mod socket;
 pub mod tcp;
 pub mod udp;
+mod wheel;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! UDP flows: which client's datagrams go to which backend, for how long, and who makes room at a limit.
 //!
 //! Pure: time, seed, datagrams and choices are arguments, verdicts come out. Sockets and batches are in
-//! `shard`; what a flow counts at its begin and its end is counted here, so that gauges and table agree.
+//! `shard`, who makes room at a limit is `room`, when to look at a flow again is `wheel`; what a flow counts at its begin and its end is counted here, so that gauges and table agree.
 //!
 //! A flow begins with a client's datagram and moves on as both sides speak:
 //!
@@ -22,6 +22,7 @@ use foldhash::fast::SeedableRandomState;
 use crate::serve::balancer::{Backend, PortState, Tried};
 use crate::serve::room::{Ages, FlowLimits, Place, Room};
 use crate::serve::slab::{Chain, Id, Slab};
+use crate::serve::wheel::Wheel;
 use crate::stats::{CloseReason, ConnectFailure, DropReason};
 
 /// Names a flow for as long as it lives; [`Id::index`] may index the sockets of a shell.
@@ -129,8 +130,7 @@ pub struct FlowTable {
     /// The same for each client address.
     clients: HashMap<IpAddr, Ages, SeedableRandomState>,
     listeners: Slab<Listener, 1>,
-    /// Flows by the second in which to look at them again.
-    wheel: [Chain; WHEEL_SLOTS],
+    wheel: Wheel,
     /// The addresses that this process itself sends replies from.
     own_addresses: HashSet<SocketAddr, SeedableRandomState>,
 }
@@ -141,8 +141,6 @@ const AGE: usize = 0;
 const CLIENT_AGE: usize = 1;
 const LISTENER: usize = 2;
 const WHEEL: usize = 3;
-
-const WHEEL_SLOTS: usize = 64;
 
 /// Seconds. A stream that has been silent for longer may be evicted where nothing lesser is left: a spoofer that
 /// sends twice can make streams too, but keeping them busy costs it a datagram each few seconds.
@@ -201,11 +199,9 @@ struct Listener {
 }
 
 /// Whole seconds since an hour before the table was made: room for flows that are older than the process.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Clock {
     zero: Instant,
-    /// The second up to which the wheel has been turned.
-    turned: u32,
 }
 
 impl Clock {
@@ -215,6 +211,11 @@ impl Clock {
         let elapsed = now.saturating_duration_since(self.zero).as_secs();
         Self::START.saturating_add(u32::try_from(elapsed).unwrap_or(u32::MAX))
     }
+
+    /// When a second begins.
+    fn instant(&self, second: u32) -> Instant {
+        self.zero + Duration::from_secs(u64::from(second.saturating_sub(Self::START)))
+    }
 }
 
 impl FlowTable {
@@ -223,13 +224,13 @@ impl FlowTable {
         let hashes = SeedableRandomState::with_seed(seed, SharedSeed::global_random());
         Self {
             room: Room::new(limits),
-            clock: Clock { zero: now, turned: Clock::START },
+            clock: Clock { zero: now },
             flows: Slab::default(),
             by_key: HashMap::with_hasher(hashes.clone()),
             ages: Ages::default(),
             clients: HashMap::with_hasher(hashes.clone()),
             listeners: Slab::default(),
-            wheel: [Chain::default(); WHEEL_SLOTS],
+            wheel: Wheel::new(Clock::START),
             own_addresses: HashSet::with_hasher(hashes),
         }
     }
@@ -343,10 +344,8 @@ impl FlowTable {
     /// at: each about once in its idle time.
     pub fn expire(&mut self, now: Instant, mut close: impl FnMut(FlowId)) {
         let second = self.clock.second(now);
-        let from = (self.clock.turned + 1).max(second.saturating_sub(WHEEL_SLOTS as u32 - 1));
-        self.clock.turned = self.clock.turned.max(second);
-        for slot in (from..=second).map(wheel_slot) {
-            let mut next = self.flows.first(std::mem::take(&mut self.wheel[slot]));
+        for passed in self.wheel.turn(second) {
+            let mut next = self.flows.first(self.wheel.take(passed));
             while let Some(id) = next {
                 next = self.flows.after(WHEEL, id);
                 self.look_again(id, second, &mut close);
@@ -356,8 +355,7 @@ impl FlowTable {
 
     /// The time of the next [`Self::expire`] that may have work; `None` without flows.
     pub fn next_expiry(&self) -> Option<Instant> {
-        let next = u64::from(self.clock.turned + 1 - Clock::START);
-        (self.flows.count() > 0).then(|| self.clock.zero + Duration::from_secs(next))
+        (self.flows.count() > 0).then(|| self.clock.instant(self.wheel.next()))
     }
 
     /// Where the flow goes, if it is alive.
@@ -496,7 +494,7 @@ impl FlowTable {
             self.flows.append(LISTENER, &mut listener.flows, id);
         }
         if self.flows.count() == 1 {
-            self.clock.turned = self.clock.turned.max(last); // nobody turns the wheel while it is empty
+            self.wheel.skip_to(last); // nobody turns the wheel while it is empty
         }
         self.schedule(id);
         id
@@ -532,17 +530,16 @@ impl FlowTable {
 
     /// Puts a flow on the wheel at its end, or as late as the wheel reaches.
     fn schedule(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get(id) else { return };
-        let due = self.end_of(flow).clamp(self.clock.turned + 1, self.clock.turned + WHEEL_SLOTS as u32 - 1);
-        self.flows.append(WHEEL, &mut self.wheel[wheel_slot(due)], id);
+        let Some(end) = self.flows.get(id).map(|flow| self.end_of(flow)) else { return };
+        let due = self.wheel.enter(&mut self.flows, WHEEL, end, id);
         if let Some(flow) = self.flows.get_mut(id) {
             flow.due = due;
         }
     }
 
     fn unschedule(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get(id) else { return };
-        self.flows.detach(WHEEL, &mut self.wheel[wheel_slot(flow.due)], id);
+        let Some(due) = self.flows.get(id).map(|flow| flow.due) else { return };
+        self.wheel.leave(&mut self.flows, WHEEL, due, id);
     }
 
     /// Closes a flow that is over and puts one that is not on the wheel again. Its slot's chain is taken off already.
@@ -641,357 +638,10 @@ fn whole_seconds(time: Duration) -> u32 {
     u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 
-fn wheel_slot(second: u32) -> usize {
-    second as usize % WHEEL_SLOTS
-}
-
 #[cfg(test)]
 #[path = "flow_simulation.rs"]
 mod simulation;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::name::{ObjectName, Protocol, ServicePortName};
-    use crate::stats::BackendStats;
-
-    /// A table with one listener, and a clock that moves by hand.
-    struct Bench {
-        table: FlowTable,
-        listener: ListenerId,
-        now: Instant,
-        port: Arc<PortState>,
-        closed: Vec<FlowId>,
-    }
-
-    impl Bench {
-        fn new(flows: usize) -> Self {
-            let now = Instant::now();
-            let limits = FlowLimits::split(flows, 1).next().expect("one shard");
-            let mut table = FlowTable::new(limits, 1, now);
-            let listener = table.add_listener(IdleTimes::default());
-            let name =
-                ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
-            Self { table, listener, now, port: Arc::new(PortState::new(name)), closed: Vec::new() }
-        }
-
-        fn backend(id: u32) -> Arc<Backend> {
-            let address = SocketAddr::from(([10, 0, 0, 1], 53));
-            Arc::new(Backend { id, address, stats: BackendStats::default() })
-        }
-
-        fn choose(&self, backend: &Arc<Backend>) -> Choice {
-            Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port) }
-        }
-
-        /// A datagram; a flow that it opens gets its socket.
-        fn datagram(&mut self, from: &str, backend: &Arc<Backend>) -> Verdict {
-            let choice = self.choose(backend);
-            let client = from.parse().expect("an address");
-            let verdict = self.table.on_datagram(self.listener, client, self.now, |_| Ok(choice.clone()));
-            if let Verdict::Open { flow, .. } = verdict {
-                self.table.opened(flow);
-            }
-            self.table.check();
-            verdict
-        }
-
-        fn flow(&mut self, from: &str, backend: &Arc<Backend>) -> FlowId {
-            match self.datagram(from, backend) {
-                Verdict::Open { flow, .. } | Verdict::Forward(flow) => flow,
-                Verdict::Drop(reason) => panic!("dropped: {reason}"),
-            }
-        }
-
-        fn reply(&mut self, flow: FlowId) {
-            assert!(self.table.on_reply(flow, self.now).is_some(), "the flow is alive");
-            self.table.check();
-        }
-
-        fn pass(&mut self, seconds: u64) {
-            self.now += Duration::from_secs(seconds);
-            self.table.expire(self.now, |flow| self.closed.push(flow));
-            self.table.check();
-        }
-    }
-
-    #[test]
-    fn t181_given_a_flow_when_nobody_speaks_for_its_idle_time_then_it_ends_and_the_gauge_is_zero() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let flow = bench.flow("10.9.0.1:1000", &backend);
-
-        bench.pass(10);
-        assert_eq!((bench.closed.len(), backend.stats.active_flows.get()), (0, 1), "not early");
-        bench.pass(1);
-
-        assert_eq!(bench.closed, [flow]);
-        assert_eq!(backend.stats.active_flows.get(), 0);
-        assert_eq!(backend.stats.closed.get(CloseReason::IdleUnreplied), 1);
-        assert_eq!(bench.table.next_expiry(), None, "an empty table needs no clock");
-    }
-
-    #[test]
-    fn t181_given_each_state_when_time_passes_then_its_own_idle_time_counts() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let answered = bench.flow("10.9.0.1:1000", &backend);
-        let stream = bench.flow("10.9.0.1:1001", &backend);
-        bench.reply(answered);
-        bench.reply(stream);
-        bench.flow("10.9.0.1:1001", &backend);
-
-        bench.pass(11);
-        assert_eq!(bench.closed, [answered]);
-        bench.pass(49);
-        assert_eq!(bench.closed.len(), 1);
-        bench.pass(1);
-
-        assert_eq!(bench.closed, [answered, stream]);
-        assert_eq!(backend.stats.closed.get(CloseReason::Idle), 2);
-    }
-
-    #[test]
-    fn t182_given_a_flow_when_either_side_speaks_then_its_idle_time_begins_anew() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let flow = bench.flow("10.9.0.1:1000", &backend);
-
-        for _ in 0..20 {
-            bench.pass(9);
-            assert_eq!(bench.datagram("10.9.0.1:1000", &backend), Verdict::Forward(flow));
-        }
-        for _ in 0..20 {
-            bench.pass(9);
-            bench.reply(flow);
-        }
-
-        assert!(bench.closed.is_empty());
-        bench.pass(11);
-        assert_eq!(bench.closed, [flow]);
-    }
-
-    #[test]
-    fn t183_given_two_clients_ports_and_scopes_when_they_send_then_each_has_its_own_flow() {
-        let (mut bench, backend) = (Bench::new(32), Bench::backend(1));
-        let clients = ["10.9.0.1:1000", "10.9.0.1:1001", "10.9.0.2:1000", "[fe80::1%1]:1000", "[fe80::1%2]:1000"];
-
-        let flows: HashSet<_> = clients.iter().map(|client| bench.flow(client, &backend)).collect();
-
-        assert_eq!(flows.len(), clients.len());
-        assert_eq!(bench.port.stats.accepted.get(), clients.len() as u64);
-    }
-
-    #[test]
-    fn t191_given_a_backend_refuses_when_the_client_sends_again_then_another_backend_is_picked() {
-        let (mut bench, [first, second]) = (Bench::new(8), [1, 2].map(Bench::backend));
-        let flow = bench.flow("10.9.0.1:1000", &first);
-        bench.table.on_refused(flow, CloseReason::Refused, bench.now);
-        bench.table.check();
-        let choices = [bench.choose(&first), bench.choose(&second)];
-        let pick = |tried: &Tried| {
-            choices.iter().find(|choice| !tried.contains(&choice.backend)).cloned().ok_or(DropReason::NoEndpoints)
-        };
-
-        let client = "10.9.0.1:1000".parse().expect("an address");
-        let verdict = bench.table.on_datagram(bench.listener, client, bench.now, pick);
-        bench.table.opened(flow);
-
-        assert_eq!(verdict, Verdict::Open { flow, evicted: None });
-        assert_eq!(bench.table.choice(flow).map(|choice| choice.backend.id), Some(2));
-        assert_eq!((first.stats.active_flows.get(), second.stats.active_flows.get()), (0, 1));
-        assert_eq!(first.stats.closed.get(CloseReason::Refused), 1);
-        assert_eq!((bench.port.stats.accepted.get(), bench.port.stats.retries.get()), (1, 1));
-    }
-
-    #[test]
-    fn t191_given_the_only_backend_refuses_when_the_client_sends_again_then_it_is_tried_again() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let flow = bench.flow("10.9.0.1:1000", &backend);
-        bench.table.on_refused(flow, CloseReason::Refused, bench.now);
-        let choice = bench.choose(&backend);
-
-        let client = "10.9.0.1:1000".parse().expect("an address");
-        let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |tried| {
-            if tried.contains(&choice.backend) { Err(DropReason::NoEndpoints) } else { Ok(choice.clone()) }
-        });
-
-        assert_eq!(verdict, Verdict::Open { flow, evicted: None });
-    }
-
-    #[test]
-    fn t190_given_an_endpoint_leaves_when_swept_then_its_flows_end_and_others_stay() {
-        let (mut bench, [gone, kept]) = (Bench::new(8), [1, 2].map(Bench::backend));
-        let (first, second) = (bench.flow("10.9.0.1:1000", &gone), bench.flow("10.9.0.1:1001", &kept));
-
-        let mut closed = Vec::new();
-        bench.table.sweep(bench.listener, |_, choice| choice.backend.id == 2, |flow| closed.push(flow));
-        bench.table.check();
-
-        assert_eq!(closed, [first]);
-        assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 1);
-        assert!(matches!(bench.datagram("10.9.0.1:1000", &kept), Verdict::Open { .. }));
-        assert_eq!(bench.datagram("10.9.0.1:1001", &kept), Verdict::Forward(second));
-    }
-
-    #[test]
-    fn t194_given_a_full_table_when_new_clients_come_then_the_oldest_unreplied_flow_goes_first() {
-        let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
-        let flows: Vec<_> = (1..=4).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
-        bench.reply(flows[0]);
-
-        let evicted = |verdict| match verdict {
-            Verdict::Open { evicted, .. } => evicted,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(evicted(bench.datagram("10.9.1.1:1000", &backend)), Some(flows[1]));
-        assert_eq!(evicted(bench.datagram("10.9.1.2:1000", &backend)), Some(flows[2]));
-
-        assert_eq!(backend.stats.closed.get(CloseReason::Evicted), 2);
-        assert_eq!(backend.stats.active_flows.get(), 4);
-    }
-
-    #[test]
-    fn t194_given_a_full_table_of_finished_exchanges_when_new_clients_come_then_one_under_way_is_kept() {
-        let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
-        let flows: Vec<_> = (1..=4).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
-        flows[1..].iter().for_each(|flow| bench.reply(*flow));
-
-        let verdict = bench.datagram("10.9.1.1:1000", &backend);
-
-        assert!(matches!(verdict, Verdict::Open { evicted, .. } if evicted == Some(flows[1])), "{verdict:?}");
-        bench.reply(flows[0]);
-    }
-
-    #[test]
-    fn t194_given_a_table_full_of_busy_streams_when_a_client_comes_then_it_is_refused_until_one_falls_silent() {
-        let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
-        for host in 1..=4 {
-            let flow = bench.flow(&format!("10.9.0.{host}:1000"), &backend);
-            bench.reply(flow);
-            bench.flow(&format!("10.9.0.{host}:1000"), &backend);
-        }
-
-        assert_eq!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Drop(DropReason::FlowLimit));
-        bench.pass(11);
-
-        assert!(matches!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Open { evicted: Some(_), .. }));
-    }
-
-    #[test]
-    fn t195_given_one_client_sweeps_its_source_ports_when_others_have_flows_then_it_evicts_only_its_own() {
-        let (mut bench, backend) = (Bench::new(64), Bench::backend(1));
-        let others: Vec<_> = (1..=8).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
-
-        for port in 1..=2000 {
-            bench.flow(&format!("10.9.1.1:{port}"), &backend);
-        }
-
-        assert_eq!(bench.table.count(), others.len() + 16, "a quarter of 64, and the others'");
-        assert!(others.iter().all(|flow| bench.table.choice(*flow).is_some()));
-    }
-
-    #[test]
-    fn given_a_flood_from_many_sources_when_a_light_client_opens_more_flows_then_it_never_evicts_its_own() {
-        let (mut bench, backend) = (Bench::new(256), Bench::backend(1));
-        let stream = bench.flow("10.8.0.1:1000", &backend);
-        bench.reply(stream);
-        bench.flow("10.8.0.1:1000", &backend);
-
-        for round in 0..200_u32 {
-            let (a, aaaa) = (format!("10.8.0.1:{}", 2000 + 2 * round), format!("10.8.0.1:{}", 2001 + 2 * round));
-            let queries = [bench.flow(&a, &backend), bench.flow(&aaaa, &backend)];
-            for spoofed in 0..32 {
-                bench.flow(&format!("10.9.{round}.{spoofed}:1000"), &backend);
-            }
-            queries.into_iter().for_each(|flow| bench.reply(flow)); // both are alive
-            if round % 20 == 0 {
-                bench.pass(1);
-                bench.reply(stream);
-            }
-        }
-
-        assert_eq!(bench.table.count(), 256);
-    }
-
-    #[test]
-    fn t200_given_a_source_that_no_sender_has_when_it_sends_then_the_datagram_is_dropped() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-
-        for source in ["255.255.255.255:9", "224.0.0.1:9", "0.0.0.0:9", "10.0.0.1:0", "[ff02::1]:9", "[::]:9"] {
-            assert_eq!(bench.datagram(source, &backend), Verdict::Drop(DropReason::DeniedAddress), "{source}");
-        }
-        assert_eq!(bench.table.count(), 0);
-    }
-
-    #[test]
-    fn given_a_source_that_is_a_listener_of_ours_when_it_sends_then_the_loop_ends_here() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let listener = "10.96.0.10:53";
-        bench.table.add_own_address(listener.parse().expect("an address"));
-
-        assert_eq!(bench.datagram(listener, &backend), Verdict::Drop(DropReason::Loop));
-    }
-
-    #[test]
-    fn given_a_socket_cannot_be_opened_when_reported_then_the_flow_never_was() {
-        let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
-        let (client, choice) = ("10.9.0.1:1000".parse().expect("an address"), bench.choose(&backend));
-        let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |_| Ok(choice.clone()));
-        let Verdict::Open { flow, .. } = verdict else { panic!("{verdict:?}") };
-
-        bench.table.failed(flow, ConnectFailure::FdLimit);
-        bench.table.check();
-
-        assert_eq!((bench.table.count(), bench.port.stats.accepted.get(), backend.stats.flows.get()), (0, 0, 0));
-        assert_eq!(backend.stats.connect_failures.get(ConnectFailure::FdLimit), 1);
-        assert!(CloseReason::ALL.iter().all(|reason| backend.stats.closed.get(*reason) == 0));
-    }
-
-    #[test]
-    fn t192_given_exported_flows_when_imported_then_backend_state_and_silence_are_kept() {
-        let (mut old, backend) = (Bench::new(8), Bench::backend(1));
-        let stream = old.flow("10.9.0.1:1000", &backend);
-        old.reply(stream);
-        old.flow("10.9.0.1:1000", &backend);
-        old.pass(7);
-        old.flow("10.9.0.2:1000", &backend);
-
-        let records = old.table.export(old.now);
-        let mut new = Bench::new(8);
-        for record in &records {
-            let choice = new.choose(&backend);
-            let flow = new.table.import(new.listener, record, choice, new.now).expect("room");
-            new.table.opened(flow);
-            new.table.check();
-        }
-
-        assert_eq!(records.iter().map(|record| record.silent.as_secs()).collect::<Vec<_>>(), [7, 0]);
-        assert_eq!(new.table.export(new.now), records);
-        drop(old);
-        assert_eq!(backend.stats.active_flows.get(), 2, "the old table counted its own out");
-        new.pass(53);
-        assert_eq!((new.table.count(), new.closed.len()), (1, 1), "unreplied is over, the stream has a second left");
-        new.pass(1);
-        assert_eq!(new.table.count(), 0);
-    }
-
-    #[test]
-    fn given_two_shards_when_one_is_flooded_then_the_other_keeps_its_guaranteed_places() {
-        let mut limits = FlowLimits::split(64, 2);
-        let (mut flooded, mut quiet, backend) = (Bench::new(1), Bench::new(1), Bench::backend(1));
-        for bench in [&mut flooded, &mut quiet] {
-            bench.table = FlowTable::new(limits.next().expect("two shards"), 1, bench.now);
-            bench.listener = bench.table.add_listener(IdleTimes::default());
-        }
-
-        for host in 0..200 {
-            flooded.flow(&format!("10.9.0.{host}:1000"), &backend);
-        }
-        for host in 0..200 {
-            quiet.flow(&format!("10.9.0.{host}:1000"), &backend);
-        }
-
-        assert_eq!((flooded.table.count(), quiet.table.count()), (48, 16));
-        flooded.pass(11);
-        quiet.flow("10.9.1.1:1000", &backend);
-        assert_eq!(quiet.table.count(), 17, "shared places come back");
-    }
-}
+#[path = "flow_tests.rs"]
+mod tests;

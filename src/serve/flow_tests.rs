@@ -1,0 +1,344 @@
+//! The flow table, case by case: one table, and a clock that is moved by hand.
+
+use super::*;
+use crate::name::{ObjectName, Protocol, ServicePortName};
+use crate::stats::BackendStats;
+
+/// A table with one listener, and a clock that moves by hand.
+struct Bench {
+    table: FlowTable,
+    listener: ListenerId,
+    now: Instant,
+    port: Arc<PortState>,
+    closed: Vec<FlowId>,
+}
+
+impl Bench {
+    fn new(flows: usize) -> Self {
+        let now = Instant::now();
+        let limits = FlowLimits::split(flows, 1).next().expect("one shard");
+        let mut table = FlowTable::new(limits, 1, now);
+        let listener = table.add_listener(IdleTimes::default());
+        let name = ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
+        Self { table, listener, now, port: Arc::new(PortState::new(name)), closed: Vec::new() }
+    }
+
+    fn backend(id: u32) -> Arc<Backend> {
+        let address = SocketAddr::from(([10, 0, 0, 1], 53));
+        Arc::new(Backend { id, address, stats: BackendStats::default() })
+    }
+
+    fn choose(&self, backend: &Arc<Backend>) -> Choice {
+        Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port) }
+    }
+
+    /// A datagram; a flow that it opens gets its socket.
+    fn datagram(&mut self, from: &str, backend: &Arc<Backend>) -> Verdict {
+        let choice = self.choose(backend);
+        let client = from.parse().expect("an address");
+        let verdict = self.table.on_datagram(self.listener, client, self.now, |_| Ok(choice.clone()));
+        if let Verdict::Open { flow, .. } = verdict {
+            self.table.opened(flow);
+        }
+        self.table.check();
+        verdict
+    }
+
+    fn flow(&mut self, from: &str, backend: &Arc<Backend>) -> FlowId {
+        match self.datagram(from, backend) {
+            Verdict::Open { flow, .. } | Verdict::Forward(flow) => flow,
+            Verdict::Drop(reason) => panic!("dropped: {reason}"),
+        }
+    }
+
+    fn reply(&mut self, flow: FlowId) {
+        assert!(self.table.on_reply(flow, self.now).is_some(), "the flow is alive");
+        self.table.check();
+    }
+
+    fn pass(&mut self, seconds: u64) {
+        self.now += Duration::from_secs(seconds);
+        self.table.expire(self.now, |flow| self.closed.push(flow));
+        self.table.check();
+    }
+}
+
+#[test]
+fn t181_given_a_flow_when_nobody_speaks_for_its_idle_time_then_it_ends_and_the_gauge_is_zero() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let flow = bench.flow("10.9.0.1:1000", &backend);
+
+    bench.pass(10);
+    assert_eq!((bench.closed.len(), backend.stats.active_flows.get()), (0, 1), "not early");
+    bench.pass(1);
+
+    assert_eq!(bench.closed, [flow]);
+    assert_eq!(backend.stats.active_flows.get(), 0);
+    assert_eq!(backend.stats.closed.get(CloseReason::IdleUnreplied), 1);
+    assert_eq!(bench.table.next_expiry(), None, "an empty table needs no clock");
+}
+
+#[test]
+fn t181_given_each_state_when_time_passes_then_its_own_idle_time_counts() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let answered = bench.flow("10.9.0.1:1000", &backend);
+    let stream = bench.flow("10.9.0.1:1001", &backend);
+    bench.reply(answered);
+    bench.reply(stream);
+    bench.flow("10.9.0.1:1001", &backend);
+
+    bench.pass(11);
+    assert_eq!(bench.closed, [answered]);
+    bench.pass(49);
+    assert_eq!(bench.closed.len(), 1);
+    bench.pass(1);
+
+    assert_eq!(bench.closed, [answered, stream]);
+    assert_eq!(backend.stats.closed.get(CloseReason::Idle), 2);
+}
+
+#[test]
+fn t182_given_a_flow_when_either_side_speaks_then_its_idle_time_begins_anew() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let flow = bench.flow("10.9.0.1:1000", &backend);
+
+    for _ in 0..20 {
+        bench.pass(9);
+        assert_eq!(bench.datagram("10.9.0.1:1000", &backend), Verdict::Forward(flow));
+    }
+    for _ in 0..20 {
+        bench.pass(9);
+        bench.reply(flow);
+    }
+
+    assert!(bench.closed.is_empty());
+    bench.pass(11);
+    assert_eq!(bench.closed, [flow]);
+}
+
+#[test]
+fn t183_given_two_clients_ports_and_scopes_when_they_send_then_each_has_its_own_flow() {
+    let (mut bench, backend) = (Bench::new(32), Bench::backend(1));
+    let clients = ["10.9.0.1:1000", "10.9.0.1:1001", "10.9.0.2:1000", "[fe80::1%1]:1000", "[fe80::1%2]:1000"];
+
+    let flows: HashSet<_> = clients.iter().map(|client| bench.flow(client, &backend)).collect();
+
+    assert_eq!(flows.len(), clients.len());
+    assert_eq!(bench.port.stats.accepted.get(), clients.len() as u64);
+}
+
+#[test]
+fn t191_given_a_backend_refuses_when_the_client_sends_again_then_another_backend_is_picked() {
+    let (mut bench, [first, second]) = (Bench::new(8), [1, 2].map(Bench::backend));
+    let flow = bench.flow("10.9.0.1:1000", &first);
+    bench.table.on_refused(flow, CloseReason::Refused, bench.now);
+    bench.table.check();
+    let choices = [bench.choose(&first), bench.choose(&second)];
+    let pick = |tried: &Tried| {
+        choices.iter().find(|choice| !tried.contains(&choice.backend)).cloned().ok_or(DropReason::NoEndpoints)
+    };
+
+    let client = "10.9.0.1:1000".parse().expect("an address");
+    let verdict = bench.table.on_datagram(bench.listener, client, bench.now, pick);
+    bench.table.opened(flow);
+
+    assert_eq!(verdict, Verdict::Open { flow, evicted: None });
+    assert_eq!(bench.table.choice(flow).map(|choice| choice.backend.id), Some(2));
+    assert_eq!((first.stats.active_flows.get(), second.stats.active_flows.get()), (0, 1));
+    assert_eq!(first.stats.closed.get(CloseReason::Refused), 1);
+    assert_eq!((bench.port.stats.accepted.get(), bench.port.stats.retries.get()), (1, 1));
+}
+
+#[test]
+fn t191_given_the_only_backend_refuses_when_the_client_sends_again_then_it_is_tried_again() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let flow = bench.flow("10.9.0.1:1000", &backend);
+    bench.table.on_refused(flow, CloseReason::Refused, bench.now);
+    let choice = bench.choose(&backend);
+
+    let client = "10.9.0.1:1000".parse().expect("an address");
+    let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |tried| {
+        if tried.contains(&choice.backend) { Err(DropReason::NoEndpoints) } else { Ok(choice.clone()) }
+    });
+
+    assert_eq!(verdict, Verdict::Open { flow, evicted: None });
+}
+
+#[test]
+fn t190_given_an_endpoint_leaves_when_swept_then_its_flows_end_and_others_stay() {
+    let (mut bench, [gone, kept]) = (Bench::new(8), [1, 2].map(Bench::backend));
+    let (first, second) = (bench.flow("10.9.0.1:1000", &gone), bench.flow("10.9.0.1:1001", &kept));
+
+    let mut closed = Vec::new();
+    bench.table.sweep(bench.listener, |_, choice| choice.backend.id == 2, |flow| closed.push(flow));
+    bench.table.check();
+
+    assert_eq!(closed, [first]);
+    assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 1);
+    assert!(matches!(bench.datagram("10.9.0.1:1000", &kept), Verdict::Open { .. }));
+    assert_eq!(bench.datagram("10.9.0.1:1001", &kept), Verdict::Forward(second));
+}
+
+#[test]
+fn t194_given_a_full_table_when_new_clients_come_then_the_oldest_unreplied_flow_goes_first() {
+    let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
+    let flows: Vec<_> = (1..=4).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
+    bench.reply(flows[0]);
+
+    let evicted = |verdict| match verdict {
+        Verdict::Open { evicted, .. } => evicted,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(evicted(bench.datagram("10.9.1.1:1000", &backend)), Some(flows[1]));
+    assert_eq!(evicted(bench.datagram("10.9.1.2:1000", &backend)), Some(flows[2]));
+
+    assert_eq!(backend.stats.closed.get(CloseReason::Evicted), 2);
+    assert_eq!(backend.stats.active_flows.get(), 4);
+}
+
+#[test]
+fn t194_given_a_full_table_of_finished_exchanges_when_new_clients_come_then_one_under_way_is_kept() {
+    let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
+    let flows: Vec<_> = (1..=4).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
+    flows[1..].iter().for_each(|flow| bench.reply(*flow));
+
+    let verdict = bench.datagram("10.9.1.1:1000", &backend);
+
+    assert!(matches!(verdict, Verdict::Open { evicted, .. } if evicted == Some(flows[1])), "{verdict:?}");
+    bench.reply(flows[0]);
+}
+
+#[test]
+fn t194_given_a_table_full_of_busy_streams_when_a_client_comes_then_it_is_refused_until_one_falls_silent() {
+    let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
+    for host in 1..=4 {
+        let flow = bench.flow(&format!("10.9.0.{host}:1000"), &backend);
+        bench.reply(flow);
+        bench.flow(&format!("10.9.0.{host}:1000"), &backend);
+    }
+
+    assert_eq!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Drop(DropReason::FlowLimit));
+    bench.pass(11);
+
+    assert!(matches!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Open { evicted: Some(_), .. }));
+}
+
+#[test]
+fn t195_given_one_client_sweeps_its_source_ports_when_others_have_flows_then_it_evicts_only_its_own() {
+    let (mut bench, backend) = (Bench::new(64), Bench::backend(1));
+    let others: Vec<_> = (1..=8).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
+
+    for port in 1..=2000 {
+        bench.flow(&format!("10.9.1.1:{port}"), &backend);
+    }
+
+    assert_eq!(bench.table.count(), others.len() + 16, "a quarter of 64, and the others'");
+    assert!(others.iter().all(|flow| bench.table.choice(*flow).is_some()));
+}
+
+#[test]
+fn given_a_flood_from_many_sources_when_a_light_client_opens_more_flows_then_it_never_evicts_its_own() {
+    let (mut bench, backend) = (Bench::new(256), Bench::backend(1));
+    let stream = bench.flow("10.8.0.1:1000", &backend);
+    bench.reply(stream);
+    bench.flow("10.8.0.1:1000", &backend);
+
+    for round in 0..200_u32 {
+        let (a, aaaa) = (format!("10.8.0.1:{}", 2000 + 2 * round), format!("10.8.0.1:{}", 2001 + 2 * round));
+        let queries = [bench.flow(&a, &backend), bench.flow(&aaaa, &backend)];
+        for spoofed in 0..32 {
+            bench.flow(&format!("10.9.{round}.{spoofed}:1000"), &backend);
+        }
+        queries.into_iter().for_each(|flow| bench.reply(flow)); // both are alive
+        if round % 20 == 0 {
+            bench.pass(1);
+            bench.reply(stream);
+        }
+    }
+
+    assert_eq!(bench.table.count(), 256);
+}
+
+#[test]
+fn t200_given_a_source_that_no_sender_has_when_it_sends_then_the_datagram_is_dropped() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+
+    for source in ["255.255.255.255:9", "224.0.0.1:9", "0.0.0.0:9", "10.0.0.1:0", "[ff02::1]:9", "[::]:9"] {
+        assert_eq!(bench.datagram(source, &backend), Verdict::Drop(DropReason::DeniedAddress), "{source}");
+    }
+    assert_eq!(bench.table.count(), 0);
+}
+
+#[test]
+fn given_a_source_that_is_a_listener_of_ours_when_it_sends_then_the_loop_ends_here() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let listener = "10.96.0.10:53";
+    bench.table.add_own_address(listener.parse().expect("an address"));
+
+    assert_eq!(bench.datagram(listener, &backend), Verdict::Drop(DropReason::Loop));
+}
+
+#[test]
+fn given_a_socket_cannot_be_opened_when_reported_then_the_flow_never_was() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let (client, choice) = ("10.9.0.1:1000".parse().expect("an address"), bench.choose(&backend));
+    let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |_| Ok(choice.clone()));
+    let Verdict::Open { flow, .. } = verdict else { panic!("{verdict:?}") };
+
+    bench.table.failed(flow, ConnectFailure::FdLimit);
+    bench.table.check();
+
+    assert_eq!((bench.table.count(), bench.port.stats.accepted.get(), backend.stats.flows.get()), (0, 0, 0));
+    assert_eq!(backend.stats.connect_failures.get(ConnectFailure::FdLimit), 1);
+    assert!(CloseReason::ALL.iter().all(|reason| backend.stats.closed.get(*reason) == 0));
+}
+
+#[test]
+fn t192_given_exported_flows_when_imported_then_backend_state_and_silence_are_kept() {
+    let (mut old, backend) = (Bench::new(8), Bench::backend(1));
+    let stream = old.flow("10.9.0.1:1000", &backend);
+    old.reply(stream);
+    old.flow("10.9.0.1:1000", &backend);
+    old.pass(7);
+    old.flow("10.9.0.2:1000", &backend);
+
+    let records = old.table.export(old.now);
+    let mut new = Bench::new(8);
+    for record in &records {
+        let choice = new.choose(&backend);
+        let flow = new.table.import(new.listener, record, choice, new.now).expect("room");
+        new.table.opened(flow);
+        new.table.check();
+    }
+
+    assert_eq!(records.iter().map(|record| record.silent.as_secs()).collect::<Vec<_>>(), [7, 0]);
+    assert_eq!(new.table.export(new.now), records);
+    drop(old);
+    assert_eq!(backend.stats.active_flows.get(), 2, "the old table counted its own out");
+    new.pass(53);
+    assert_eq!((new.table.count(), new.closed.len()), (1, 1), "unreplied is over, the stream has a second left");
+    new.pass(1);
+    assert_eq!(new.table.count(), 0);
+}
+
+#[test]
+fn given_two_shards_when_one_is_flooded_then_the_other_keeps_its_guaranteed_places() {
+    let mut limits = FlowLimits::split(64, 2);
+    let (mut flooded, mut quiet, backend) = (Bench::new(1), Bench::new(1), Bench::backend(1));
+    for bench in [&mut flooded, &mut quiet] {
+        bench.table = FlowTable::new(limits.next().expect("two shards"), 1, bench.now);
+        bench.listener = bench.table.add_listener(IdleTimes::default());
+    }
+
+    for host in 0..200 {
+        flooded.flow(&format!("10.9.0.{host}:1000"), &backend);
+    }
+    for host in 0..200 {
+        quiet.flow(&format!("10.9.0.{host}:1000"), &backend);
+    }
+
+    assert_eq!((flooded.table.count(), quiet.table.count()), (48, 16));
+    flooded.pass(11);
+    quiet.flow("10.9.1.1:1000", &backend);
+    assert_eq!(quiet.table.count(), 17, "shared places come back");
+}
