@@ -238,12 +238,17 @@ impl Batch {
 
     /// Sends the datagrams of these slots, in this order, with their ECN bits. Does not block.
     ///
-    /// Returns how many left; fewer than asked for means that the next one failed, and sending it again says why.
+    /// Returns how many left; fewer than asked for means that the next one failed. Sending it again says why, unless
+    /// it was an ICMP error about an earlier datagram: the kernel tells that once, and here it told nobody. The next
+    /// datagram to a dead port brings another one.
     pub fn send(&mut self, socket: BorrowedFd<'_>, slots: &[u8], to: To) -> io::Result<usize> {
         let mut vectors = [const { MaybeUninit::<libc::iovec>::uninit() }; BATCH];
         let mut headers = [const { MaybeUninit::<mmsghdr>::uninit() }; BATCH];
-        for slot in slots {
-            self.slots[usize::from(*slot)].write_control();
+        for index in slots {
+            let slot = &mut self.slots[usize::from(*index)];
+            if slot.ecn != 0 {
+                slot.write_control();
+            }
         }
         for ((index, vector), header) in slots.iter().zip(&mut vectors).zip(&mut headers) {
             let (payload, slot) = (self.payload(usize::from(*index)), &self.slots[usize::from(*index)]);

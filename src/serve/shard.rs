@@ -137,17 +137,18 @@ impl Shard {
         }
     }
 
-    /// Clients' datagrams, backends' answers, flows that are over; commands last, so that no event of this turn is
-    /// taken for one of a listener that came in the place of another.
+    /// Answers first: what waits at a flow's socket is lost when a client's datagram closes it, by eviction or by
+    /// meeting a refusal. Commands last, so that no event of this turn is taken for one of a listener that came in
+    /// the place of another.
     fn turn(&mut self, events: &[epoll::Event], now: Instant) -> ControlFlow<()> {
         let tokens = || events.iter().map(|event| event.data.u64());
-        for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
-            self.forward((token ^ LISTENER_BIT) as usize, now);
-        }
         for token in tokens().filter(|token| *token & LISTENER_BIT == 0) {
             self.collect(FlowId::from_bits(token), now);
         }
         self.answer();
+        for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
+            self.forward((token ^ LISTENER_BIT) as usize, now);
+        }
         self.table.expire(now, |flow| close(&mut self.upstream, flow));
         if tokens().any(|token| token == WAKE) { self.obey() } else { ControlFlow::Continue(()) }
     }
@@ -246,7 +247,7 @@ impl Shard {
 
     /// Sends datagrams to a flow's backend. What the network will not take is counted and left out.
     ///
-    /// Returns how many are dealt with; fewer than all means that the backend refused and the flow needs another.
+    /// Returns how many are dealt with; fewer than all means that the backend is lost and the flow needs another.
     fn send_upstream(&mut self, visit: &Visit, flow: FlowId, slots: &[u8]) -> usize {
         let service = &visit.target.port.stats;
         let socket = self.upstream.get(flow.index()).and_then(Option::as_ref);
@@ -254,10 +255,10 @@ impl Shard {
             service.dropped.add(DropReason::FlowLimit, slots.len() as u64); // evicted by its own batch
             return slots.len();
         };
-        let mut refused = None;
+        let mut lost = None;
         let sent = send_all(&mut self.batch, socket, slots, To::Connected, |at, error| {
-            if error.kind() == io::ErrorKind::ConnectionRefused {
-                refused = Some(at);
+            lost = why_lost(error).map(|reason| (at, reason));
+            if lost.is_some() {
                 return ControlFlow::Break(());
             }
             count_unsent(error, slots.len() - at, |reason, count| service.dropped.add(reason, count))
@@ -265,10 +266,9 @@ impl Shard {
         let (datagrams, bytes) = measure(&self.batch, slots, sent);
         choice.backend.stats.upstream_datagrams.add(datagrams);
         choice.backend.stats.upstream_bytes.add(bytes);
-        if refused.is_some() {
-            self.refuse(flow, CloseReason::Refused, visit.now);
-        }
-        refused.unwrap_or(slots.len())
+        let Some((at, reason)) = lost else { return slots.len() };
+        self.refuse(flow, reason, visit.now);
+        at
     }
 
     /// Takes a flow's answers into the batch: at most a batch in one turn.
@@ -276,20 +276,27 @@ impl Shard {
         if self.batch.room() == 0 {
             self.answer();
         }
-        let mut ask = FIRST_ASK;
+        let (mut ask, mut lost) = (FIRST_ASK, None);
         while self.table.choice(flow).is_some() && self.batch.room() > 0 {
-            let Some(Some(socket)) = self.upstream.get(flow.index()) else { return };
+            let Some(Some(socket)) = self.upstream.get(flow.index()) else { break };
             ask = ask.min(self.batch.room());
             match self.batch.receive(socket.as_fd(), ask) {
                 Ok(received) => {
                     self.address(flow, received, now);
                     if received < ask {
-                        return;
+                        break;
                     }
                     ask = BATCH;
                 }
-                Err(error) => return self.not_received(flow, &error, now),
+                Err(error) => match why_lost(&error) {
+                    // The kernel tells an error before the answers that came earlier: they are read all the same.
+                    Some(reason) if lost.is_none() => lost = Some(reason),
+                    _ => break,
+                },
             }
+        }
+        if let Some(reason) = lost {
+            self.refuse(flow, reason, now);
         }
     }
 
@@ -299,14 +306,6 @@ impl Shard {
         for slot in self.batch.count() - received..self.batch.count() {
             self.batch.set_peer(slot, client);
             self.order.push(Outgoing { listener, flow, slot: slot as u8 });
-        }
-    }
-
-    fn not_received(&mut self, flow: FlowId, error: &io::Error, now: Instant) {
-        match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
-            io::ErrorKind::ConnectionRefused => self.refuse(flow, CloseReason::Refused, now),
-            _ => self.refuse(flow, CloseReason::Unreachable, now),
         }
     }
 
@@ -375,6 +374,10 @@ impl Shard {
 
     fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell) {
         self.remove(&key); // one socket for each key
+        self.listen(key, socket, target, 0);
+    }
+
+    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, overflow: u32) {
         let id = self.table.add_listener(self.idle);
         let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
         if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
@@ -384,7 +387,7 @@ impl Shard {
         if self.listeners.len() <= id.index() {
             self.listeners.resize_with(id.index() + 1, || None);
         }
-        self.listeners[id.index()] = Some(Listener { id, key, socket, target, overflow: 0 });
+        self.listeners[id.index()] = Some(Listener { id, key, socket, target, overflow });
         self.keys.insert(key, id);
     }
 
@@ -392,7 +395,10 @@ impl Shard {
         self.sweep(key); // what goes for its endpoint's sake is counted so
         let Some(id) = self.keys.remove(key) else { return };
         self.table.remove_listener(id, CloseReason::Drain, |flow| close(&mut self.upstream, flow));
-        self.listeners[id.index()] = None;
+        if let Some(listener) = self.listeners[id.index()].take() {
+            // Closing alone would not do where the control side, or another process, holds a copy of the descriptor.
+            let _ = epoll::delete(&self.epoll, &listener.socket);
+        }
     }
 
     fn sweep(&mut self, key: &ListenKey) {
@@ -419,7 +425,7 @@ impl Shard {
         self.table.reset(CloseReason::Panic, rand::random(), Instant::now());
         for listener in mem::take(&mut self.listeners).into_iter().flatten() {
             let _ = epoll::delete(&self.epoll, &listener.socket); // its index may be another one now
-            self.add(listener.key, listener.socket, listener.target);
+            self.listen(listener.key, listener.socket, listener.target, listener.overflow);
         }
         let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
     }
@@ -467,7 +473,7 @@ fn send_all(
     to: To,
     mut failed: impl FnMut(usize, &io::Error) -> ControlFlow<()>,
 ) -> u64 {
-    let (mut at, mut sent) = (0, 0);
+    let (mut at, mut sent, mut asked_again) = (0, 0, None);
     while at < slots.len() {
         match batch.send(socket.as_fd(), &slots[at..], to) {
             Ok(count) => {
@@ -475,6 +481,11 @@ fn send_all(
                 at += count.max(1);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Not about this datagram, but about an earlier one: a router has told a smaller MTU, which the kernel
+            // keeps to from now on.
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) && asked_again != Some(at) => {
+                asked_again = Some(at);
+            }
             Err(error) if failed(at, &error).is_break() => break,
             Err(_) => at += 1,
         }
@@ -513,6 +524,22 @@ fn why_not_opened(error: &io::Error) -> (ConnectFailure, DropReason) {
     }
 }
 
+/// What an error of a flow's socket says about the way to its backend; `None` where it says nothing.
+fn why_lost(error: &io::Error) -> Option<CloseReason> {
+    match error.raw_os_error()? {
+        libc::ECONNREFUSED => Some(CloseReason::Refused),
+        // No route; or an ICMP error that the kernel takes for final. Others it keeps to itself.
+        libc::EHOSTUNREACH
+        | libc::ENETUNREACH
+        | libc::EHOSTDOWN
+        | libc::ENETDOWN
+        | libc::EACCES
+        | libc::ENOPROTOOPT
+        | libc::EPROTO => Some(CloseReason::Unreachable),
+        _ => None,
+    }
+}
+
 /// A little more than until then, as a wait that ends too early would be repeated at once.
 fn time_until(then: Instant) -> Timespec {
     let time = then.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -546,8 +573,9 @@ mod tests {
 
     use super::*;
     use crate::name::{Family, Protocol};
+    use crate::serve::balancer::{Backend, Balancer};
     use crate::serve::mmsg::bind_udp;
-    use crate::serve::udp::tests::{backend, balancer, loopback, plain, target_of};
+    use crate::serve::udp::tests::{answer, backend, balancer, loopback, plain, target_of};
 
     /// A shard whose loop does not run: its steps are called by hand.
     fn still_shard() -> Shard {
@@ -555,6 +583,137 @@ mod tests {
         let (_, commands) = channel();
         let limits = FlowLimits::split(8, 1).next().expect("one shard");
         Shard::new(Arc::new(wake), commands, IdleTimes::default(), limits).expect("a descriptor")
+    }
+
+    /// A still shard that serves one address.
+    struct Still {
+        shard: Shard,
+        address: SocketAddr,
+        balancer: Arc<Balancer>,
+    }
+
+    impl Still {
+        fn start(address: [u8; 4], backends: &[&Arc<Backend>]) -> Self {
+            let address = SocketAddr::from((address, 5300));
+            let balancer = balancer(Family::V4, backends);
+            let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
+            let mut still = Self { shard: still_shard(), address, balancer };
+            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target);
+            still
+        }
+
+        fn key(&self) -> ListenKey {
+            ListenKey::new(self.address.ip(), self.address.port(), Protocol::Udp)
+        }
+
+        fn client(&self) -> UdpSocket {
+            let client = plain(loopback());
+            client.connect(self.address).expect("connected");
+            client
+        }
+
+        /// One turn with everything that is ready: on loopback, what was sent before has come.
+        fn turn(&mut self) {
+            let mut events = Vec::with_capacity(EVENTS);
+            let timeout = Timespec { tv_sec: 0, tv_nsec: 0 };
+            epoll::wait(&self.shard.epoll, spare_capacity(&mut events), Some(&timeout)).expect("events");
+            let _ = self.shard.turn(&events, Instant::now()); // nobody is there to command it
+        }
+    }
+
+    fn forwarded(backend: &UdpSocket) -> SocketAddr {
+        backend.recv_from(&mut [0; 16]).expect("a datagram").1
+    }
+
+    #[test]
+    fn given_an_answer_waits_when_its_flow_is_evicted_in_the_same_turn_then_the_client_still_gets_it() {
+        let pod = plain(loopback());
+        let endpoint = backend(1, pod.local_addr().expect("bound"));
+        let mut still = Still::start([127, 18, 2, 2], &[&endpoint]);
+        let clients = [still.client(), still.client(), still.client()];
+        for client in &clients[..2] {
+            client.send(b"question").expect("sent");
+            still.turn();
+            pod.send_to(b"answer", forwarded(&pod)).expect("sent");
+        }
+
+        clients[2].send(b"question").expect("sent");
+        still.turn();
+
+        assert_eq!(endpoint.stats.closed.get(CloseReason::Evicted), 1, "two flows for one client address");
+        assert_eq!(answer(&clients[0]), b"answer");
+        assert_eq!(answer(&clients[1]), b"answer");
+    }
+
+    #[test]
+    fn given_an_answer_waits_behind_a_refusal_when_both_are_heard_then_the_client_still_gets_it() {
+        let pod = plain(loopback());
+        let endpoint = backend(1, pod.local_addr().expect("bound"));
+        let mut still = Still::start([127, 18, 2, 3], &[&endpoint]);
+        let client = still.client();
+        client.send(b"question").expect("sent");
+        still.turn();
+        pod.send_to(b"answer", forwarded(&pod)).expect("sent");
+        drop(pod);
+        client.send(b"too late").expect("sent");
+        still.shard.forward(0, Instant::now()); // refused before the answer was read
+
+        still.turn();
+
+        assert_eq!(answer(&client), b"answer");
+        assert_eq!(endpoint.stats.closed.get(CloseReason::Refused), 1);
+        assert_eq!(endpoint.stats.downstream_datagrams.get(), 1);
+    }
+
+    #[test]
+    fn given_a_copy_of_a_listeners_socket_when_the_listener_is_removed_then_the_shard_hears_of_it_no_more() {
+        let mut still = Still::start([127, 18, 2, 4], &[]);
+        let copy = still.shard.listeners[0].as_ref().expect("a listener").socket.try_clone().expect("a descriptor");
+
+        still.shard.remove(&still.key());
+        still.client().send(b"for the copy").expect("sent");
+
+        let mut events = Vec::with_capacity(EVENTS);
+        let timeout = Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(&still.shard.epoll, spare_capacity(&mut events), Some(&timeout)).expect("no event");
+        assert!(events.is_empty(), "it would be awake for ever");
+        assert_eq!(copy.recv(&mut [0; 16]).expect("a datagram"), 12);
+    }
+
+    #[test]
+    fn f35_given_a_socket_has_lost_datagrams_when_its_shard_begins_anew_then_they_are_not_counted_again() {
+        let mut still = Still::start([127, 18, 2, 5], &[]);
+        let socket = &still.shard.listeners[0].as_ref().expect("a listener").socket;
+        socket2::SockRef::from(socket).set_recv_buffer_size(4096).expect("a small queue");
+        let client = still.client();
+        let lost = |still: &Still| still.balancer.port.stats.dropped.get(DropReason::Memory);
+        for _ in 0..BATCH {
+            client.send(&[0; 512]).expect("sent");
+        }
+        still.turn();
+        client.send(b"brings the number").expect("sent");
+        still.turn();
+        let before = lost(&still);
+        assert!(before > 0, "the queue was too small");
+
+        still.shard.begin_anew();
+        client.send(b"brings it again").expect("sent");
+        still.turn();
+
+        assert_eq!(lost(&still), before);
+    }
+
+    #[test]
+    fn f16_given_errors_of_a_flows_socket_when_judged_then_only_those_about_the_backend_end_the_flow() {
+        let loss = |errno| why_lost(&io::Error::from_raw_os_error(errno));
+
+        assert_eq!(loss(libc::ECONNREFUSED), Some(CloseReason::Refused));
+        for errno in [libc::EHOSTUNREACH, libc::ENETUNREACH, libc::EHOSTDOWN, libc::EACCES, libc::ENOPROTOOPT] {
+            assert_eq!(loss(errno), Some(CloseReason::Unreachable), "{errno}");
+        }
+        for errno in [libc::EAGAIN, libc::EINTR, libc::ENOBUFS, libc::ENOMEM, libc::EPERM, libc::EMSGSIZE] {
+            assert_eq!(loss(errno), None, "{errno}");
+        }
     }
 
     #[test]
