@@ -71,7 +71,7 @@ pub struct Plan {
     troubled: BTreeSet<ObjectName>,
     /// Services that the last update planned anew, or that won or lost something by it.
     touched: BTreeSet<ObjectName>,
-    /// `--expose` of Services that are not there.
+    /// `--expose` of Services that are not there, or not served.
     unmet: Vec<Problem>,
 }
 
@@ -175,12 +175,15 @@ impl Plan {
     }
 
     fn report_unmet(&mut self, options: &PlanOptions) {
-        let unmet = options.expose.iter().filter(|expose| !self.services.contains_key(&expose.service));
-        let problem = |expose: &Expose| {
-            let object = format!("Service {}", expose.service);
-            Problem::error(object, "expose", format!("--expose {expose} opens nothing: there is no such Service"))
+        let why = |expose: &Expose| match self.services.get(&expose.service) {
+            None => Some("there is no such Service".into()),
+            Some(plan) => plan.skipped.map(|word| format!("the Service is skipped ({word})")),
         };
-        self.unmet = unmet.map(problem).collect();
+        let problem = |expose: &Expose| {
+            let object = format_args!("Service {}", expose.service);
+            Some(Problem::error(object, "expose", format!("--expose {expose} opens nothing: {}", why(expose)?)))
+        };
+        self.unmet = options.expose.iter().filter_map(problem).collect();
     }
 }
 
@@ -520,6 +523,20 @@ mod tests {
 
         assert_eq!(control.problems(), [] as [&str; 0]);
         assert_eq!(control.at("127.0.0.1:8080").as_deref(), Some("default/web:http"));
+    }
+
+    #[test]
+    fn given_a_service_to_expose_that_is_skipped_when_planned_then_the_reason_is_said() {
+        let mut control = Control::new();
+        let listen = "127.0.0.1:8080".parse().expect("an address");
+        control.options.expose = vec![Expose { listen, service: web().name, port: "http".into() }];
+
+        control.batch([put(&Service { cluster_ips: ClusterIps::Headless, ..web() })]);
+
+        assert_eq!(control.problems().len(), 1);
+        assert!(control.problems()[0].contains("opens nothing: the Service is skipped (headless)"));
+        control.batch([put(&web())]);
+        assert_eq!(control.problems(), [] as [&str; 0]);
     }
 
     #[test]
