@@ -12,6 +12,7 @@
 //! ```
 
 use std::collections::{HashMap, HashSet};
+use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -401,8 +402,8 @@ impl FlowTable {
     }
 
     fn end_all(&mut self, reason: CloseReason) {
-        self.ages.iter(&self.flows, AGE).for_each(|(_, flow)| flow.end_leg(reason));
-        self.ages = Ages::default();
+        // Not by a chain: where this follows a panic, a flow may be missing on it.
+        mem::take(&mut self.flows).items().for_each(|flow| flow.end_leg(reason));
     }
 
     /// A datagram of a flow that is there.

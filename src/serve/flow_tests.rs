@@ -342,3 +342,17 @@ fn given_two_shards_when_one_is_flooded_then_the_other_keeps_its_guaranteed_plac
     quiet.flow("10.9.1.1:1000", &backend);
     assert_eq!(quiet.table.count(), 17, "shared places come back");
 }
+
+#[test]
+fn f35_given_a_panic_between_two_chains_when_the_table_begins_anew_then_each_flow_is_counted_out_once() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    bench.flow("10.9.0.1:1000", &backend);
+    bench.flow("10.9.0.1:1001", &backend);
+    bench.table.ages = Ages::default(); // as if it had happened there
+
+    bench.table.reset(CloseReason::Panic, 2, bench.now);
+    drop(bench.table);
+
+    assert_eq!(backend.stats.active_flows.get(), 0);
+    assert_eq!(backend.stats.closed.get(CloseReason::Panic), 2);
+}

@@ -128,6 +128,11 @@ impl<T, const LANES: usize> Slab<T, LANES> {
         self.slots.get_mut(id.index()).filter(|slot| slot.generation == id.generation)?.item.as_mut()
     }
 
+    /// All items, on a chain or not.
+    pub fn items(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.item.as_ref())
+    }
+
     /// Puts an item, which is on no chain of that lane, at the end of a chain.
     pub fn append(&mut self, lane: usize, chain: &mut Chain, id: Id) {
         self.link(id.index, lane).before = chain.last;
