@@ -1,7 +1,7 @@
 //! One UDP shard as it runs: an epoll loop of its own that moves datagrams in batches.
 //!
-//! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, and the control side's handle
-//! is `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
+//! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, what their errors mean is in
+//! `fault`, and the control side's handle is `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,11 +22,12 @@ use tracing::{debug, error, warn};
 
 use crate::name::ListenKey;
 use crate::serve::balancer::Tried;
+use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, To, connect_udp};
 use crate::serve::room::FlowLimits;
 use crate::serve::{Target, TargetCell, Verdict};
-use crate::stats::{CloseReason, ConnectFailure, DropReason};
+use crate::stats::{CloseReason, DropReason};
 
 /// What the control side asks of a shard. Obeyed in the order of sending.
 #[derive(Debug)]
@@ -493,51 +494,10 @@ fn send_all(
     sent
 }
 
-/// Counts a datagram that was not sent, or all `left` where the socket's queue is full.
-fn count_unsent(error: &io::Error, left: usize, mut count: impl FnMut(DropReason, u64)) -> ControlFlow<()> {
-    match error.raw_os_error() {
-        Some(libc::EAGAIN) => {
-            count(DropReason::Memory, left as u64);
-            return ControlFlow::Break(());
-        }
-        Some(libc::ENOBUFS | libc::ENOMEM) => count(DropReason::Memory, 1),
-        _ => count(DropReason::Unreachable, 1),
-    }
-    ControlFlow::Continue(())
-}
-
 /// Datagrams and payload bytes of the slots whose bit is set.
 fn measure(batch: &Batch, slots: &[u8], sent: u64) -> (u64, u64) {
     let sent = slots.iter().enumerate().filter(|(at, _)| sent & (1 << at) != 0);
     sent.fold((0, 0), |(count, bytes), (_, slot)| (count + 1, bytes + batch.length(usize::from(*slot)) as u64))
-}
-
-fn why_not_opened(error: &io::Error) -> (ConnectFailure, DropReason) {
-    match error.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE) => (ConnectFailure::FdLimit, DropReason::FdLimit),
-        // EAGAIN is what connect says when it finds no free port for a datagram socket.
-        Some(libc::EAGAIN | libc::EADDRNOTAVAIL | libc::EADDRINUSE) => {
-            (ConnectFailure::LocalPorts, DropReason::LocalPorts)
-        }
-        Some(libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC) => (ConnectFailure::Memory, DropReason::Memory),
-        _ => (ConnectFailure::Unreachable, DropReason::Unreachable),
-    }
-}
-
-/// What an error of a flow's socket says about the way to its backend; `None` where it says nothing.
-fn why_lost(error: &io::Error) -> Option<CloseReason> {
-    match error.raw_os_error()? {
-        libc::ECONNREFUSED => Some(CloseReason::Refused),
-        // No route; or an ICMP error that the kernel takes for final. Others it keeps to itself.
-        libc::EHOSTUNREACH
-        | libc::ENETUNREACH
-        | libc::EHOSTDOWN
-        | libc::ENETDOWN
-        | libc::EACCES
-        | libc::ENOPROTOOPT
-        | libc::EPROTO => Some(CloseReason::Unreachable),
-        _ => None,
-    }
 }
 
 /// A little more than until then, as a wait that ends too early would be repeated at once.
@@ -704,19 +664,6 @@ mod tests {
     }
 
     #[test]
-    fn f16_given_errors_of_a_flows_socket_when_judged_then_only_those_about_the_backend_end_the_flow() {
-        let loss = |errno| why_lost(&io::Error::from_raw_os_error(errno));
-
-        assert_eq!(loss(libc::ECONNREFUSED), Some(CloseReason::Refused));
-        for errno in [libc::EHOSTUNREACH, libc::ENETUNREACH, libc::EHOSTDOWN, libc::EACCES, libc::ENOPROTOOPT] {
-            assert_eq!(loss(errno), Some(CloseReason::Unreachable), "{errno}");
-        }
-        for errno in [libc::EAGAIN, libc::EINTR, libc::ENOBUFS, libc::ENOMEM, libc::EPERM, libc::EMSGSIZE] {
-            assert_eq!(loss(errno), None, "{errno}");
-        }
-    }
-
-    #[test]
     fn t191_given_a_refusal_is_met_only_when_sending_when_a_run_is_sent_then_all_of_it_goes_to_another_backend() {
         let (dead, alive) = (plain(loopback()), plain(loopback()));
         let refusing = backend(1, dead.local_addr().expect("bound"));
@@ -765,30 +712,5 @@ mod tests {
 
         assert_eq!((sent, failed), (0b101, vec![1]));
         assert_eq!(measure(&batch, &[0, 1, 2], sent), (2, 2));
-    }
-
-    #[test]
-    fn f16_given_errors_of_sending_when_counted_then_a_full_queue_takes_the_rest_with_it() {
-        let outcome = |errno| {
-            let mut counted = None;
-            let error = io::Error::from_raw_os_error(errno);
-            let flow = count_unsent(&error, 5, |reason, count| counted = Some((reason, count)));
-            (counted, flow.is_break())
-        };
-
-        assert_eq!(outcome(libc::EAGAIN), (Some((DropReason::Memory, 5)), true));
-        assert_eq!(outcome(libc::ENOBUFS), (Some((DropReason::Memory, 1)), false));
-        assert_eq!(outcome(libc::EHOSTUNREACH), (Some((DropReason::Unreachable, 1)), false));
-    }
-
-    #[test]
-    fn given_errors_of_opening_when_named_then_ports_descriptors_and_memory_are_told_apart() {
-        let reason = |errno| why_not_opened(&io::Error::from_raw_os_error(errno)).1;
-
-        assert_eq!(reason(libc::EMFILE), DropReason::FdLimit);
-        assert_eq!(reason(libc::EAGAIN), DropReason::LocalPorts);
-        assert_eq!(reason(libc::EADDRNOTAVAIL), DropReason::LocalPorts);
-        assert_eq!(reason(libc::ENOBUFS), DropReason::Memory);
-        assert_eq!(reason(libc::ENETUNREACH), DropReason::Unreachable);
     }
 }
