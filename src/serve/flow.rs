@@ -1,7 +1,8 @@
 //! UDP flows: which client's datagrams go to which backend, for how long, and who makes room at a limit.
 //!
-//! Pure: time, seed, datagrams and choices are arguments, verdicts come out. Sockets and batches are in
-//! `shard`, who makes room at a limit is `room`, when to look at a flow again is `wheel`; what a flow counts at its begin and its end is counted here, so that gauges and table agree.
+//! Pure: time, seed, datagrams and choices are arguments, verdicts come out. Sockets and batches are in `shard`, who
+//! makes room at a limit is `room`, when to look at a flow again is `wheel`. What a flow counts at its begin and its
+//! end is counted here, so that gauges and table agree.
 //!
 //! A flow begins with a client's datagram and moves on as both sides speak:
 //!
@@ -165,12 +166,15 @@ struct Flow {
 enum Leg {
     /// Chosen; the shell is opening a socket.
     Opening {
-        /// True where an earlier backend refused.
-        again: bool,
+        /// True where the flow has begun to count with an earlier backend.
+        begun: bool,
     },
     Open,
-    /// The backend's host said that nobody listens; the next datagram goes elsewhere.
-    Refused,
+    /// Nobody listens there, or there is no way there; the next datagram goes elsewhere.
+    Refused {
+        /// As in `Opening`.
+        begun: bool,
+    },
 }
 
 /// Client and listener as plain numbers, which hash fast. An IPv4 address is its mapped form.
@@ -284,23 +288,27 @@ impl FlowTable {
     /// The shell has a socket for the flow: it begins to count.
     pub fn opened(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        let Leg::Opening { again } = flow.leg else { return };
+        let Leg::Opening { begun } = flow.leg else { return };
         flow.leg = Leg::Open;
         let (service, backend) = (&flow.choice.port.stats, &flow.choice.backend.stats);
-        if again {
-            service.retries.increment()
-        } else {
-            service.accepted.increment()
+        if !begun {
+            service.accepted.increment();
         }
         backend.flows.increment();
         backend.active_flows.increment();
     }
 
-    /// The shell could not open a socket for the flow: it never was.
+    /// The shell could not open a socket for the flow. Where there is no way to the backend, the client's next
+    /// datagram goes to another one; where this host lacks something, the flow never was.
     pub fn failed(&mut self, id: FlowId, failure: ConnectFailure) {
-        let Some(flow) = self.flows.get(id).filter(|flow| matches!(flow.leg, Leg::Opening { .. })) else { return };
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Leg::Opening { begun } = flow.leg else { return };
         flow.choice.backend.stats.connect_failures.count(failure);
-        self.close(id, CloseReason::Unreachable);
+        if failure == ConnectFailure::Unreachable {
+            flow.leg = Leg::Refused { begun };
+        } else {
+            self.close(id, CloseReason::Unreachable); // counts nothing: there was no leg
+        }
     }
 
     /// The backend answered: says for which listener and client, if the flow is alive.
@@ -325,7 +333,7 @@ impl FlowTable {
         };
         flow.choice.backend.stats.connect_failures.count(failure);
         flow.end_leg(reason);
-        flow.leg = Leg::Refused;
+        flow.leg = Leg::Refused { begun: true };
         self.refresh(id, FlowState::Unreplied, second);
     }
 
@@ -414,17 +422,18 @@ impl FlowTable {
         mut pick: impl FnMut(&Tried) -> Result<Choice, DropReason>,
     ) -> Verdict {
         let Some(flow) = self.flows.get_mut(id) else { return Verdict::Drop(DropReason::Unreachable) };
-        if flow.leg != Leg::Refused {
+        let Leg::Refused { begun } = flow.leg else {
             let state = if flow.state == FlowState::Unreplied { FlowState::Unreplied } else { FlowState::Stream };
             self.refresh(id, state, second);
             return Verdict::Forward(id);
-        }
+        };
         let mut tried = Tried::default();
         tried.add(&flow.choice.backend);
         match pick(&tried).or_else(|_| pick(&Tried::default())) {
             Ok(choice) => {
+                choice.port.stats.retries.increment();
                 flow.choice = choice;
-                flow.leg = Leg::Opening { again: true };
+                flow.leg = Leg::Opening { begun };
                 self.refresh(id, FlowState::Unreplied, second);
                 Verdict::Open { flow: id, evicted: None }
             }
@@ -486,7 +495,7 @@ impl FlowTable {
         state: FlowState,
         last: u32,
     ) -> FlowId {
-        let leg = Leg::Opening { again: false };
+        let leg = Leg::Opening { begun: false };
         let id = self.flows.insert(Flow { client, listener, choice, leg, state, last, due: 0 });
         self.by_key.insert(FlowKey::new(listener, client), id);
         self.clients.entry(client.ip()).or_default().enter(&mut self.flows, CLIENT_AGE, state, id);

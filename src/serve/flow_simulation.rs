@@ -173,16 +173,22 @@ impl Simulation {
             let chosen = self.table.choice(flow).expect("opened").backend.id;
             assert!(chosen != before.backend || self.live.len() == 1, "the same backend, though there are others");
         }
+        let (last, state) = (self.now, FlowState::Unreplied);
+        let backend = self.table.choice(flow).expect("opened").backend.id;
+        assert!(self.live.contains(&(backend as usize)), "no datagram to an endpoint that left");
+        let socket = Shadow { listener, client, backend, last, state, refused: false, moves: 0 };
+        if self.random.random_bool(0.05) {
+            self.table.failed(flow, ConnectFailure::Unreachable);
+            self.sockets.insert(flow, Shadow { refused: true, ..socket });
+            return;
+        }
         if self.random.random_bool(0.05) {
             self.table.failed(flow, ConnectFailure::FdLimit);
             assert!(self.table.choice(flow).is_none());
             return;
         }
         self.table.opened(flow);
-        let backend = self.table.choice(flow).expect("opened").backend.id;
-        assert!(self.live.contains(&(backend as usize)), "no datagram to an endpoint that left");
-        let (last, state) = (self.now, FlowState::Unreplied);
-        self.sockets.insert(flow, Shadow { listener, client, backend, last, state, refused: false, moves: 0 });
+        self.sockets.insert(flow, socket);
     }
 
     fn backend_answers(&mut self) {

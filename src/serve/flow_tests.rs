@@ -279,6 +279,30 @@ fn given_a_source_that_is_a_listener_of_ours_when_it_sends_then_the_loop_ends_he
 }
 
 #[test]
+fn given_no_way_to_a_backend_when_the_client_sends_again_then_another_backend_is_picked() {
+    let (mut bench, [first, second]) = (Bench::new(8), [1, 2].map(Bench::backend));
+    let (client, listener) = ("10.9.0.1:1000".parse().expect("an address"), bench.listener);
+    let choices = [bench.choose(&first), bench.choose(&second)];
+    // As session affinity does: the same backend, unless it was tried.
+    let pick = |tried: &Tried| {
+        choices.iter().find(|choice| !tried.contains(&choice.backend)).cloned().ok_or(DropReason::NoEndpoints)
+    };
+    let verdict = bench.table.on_datagram(listener, client, bench.now, pick);
+    let Verdict::Open { flow, .. } = verdict else { panic!("{verdict:?}") };
+    bench.table.failed(flow, ConnectFailure::Unreachable);
+    bench.table.check();
+
+    let verdict = bench.table.on_datagram(listener, client, bench.now, pick);
+    bench.table.opened(flow);
+
+    assert_eq!(verdict, Verdict::Open { flow, evicted: None });
+    assert_eq!(bench.table.choice(flow).map(|choice| choice.backend.id), Some(2));
+    assert_eq!((bench.port.stats.accepted.get(), bench.port.stats.retries.get()), (1, 1));
+    assert_eq!((first.stats.flows.get(), second.stats.active_flows.get()), (0, 1));
+    assert_eq!(first.stats.connect_failures.get(ConnectFailure::Unreachable), 1);
+}
+
+#[test]
 fn given_a_socket_cannot_be_opened_when_reported_then_the_flow_never_was() {
     let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
     let (client, choice) = ("10.9.0.1:1000".parse().expect("an address"), bench.choose(&backend));
