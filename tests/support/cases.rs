@@ -1,0 +1,50 @@
+//! Runs the test cases of a `harness = false` binary: isolate, filter, run, count.
+//!
+//! The usual harness starts threads before the first test, and then the kernel gives no user namespace any more.
+
+use std::env;
+use std::io::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+
+use super::namespace::isolate;
+
+/// A test: its name, which tells the story, and what it does. It fails by panicking.
+pub(crate) type Case = (&'static str, fn());
+
+/// Runs the cases whose names contain one of the arguments, all without arguments. Call it first in `main`.
+pub(crate) fn run(cases: &[Case]) -> ExitCode {
+    if let Err(end) = isolated() {
+        return end;
+    }
+    let filters: Vec<String> = env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let failed = cases.iter().filter(|(name, _)| wanted(name)).filter(|case| !passes(case)).count();
+    if failed > 0 {
+        println!("{failed} failed");
+    }
+    ExitCode::from(u8::from(failed > 0))
+}
+
+fn passes((name, case): &Case) -> bool {
+    print!("test {name} ... ");
+    let _ = io::stdout().flush();
+    let passed = panic::catch_unwind(AssertUnwindSafe(case)).is_ok();
+    println!("{}", if passed { "ok" } else { "FAILED" });
+    passed
+}
+
+/// Isolates the process, or says why that cannot be and how the program is to end.
+///
+/// Under `KUBE_RELAY_TEST=full` a skip is a failure, unless `KUBE_RELAY_SKIPS` (a comma list) names `rig`.
+fn isolated() -> Result<(), ExitCode> {
+    let Err(reason) = isolate() else { return Ok(()) };
+    let full = env::var("KUBE_RELAY_TEST").is_ok_and(|form| form == "full");
+    let expected = env::var("KUBE_RELAY_SKIPS").is_ok_and(|skips| skips.split(',').any(|skip| skip == "rig"));
+    if full && !expected {
+        println!("failed: {reason}; if that is expected here, set KUBE_RELAY_SKIPS=rig");
+        return Err(ExitCode::FAILURE);
+    }
+    println!("skipped: {reason}");
+    Err(ExitCode::SUCCESS)
+}

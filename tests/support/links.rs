@@ -1,0 +1,120 @@
+//! Cables, addresses and routes inside namespaces, over rtnetlink: no `ip` program needed.
+//!
+//! What is wired to what is in `rig`.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+
+use futures_util::TryStreamExt;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
+use netlink_packet_route::route::RouteScope;
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::namespace::Namespace;
+
+/// Every namespace's loopback device has this index.
+const LOOPBACK: u32 = 1;
+
+/// Sets the loopback device up.
+pub(crate) fn loopback_up(namespace: &Namespace) -> io::Result<()> {
+    ask(namespace, "set lo up", async |handle| {
+        handle.link().set(LinkUnspec::new_with_index(LOOPBACK).up().build()).execute().await
+    })
+}
+
+/// Lays a cable: a veth pair, up, one end in each namespace.
+pub(crate) fn cable(here: &Namespace, device: &str, there: &Namespace, peer: &str) -> io::Result<()> {
+    let descriptor = there.descriptor().ok_or_else(|| io::Error::other("no cable on loopback"))?.as_raw_fd();
+    ask(here, &format!("cable {device} to {}", there.name()), async |handle| {
+        let far = LinkUnspec::new_with_name(peer).setns_by_fd(descriptor).build();
+        let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+            .name(device)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(far)))
+            .up()
+            .build();
+        handle.link().add(pair).execute().await
+    })?;
+    // Not in the same request: the far end is made first and cannot go up without a near one.
+    ask(there, &format!("set {peer} up"), async |handle| {
+        handle.link().set(LinkUnspec::new_with_name(peer).up().build()).execute().await
+    })
+}
+
+/// Gives a device an address, usable at once. Giving it twice is fine.
+pub(crate) fn address(namespace: &Namespace, device: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
+    ask(namespace, &format!("address {address}/{prefix} dev {device}"), async |handle| {
+        let index = index_of(handle, device).await?;
+        let mut request = handle.address().add(index, address, prefix).replace();
+        if address.is_ipv6() {
+            // Nobody else is on the cable: without it the address cannot be used for a second.
+            request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        request.execute().await
+    })
+}
+
+/// Routes a prefix by a device, through a gateway if one is named. Doing it twice is fine.
+pub(crate) fn route(
+    namespace: &Namespace,
+    (destination, prefix): (IpAddr, u8),
+    device: &str,
+    gateway: Option<IpAddr>,
+) -> io::Result<()> {
+    ask(namespace, &format!("route {destination}/{prefix} dev {device}"), async |handle| {
+        let index = index_of(handle, device).await?;
+        let message = match destination {
+            IpAddr::V4(destination) => {
+                let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, prefix);
+                let route = route.output_interface(index);
+                match gateway {
+                    Some(IpAddr::V4(gateway)) => route.gateway(gateway).build(),
+                    _ => route.scope(RouteScope::Link).build(),
+                }
+            }
+            IpAddr::V6(destination) => {
+                let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(destination, prefix);
+                let route = route.output_interface(index);
+                match gateway {
+                    Some(IpAddr::V6(gateway)) => route.gateway(gateway).build(),
+                    _ => route.build(),
+                }
+            }
+        };
+        handle.route().add(message).replace().execute().await
+    })
+}
+
+/// The devices of a namespace, loopback among them.
+pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
+    let mut count = 0;
+    ask(namespace, "list devices", async |handle| {
+        count = handle.link().get().execute().try_fold(0, async |count, _| Ok(count + 1)).await?;
+        Ok(())
+    })?;
+    Ok(count)
+}
+
+async fn index_of(handle: &Handle, device: &str) -> Result<u32, rtnetlink::Error> {
+    let mut links = std::pin::pin!(handle.link().get().match_name(device).execute());
+    links.try_next().await?.map(|link| link.header.index).ok_or(rtnetlink::Error::RequestFailed)
+}
+
+/// One conversation with the kernel, from inside a namespace.
+fn ask(
+    namespace: &Namespace,
+    what: &str,
+    conversation: impl AsyncFnOnce(&Handle) -> Result<(), rtnetlink::Error> + Send,
+) -> io::Result<()> {
+    namespace.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            tokio::spawn(connection);
+            conversation(&handle)
+                .await
+                .map_err(|error| io::Error::other(format!("{}: {what}: {error}", namespace.name())))
+        })
+    })
+}

@@ -1,0 +1,267 @@
+//! The namespace rig: a client, a router, nodes and their pods, wired with veth pairs, IPv4 and IPv6.
+//!
+//! ```text
+//! client ── router ─┬─ node0 ─┬─ pod0-0       client  10.80.0.2      fd80::2
+//!                   │         ├─ pod0-1       node i  10.81.i.2      fd81:i::2
+//!                   │         └─ pod0-2       pod i,j 10.82.i.10+j   fd82:i::10+j
+//!                   ├─ node1 …                VIP n   10.96.0.n      fd96::n
+//!                   └─ node2 …
+//! ```
+//!
+//! Binaries that use it are `harness = false` and call [`run`] (or [`isolate`]) first in `main`. Proxies are children
+//! ([`Namespace::spawn`]), clients and backends are threads ([`Namespace::thread`]). Nothing is left behind: a
+//! namespace ends with its last descriptor, thread and process. [`Rig::loopback`] has the same parts on loopback.
+#![allow(dead_code)] // shared by several binaries, each of which uses its part
+
+mod cases;
+mod links;
+mod namespace;
+mod process;
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use kube_relay::name::Family;
+
+#[allow(unused_imports)] // as above
+pub(crate) use self::{
+    cases::{Case, run},
+    namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
+    process::Process,
+};
+
+/// How many nodes and pods, and what lies before them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Nodes, at most 200.
+    pub(crate) nodes: u8,
+    /// Pods on each node, at most 200.
+    pub(crate) pods_per_node: u8,
+    /// With a router between client and nodes; without one the client has a cable to each node.
+    pub(crate) router: bool,
+}
+
+impl Default for Shape {
+    /// Three nodes behind a router, three pods each.
+    fn default() -> Self {
+        Self { nodes: 3, pods_per_node: 3, router: true }
+    }
+}
+
+/// A small network in one process. Dropping it takes it down.
+#[derive(Debug)]
+pub(crate) struct Rig {
+    client: Namespace,
+    router: Option<Namespace>,
+    nodes: Vec<Node>,
+    on_loopback: bool,
+}
+
+#[derive(Debug)]
+struct Node {
+    namespace: Namespace,
+    pods: Vec<Namespace>,
+}
+
+impl Rig {
+    /// Builds the network; the process must be [isolated](isolate).
+    pub(crate) fn build(shape: Shape) -> io::Result<Self> {
+        let client = namespace("client", client_address(shape))?;
+        let router = shape.router.then(|| namespace("router", ROUTER)).transpose()?;
+        if let Some(router) = &router {
+            cable(router, "client", &client, (CLIENT_SIDE, CLIENT))?;
+        }
+        let hub = router.as_ref().unwrap_or(&client);
+        let nodes = (0..shape.nodes).map(|i| node(hub, i, shape.pods_per_node)).collect::<io::Result<_>>()?;
+        Ok(Self { client, router, nodes, on_loopback: false })
+    }
+
+    /// The same parts without namespaces, each with a loopback address of its own; IPv6 has only `::1`.
+    pub(crate) fn loopback(shape: Shape) -> Self {
+        let here = |name: String, i, j| {
+            let v4 = IpAddr::from([127, 82, i, j]);
+            Namespace::here(name, DualAddress { v4, v6: Ipv6Addr::LOCALHOST.into() })
+        };
+        let nodes = (0..shape.nodes).map(|i| Node {
+            namespace: here(format!("node{i}"), i, 1),
+            pods: (0..shape.pods_per_node).map(|j| here(format!("pod{i}-{j}"), i, 10 + j)).collect(),
+        });
+        Self { client: here("client".into(), 255, 2), router: None, nodes: nodes.collect(), on_loopback: true }
+    }
+
+    /// True where everything shares one namespace.
+    pub(crate) fn on_loopback(&self) -> bool {
+        self.on_loopback
+    }
+
+    /// The families in which each part has an address of its own.
+    pub(crate) fn families(&self) -> &'static [Family] {
+        if self.on_loopback { &[Family::V4] } else { &FAMILIES }
+    }
+
+    /// Where clients run.
+    pub(crate) fn client(&self) -> &Namespace {
+        &self.client
+    }
+
+    /// What lies between client and nodes, if anything.
+    pub(crate) fn router(&self) -> Option<&Namespace> {
+        self.router.as_ref()
+    }
+
+    /// Where a proxy runs.
+    pub(crate) fn node(&self, i: usize) -> &Namespace {
+        &self.nodes[i].namespace
+    }
+
+    /// Where a backend runs: pod `j` of node `i`.
+    pub(crate) fn pod(&self, i: usize, j: usize) -> &Namespace {
+        &self.nodes[i].pods[j]
+    }
+
+    /// All pods of a node.
+    pub(crate) fn pods(&self, i: usize) -> &[Namespace] {
+        &self.nodes[i].pods
+    }
+
+    /// Everything that there is, from the client to the last pod.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &Namespace> {
+        let nodes = self.nodes.iter().flat_map(|node| std::iter::once(&node.namespace).chain(&node.pods));
+        std::iter::once(&self.client).chain(&self.router).chain(nodes)
+    }
+
+    /// Makes virtual address `number` (1..=254) local to node `i` and routes it there from everywhere.
+    pub(crate) fn vip(&self, i: usize, number: u8) -> io::Result<DualAddress> {
+        if self.on_loopback {
+            return Ok(DualAddress { v4: [127, 96, 255, number].into(), v6: Ipv6Addr::LOCALHOST.into() });
+        }
+        let vip = dual([10, 96, 0, number], [0xfd96, 0, 0, 0, 0, 0, 0, number.into()]);
+        let hub = self.router.as_ref().unwrap_or(&self.client);
+        let node = self.node(i);
+        for family in FAMILIES {
+            links::address(node, "lo", vip.of(family), host_prefix(family))?;
+            let to_vip = (vip.of(family), host_prefix(family));
+            links::route(hub, to_vip, node.name(), Some(node.address(family)))?;
+        }
+        Ok(vip)
+    }
+
+    /// How many network devices a part has.
+    pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
+        links::devices(namespace)
+    }
+}
+
+const fn dual(v4: [u8; 4], v6: [u16; 8]) -> DualAddress {
+    let [a, b, c, d] = v4;
+    let [s, t, u, v, w, x, y, z] = v6;
+    DualAddress { v4: IpAddr::V4(Ipv4Addr::new(a, b, c, d)), v6: IpAddr::V6(Ipv6Addr::new(s, t, u, v, w, x, y, z)) }
+}
+
+const ANY: DualAddress = dual([0; 4], [0; 8]);
+/// The client's end of its cable to the router, and the router's.
+const CLIENT: DualAddress = dual([10, 80, 0, 2], [0xfd80, 0, 0, 0, 0, 0, 0, 2]);
+const CLIENT_SIDE: DualAddress = dual([10, 80, 0, 1], [0xfd80, 0, 0, 0, 0, 0, 0, 1]);
+const ROUTER: DualAddress = CLIENT_SIDE;
+
+/// Without a router the client is known by its end of the cable to node 0.
+fn client_address(shape: Shape) -> DualAddress {
+    if shape.router { CLIENT } else { node_side(0) }
+}
+
+/// The end at the router (or client) of the cable to node `i`.
+fn node_side(i: u8) -> DualAddress {
+    dual([10, 81, i, 1], [0xfd81, i.into(), 0, 0, 0, 0, 0, 1])
+}
+
+fn node_address(i: u8) -> DualAddress {
+    dual([10, 81, i, 2], [0xfd81, i.into(), 0, 0, 0, 0, 0, 2])
+}
+
+/// The node's end of the cables to its pods: the same address on each.
+fn pod_side(i: u8) -> DualAddress {
+    dual([10, 82, i, 1], [0xfd82, i.into(), 0, 0, 0, 0, 0, 1])
+}
+
+fn pod_address(i: u8, j: u8) -> DualAddress {
+    dual([10, 82, i, 10 + j], [0xfd82, i.into(), 0, 0, 0, 0, 0, 0x10 + u16::from(j)])
+}
+
+/// The prefix length of all pods of a node.
+fn pods_prefix(family: Family) -> u8 {
+    match family {
+        Family::V4 => 24,
+        Family::V6 => 64,
+    }
+}
+
+fn host_prefix(family: Family) -> u8 {
+    match family {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    }
+}
+
+/// A namespace that forwards, with its loopback up.
+fn namespace(name: impl Into<String>, addresses: DualAddress) -> io::Result<Namespace> {
+    let namespace = Namespace::create(name, addresses)?;
+    for (path, value) in [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+        ("net/ipv4/conf/all/rp_filter", "0"),
+        ("net/ipv4/conf/default/rp_filter", "0"),
+        // No search for duplicate addresses: until it ends nobody can ask for neighbours, for a second or two.
+        ("net/ipv6/conf/all/accept_dad", "0"),
+        ("net/ipv6/conf/default/accept_dad", "0"),
+    ] {
+        namespace.sysctl(path, value)?;
+    }
+    links::loopback_up(&namespace)?;
+    Ok(namespace)
+}
+
+/// A node with its pods, wired to the hub.
+fn node(hub: &Namespace, i: u8, pods: u8) -> io::Result<Node> {
+    let node = namespace(format!("node{i}"), node_address(i))?;
+    cable(hub, node.name(), &node, (node_side(i), node_address(i)))?;
+    for family in FAMILIES {
+        let its_pods = (pod_side(i).of(family), pods_prefix(family));
+        links::route(hub, network(its_pods), node.name(), Some(node.address(family)))?;
+    }
+    let pods = (0..pods).map(|j| pod(&node, i, j)).collect::<io::Result<_>>()?;
+    Ok(Node { namespace: node, pods })
+}
+
+/// A pod, wired to its node as point-to-point plugins do it: a host route there, a default route back.
+fn pod(node: &Namespace, i: u8, j: u8) -> io::Result<Namespace> {
+    let pod = namespace(format!("pod{i}-{j}"), pod_address(i, j))?;
+    cable(node, pod.name(), &pod, (pod_side(i), pod_address(i, j)))?;
+    Ok(pod)
+}
+
+/// Lays a cable named after its far end, gives both ends their address, and the far end its default route.
+fn cable(
+    near: &Namespace,
+    device: &str,
+    far: &Namespace,
+    (near_end, far_end): (DualAddress, DualAddress),
+) -> io::Result<()> {
+    links::cable(near, device, far, UPLINK)?;
+    for family in FAMILIES {
+        links::address(near, device, near_end.of(family), host_prefix(family))?;
+        links::address(far, UPLINK, far_end.of(family), host_prefix(family))?;
+        links::route(near, (far_end.of(family), host_prefix(family)), device, None)?;
+        links::route(far, (near_end.of(family), host_prefix(family)), UPLINK, None)?;
+        links::route(far, (ANY.of(family), 0), UPLINK, Some(near_end.of(family)))?;
+    }
+    Ok(())
+}
+
+/// What every part calls the cable towards the client.
+const UPLINK: &str = "uplink";
+
+/// Clears the host bits, as routes want it.
+fn network((address, prefix): (IpAddr, u8)) -> (IpAddr, u8) {
+    let net = ipnet::IpNet::new(address, prefix).expect("prefixes here fit their family");
+    (net.network(), prefix)
+}
