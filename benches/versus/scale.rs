@@ -1,0 +1,120 @@
+//! Rows about much of something: idle connections, and configured Services.
+//!
+//! Each starts a process of its own, so that nothing that ran before is in its memory.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube_relay::name::Family;
+
+use crate::load::{Span, open};
+use crate::measure::{Memory, Reading};
+use crate::peers::{KUBE_RELAY, Peer, PeerKind, RELAY_FLAGS, last_words, list, service, slice, start};
+use crate::report::Outcome;
+use crate::rows::Metric;
+use crate::stage::{DESCRIPTORS_PER_CONNECTION, PORT, PROXY_NODE, Stage};
+use crate::workload::{Ask, MESSAGE_BYTES};
+
+/// How long the largest number of Services may take before we give up.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// Room for connections of the row before.
+const STILL_CLOSING: u32 = 100;
+/// What idleness is measured over, in windows of the other rows.
+const IDLE_WINDOWS: u32 = 2;
+
+/// Private memory for each connection that has exchanged one message and does nothing now.
+pub(crate) fn idle(wanted: u32, kind: PeerKind, stage: &Stage) -> io::Result<Outcome> {
+    let count = stage.fitting(wanted + STILL_CLOSING, DESCRIPTORS_PER_CONNECTION) - STILL_CLOSING;
+    let peer = Peer::start(kind, stage, kind.second_vip()).map_err(io::Error::other)?;
+    let before = Memory::of(peer.pids());
+    let mut streams = open(stage.rig.client(), peer.targets(Family::V4), count as usize)?;
+    streams.iter_mut().try_for_each(exchange)?;
+    let after = Memory::of(peer.pids());
+    let grown_bytes = after.private_bytes.saturating_sub(before.private_bytes);
+    let mut outcome = Outcome::at_scale(count, false);
+    outcome.set(Metric::ConnectionMemory, Some(grown_bytes as f64 / f64::from(count)));
+    outcome.set(Metric::UserMemory, Some(after.private_bytes as f64));
+    Ok(outcome)
+}
+
+fn exchange(stream: &mut TcpStream) -> io::Result<()> {
+    stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
+    stream.read_exact(&mut [0; MESSAGE_BYTES])
+}
+
+/// Start-up, idleness and memory of kube-relay with Services that have a TCP and a UDP port each.
+pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Outcome> {
+    let count = stage.fitting(wanted, 2);
+    let file = stage.folder().join(format!("services-{count}.json"));
+    if !file.exists() {
+        fs::write(&file, manifest(count, &stage.pods(PROXY_NODE, Family::V4)))?;
+    }
+    let log = file.with_extension("log");
+    let mut command = Command::new(KUBE_RELAY);
+    command.args(["run", "-f"]).arg(&file).args(RELAY_FLAGS);
+
+    let started = Instant::now();
+    let mut relay = start(command, stage.rig.node(PROXY_NODE), &log)?;
+    let last = SocketAddr::new(cluster_ip(count - 1).into(), PORT);
+    loop {
+        if let Some(status) = relay.ended()? {
+            return Err(io::Error::other(format!("{status}: {}", last_words(&log))));
+        }
+        if stage.rig.node(PROXY_NODE).run(|| Ok(TcpStream::connect(last).is_ok() && bound()? >= 2 * count))? {
+            break;
+        }
+        if started.elapsed() > START_PATIENCE {
+            let bound = stage.rig.node(PROXY_NODE).run(bound)?;
+            return Err(io::Error::other(format!("{bound} of {} sockets bound; {}", 2 * count, last_words(&log))));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let start_up = started.elapsed();
+
+    thread::sleep(span.warm_up);
+    let pids = relay.pids();
+    let before = Reading::take(&pids);
+    thread::sleep(span.window * IDLE_WINDOWS);
+    let cost = Reading::take(&pids).since(&before);
+    let memory = Memory::of(&pids);
+    let mut outcome = Outcome::at_scale(count, cost.is_disturbed());
+    outcome.set(Metric::StartUp, Some(start_up.as_secs_f64()));
+    outcome.set(Metric::IdleCpu, Some(cost.proxy.as_secs_f64() / cost.elapsed.as_secs_f64()));
+    outcome.set(Metric::UserMemory, Some(memory.private_bytes as f64));
+    outcome.set(Metric::ResidentMemory, Some(memory.resident_bytes as f64));
+    Ok(outcome)
+}
+
+/// Services with a TCP and a UDP port, each on a loopback address of its own.
+fn manifest(count: u32, backends: &[SocketAddr]) -> String {
+    const PROTOCOLS: [&str; 2] = ["TCP", "UDP"];
+    let objects = (0..count).flat_map(|number| {
+        let name = format!("s{number:05}");
+        [service(&name, &[cluster_ip(number).into()], &PROTOCOLS), slice(&name, backends, &PROTOCOLS)]
+    });
+    list(objects.collect())
+}
+
+fn cluster_ip(number: u32) -> Ipv4Addr {
+    let [_, _, high, low] = number.to_be_bytes();
+    Ipv4Addr::new(127, 97, high, low)
+}
+
+/// How many sockets of the Services there are, in the calling thread's namespace: listening ones and UDP.
+fn bound() -> io::Result<u32> {
+    let port = format!("617F:{PORT:04X}"); // 127.97.x.y, as the kernel prints it on little-endian machines
+    let mut count = 0;
+    for (table, state) in [("tcp", "0A"), ("udp", "07")] {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+        for line in text.lines() {
+            let mut words = line.split_whitespace().skip(1);
+            let is_ours = words.next().is_some_and(|local| local.ends_with(&port));
+            count += u32::from(is_ours && words.nth(1) == Some(state));
+        }
+    }
+    Ok(count)
+}
