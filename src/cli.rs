@@ -25,7 +25,7 @@ use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::{NewNodePort, NewService};
-use crate::value::{NodePort, OrNone, PortRange, Time, expose, label};
+use crate::value::{OrNone, PortRange, Time, expose, label};
 
 /// Exit code: all is well.
 pub const EXIT_FINE: u8 = 0;
@@ -344,7 +344,7 @@ pub struct NewServiceArgs {
 
     /// Port on each node: a number, or `auto` to get one; makes the Service a NodePort
     #[arg(long, value_name = "auto|N")]
-    pub node_port: Option<NodePort>,
+    pub node_port: Option<NewNodePort>,
 
     /// spec.type [default: NodePort with --node-port, else ClusterIP]
     #[arg(long = "type", value_name = "TYPE", value_enum, ignore_case = true)]
@@ -399,17 +399,12 @@ impl NewServiceArgs {
                 right: "a Service of type ClusterIP has none: leave out --type, or write --type NodePort".into(),
             });
         }
-        let node_port = match self.node_port {
-            None => NewNodePort::None,
-            Some(NodePort::Auto) => NewNodePort::Auto,
-            Some(NodePort::Number(number)) => NewNodePort::Number(number),
-        };
         Ok(NewService {
             kind: self.service_kind(),
             name: ObjectName::new(self.namespace, self.name),
             port: self.port,
             target_port: self.target_port,
-            node_port,
+            node_port: self.node_port,
             udp: self.udp,
             sticky: self.sticky,
             backends: self.backends,

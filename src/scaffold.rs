@@ -3,7 +3,7 @@
 //! The text is as a person would write it by hand, and `decode` reads it without a word.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::net::SocketAddr;
 
 use crate::findings::{is_name, name_rule};
@@ -20,8 +20,8 @@ pub struct NewService {
     pub port: u16,
     /// The number that the Service names for its backends; `None`: theirs, if they have one in common.
     pub target_port: Option<u16>,
-    /// Whether it has a node port. Any but `None` makes a ClusterIP Service a NodePort one.
-    pub node_port: NewNodePort,
+    /// Its node port; `None`: what the type asks for. Any but `None` makes a ClusterIP Service a NodePort one.
+    pub node_port: Option<NewNodePort>,
     /// `spec.type`, without ExternalName.
     pub kind: ServiceKind,
     /// Datagrams instead of connections.
@@ -33,15 +33,21 @@ pub struct NewService {
 }
 
 /// The node port of a new Service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewNodePort {
-    /// What the type asks for.
-    #[default]
-    None,
     /// One that is chosen when the Service is read.
     Auto,
     /// This one (1..=65535).
     Number(u16),
+}
+
+impl fmt::Display for NewNodePort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Number(number) => number.fmt(f),
+        }
+    }
 }
 
 /// Why no manifest was written.
@@ -85,7 +91,7 @@ fn check(new: &NewService) -> Result<(), ScaffoldError> {
             return Err(ScaffoldError::Name(name.to_string()));
         }
     }
-    if new.port == 0 || new.target_port == Some(0) || new.node_port == NewNodePort::Number(0) {
+    if new.port == 0 || new.target_port == Some(0) || new.node_port == Some(NewNodePort::Number(0)) {
         return Err(ScaffoldError::Port);
     }
     let wrong = |backend: &&SocketAddr| {
@@ -101,7 +107,7 @@ fn check(new: &NewService) -> Result<(), ScaffoldError> {
 fn service_yaml(new: &NewService, groups: &BTreeSet<(Family, u16)>) -> String {
     let mut text = format!("apiVersion: v1\nkind: Service\n{}spec:\n", metadata(&new.name, &new.name.name));
     let kind = match (new.kind, new.node_port) {
-        (ServiceKind::ClusterIp, NewNodePort::Auto | NewNodePort::Number(_)) => ServiceKind::NodePort,
+        (ServiceKind::ClusterIp, Some(_)) => ServiceKind::NodePort,
         (kind, _) => kind,
     };
     if kind != ServiceKind::ClusterIp {
@@ -125,7 +131,7 @@ fn service_yaml(new: &NewService, groups: &BTreeSet<(Family, u16)>) -> String {
     if let Some(port) = new.target_port.or(common).filter(|port| *port != new.port) {
         line(&mut text, format_args!("    targetPort: {port}"));
     }
-    if let NewNodePort::Number(port) = new.node_port {
+    if let Some(NewNodePort::Number(port)) = new.node_port {
         line(&mut text, format_args!("    nodePort: {port}"));
     }
     text
@@ -227,7 +233,7 @@ mod tests {
             name: ObjectName::parse("web"),
             port: 8080,
             target_port: None,
-            node_port: NewNodePort::None,
+            node_port: None,
             kind: ServiceKind::ClusterIp,
             udp: false,
             sticky: false,
@@ -287,7 +293,7 @@ endpoints:
         let (service, slices) = read(&NewService {
             name: ObjectName::parse("shop/web"),
             target_port: Some(8000),
-            node_port: NewNodePort::Number(30_000),
+            node_port: Some(NewNodePort::Number(30_000)),
             udp: true,
             sticky: true,
             ..new(&["10.0.0.1:8000"])
@@ -315,7 +321,7 @@ endpoints:
 
     #[test]
     fn given_an_automatic_node_port_when_written_then_only_the_type_says_so() {
-        let (service, _) = read(&NewService { node_port: NewNodePort::Auto, ..new(&["10.0.0.1:80"]) });
+        let (service, _) = read(&NewService { node_port: Some(NewNodePort::Auto), ..new(&["10.0.0.1:80"]) });
 
         assert_eq!((service.kind, service.ports[0].node_port), (ServiceKind::NodePort, None));
     }

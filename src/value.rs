@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use crate::name::ObjectName;
 use crate::plan::Expose;
+use crate::scaffold::NewNodePort;
 
 /// What would have been right.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -128,16 +129,7 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// `--node-port` of `new service`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NodePort {
-    /// Whoever serves it chooses.
-    Auto,
-    /// This number (1..=65535).
-    Number(u16),
-}
-
-impl FromStr for NodePort {
+impl FromStr for NewNodePort {
     type Err = ValueError;
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
@@ -145,15 +137,6 @@ impl FromStr for NodePort {
             Ok(number) if number > 0 => Ok(Self::Number(number)),
             _ if text == "auto" => Ok(Self::Auto),
             _ => Err(ValueError("write auto, or a number like 30080")),
-        }
-    }
-}
-
-impl fmt::Display for NodePort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Number(number) => number.fmt(f),
         }
     }
 }
