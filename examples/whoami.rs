@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/whoami.yaml");
 /// The endpoints of the manifest, in its order: `whoami-1` and so on.
 const BACKENDS: [Ipv4Addr; 3] =
-    [Ipv4Addr::new(127, 96, 1, 1), Ipv4Addr::new(127, 96, 1, 2), Ipv4Addr::new(127, 96, 1, 3)];
+    [Ipv4Addr::new(127, 244, 1, 1), Ipv4Addr::new(127, 244, 1, 2), Ipv4Addr::new(127, 244, 1, 3)];
 const BACKEND_PORT: u16 = 8000;
 const ROUNDS: usize = 6;
 /// Everything here is on loopback: what takes longer has failed.
