@@ -14,11 +14,12 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep_until, timeout_at};
 
+use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, ServicePort};
 use crate::name::{ObjectName, ServicePortName};
 use crate::plan::{Plan, PlanOptions, Problem};
-use crate::remedy::{BindFailure, remedy};
+use crate::remedy::{BindFailure, explain};
 use crate::serve::Listeners;
 use crate::serve::listeners::BindError;
 use crate::serve::tcp::{TcpOptions, TcpShared};
@@ -227,8 +228,9 @@ impl Control {
             let dirty = std::mem::take(&mut self.dirty);
             let began = Instant::now();
             let steps = self.plan.update(&self.model, &dirty, &self.options);
-            let step_count = steps.len();
+            let (step_count, moves) = (steps.len(), Moves::of(&steps));
             self.listeners.apply(steps, began).await;
+            moves.tell(|key| self.listeners.is_bound(key));
             if step_count > 0 {
                 tracing::info!(
                     services = dirty.len(),
@@ -302,16 +304,17 @@ impl Control {
 
     /// Sends a snapshot to everybody who reads it.
     fn publish(&mut self) {
-        let problems = self.source_problems.iter().chain(self.plan.problems()).cloned().collect();
-        self.status.problems = Arc::new(problems);
+        let problems: Vec<_> = self.source_problems.iter().chain(self.plan.problems()).cloned().collect();
+        if *self.status.problems != problems {
+            journal::tell_problems(&self.status.problems, &problems);
+            self.status.problems = Arc::new(problems);
+        }
         self.publish.send_replace(Arc::new(self.status.clone()));
     }
 }
 
 /// A failed bind with its remedy, as people read it.
 fn describe(error: &BindError) -> ListenerState {
-    let failure = BindFailure::of(&error.source);
-    let remedy = remedy(failure, error.key).map(|remedy| format!("; {remedy}")).unwrap_or_default();
-    let message = format!("{error}: {}{remedy}", error.source);
-    ListenerState::Failed { reason: failure.as_str().into(), message }
+    let message = format!("{error}: {}", explain(&error.source, error.key));
+    ListenerState::Failed { reason: BindFailure::of(&error.source).as_str().into(), message }
 }

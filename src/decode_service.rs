@@ -173,6 +173,7 @@ fn annotations(found: &mut Findings, at: At<'_>, identity: &Identity) -> BTreeMa
             continue;
         }
         if let Some(value) = found.text(at.key(key), value) {
+            found.note(at.key(key), "unsupported", "this version does not act on it yet");
             ours.insert(known.into(), value);
         }
     }
@@ -278,7 +279,8 @@ fn ports(
             continue;
         };
         let Some(port) = port(found, at, raw) else { continue };
-        if port.name.is_empty() && items.len() > 1 {
+        let nameless = port.name.is_empty() && items.len() > 1;
+        if nameless && seen.names.get(&port.name).is_none_or(|(_, protocol)| *protocol != port.protocol) {
             found.warn(at, "decode", "name: missing; an API server wants a name for each of several ports");
         }
         if port.node_port.is_some() && kind == ServiceKind::ClusterIp {
@@ -343,6 +345,8 @@ impl Seen {
                     format!("{:?} is the name of ports[{first}], too; give each port a name of its own", port.name);
                 found.error(at.key("name"), text);
             }
+            // Said already, as a name that is missing.
+            Some(_) if port.name.is_empty() => {}
             Some((first, _)) => {
                 let text = format!("{:?} is the name of ports[{first}], too; an API server refuses that", port.name);
                 found.warn(at.key("name"), "decode", text);
@@ -675,9 +679,9 @@ mod tests {
         let told = warnings("  ports:\n  - port: 80\n    nodeport: 30000\n  externalips: []\n  weight: 1\n");
 
         let expected = [
+            (7, 5, "spec.ports[0].nodeport: unknown field, did you mean nodePort?"),
             (8, 3, "spec.externalips: unknown field, did you mean externalIPs?"),
             (9, 3, "spec.weight: unknown field, it is ignored"),
-            (7, 5, "spec.ports[0].nodeport: unknown field, did you mean nodePort?"),
         ];
         assert_eq!(told, expected.map(|(line, column, text)| (line, column, text.to_owned())));
     }

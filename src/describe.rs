@@ -3,7 +3,8 @@
 use std::fmt;
 
 use crate::name::Scope;
-use crate::plan::{Problem, Side, Verdict};
+use crate::plan::{Side, Verdict};
+use crate::problem::Listed;
 use crate::status::{ListenerReport, ListenerState, PortReport, Report, ScopedBackends, ServiceReport};
 
 /// Longer lists of backends are cut; `-o json` has them whole.
@@ -14,8 +15,11 @@ impl fmt::Display for Report {
         for service in &self.services {
             writeln!(f, "{service}")?;
         }
-        list(f, "Problems", &self.problems)?;
-        list(f, "Notes", &self.notes)?;
+        for listed in [Listed("Problems", &self.problems), Listed("Notes", &self.notes)] {
+            if !listed.1.is_empty() {
+                writeln!(f, "{listed}")?;
+            }
+        }
         let counts =
             [(self.services.len(), "Service"), (self.listener_count(), "listener"), (self.problems.len(), "problem")];
         let counts = counts.map(|(count, word)| counted(count, word));
@@ -114,7 +118,7 @@ fn abridged(addresses: &[String]) -> String {
 }
 
 /// Why a Service is not served, for people who do not know the word.
-fn meaning(skipped: &str) -> &'static str {
+pub(crate) fn meaning(skipped: &str) -> &'static str {
     match skipped {
         "headless" => "its clients find the backends by DNS",
         "external_name" => "it is a DNS alias",
@@ -123,15 +127,6 @@ fn meaning(skipped: &str) -> &'static str {
         "family" => "its cluster IPs and spec.ipFamilies do not agree",
         _ => "see the manual",
     }
-}
-
-fn list(f: &mut fmt::Formatter<'_>, title: &str, problems: &[Problem]) -> fmt::Result {
-    if problems.is_empty() {
-        return Ok(());
-    }
-    writeln!(f, "{title}:")?;
-    problems.iter().try_for_each(|problem| writeln!(f, "  {problem} [{}]", problem.reason))?;
-    writeln!(f)
 }
 
 fn counted(count: usize, word: &str) -> String {

@@ -77,6 +77,11 @@ impl Findings {
         self.push(at, false, reason, Severity::Warning, text.as_ref());
     }
 
+    /// Worth knowing; nothing is wrong.
+    pub(crate) fn note(&mut self, at: At<'_>, reason: &'static str, text: impl AsRef<str>) {
+        self.push(at, false, reason, Severity::Note, text.as_ref());
+    }
+
     /// Nobody reads a field of this name.
     pub(crate) fn unknown(&mut self, at: At<'_>, key: &str, known: &[&str]) {
         let text = match closest(key, known.iter().copied()) {

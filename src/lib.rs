@@ -63,6 +63,7 @@ pub mod endpoints;
 mod entries;
 mod findings;
 pub mod host;
+mod journal;
 mod layout;
 pub mod lifecycle;
 pub mod live;

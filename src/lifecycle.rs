@@ -192,7 +192,9 @@ pub async fn shut_down(
     hurry: impl Future<Output = ()>,
 ) -> usize {
     readiness.block(SHUTDOWN);
-    info!(delay = ?times.delay, drain_timeout = ?times.drain_timeout, "shutting down");
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let (delay_ms, drain_timeout_ms) = (milliseconds(times.delay), milliseconds(times.drain_timeout));
+    info!(delay_ms, drain_timeout_ms, "shutting down");
     let patient = async {
         tokio::time::sleep(times.delay).await;
         relay.stop_accepting().await;

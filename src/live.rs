@@ -50,6 +50,12 @@ impl LiveReport {
 }
 
 impl Report {
+    /// `, but shop/web`: Services of this name in other namespaces; empty where there are none.
+    pub fn namesakes(&self, name: &ObjectName) -> String {
+        let same = self.services.iter().filter(|service| *service.name == *name.name);
+        same.map(|service| format!(", but {}/{}", service.namespace, service.name)).collect()
+    }
+
     /// Keeps one Service and what is said about it; `None` where there is no such Service.
     pub fn only(mut self, name: &ObjectName) -> Option<Self> {
         self.services.retain(|service| *service.namespace == *name.namespace && *service.name == *name.name);

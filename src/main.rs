@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io::{self, Write};
+use std::mem;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -19,7 +20,7 @@ use kube_relay::config::{CheckConfig, RunConfig};
 use kube_relay::control::Relay;
 use kube_relay::host::{self, Host};
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
-use kube_relay::manifest::{self, Input, Reading, Source};
+use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
 use kube_relay::plan::Plan;
 use kube_relay::scaffold::new_service_yaml;
@@ -166,18 +167,22 @@ fn check(args: CheckArgs) -> anyhow::Result<u8> {
 /// The plan for manifests, as `run` would make it on this machine.
 fn plan_of(config: CheckConfig, host: &Host) -> Report {
     let (options, ranges) = (config.plan.resolve(host), config.plan.ranges());
-    let Reading { objects, problems, .. } = manifest::read(config.sources, ranges);
+    let mut reading = manifest::read(config.sources, ranges);
     let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
+    let (objects, found) = (mem::take(&mut reading.objects), mem::take(&mut reading.problems));
     model.apply(Event::Replace(objects), &mut dirty);
     plan.update(&model, &dirty, &options);
-    Report::of(&model, &plan, problems)
+    let mut report = Report::of(&model, &plan, found);
+    report.problems.iter_mut().chain(&mut report.notes).for_each(|problem| reading.locate(problem));
+    report
 }
 
 fn status(args: &StatusArgs) -> anyhow::Result<u8> {
     let mut live = on(small_runtime()?, peer::status(args.server))?;
     if let Some(name) = &args.service {
-        let report = std::mem::take(&mut live.report).only(name);
-        live.report = report.with_context(|| format!("{}: there is no Service {name}", args.server))?;
+        let elsewhere = live.report.namesakes(name);
+        let report = mem::take(&mut live.report).only(name);
+        live.report = report.with_context(|| format!("{}: there is no Service {name}{elsewhere}", args.server))?;
     }
     print(&match args.output {
         StatusOutput::Json => serde_json::to_string_pretty(&live)? + "\n",

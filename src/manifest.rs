@@ -78,6 +78,20 @@ pub struct Reading {
     pub problems: Vec<Problem>,
     /// Files and folders of which not all is in use.
     pub failed: Vec<String>,
+    /// File and line of each Service.
+    places: HashMap<ObjectName, (String, u64)>,
+}
+
+impl Reading {
+    /// Adds file and line to what is said about a Service.
+    pub fn locate(&self, problem: &mut Problem) {
+        let service = problem.object.strip_prefix("Service ").map(ObjectName::parse);
+        if let Some((file, line)) = service.and_then(|service| self.places.get(&service))
+            && problem.file.is_none()
+        {
+            (problem.file, problem.line) = (Some(file.clone()), Some(*line));
+        }
+    }
 }
 
 /// Reads all inputs once.
@@ -220,14 +234,14 @@ impl Source {
         }
         let mut told = allocate::fill(&mut reading.objects.services, &self.ranges);
         told.extend(unfed(&reading.objects).into_iter().map(scaffold::missing_slice));
-        for problem in &mut told {
-            let Some(service) = problem.object.strip_prefix("Service ").map(ObjectName::parse) else { continue };
-            if let Some((name, entry)) = places.get(&(Kind::Service, &service)) {
-                problem.file = Some(name.to_string());
-                problem.line = Some(entry.line);
-            }
-        }
+        reading.places = places
+            .iter()
+            .filter(|((kind, _), _)| *kind == Kind::Service)
+            .map(|((_, name), (file, entry))| ((*name).clone(), (file.to_string(), entry.line)))
+            .collect();
+        told.iter_mut().for_each(|problem| reading.locate(problem));
         derived.extend(told);
+        derived.extend(idle(&reading.objects, places.values().map(|(file, entry)| (&**file, *entry))));
         let more = derived.len().saturating_sub(MAX_FINDINGS);
         derived.truncate(MAX_FINDINGS);
         reading.problems.extend(derived);
@@ -481,6 +495,27 @@ fn unfed(objects: &Objects) -> Vec<&Service> {
     objects.services.iter().filter(waits).collect()
 }
 
+/// Endpoints of Services that are not there: most likely a slip in a name.
+fn idle<'a>(objects: &Objects, placed: impl Iterator<Item = (&'a str, &'a Entry)>) -> Vec<Problem> {
+    let there: HashSet<&ObjectName> = objects.services.iter().map(|service| &service.name).collect();
+    let problem = |(file, entry): (&str, &Entry)| {
+        let Content::Slices(slices) = &entry.content else { return None };
+        let service = &slices.iter().find(|slice| !there.contains(&slice.service))?.service;
+        Some(Problem {
+            object: entry.label(),
+            file: Some(file.to_owned()),
+            line: Some(entry.line),
+            column: None,
+            reason: "no_service".into(),
+            message: format!("its endpoints are not used: there is no Service {service}"),
+            severity: Severity::Note,
+        })
+    };
+    let mut problems: Vec<_> = placed.filter_map(problem).collect();
+    problems.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+    problems
+}
+
 fn file_problem(name: &str, reason: &'static str, severity: Severity, message: String) -> Problem {
     let (object, file) = (name.to_owned(), Some(name.to_owned()));
     Problem { object, file, line: None, column: None, reason: reason.into(), message, severity }
@@ -591,7 +626,7 @@ impl Report {
         refreshed: Refreshed,
         unwatched: Option<Problem>,
     ) -> Result<(), mpsc::error::SendError<Message>> {
-        let Some((changed, Reading { objects, mut problems, failed })) = refreshed else { return Ok(()) };
+        let Some((changed, Reading { objects, mut problems, failed, .. })) = refreshed else { return Ok(()) };
         problems.extend(unwatched);
         let mut status = self.status.clone();
         status.kind = "static".into();
@@ -604,10 +639,6 @@ impl Report {
             self.messages.send(Message::Event(Event::Replace(objects))).await?;
         }
         if status != self.status || problems != self.problems {
-            if !failed.is_empty() && problems != self.problems {
-                let files = failed.join(", ");
-                tracing::warn!(files, revision, "manifests rejected, keeping their last good objects");
-            }
             (self.status, self.problems) = (status.clone(), problems.clone());
             self.messages.send(Message::Source { status, problems }).await?;
         }

@@ -6,8 +6,10 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
 
+use crate::describe::meaning;
 use crate::live::LiveReport;
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
+use crate::problem::Listed;
 use crate::status::{BackendTraffic, ListenerReport, ListenerState, PortReport, Report, ServiceReport};
 
 /// Between columns, as `kubectl` has it.
@@ -110,36 +112,25 @@ fn node_port(port: &PortReport) -> Option<&str> {
 }
 
 fn failures(report: &Report) -> String {
-    let failed = |service: &&ServiceReport| {
-        let mut listeners = service.ports.iter().flat_map(|port| &port.listeners);
-        listeners.any(|listener| matches!(listener.state, Some(ListenerState::Failed { .. })))
-    };
-    let mut text = String::new();
-    for service in report.services.iter().filter(failed) {
+    let listeners = |service: &ServiceReport| {
         let name = format!("{}/{}", service.namespace, service.name);
-        text += &format!("\n{name} has listeners that are not bound: `kube-relay status {name}` tells why.\n");
-    }
-    text
-}
-
-fn problems(title: &str, problems: &[Problem]) -> String {
-    if problems.is_empty() {
+        let ports = service.ports.clone().into_iter();
+        ports.flat_map(|port| port.listeners).map(move |listener| (name.clone(), listener))
+    };
+    let row = |(name, listener): (String, ListenerReport)| match listener.state {
+        Some(ListenerState::Failed { reason, .. }) => Some(vec![listener.address.into(), name.into(), reason]),
+        _ => None,
+    };
+    let rows: Vec<Vec<Cow<'static, str>>> = report.services.iter().flat_map(listeners).filter_map(row).collect();
+    if rows.is_empty() {
         return String::new();
     }
-    let mut text = format!("\n{title}:\n");
-    for problem in problems {
-        text += &format!("  {}{}: {} [{}]\n", place(problem), problem.object, problem.message, problem.reason);
-    }
-    text
+    let lines: String = columns(&rows).lines().map(|line| format!("  {line}\n")).collect();
+    format!("\nNot bound (`kube-relay status NAMESPACE/NAME` tells what to do):\n{lines}")
 }
 
-/// `web.yaml:3:5: `, as far as it is known.
-fn place(problem: &Problem) -> String {
-    let numbers = [problem.line, problem.column].into_iter().map_while(|number| number);
-    match &problem.file {
-        Some(file) => numbers.fold(file.clone(), |place, number| format!("{place}:{number}")) + ": ",
-        None => String::new(),
-    }
+fn problems(title: &'static str, problems: &[Problem]) -> String {
+    if problems.is_empty() { String::new() } else { format!("\n{}", Listed(title, problems)) }
 }
 
 fn describe_service(service: &ServiceReport) -> String {
@@ -148,7 +139,7 @@ fn describe_service(service: &ServiceReport) -> String {
     field(&mut text, "Namespace", &service.namespace);
     field(&mut text, "Type", &service.kind);
     if let Some(reason) = &service.skipped {
-        field(&mut text, "Not served", reason);
+        field(&mut text, "Not served", format!("{reason}, {}", meaning(reason)));
         return text;
     }
     field(&mut text, "IP", cluster_ips(service));
@@ -180,6 +171,11 @@ fn describe_port(text: &mut String, port: &PortReport) {
     }
     let listeners = table_of(["ADDRESS", "KIND", "STATE"], port.listeners.iter().map(listener_row));
     field(text, "Listeners", listeners.trim_start());
+    for listener in &port.listeners {
+        if let Some(ListenerState::Failed { message, .. }) = &listener.state {
+            field(text, "Not bound", message);
+        }
+    }
     if !port.backend_traffic.is_empty() {
         let header = ["BACKEND", "POD", "STATE", "ACTIVE", "TOTAL", "UP", "DOWN", "FAILED TRIES", "ENDED"];
         let backends = table_of(header, port.backend_traffic.iter().map(|backend| backend_row(port, backend)));
@@ -190,7 +186,7 @@ fn describe_port(text: &mut String, port: &PortReport) {
 fn listener_row(listener: &ListenerReport) -> Vec<Cow<'static, str>> {
     let kind = serde_json::to_value(listener.kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
     let state = match &listener.state {
-        Some(ListenerState::Failed { reason, message }) => format!("failed ({reason}): {message}"),
+        Some(ListenerState::Failed { reason, .. }) => format!("failed ({reason}), see below"),
         Some(ListenerState::Parked) => "parked: connections are refused, no backend".to_owned(),
         Some(ListenerState::Serving) | None => sides(listener),
     };
@@ -314,7 +310,8 @@ mod tests {
         default     headless   ClusterIP   None          <headless>     -          -        -       -
         default     web        NodePort    127.96.0.10   80:30080/TCP   2          1        5       1
 
-        default/web has listeners that are not bound: `kube-relay status default/web` tells why.
+        Not bound (`kube-relay status NAMESPACE/NAME` tells what to do):
+          127.0.0.1:30080   default/web   in_use
 
         Problems:
           Service default/web: something about Service default/web [field_unknown]
@@ -341,7 +338,8 @@ mod tests {
         Dropped:           client_abort 1
         Listeners:         ADDRESS           KIND                   STATE
                            127.96.0.10:80    clusterIP, allocated   serving
-                           127.0.0.1:30080   nodePort, allocated    failed (in_use): address in use; ask ss
+                           127.0.0.1:30080   nodePort, allocated    failed (in_use), see below
+        Not bound:         address in use; ask ss
         Backends:          BACKEND           POD     STATE   ACTIVE   TOTAL   UP        DOWN      FAILED TRIES   ENDED
                            10.244.0.2:8000   web-1   ready   1        5       2.0 KiB   3.0 MiB   0              finished 1
                            10.244.0.3:8000   -       ready   0        0       0 B       0 B       refused 1      0
@@ -359,7 +357,7 @@ mod tests {
         Name:              headless
         Namespace:         default
         Type:              ClusterIP
-        Not served:        headless
+        Not served:        headless, its clients find the backends by DNS
         ");
     }
 

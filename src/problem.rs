@@ -71,6 +71,27 @@ impl fmt::Display for Problem {
     }
 }
 
+/// Problems under a title, a line for each with its word; nothing at all where there are none.
+pub(crate) struct Listed<'a>(pub(crate) &'static str, pub(crate) &'a [Problem]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(title, problems) = self;
+        if problems.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "{title}:")?;
+        for problem in *problems {
+            let text = problem.to_string();
+            // Lines to paste follow the sentence, and begin at the margin.
+            let (sentence, lines) = text.split_once('\n').map_or((&*text, ""), |(first, rest)| (first, rest));
+            writeln!(f, "  {sentence} [{}]", problem.reason)?;
+            f.write_str(lines)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -71,9 +71,7 @@ pub fn remedy(failure: BindFailure, key: ListenKey) -> Option<String> {
     let text = match failure {
         BindFailure::InUse => format!("another socket holds it: `ss -lnp 'sport = :{port}'` shows whose"),
         BindFailure::Permission => format!(
-            "ports below 1024 need the capability NET_BIND_SERVICE \
-             (`setcap cap_net_bind_service=ep kube-relay`, `AmbientCapabilities=CAP_NET_BIND_SERVICE`, \
-             or `capabilities.add: [NET_BIND_SERVICE]` in a pod), \
+            "ports below 1024 need the capability NET_BIND_SERVICE (`setcap cap_net_bind_service=ep kube-relay`), \
              or `sysctl -w net.ipv4.ip_unprivileged_port_start={port}`"
         ),
         BindFailure::NotLocal => {
