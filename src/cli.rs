@@ -67,9 +67,10 @@ pub struct Cli {
 pub enum Command {
     /// Serve Services until a signal ends it
     #[command(
-        long_about = "Serves the Services that the manifests describe until SIGTERM or SIGINT. Files are read again when they\n\
-                      change, and on SIGHUP; a broken file leaves the last good state in service.\n\
-                      A Service without an address gets one: `kube-relay check` shows which.",
+        long_about = "Serves the Services that the manifests describe until SIGTERM or SIGINT.\n\n\
+                      Files are read again when they change, and on SIGHUP; a broken file leaves the last good \
+                      state in service. A Service without an address gets one: the log tells it, and so does \
+                      `kube-relay check` beforehand.",
         after_long_help = "Examples:
   A folder of YAML or JSON: Service, EndpointSlice, Endpoints, List.
     kube-relay run -f manifests/
@@ -87,7 +88,8 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
 
     /// Show what would be served, and what is wrong with manifests
     #[command(
-        long_about = "Reads manifests as `run` does and prints who would listen where, on which backends, without opening a socket.\n\
+        long_about = "Reads manifests as `run` does and prints who would listen where, on which backends, \
+                      without opening a socket.\n\n\
                       Exits with 1 where something is wrong with them.",
         after_long_help = "Examples:
   Before a commit:

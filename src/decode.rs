@@ -14,7 +14,7 @@ use serde::de::MapAccess;
 
 use crate::decode_endpoints::{self, EndpointPort, RawSlice, SliceEndpoint, Subset};
 use crate::decode_service::{self, PREFIX, Spec, Status};
-use crate::findings::{Finding, Findings, MAX_FINDINGS, is_name, name_rule};
+use crate::findings::{Finding, Findings, MAX_FINDINGS, closest, is_name, name_rule};
 use crate::locate::{At, Wanted, locate};
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
@@ -462,7 +462,20 @@ fn sort(found: &mut Findings, at: At<'_>, raw: &Manifest, default: Option<Kind>)
     };
     let item = kind.strip_suffix("List");
     let Some(known) = Kind::ALL.into_iter().find(|known| [Some(&*kind), item].contains(&Some(known.as_str()))) else {
-        return Some(if &*kind == "List" { Sort::List(None) } else { Sort::Other(kind.to_string()) });
+        if &*kind == "List" {
+            return Some(Sort::List(None));
+        }
+        let ours = version.is_none_or(|version| Kind::ALL.iter().any(|kind| kind.versions().contains(&&*version)));
+        let near = closest(&kind, Kind::ALL.iter().map(|kind| kind.as_str())).filter(|_| ours);
+        return match near {
+            // Passed over, it would leave without a word what is served now.
+            Some(near) => {
+                found.of(format!("{kind} {}", likely_name(raw)));
+                found.error(at.key("kind"), format!("{kind:?} is not known, did you mean {near}?"));
+                None
+            }
+            None => Some(Sort::Other(kind.to_string())),
+        };
     };
     let version = match version {
         Some(version) => version,
@@ -662,6 +675,12 @@ mod tests {
     #[test]
     fn given_a_wrong_or_missing_version_or_kind_when_read_then_the_right_one_is_told() {
         let told = |text: &str| only_problem(&read(text)).message.clone();
+
+        assert_eq!(
+            told("apiVersion: v1\nkind: service\nmetadata: {name: web}\n"),
+            "kind: \"service\" is not known, did you mean Service?"
+        );
+        assert_eq!(told("kind: Endpoint\n"), "kind: \"Endpoint\" is not known, did you mean Endpoints?");
 
         assert_eq!(told("kind: Service\nmetadata: {name: web}\n"), "apiVersion: missing; write v1");
         assert_eq!(

@@ -48,7 +48,8 @@ impl Moves {
         }
         if !self.closed.is_empty() {
             let (told, more) = self.closed.split_at(self.closed.len().min(LINES));
-            tracing::info!(listen = joined(told), more = more.len(), "no longer listening");
+            let more = (!more.is_empty()).then_some(more.len());
+            tracing::info!(listen = joined(told), more, "no longer listening");
         }
     }
 }

@@ -95,19 +95,15 @@ impl Settling {
     }
 }
 
-/// The path as the kernel's events have it.
+/// The path as events have it: they name files from the root, however the folder was given to the watcher.
 fn spelled(path: &Path) -> PathBuf {
-    match path.file_name() {
-        Some(name) => folder_of(path).join(name),
-        None => path.to_owned(),
-    }
+    // It fails where there is no working folder; then there is nothing to look for, either.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn folder_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent.to_owned(),
-        _ => PathBuf::from("."),
-    }
+    let path = spelled(path);
+    path.parent().map_or_else(|| path.clone(), Path::to_owned)
 }
 
 /// The folders to watch, and the names in them that count.
@@ -135,7 +131,7 @@ impl Interest {
     pub(crate) fn path(&mut self, path: &Path) {
         self.links(path, &mut MAX_LINKS.clone());
         if path.is_dir() {
-            self.folders.entry(path.to_owned()).or_default().manifests = true;
+            self.folders.entry(spelled(path)).or_default().manifests = true;
         }
     }
 
@@ -349,7 +345,7 @@ mod tests {
     #[test]
     fn given_two_files_when_one_rests_then_the_other_is_still_left_alone() {
         let (mut settling, begin) = settling(&[(Sign::Whole, 0)]);
-        settling.note("./c.yaml".into(), Sign::Writing, begin);
+        settling.note(spelled(Path::new("c.yaml")), Sign::Writing, begin);
 
         settling.settle(begin + Duration::from_millis(5));
 
@@ -379,6 +375,21 @@ mod tests {
 
         assert_eq!(interest.signs(&event("/nowhere/a.yaml")), [("/nowhere/a.yaml".into(), Sign::Changed)]);
         assert_eq!(interest.signs(&event("/nowhere/b.yaml")), []);
+    }
+
+    #[test]
+    fn given_a_path_from_the_working_folder_when_an_event_names_it_from_the_root_then_it_counts() {
+        let here = std::env::current_dir().expect("a working folder");
+        let event = |name: &str| notify::Event::new(EventKind::Create(CreateKind::File)).add_path(here.join(name));
+
+        for path in ["a.yaml", "./a.yaml"] {
+            let mut interest = Interest::default();
+            interest.path(Path::new(path));
+            assert_eq!(interest.signs(&event("a.yaml")), [(here.join("a.yaml"), Sign::Changed)]);
+        }
+        let mut folder = Interest::default();
+        folder.path(Path::new("src"));
+        assert_eq!(folder.signs(&event("src/a.yaml")), [(here.join("src/a.yaml"), Sign::Changed)]);
     }
 
     #[test]
