@@ -25,7 +25,7 @@ use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::{NewNodePort, NewService};
-use crate::value::{OrNone, PortRange, Time, expose, label};
+use crate::value::{OrNone, PortRange, Time, expose, label, socket_address};
 
 /// Exit code: all is well.
 pub const EXIT_FINE: u8 = 0;
@@ -322,6 +322,7 @@ pub struct StatusArgs {
 
     /// Whom to ask: the --metrics-bind-address of a running kube-relay
     #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
+    #[arg(value_parser = socket_address)]
     pub server: SocketAddr,
 }
 
@@ -361,7 +362,7 @@ pub struct NewServiceArgs {
     pub sticky: bool,
 
     /// Where to relay to; repeat for more, or give several
-    #[arg(long = "backend", value_name = "IP:PORT", required = true, num_args = 1..)]
+    #[arg(long = "backend", value_name = "IP:PORT", required = true, num_args = 1.., value_parser = socket_address)]
     pub backends: Vec<SocketAddr>,
 }
 

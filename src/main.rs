@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 
 use anyhow::{Context, anyhow, bail};
+use clap::Parser;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
 use kube_relay::admin::{self, AdminOptions};
 use kube_relay::cli::{
     CheckArgs, CheckOutput, Cli, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand,
@@ -45,7 +45,11 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code.into(),
         Err(error) => match error.downcast::<ConfigError>() {
-            Ok(error) => usage(&Cli::command().error(ErrorKind::ValueValidation, error)),
+            Ok(error) => {
+                // As clap says it, but without the usage of another command.
+                eprintln!("error: {error}\n\nFor more information, try '--help'.");
+                EXIT_USAGE.into()
+            }
             Err(error) => {
                 eprintln!("kube-relay: {error:#}");
                 EXIT_PROBLEMS.into()
@@ -118,7 +122,10 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
 async fn end(signals: &mut Signals, reload: &Notify, patient: ShutdownTimes) -> ShutdownTimes {
     loop {
         match signals.next().await {
-            Request::Reload => reload.notify_one(),
+            Request::Reload => {
+                info!("reading the manifests again");
+                reload.notify_one();
+            }
             Request::Drain => return patient,
             Request::Stop => return ShutdownTimes::NONE,
         }

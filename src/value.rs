@@ -141,6 +141,13 @@ impl FromStr for NewNodePort {
     }
 }
 
+/// Reads an IP address with a port.
+pub fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
+    const RIGHT: ValueError =
+        ValueError("write an IP address and a port, like 10.0.0.1:8000 or [::1]:8000; names are not looked up");
+    text.parse().map_err(|_| RIGHT)
+}
+
 /// Reads `LISTEN=NAMESPACE/SERVICE:PORT`; the namespace may be left out and is `default` then.
 pub fn expose(text: &str) -> Result<Expose, ValueError> {
     const RIGHT: ValueError =

@@ -13,6 +13,8 @@ use std::ptr;
 use libc::{c_int, c_uint, mmsghdr};
 use socket2::{Domain, Socket, Type};
 
+use crate::serve::socket::bind_here;
+
 /// Datagrams in one batch. Larger batches gained nothing when measured.
 pub const BATCH: usize = 64;
 
@@ -66,9 +68,8 @@ fn bound(address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking().cloexec(), None)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
-        socket.set_freebind_v6(true)?; // an IPv6 address that is local by a route only cannot be bound otherwise
     }
-    socket.bind(&address.into())?;
+    bind_here(&socket, address)?;
     Ok(socket)
 }
 

@@ -31,12 +31,36 @@ pub fn listen_tcp(key: ListenKey) -> io::Result<OwnedFd> {
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
-        socket.set_freebind_v6(true)?; // An address that is only routed to this host (AnyIP) cannot be bound without.
     }
     socket.set_tcp_nodelay(true)?;
-    socket.bind(&address.into())?;
+    bind_here(&socket, address)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+/// Binds a socket to an address of this machine, also to an IPv6 one that is so by a route only (AnyIP).
+///
+/// The kernel takes those for foreign, unless it is told to bind whatever it is asked to: then it takes foreign
+/// ones as well, and nobody would ever come there.
+pub(super) fn bind_here(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    let foreign = |error: &io::Error| error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error());
+    match socket.bind(&address.into()) {
+        Err(error) if address.is_ipv6() && foreign(&error) && is_routed_here(address) => {
+            socket.set_freebind_v6(true)?;
+            socket.bind(&address.into())
+        }
+        outcome => outcome,
+    }
+}
+
+/// True where a route through the loopback interface leads to the address. Nothing is sent.
+fn is_routed_here(address: SocketAddr) -> bool {
+    let probe = || {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM.cloexec(), None)?;
+        socket.bind_device(Some(b"lo"))?;
+        socket.connect(&address.into())
+    };
+    probe().is_ok()
 }
 
 /// Parks a TCP listener: the port stays held and connects are refused; accepted connections go on, waiting ones are reset.
@@ -200,6 +224,16 @@ mod tests {
         let _held = listen_tcp(key).expect("a free address");
 
         assert_eq!(listen_tcp(key).expect_err("held").kind(), ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn given_an_ipv6_address_of_nobody_when_bound_then_it_is_refused_as_in_ipv4() {
+        // Documentation addresses: on no machine.
+        for address in ["[2001:db8::1]:8080", "192.0.2.1:8080"] {
+            let address = address.parse().expect("an address");
+            let error = listen_tcp(ListenKey { address, protocol: Protocol::Tcp }).expect_err("nobody's address");
+            assert_eq!(error.raw_os_error(), Some(Errno::ADDRNOTAVAIL.raw_os_error()), "{address}");
+        }
     }
 
     #[test]
