@@ -122,7 +122,7 @@ pub(crate) fn meaning(skipped: &str) -> &'static str {
     match skipped {
         "headless" => "its clients find the backends by DNS",
         "external_name" => "it is a DNS alias",
-        "proxy_name" => "its label service.kubernetes.io/service-proxy-name names another proxy",
+        "proxy_name" => "it is another proxy's, by label service.kubernetes.io/service-proxy-name and --proxy-name",
         "unallocated" => "it has no cluster IP",
         "family" => "its cluster IPs and spec.ipFamilies do not agree",
         _ => "see the manual",
