@@ -77,6 +77,7 @@ fn remarks(listener: &ListenerReport) -> String {
     }
     match &listener.state {
         Some(ListenerState::Failed { message, .. }) => remarks.push(format!("not bound: {message}")),
+        Some(ListenerState::Closed) => remarks.push("closed".to_owned()),
         Some(ListenerState::Serving | ListenerState::Parked) | None => {}
     }
     if remarks.is_empty() { String::new() } else { format!("({})", remarks.join("; ")) }

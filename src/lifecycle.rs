@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::{self, IsTerminal};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ pub const SOURCE: &str = "source";
 pub const LISTENERS: &str = "listeners";
 /// Blocker: the process is about to end.
 pub const SHUTDOWN: &str = "shutdown";
+
+/// How often a drain says how far it is.
+const DRAIN_NEWS: Duration = Duration::from_secs(5);
 
 /// What still keeps this process from being ready, by name. Shared: whoever knows of a blocker sets and clears it.
 ///
@@ -180,6 +184,9 @@ pub trait Drainable {
 
     /// Waits until everything open has ended, for at most `timeout`; resets the rest and returns how many that were.
     fn drain(&self, timeout: Duration) -> impl Future<Output = usize> + Send;
+
+    /// Connections that are open now.
+    fn open_connections(&self) -> usize;
 }
 
 /// Puts a relay to rest: not ready, wait, stop accepting, drain, reset the rest. `hurry` cuts all waiting short.
@@ -198,7 +205,7 @@ pub async fn shut_down(
     let patient = async {
         tokio::time::sleep(times.delay).await;
         relay.stop_accepting().await;
-        relay.drain(times.drain_timeout).await
+        drain_and_tell(relay, times.drain_timeout).await
     };
     let cut = tokio::select! {
         biased;
@@ -213,6 +220,19 @@ pub async fn shut_down(
         warn!(cut, reason = "drain", "connections were reset");
     }
     cut
+}
+
+/// Drains, and says now and then how many connections are still open.
+async fn drain_and_tell(relay: &impl Drainable, timeout: Duration) -> usize {
+    let mut draining = pin!(relay.drain(timeout));
+    let mut news = tokio::time::interval(DRAIN_NEWS);
+    loop {
+        tokio::select! {
+            biased;
+            cut = &mut draining => return cut,
+            _ = news.tick() => info!(open = relay.open_connections(), "draining"),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -245,6 +265,10 @@ mod tests {
             let blockers = self.readiness.as_ref().map(Readiness::blockers).unwrap_or_default();
             *self.readiness_at_stop.lock().expect("one thread") = blockers;
             self.note("stop accepting".into());
+        }
+
+        fn open_connections(&self) -> usize {
+            3
         }
 
         async fn drain(&self, timeout: Duration) -> usize {

@@ -24,7 +24,7 @@ pub struct LiveReport {
     pub version: Cow<'static, str>,
     /// Process id of the running program.
     pub pid: u32,
-    /// Grows by one with each applied batch of events.
+    /// Grows by one with each batch of events that changed something.
     pub revision: u64,
     /// True once the source has delivered its first complete state.
     pub synced: bool,
@@ -71,17 +71,34 @@ impl Status {
     /// The report with the state of each listener and all counters, read now.
     pub fn report(&self) -> Report {
         let (notes, problems) = self.problems.iter().cloned().partition(|problem| problem.severity == Severity::Note);
-        let services = self.services.values().map(|service| service.live(&self.failed)).collect();
+        let services = self.services.values().map(|service| service.live(self)).collect();
         Report { services, problems, notes }
+    }
+
+    /// `Serving`, unless both sides refuse (`Parked`), the address is among the failed ones or the process is stopping.
+    pub(crate) fn listener_state(&self, listener: &ListenerReport, protocol: Protocol) -> ListenerState {
+        if self.stopping {
+            return ListenerState::Closed;
+        }
+        let key = listener.address.parse().ok().map(|address| ListenKey { address, protocol });
+        if let Some(state) = key.and_then(|key| self.failed.get(&key)) {
+            return state.clone();
+        }
+        let refuses = |side: Side| side.verdict == Verdict::Reject;
+        if refuses(listener.outside) && refuses(listener.inside) {
+            ListenerState::Parked
+        } else {
+            ListenerState::Serving
+        }
     }
 }
 
 impl ServiceStatus {
-    fn live(&self, failed: &BTreeMap<ListenKey, ListenerState>) -> ServiceReport {
+    fn live(&self, status: &Status) -> ServiceReport {
         let mut report = self.report.clone();
         for port in &mut report.ports {
             for listener in &mut port.listeners {
-                listener.state = Some(listener_state(listener, port.protocol, failed));
+                listener.state = Some(status.listener_state(listener, port.protocol));
             }
         }
         for (port, counters) in report.ports.iter_mut().zip(&self.ports) {
@@ -91,20 +108,6 @@ impl ServiceStatus {
         }
         report
     }
-}
-
-/// `Serving`, unless both sides refuse (`Parked`) or the address is among the failed ones.
-pub(crate) fn listener_state(
-    listener: &ListenerReport,
-    protocol: Protocol,
-    failed: &BTreeMap<ListenKey, ListenerState>,
-) -> ListenerState {
-    let key = listener.address.parse().ok().map(|address| ListenKey { address, protocol });
-    if let Some(state) = key.and_then(|key| failed.get(&key)) {
-        return state.clone();
-    }
-    let refuses = |side: Side| side.verdict == Verdict::Reject;
-    if refuses(listener.outside) && refuses(listener.inside) { ListenerState::Parked } else { ListenerState::Serving }
 }
 
 impl PortTraffic {
@@ -179,6 +182,7 @@ pub(crate) mod sample {
         Status {
             revision: 7,
             synced: true,
+            stopping: false,
             services: services.into(),
             failed: Arc::new([(key, failed)].into()),
             problems: Arc::new(vec![

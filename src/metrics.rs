@@ -12,7 +12,6 @@ use std::fmt::{Display, Write};
 use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
 use metrics_process::collector;
 
-use crate::live::listener_state;
 use crate::name::Protocol;
 use crate::serve::balancer::Backend;
 use crate::stats::{CloseReason, ConnectFailure, DropReason};
@@ -149,10 +148,10 @@ impl Page {
         let [mut serving, mut parked] = [0_u64; 2];
         for port in status.services.values().flat_map(|service| &service.report.ports) {
             for listener in &port.listeners {
-                match listener_state(listener, port.protocol, &status.failed) {
+                match status.listener_state(listener, port.protocol) {
                     ListenerState::Serving => serving += 1,
                     ListenerState::Parked => parked += 1,
-                    ListenerState::Failed { .. } => {}
+                    ListenerState::Closed | ListenerState::Failed { .. } => {}
                 }
             }
         }

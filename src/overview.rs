@@ -188,6 +188,7 @@ fn listener_row(listener: &ListenerReport) -> Vec<Cow<'static, str>> {
     let state = match &listener.state {
         Some(ListenerState::Failed { reason, .. }) => format!("failed ({reason}), see below"),
         Some(ListenerState::Parked) => "parked: connections are refused, no backend".to_owned(),
+        Some(ListenerState::Closed) => "closed: the process is stopping".to_owned(),
         Some(ListenerState::Serving) | None => sides(listener),
     };
     let allocated = if listener.allocated { ", allocated" } else { "" };

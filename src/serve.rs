@@ -13,7 +13,7 @@ pub mod mmsg;
 pub mod relay;
 pub mod room;
 #[cfg(test)]
-mod scripted;
+pub(crate) mod scripted;
 mod shard;
 pub mod slab;
 pub mod socket;

@@ -181,6 +181,8 @@ pub enum ListenerState {
     Serving,
     /// Holds the port and refuses.
     Parked,
+    /// Closed for good, as the process is stopping.
+    Closed,
     /// Could not be bound; tried again by itself.
     Failed {
         /// One word of the event vocabulary.
@@ -235,13 +237,15 @@ pub struct BackendTraffic {
 /// A running relay at one moment. Made by `control` after each change; counters are read when it is rendered.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
-    /// Grows by one with each applied batch of events.
+    /// Grows by one with each batch of events that changed something.
     pub revision: u64,
     /// True once the source has delivered its first complete state.
     pub synced: bool,
+    /// True once the listeners are closed for good, as the process is stopping.
+    pub stopping: bool,
     /// All Services.
     pub services: BTreeMap<ObjectName, Arc<ServiceStatus>>,
-    /// Listeners that could not be bound; all others are bound.
+    /// Listeners that could not be bound; all others are bound, unless the process is stopping.
     pub failed: Arc<BTreeMap<ListenKey, ListenerState>>,
     /// What the plan and the source found wrong or worth knowing.
     pub problems: Arc<Vec<Problem>>,

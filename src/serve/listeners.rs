@@ -5,13 +5,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use futures_util::future::join_all;
 use ipnet::IpNet;
+use tokio::task::coop::consume_budget;
 
 use crate::endpoints::UsableEndpoint;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
@@ -52,10 +54,13 @@ struct FailedListener {
 pub struct Listeners {
     listeners: BTreeMap<ListenKey, Running>,
     failed: BTreeMap<ListenKey, FailedListener>,
+    /// Keys whose failure began, was met again, or ended since somebody asked.
+    failure_news: BTreeSet<ListenKey>,
+    /// True from [`Listeners::close`] on: nothing is opened any more.
+    closed: bool,
     balancers: BTreeMap<BalancerKey, Arc<Balancer>>,
     ports: BTreeMap<ServicePortName, Port>,
     inside: Arc<[IpNet]>,
-    outside_only: Arc<[IpNet]>,
     tcp: Arc<TcpShared>,
     udp: UdpShards,
 }
@@ -96,38 +101,54 @@ impl Listeners {
         Self {
             listeners: BTreeMap::new(),
             failed: BTreeMap::new(),
+            failure_news: BTreeSet::new(),
+            closed: false,
             balancers: BTreeMap::new(),
             ports: BTreeMap::new(),
             inside,
-            outside_only: Arc::from([]),
             tcp,
             udp,
         }
     }
 
-    /// Carries steps out, in their order. A listener that cannot be bound becomes [`Listeners::failed`] and hurts no other.
+    /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
+        let mut changed_ports = BTreeSet::new();
         for step in steps {
+            consume_budget().await; // Ten thousand binds in one go would keep a worker from its connections.
             match step {
-                Step::Swap(key, backends) => self.swap(key, &backends),
-                Step::Bind(key, listener) => self.bind(key, listener, FIRST_RETRY, now).await,
+                Step::Swap(key, backends) => {
+                    changed_ports.insert(key.port.clone());
+                    self.swap(key, &backends);
+                }
+                Step::Bind(key, listener) => self.bind(key, listener, FIRST_RETRY, now),
                 Step::Point(key, listener) | Step::Revive(key, listener) | Step::Park(key, listener) => {
                     self.point(key, listener, now).await;
                 }
                 Step::Unbind(key) => self.unbind(key).await,
-                Step::Retire(key) => self.retire(&key),
+                Step::Retire(key) => {
+                    changed_ports.insert(key.port.clone());
+                    self.balancers.remove(&key);
+                }
             }
         }
+        // Not at each swap: a backend may leave one scope and come to the other in the same batch.
+        changed_ports.iter().for_each(|port| self.forget(port));
     }
 
-    /// The listeners that should run and do not, with the error of the last try.
-    pub fn failed(&self) -> impl Iterator<Item = (&ListenKey, &BindError)> {
-        self.failed.iter().map(|(key, failed)| (key, &failed.error))
+    /// Why a listener that should run does not: the error of the last try.
+    pub fn failure(&self, key: &ListenKey) -> Option<&BindError> {
+        self.failed.get(key).map(|failed| &failed.error)
     }
 
-    /// True where the listener is bound.
-    pub fn is_bound(&self, key: &ListenKey) -> bool {
-        self.listeners.contains_key(key)
+    /// The keys whose [failure](Listeners::failure) may be another one than when this was asked last.
+    pub fn take_failure_news(&mut self) -> BTreeSet<ListenKey> {
+        std::mem::take(&mut self.failure_news)
+    }
+
+    /// The ServicePort that a bound listener belongs to; `None` where it is not bound.
+    pub fn owner(&self, key: &ListenKey) -> Option<&ServicePortName> {
+        self.listeners.get(key).map(|running| &running.port)
     }
 
     /// When the next failed listener is due for another try.
@@ -135,16 +156,16 @@ impl Listeners {
         self.failed.values().map(|failed| failed.due).min()
     }
 
-    /// Tries the failed listeners that are due. True when something changed.
-    pub async fn retry(&mut self, now: Instant) -> bool {
+    /// Tries the failed listeners that are due.
+    pub async fn retry(&mut self, now: Instant) {
         let due: Vec<_> = self.failed.iter().filter(|(_, failed)| failed.due <= now).map(|(key, _)| *key).collect();
-        let before = self.failed.len();
         for key in due {
+            consume_budget().await;
             if let Some(failed) = self.failed.remove(&key) {
-                self.bind(key, failed.wanted, (failed.wait * 2).min(LAST_RETRY), now).await;
+                self.failure_news.insert(key);
+                self.bind(key, failed.wanted, (failed.wait * 2).min(LAST_RETRY), now);
             }
         }
-        self.failed.len() != before
     }
 
     /// The state of a ServicePort: for status.
@@ -162,13 +183,15 @@ impl Listeners {
         self.listeners.len()
     }
 
-    /// Closes every listener; open connections go on.
-    pub async fn unbind_all(&mut self) {
+    /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
+    pub async fn close(&mut self) {
+        self.closed = true;
+        self.failure_news.extend(self.failed.keys());
         self.failed.clear();
-        let keys: Vec<_> = self.listeners.keys().copied().collect();
-        for key in keys {
-            self.unbind(key).await;
-        }
+        self.ports.values_mut().for_each(|port| port.listeners.clear());
+        // At once, not one after another: each has to wait for a task or a shard that may be busy.
+        let running = std::mem::take(&mut self.listeners);
+        join_all(running.into_iter().map(|(key, running)| self.release(key, running.socket))).await;
     }
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
@@ -182,7 +205,6 @@ impl Listeners {
                 self.balancers.insert(key.clone(), Arc::new(balancer));
             }
         }
-        self.forget_backends(&key.port);
         if key.port.protocol == Protocol::Udp {
             self.sweep(&key);
         }
@@ -196,10 +218,13 @@ impl Listeners {
         }
     }
 
-    /// Drops the backends that no table of the ServicePort names any more; connections keep theirs alive.
-    fn forget_backends(&mut self, name: &ServicePortName) {
+    /// Drops the backends that no table of the ServicePort names any more (connections keep theirs alive), and the
+    /// ServicePort without balancers.
+    fn forget(&mut self, name: &ServicePortName) {
         let tables: Vec<_> = self.balancers_of(name).map(|balancer| balancer.table()).collect();
-        if let Some(port) = self.ports.get_mut(name) {
+        if tables.is_empty() {
+            self.ports.remove(name);
+        } else if let Some(port) = self.ports.get_mut(name) {
             port.backends.retain(|_, backend| tables.iter().any(|table| table.serves(backend)));
         }
     }
@@ -211,25 +236,31 @@ impl Listeners {
     }
 
     /// Opens a listener, or notes why it could not be opened and when to try again.
-    async fn bind(&mut self, key: ListenKey, wanted: Listener, retry_after: Duration, now: Instant) {
+    fn bind(&mut self, key: ListenKey, wanted: Listener, retry_after: Duration, now: Instant) {
+        if self.closed {
+            return;
+        }
         let Some(target) = self.target(&key, &wanted) else {
             debug_assert!(false, "{key}: planned without a balancer");
             return;
         };
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
         match self.open(key, &wanted, &target) {
-            Ok(socket) => {
-                if let Some(port) = self.ports.get_mut(&wanted.port) {
-                    port.listeners.insert(key);
-                }
-                self.listeners.insert(key, Running { port: wanted.port, target, socket });
-            }
+            Ok(socket) => self.run(key, Running { port: wanted.port, target, socket }),
             Err(source) => self.fail(key, wanted, source, retry_after, now),
         }
     }
 
+    fn run(&mut self, key: ListenKey, running: Running) {
+        if let Some(port) = self.ports.get_mut(&running.port) {
+            port.listeners.insert(key);
+        }
+        self.listeners.insert(key, running);
+    }
+
     fn fail(&mut self, key: ListenKey, wanted: Listener, source: io::Error, retry_after: Duration, now: Instant) {
         let error = BindError { service: wanted.port.clone(), key, source };
+        self.failure_news.insert(key);
         self.failed.insert(key, FailedListener { wanted, error, wait: retry_after, due: now + retry_after });
     }
 
@@ -269,6 +300,7 @@ impl Listeners {
         if let Some(failed) = self.failed.get_mut(&key) {
             failed.error.service = wanted.port.clone();
             failed.wanted = wanted;
+            self.failure_news.insert(key);
             return;
         }
         let Some(target) = self.target(&key, &wanted) else {
@@ -279,12 +311,7 @@ impl Listeners {
         running.target.store(Arc::new(target));
         self.disown(&running.port, &key);
         match self.settle(key, running.socket, &wanted, &running.target).await {
-            Ok(socket) => {
-                if let Some(port) = self.ports.get_mut(&wanted.port) {
-                    port.listeners.insert(key);
-                }
-                self.listeners.insert(key, Running { port: wanted.port, target: running.target, socket });
-            }
+            Ok(socket) => self.run(key, Running { port: wanted.port, target: running.target, socket }),
             Err(source) => self.fail(key, wanted, source, FIRST_RETRY, now),
         }
     }
@@ -320,16 +347,30 @@ impl Listeners {
                 self.udp.add(key, udp::bind_udp(key.address)?, Arc::clone(target));
                 Ok(Socket::Udp)
             }
-            (socket, _) => Ok(socket),
+            (Socket::Udp, false) => {
+                self.udp.sweep(key); // Flows of the last owner, or of a side that is served no more, begin anew.
+                Ok(Socket::Udp)
+            }
+            (parked @ (Socket::ParkedTcp(_) | Socket::ParkedUdp(_)), true) => Ok(parked),
         }
     }
 
     async fn unbind(&mut self, key: ListenKey) {
-        self.failed.remove(&key);
+        if self.failed.remove(&key).is_some() {
+            self.failure_news.insert(key);
+        }
         let Some(running) = self.listeners.remove(&key) else { return };
         self.disown(&running.port, &key);
-        match running.socket {
-            Socket::Tcp(_, server) => drop(server.stop().await),
+        self.release(key, running.socket).await;
+    }
+
+    /// Closes a socket. When this is done, its address is free.
+    async fn release(&self, key: ListenKey, socket: Socket) {
+        match socket {
+            Socket::Tcp(listener, server) => {
+                drop(listener);
+                server.stop().await;
+            }
             Socket::Udp => self.udp.remove(key).await,
             Socket::ParkedTcp(_) | Socket::ParkedUdp(_) => {}
         }
@@ -338,14 +379,6 @@ impl Listeners {
     fn disown(&mut self, port: &ServicePortName, key: &ListenKey) {
         if let Some(port) = self.ports.get_mut(port) {
             port.listeners.remove(key);
-        }
-    }
-
-    fn retire(&mut self, key: &BalancerKey) {
-        self.balancers.remove(key);
-        self.forget_backends(&key.port);
-        if self.balancers_of(&key.port).next().is_none() {
-            self.ports.remove(&key.port);
         }
     }
 
@@ -364,8 +397,14 @@ impl Listeners {
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
-        let inside_of = if outside == inside { &self.outside_only } else { &self.inside };
-        Some(Target { port, outside: verdict(outside)?, inside: verdict(inside)?, inside_of: Arc::clone(inside_of) })
+        let inside_of = if outside == inside { Arc::from([]) } else { self.inside_of(key.address.ip()) };
+        Some(Target { port, outside: verdict(outside)?, inside: verdict(inside)?, inside_of })
+    }
+
+    /// What counts as inside at this address: its own, too, as that is the source of a program on this node that
+    /// connects to it.
+    fn inside_of(&self, address: IpAddr) -> Arc<[IpNet]> {
+        self.inside.iter().copied().chain([address.into()]).collect()
     }
 }
 
@@ -405,5 +444,394 @@ impl Port {
             Arc::new(Backend::new(*next, endpoint.address))
         });
         Arc::clone(backend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::{TcpStream, UdpSocket as AsyncUdpSocket};
+
+    use super::*;
+    use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
+    use crate::name::ObjectName;
+    use crate::plan::{Plan, PlanOptions};
+    use crate::serve::scripted::{LOOPBACK, named, read_all, soon};
+    use crate::serve::tcp::TcpOptions;
+    use crate::serve::udp::UdpOptions;
+    use crate::stats::{CloseReason, DropReason};
+
+    /// Listeners that follow objects, as `control` has them do.
+    struct Bench {
+        model: Model,
+        plan: Plan,
+        options: PlanOptions,
+        listeners: Listeners,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let udp = UdpOptions { flow_limit: 64, ..UdpOptions::default() };
+            let udp = UdpShards::start(1, udp).expect("a thread");
+            let inside = Arc::from([IpNet::from(LOOPBACK)]);
+            let node = crate::endpoints::Node { name: Some("here".into()), zone: None };
+            Self {
+                model: Model::default(),
+                plan: Plan::default(),
+                options: PlanOptions { node, allow_loopback_endpoints: true, ..PlanOptions::default() },
+                listeners: Listeners::new(inside, Arc::new(TcpShared::new(TcpOptions::default())), udp),
+                now: Instant::now(),
+            }
+        }
+
+        async fn take(&mut self, events: impl IntoIterator<Item = Event>) {
+            let mut dirty = BTreeSet::new();
+            events.into_iter().for_each(|event| self.model.apply(event, &mut dirty));
+            let steps = self.plan.update(&self.model, &dirty, &self.options);
+            self.listeners.apply(steps, self.now).await;
+        }
+
+        /// Lets the time of the next retry come.
+        async fn retry(&mut self) -> Duration {
+            let due = self.listeners.next_retry().expect("something has failed");
+            let waited = due - std::mem::replace(&mut self.now, due);
+            self.listeners.retry(due).await;
+            waited
+        }
+
+        fn backend(&self, service: &Service, address: SocketAddr) -> Arc<Backend> {
+            let port = &service.ports[0];
+            let (service, port, protocol) = (service.name.clone(), Arc::clone(&port.name), port.protocol);
+            let found = self.listeners.backend(&ServicePortName { service, port, protocol }, address);
+            Arc::clone(found.expect("a backend"))
+        }
+    }
+
+    fn ip(number: u8) -> IpAddr {
+        [127, 84, 1, number].into()
+    }
+
+    fn tcp_key(number: u8) -> ListenKey {
+        ListenKey::new(ip(number), 7400, Protocol::Tcp)
+    }
+
+    fn udp_key(number: u8) -> ListenKey {
+        ListenKey::new(ip(number), 7400, Protocol::Udp)
+    }
+
+    fn web(name: &str, number: u8) -> Service {
+        Service::new(name).cluster_ip(ip(number)).port("http", 7400)
+    }
+
+    fn dns(name: &str, number: u8) -> Service {
+        Service::new(name).cluster_ip(ip(number)).udp_port("dns", 7400)
+    }
+
+    fn put(service: &Service) -> Event {
+        Event::ApplyService(Box::new(service.clone()))
+    }
+
+    fn delete(service: &Service) -> Event {
+        Event::DeleteService(service.name.clone())
+    }
+
+    /// The Service's only slice: all its ports lead to these addresses, of one port number.
+    fn endpoints(service: &Service, backends: &[SocketAddr]) -> Event {
+        let number = backends.first().map_or(1, SocketAddr::port);
+        let mut slice = Slice::new(&format!("{}-1", service.name.name), service);
+        for port in &service.ports {
+            slice = match port.protocol {
+                Protocol::Udp => slice.udp_port(&port.name, number),
+                Protocol::Tcp | Protocol::Sctp => slice.port(&port.name, number),
+            };
+        }
+        let slice = backends.iter().fold(slice, |slice, backend| slice.endpoint(Endpoint::new(backend.ip())));
+        Event::ApplySlice(Box::new(slice))
+    }
+
+    async fn ask(key: ListenKey) -> String {
+        let mut stream = soon(TcpStream::connect(key.address)).await.expect("a listener");
+        stream.shutdown().await.expect("a connection");
+        String::from_utf8(read_all(&mut stream).await.0).expect("a name")
+    }
+
+    async fn is_refused(key: ListenKey) -> bool {
+        let outcome = soon(TcpStream::connect(key.address)).await;
+        outcome.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
+    /// Answers each datagram with its name.
+    async fn named_udp(name: &'static str) -> SocketAddr {
+        let socket = AsyncUdpSocket::bind((LOOPBACK, 0)).await.expect("a free port");
+        let address = socket.local_addr().expect("a bound socket");
+        tokio::spawn(async move {
+            while let Ok((_, client)) = socket.recv_from(&mut [0; 16]).await {
+                let _ = socket.send_to(name.as_bytes(), client).await;
+            }
+        });
+        address
+    }
+
+    async fn udp_client(key: ListenKey) -> AsyncUdpSocket {
+        let client = AsyncUdpSocket::bind((LOOPBACK, 0)).await.expect("a free port");
+        client.connect(key.address).await.expect("an address");
+        client
+    }
+
+    /// Asks until somebody answers: a datagram that crosses a change may be lost.
+    async fn ask_udp(client: &AsyncUdpSocket) -> io::Result<String> {
+        let mut answer = [0; 16];
+        soon(async {
+            loop {
+                client.send(b"?").await?;
+                let received = tokio::time::timeout(Duration::from_millis(100), client.recv(&mut answer)).await;
+                if let Ok(length) = received {
+                    return Ok(String::from_utf8_lossy(&answer[..length?]).into_owned());
+                }
+            }
+        })
+        .await
+    }
+
+    /// The kernel's number of the socket that is bound to an address.
+    fn inode(key: ListenKey) -> Option<String> {
+        let IpAddr::V4(ip) = key.address.ip() else { return None };
+        let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), key.address.port());
+        let table = format!("/proc/self/net/{}", key.protocol.as_str().to_lowercase());
+        let table = fs::read_to_string(table).expect("procfs");
+        let sockets = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let mut bound =
+            sockets.filter(|words| words[1] == local && (key.protocol == Protocol::Udp || words[3] == "0A"));
+        bound.next().map(|words| words[9].to_owned())
+    }
+
+    #[tokio::test]
+    async fn t094_given_a_listener_when_its_endpoints_go_and_come_then_it_refuses_holds_its_port_and_serves_again() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 1));
+        let one = named("one").await;
+        bench.take([put(&web), endpoints(&web, &[one])]).await;
+        let socket = inode(tcp_key(1));
+
+        for _ in 0..2 {
+            bench.take([endpoints(&web, &[])]).await;
+            assert!(is_refused(tcp_key(1)).await);
+            socket::listen_tcp(tcp_key(1)).expect_err("the port is held");
+            bench.take([endpoints(&web, &[one])]).await;
+            assert_eq!(ask(tcp_key(1)).await, "one");
+        }
+
+        assert_eq!(inode(tcp_key(1)), socket, "the same socket all along");
+    }
+
+    #[tokio::test]
+    async fn t093_given_a_service_without_endpoints_when_it_comes_then_its_port_is_parked_at_once() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 2));
+
+        bench.take([put(&web)]).await;
+
+        assert!(is_refused(tcp_key(2)).await);
+        socket::listen_tcp(tcp_key(2)).expect_err("the port is held");
+        bench.take([delete(&web)]).await;
+        socket::listen_tcp(tcp_key(2)).expect("free");
+    }
+
+    #[tokio::test]
+    async fn t095_given_a_udp_listener_when_its_endpoints_go_and_come_then_senders_are_told_and_served_again() {
+        let (mut bench, dns) = (Bench::new(), dns("default/dns", 3));
+        let one = named_udp("one").await;
+        bench.take([put(&dns), endpoints(&dns, &[one])]).await;
+        let client = udp_client(udp_key(3)).await;
+
+        for _ in 0..2 {
+            assert_eq!(ask_udp(&client).await.expect("an answer"), "one");
+            bench.take([endpoints(&dns, &[])]).await;
+            assert_eq!(ask_udp(&client).await.expect_err("port unreachable").kind(), io::ErrorKind::ConnectionRefused);
+            udp::bind_udp(udp_key(3).address).expect_err("the port is held");
+            bench.take([endpoints(&dns, &[one])]).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn f32_given_a_held_port_when_it_is_freed_then_the_next_retry_takes_it_and_others_were_served_meanwhile() {
+        let (mut bench, both) = (Bench::new(), web("default/web", 4).port("other", 7401));
+        let stranger = std::net::TcpListener::bind(tcp_key(4).address).expect("a free address");
+        bench.take([put(&both), endpoints(&both, &[named("one").await])]).await;
+        assert_eq!(ask(ListenKey::new(ip(4), 7401, Protocol::Tcp)).await, "one");
+        let error = bench.listeners.failure(&tcp_key(4)).expect("held by another").to_string();
+        assert_eq!(error, "default/web:http: cannot listen on 127.84.1.4:7400/TCP");
+
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            waits.push(bench.retry().await.as_millis());
+        }
+        drop(stranger);
+        bench.retry().await;
+
+        assert_eq!(waits, [500, 1_000, 2_000, 4_000, 4_000]);
+        assert!(bench.listeners.next_retry().is_none());
+        assert_eq!(ask(tcp_key(4)).await, "one");
+    }
+
+    #[tokio::test]
+    async fn given_a_failed_listener_when_its_service_changes_then_it_comes_up_as_it_should_be_by_then() {
+        let (mut bench, [web, other]) = (Bench::new(), [web("default/web", 5), web("default/other", 5)]);
+        let stranger = std::net::TcpListener::bind(tcp_key(5).address).expect("a free address");
+        bench.take([put(&web), endpoints(&web, &[named("one").await])]).await;
+
+        bench.take([endpoints(&web, &[])]).await;
+        bench.take([delete(&web), put(&other)]).await;
+        let error = bench.listeners.failure(&tcp_key(5)).expect("still held");
+        assert_eq!(error.service.service, other.name);
+        drop(stranger);
+        bench.retry().await;
+
+        assert!(is_refused(tcp_key(5)).await, "no endpoint: parked");
+        bench.take([endpoints(&other, &[named("two").await])]).await;
+        assert_eq!(ask(tcp_key(5)).await, "two");
+    }
+
+    #[tokio::test]
+    async fn given_a_failed_listener_when_its_service_goes_then_it_is_not_tried_any_more() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 6));
+        let _stranger = std::net::TcpListener::bind(tcp_key(6).address).expect("a free address");
+        bench.take([put(&web)]).await;
+        bench.listeners.take_failure_news();
+
+        bench.take([delete(&web)]).await;
+
+        assert!(bench.listeners.next_retry().is_none());
+        assert_eq!(bench.listeners.take_failure_news(), [tcp_key(6)].into());
+    }
+
+    #[tokio::test]
+    async fn given_a_parked_socket_that_cannot_be_revived_when_retried_then_another_one_serves() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 7));
+        bench.take([put(&web)]).await;
+        let not_a_socket = fs::File::open("/dev/null").expect("a file");
+        let running = bench.listeners.listeners.get_mut(&tcp_key(7)).expect("parked");
+        running.socket = Socket::ParkedTcp(Arc::new(not_a_socket.into()));
+
+        bench.take([endpoints(&web, &[named("one").await])]).await;
+        assert!(bench.listeners.failure(&tcp_key(7)).is_some());
+        bench.retry().await;
+
+        assert_eq!(ask(tcp_key(7)).await, "one");
+    }
+
+    #[tokio::test]
+    async fn t029_given_two_claimants_when_the_winner_goes_then_the_other_takes_over_on_the_same_socket() {
+        let (mut bench, [first, second]) = (Bench::new(), [web("default/a", 8), web("default/b", 8)]);
+        let events = [endpoints(&first, &[named("a").await]), endpoints(&second, &[named("b").await])];
+        bench.take([put(&first), put(&second)].into_iter().chain(events)).await;
+        assert_eq!(ask(tcp_key(8)).await, "a");
+        let socket = inode(tcp_key(8));
+
+        bench.take([delete(&first)]).await;
+
+        assert_eq!(ask(tcp_key(8)).await, "b");
+        assert!(socket.is_some() && inode(tcp_key(8)) == socket);
+        assert_eq!(bench.listeners.owner(&tcp_key(8)).map(|owner| &owner.service), Some(&second.name));
+    }
+
+    #[tokio::test]
+    async fn t029_given_a_udp_flow_when_another_service_takes_its_listener_over_then_its_next_datagram_goes_there() {
+        let (mut bench, [first, second]) = (Bench::new(), [dns("default/a", 9), dns("default/b", 9)]);
+        let (a, b) = (named_udp("a").await, named_udp("b").await);
+        let events = [endpoints(&first, &[a]), endpoints(&second, &[b])];
+        bench.take([put(&first), put(&second)].into_iter().chain(events)).await;
+        let client = udp_client(udp_key(9)).await;
+        assert_eq!(ask_udp(&client).await.expect("an answer"), "a");
+        let (socket, left) = (inode(udp_key(9)), bench.backend(&first, a));
+
+        bench.take([delete(&first)]).await;
+
+        assert_eq!(ask_udp(&client).await.expect("an answer"), "b");
+        assert!(socket.is_some() && inode(udp_key(9)) == socket);
+        assert_eq!(left.stats.closed.get(CloseReason::EndpointRemoved), 1);
+    }
+
+    #[tokio::test]
+    async fn given_a_backend_when_tables_are_swapped_then_it_is_the_same_until_it_was_away() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 10));
+        let [one, two] = [1, 2].map(|host| SocketAddr::from(([127, 84, 2, host], 80)));
+        bench.take([put(&web), endpoints(&web, &[one, two])]).await;
+        let before = bench.backend(&web, one);
+
+        bench.take([endpoints(&web, &[one])]).await;
+        assert!(Arc::ptr_eq(&before, &bench.backend(&web, one)));
+        bench.take([endpoints(&web, &[two])]).await;
+        bench.take([endpoints(&web, &[one, two])]).await;
+
+        assert_ne!(before.id, bench.backend(&web, one).id, "what was pinned to it is not pinned any more");
+    }
+
+    #[tokio::test]
+    async fn given_a_local_policy_when_a_program_here_connects_to_the_listeners_own_address_then_it_is_inside() {
+        let (mut bench, web) = (Bench::new(), web("default/web", 11));
+        bench.options.node_port_addresses = vec![ip(12)];
+        let web = Service { external_policy: TrafficPolicy::Local, ..web.node_port(30000) };
+        let node_port = ListenKey::new(ip(12), 30000, Protocol::Tcp);
+        bench.take([put(&web), endpoints(&web, &[named("elsewhere").await])]).await;
+
+        let from = |source: IpAddr| async move {
+            let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+            socket.bind(SocketAddr::new(source, 0)).expect("a source");
+            let mut stream = soon(socket.connect(node_port.address)).await.expect("a listener");
+            let _ = stream.shutdown().await;
+            read_all(&mut stream).await
+        };
+
+        assert_eq!(from(ip(12)).await.0, b"elsewhere", "the source of a program that names none, at a routed address");
+        from(ip(13)).await.1.expect_err("outside: dropped");
+        let port = bench.listeners.listeners[&node_port].target.load_full();
+        assert_eq!(port.port.stats.dropped.get(DropReason::NoLocalEndpoints), 1);
+    }
+
+    #[tokio::test]
+    async fn given_listeners_of_each_kind_when_closed_then_all_is_free_and_nothing_opens_any_more() {
+        let mut bench = Bench::new();
+        let services = [web("default/a", 14), dns("default/b", 15), web("default/c", 16), dns("default/d", 17)];
+        let stranger = std::net::TcpListener::bind(tcp_key(18).address).expect("a free address");
+        bench.take(services.iter().chain([&web("default/e", 18)]).map(put)).await;
+        bench
+            .take([endpoints(&services[0], &[named("a").await]), endpoints(&services[1], &[named_udp("b").await])])
+            .await;
+
+        bench.listeners.close().await;
+        drop(stranger);
+        bench.take([put(&web("default/f", 19)), endpoints(&services[2], &[named("c").await])]).await;
+
+        assert_eq!((bench.listeners.bound_count(), bench.listeners.next_retry()), (0, None));
+        for number in [14, 16, 18, 19] {
+            socket::listen_tcp(tcp_key(number)).expect("free");
+        }
+        for number in [15, 17] {
+            udp::bind_udp(udp_key(number).address).expect("free");
+        }
+    }
+
+    #[tokio::test]
+    async fn t061_t158_given_services_that_come_and_go_when_the_last_is_gone_then_nothing_is_left() {
+        let mut bench = Bench::new();
+
+        for round in 0..1_000 {
+            let name = format!("default/s{}", round % 7);
+            let affinity_timeout = (round % 50 == 0).then_some(Duration::from_secs(9));
+            let service = Service { affinity_timeout, ..web(&name, 20).udp_port("dns", 7400) };
+            let slice = endpoints(&service, &[SocketAddr::from(([127, 84, 2, round as u8], 80))]);
+            let Event::ApplySlice(gone) = &slice else { panic!("a slice") };
+            let gone = Event::DeleteSlice(gone.name.clone());
+            bench.take([put(&service), slice]).await;
+            assert_eq!(bench.listeners.bound_count(), 2);
+            bench.take([gone]).await;
+            bench.take([delete(&service)]).await;
+        }
+
+        let Listeners { listeners, failed, balancers, ports, .. } = &bench.listeners;
+        assert_eq!((listeners.len(), failed.len(), balancers.len(), ports.len()), (0, 0, 0, 0));
+        assert!(bench.plan.service(&ObjectName::parse("default/s1")).is_none());
     }
 }
