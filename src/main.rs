@@ -108,7 +108,11 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
     let source = Source::new(config.sources, config.plan.ranges());
     tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(&reload), stop.clone()));
-    let times = end(&mut signals, &reload, config.shutdown).await;
+    let times = tokio::select! {
+        times = end(&mut signals, &reload, config.shutdown) => times,
+        // Whoever supervises this process starts another one, which serves.
+        () = relay.ended() => bail!("the control task has panicked, nothing is served any more: please report it"),
+    };
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
     watching.abort();
