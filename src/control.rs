@@ -18,7 +18,7 @@ use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, ServicePort};
 use crate::name::{ObjectName, ServicePortName};
 use crate::plan::{Plan, PlanOptions, Problem, Step};
-use crate::remedy::{BindFailure, explain};
+use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
 use crate::serve::listeners::BindError;
 use crate::serve::tcp::{TcpOptions, TcpShared};
@@ -317,32 +317,30 @@ impl Control {
         let mut told = 0;
         let mut changed = false;
         for key in self.listeners.take_failure_news() {
-            let now = self.listeners.failure(&key).map(|error| (&error.service, describe(error)));
-            if now.as_ref().map(|(_, state)| state) == self.status.failed.get(&key) {
+            let failure = self.listeners.failure(&key);
+            let state = failure.map(describe);
+            if state.as_ref() == self.status.failed.get(&key) {
                 continue;
             }
             changed = true;
             let failed = Arc::make_mut(&mut self.status.failed);
-            match now {
-                Some((service, state)) => {
+            match state {
+                Some(state) => drop(failed.insert(key, state)),
+                None => drop(failed.remove(&key)),
+            }
+            match (failure, self.listeners.owner(&key)) {
+                (Some(_), _) if told >= TOLD_AT_ONCE => told += 1,
+                (Some(BindError { service, source, .. }), _) => {
                     told += 1;
-                    if let ListenerState::Failed { reason, message } = &state
-                        && told <= TOLD_AT_ONCE
-                    {
-                        tracing::warn!(%service, listen = %key, %reason, "{message}");
-                    }
-                    failed.insert(key, state);
+                    let (reason, remedy) = (BindFailure::of(source), remedy(BindFailure::of(source), key));
+                    tracing::warn!(%service, listen = %key, %reason, error = %source, remedy, "cannot listen, trying again");
                 }
-                None => {
-                    failed.remove(&key);
-                    if let Some(service) = self.listeners.owner(&key) {
-                        tracing::info!(%service, listen = %key, "listening after all");
-                    }
-                }
+                (None, Some(service)) => tracing::info!(%service, listen = %key, "listening after all"),
+                (None, None) => {} // Not wanted any more.
             }
         }
         if told > TOLD_AT_ONCE {
-            tracing::warn!(listeners = told - TOLD_AT_ONCE, "more listeners failed; `status` lists all");
+            tracing::warn!(listeners = told - TOLD_AT_ONCE, "more cannot listen; `status` lists all");
         }
         changed
     }

@@ -6,7 +6,7 @@
 //! Which series there are: a Service that has carried traffic has all its series for all its backends, at 0 too, but
 //! those with a `reason`, which begin with their first event. Other Services have `kuberelay_service_backends` alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
 
 use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
@@ -190,11 +190,9 @@ impl Page {
     }
 
     fn backend_states(&mut self, labels: &str, port: &PortReport, counters: &PortCounters) {
-        let picks = [&port.backends.cluster, &port.backends.local].map(|scope| scope.as_deref().unwrap_or_default());
-        let is_ready = |backend: &Backend| {
-            let address = backend.address.to_string();
-            picks.iter().any(|picks| picks.contains(&address))
-        };
+        let scopes = [&port.backends.cluster, &port.backends.local].into_iter().flatten();
+        let picks: BTreeSet<&str> = scopes.flatten().map(String::as_str).collect();
+        let is_ready = |backend: &Backend| picks.contains(backend.address.to_string().as_str());
         let ready = counters.backends.iter().filter(|(backend, _)| is_ready(backend)).count();
         let draining = counters.backends.len() - ready;
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="ready""#), ready);
@@ -277,7 +275,6 @@ fn label(name: &str, value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::sync::Arc;
 
     use super::*;

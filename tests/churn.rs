@@ -1,0 +1,94 @@
+//! A Service that comes and goes many times. A program of its own: descriptors are counted for the whole process.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use kube_relay::control::{Message, Relay, RelayOptions};
+use kube_relay::model::{Endpoint, Event, Objects, Service, Slice};
+use kube_relay::plan::PlanOptions;
+use kube_relay::status::Status;
+
+use crate::support::backend::{Backend, Talker};
+use crate::support::site::Site;
+use crate::support::{client, full, within};
+
+#[path = "support/mod.rs"]
+mod support;
+
+/// In the long form. A round takes three batches of events; without waiting for them `serve::listeners` has as many.
+const ROUNDS: usize = 1_000;
+const SHORT_ROUNDS: usize = 50;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t158_given_a_service_that_comes_and_goes_when_it_is_gone_then_all_descriptors_are_back() {
+    let site = Site::new(158);
+    let _backends = (Backend::named(site.backend(1)).await, Talker::named(site.backend(1)).await);
+    let relay = start(site).await;
+    round(&relay, site).await; // What is opened once for all is open now.
+    let before = descriptors();
+
+    for _ in 0..if full() { ROUNDS } else { SHORT_ROUNDS } {
+        round(&relay, site).await;
+    }
+
+    let back = async {
+        while descriptors() > before {
+            tokio::task::yield_now().await; // The peers' ends of the last connections are closing.
+        }
+    };
+    within("descriptors to be closed", back).await;
+    assert_eq!(relay.open_connections(), 0);
+}
+
+async fn start(site: Site) -> Relay {
+    let node_port_addresses = vec![site.node_ip()];
+    let plan = PlanOptions { node_port_addresses, allow_loopback_endpoints: true, ..PlanOptions::default() };
+    let relay = Relay::start(RelayOptions { plan, udp_shards: NonZeroUsize::new(2), ..RelayOptions::default() });
+    let relay = relay.expect("a relay can be started");
+    send(&relay, [Message::Event(Event::Replace(Objects::default())), Message::Synced]).await;
+    relay
+}
+
+/// The Service comes with its endpoint, carries a connection and a flow, loses the endpoint, and goes.
+async fn round(relay: &Relay, site: Site) {
+    let service = Service::new("web").cluster_ip(site.cluster_ip());
+    let service = service.port("http", site.service().port()).node_port(30_000).udp_port("dns", site.service().port());
+    let backend = site.backend(1);
+    let slice = Slice::new("web-1", &service).port("http", backend.port()).udp_port("dns", backend.port());
+    let with_backend = slice.clone().endpoint(Endpoint::new(backend.ip()));
+
+    let slice_name = slice.name.clone();
+    let put = |slice| Message::Event(Event::ApplySlice(Box::new(slice)));
+    send(relay, [Message::Event(Event::ApplyService(Box::new(service.clone()))), put(with_backend)]).await;
+    until(relay, "the Service to be served", |status| serves(status, backend)).await;
+    assert_eq!(client::ask(site.service()).await.expect("the backend answers"), backend);
+    assert_eq!(client::Caller::new(site.service()).await.ask_until_answered().await.backend, backend);
+    send(relay, [put(slice)]).await;
+    until(relay, "the Service to be parked", |status| !serves(status, backend)).await;
+    let gone = [Event::DeleteSlice(slice_name), Event::DeleteService(service.name)];
+    send(relay, gone.map(Message::Event)).await;
+    until(relay, "the Service to be gone", |status| status.services.is_empty()).await;
+}
+
+async fn send(relay: &Relay, messages: impl IntoIterator<Item = Message>) {
+    for message in messages {
+        relay.messages().send(message).await.expect("the control task runs");
+    }
+}
+
+async fn until(relay: &Relay, what: &str, condition: impl Fn(&Arc<Status>) -> bool) {
+    let mut status = relay.status();
+    within(what, status.wait_for(condition)).await.expect("the control task runs");
+}
+
+fn serves(status: &Status, backend: SocketAddr) -> bool {
+    let ports = status.services.values().flat_map(|service| &service.report.ports);
+    let mut picks = ports.filter_map(|port| port.backends.cluster.as_ref()).flatten();
+    picks.any(|pick| *pick == backend.to_string())
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").expect("procfs").count()
+}
