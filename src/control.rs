@@ -268,7 +268,7 @@ impl Control {
         let (services, step_count, moves) = (dirty.len(), steps.len(), Moves::of(&steps));
         let routine = steps.iter().all(|step| matches!(step, Step::Swap(..)));
         self.listeners.apply(steps, began.into_std()).await;
-        moves.tell(|key| self.listeners.is_bound(key));
+        moves.tell(|key| self.listeners.owner(key).is_some());
         let (listeners, elapsed_ms) = (self.listeners.bound_count(), began.elapsed().as_millis() as u64);
         // Endpoints come and go all day. That listeners do is worth a line.
         if routine {
