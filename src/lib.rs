@@ -41,6 +41,7 @@
 //!
 //! * Sources and tasks never share a lock: messages in, snapshots out. In [`serve`] nothing waits for anything but sockets.
 //! * A bound listener always has a target, and a target's balancers are always there (see [`plan::diff`] for the order).
+//! * A backend that is a listener of this process is never picked: one connection would make thousands.
 //! * One bad object, file, address or peer hurts nobody else: it becomes a [`plan::Problem`], a failed listener or a
 //!   counted end with one word of a fixed vocabulary, the same in log, metric and status.
 //! * Arrows between modules point one way: `name ← stats ← model ← endpoints ← plan ← serve ← control ← admin ← main`.

@@ -259,7 +259,7 @@ pub(crate) mod sample {
     }
 
     fn backend(id: u32, address: &str) -> Arc<Backend> {
-        Arc::new(Backend { id, address: address.parse().expect("an address"), stats: BackendStats::default() })
+        Arc::new(Backend::new(id, address.parse().expect("an address")))
     }
 
     fn state(service: &str, port: &str, protocol: Protocol) -> Arc<PortState> {

@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -22,12 +22,25 @@ pub struct Backend {
     pub address: SocketAddr,
     /// What it carried.
     pub stats: BackendStats,
+    /// True while this process itself listens there.
+    own: AtomicBool,
 }
 
 impl Backend {
     /// A backend that has not carried anything yet.
     pub fn new(id: u32, address: SocketAddr) -> Self {
-        Self { id, address, stats: BackendStats::default() }
+        Self { id, address, stats: BackendStats::default(), own: AtomicBool::new(false) }
+    }
+
+    /// True while this process itself listens there: it is not picked, as each connection would make another one,
+    /// without end.
+    pub fn is_own(&self) -> bool {
+        self.own.load(Ordering::Relaxed)
+    }
+
+    /// Says whether this process listens there. Known to `Listeners`.
+    pub fn set_own(&self, own: bool) {
+        self.own.store(own, Ordering::Relaxed);
     }
 }
 
@@ -81,14 +94,15 @@ impl Table {
 
     fn pick_by_id(&self, id: u32) -> Option<&Arc<Backend>> {
         let found = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
-        self.picks.get(self.by_id[found].1)
+        self.picks.get(self.by_id[found].1).filter(|backend| !backend.is_own())
     }
 
-    /// The first backend from `start` on that was not tried yet, once around.
+    /// The first backend from `start` on that may be tried and was not yet, once around.
     fn next_untried(&self, start: usize, tried: &Tried) -> Option<&Arc<Backend>> {
         let count = self.picks.len();
         let first = start.checked_rem(count)?;
-        (0..count).map(|step| &self.picks[(first + step) % count]).find(|backend| !tried.contains(backend))
+        let mut around = (0..count).map(|step| &self.picks[(first + step) % count]);
+        around.find(|backend| !tried.contains(backend) && !backend.is_own())
     }
 }
 
@@ -191,7 +205,6 @@ impl Balancer {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 
     use super::*;

@@ -9,7 +9,6 @@ use rand::{RngExt, SeedableRng};
 
 use super::*;
 use crate::name::{ObjectName, Protocol, ServicePortName};
-use crate::stats::BackendStats;
 
 const SEEDS: u64 = 50;
 const STEPS: usize = 1_000;
@@ -58,7 +57,7 @@ impl Simulation {
         let limits = FlowLimits::split(FLOWS, 2).next().expect("two shards"); // the other shard stays empty
         let backends = (0..5).map(|id| {
             let address = SocketAddr::from(([10, 0, 0, id as u8], 53));
-            Arc::new(Backend { id, address, stats: BackendStats::default() })
+            Arc::new(Backend::new(id, address))
         });
         let mut world = Self {
             random: StdRng::seed_from_u64(seed),

@@ -25,7 +25,7 @@ impl Bench {
 
     fn backend(id: u32) -> Arc<Backend> {
         let address = SocketAddr::from(([10, 0, 0, 1], 53));
-        Arc::new(Backend { id, address, stats: BackendStats::default() })
+        Arc::new(Backend::new(id, address))
     }
 
     fn choose(&self, backend: &Arc<Backend>) -> Choice {

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
+use tracing::warn;
 
 use crate::endpoints::UsableEndpoint;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
@@ -22,6 +23,7 @@ use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::serve::tcp::{TcpServer, TcpShared};
 use crate::serve::udp::UdpShards;
 use crate::serve::{Target, TargetCell, Verdict, socket, udp};
+use crate::stats::DropReason;
 
 /// A failed bind is tried again after this time at first,
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -56,6 +58,8 @@ pub struct Listeners {
     failed: BTreeMap<ListenKey, FailedListener>,
     /// Keys whose failure began, was met again, or ended since somebody asked.
     failure_news: BTreeSet<ListenKey>,
+    /// Keys that were bound or closed, or met as a backend, in this batch of steps.
+    turned: BTreeSet<ListenKey>,
     /// True from [`Listeners::close`] on: nothing is opened any more.
     closed: bool,
     balancers: BTreeMap<BalancerKey, Arc<Balancer>>,
@@ -102,6 +106,7 @@ impl Listeners {
             listeners: BTreeMap::new(),
             failed: BTreeMap::new(),
             failure_news: BTreeSet::new(),
+            turned: BTreeSet::new(),
             closed: false,
             balancers: BTreeMap::new(),
             ports: BTreeMap::new(),
@@ -134,6 +139,7 @@ impl Listeners {
         }
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.forget(port));
+        self.mark_own_backends();
     }
 
     /// Why a listener that should run does not: the error of the last try.
@@ -166,6 +172,7 @@ impl Listeners {
                 self.bind(key, failed.wanted, (failed.wait * 2).min(LAST_RETRY), now);
             }
         }
+        self.mark_own_backends();
     }
 
     /// The state of a ServicePort: for status.
@@ -195,6 +202,9 @@ impl Listeners {
     }
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
+        let protocol = key.port.protocol;
+        let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey { address: endpoint.address, protocol });
+        self.turned.extend(keys.filter(|key| self.listeners.contains_key(key)));
         let port = self.ports.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
         port.state.affinity.set_timeout(wanted.affinity_timeout);
         let table = port.table(wanted);
@@ -215,6 +225,28 @@ impl Listeners {
         let Some(port) = self.ports.get(&key.port) else { return };
         for listener in port.listeners.iter().filter(|listener| Family::of(listener.address.ip()) == key.family) {
             self.udp.sweep(*listener);
+        }
+    }
+
+    /// Marks the backends that are listeners of this process, and those that are no more. One walk over all backends,
+    /// and only where a listener was opened or closed: nobody keeps an index for what should never be.
+    fn mark_own_backends(&mut self) {
+        let turned = std::mem::take(&mut self.turned);
+        if turned.is_empty() {
+            return;
+        }
+        for (name, port) in &self.ports {
+            for (address, backend) in &port.backends {
+                let key = ListenKey { address: *address, protocol: name.protocol };
+                if !turned.contains(&key) {
+                    continue;
+                }
+                let own = self.listeners.contains_key(&key);
+                if own && !backend.is_own() {
+                    warn!(service = %name, backend = %address, reason = %DropReason::Loop, "backend is a listener of this relay: not used");
+                }
+                backend.set_own(own);
+            }
         }
     }
 
@@ -246,7 +278,10 @@ impl Listeners {
         };
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
         match self.open(key, &wanted, &target) {
-            Ok(socket) => self.run(key, Running { port: wanted.port, target, socket }),
+            Ok(socket) => {
+                self.turned.insert(key);
+                self.run(key, Running { port: wanted.port, target, socket });
+            }
             Err(source) => self.fail(key, wanted, source, retry_after, now),
         }
     }
@@ -312,7 +347,10 @@ impl Listeners {
         self.disown(&running.port, &key);
         match self.settle(key, running.socket, &wanted, &running.target).await {
             Ok(socket) => self.run(key, Running { port: wanted.port, target: running.target, socket }),
-            Err(source) => self.fail(key, wanted, source, FIRST_RETRY, now),
+            Err(source) => {
+                self.turned.insert(key);
+                self.fail(key, wanted, source, FIRST_RETRY, now);
+            }
         }
     }
 
@@ -360,6 +398,7 @@ impl Listeners {
             self.failure_news.insert(key);
         }
         let Some(running) = self.listeners.remove(&key) else { return };
+        self.turned.insert(key);
         self.disown(&running.port, &key);
         self.release(key, running.socket).await;
     }
@@ -461,10 +500,10 @@ mod tests {
     use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
     use crate::name::ObjectName;
     use crate::plan::{Plan, PlanOptions};
-    use crate::serve::scripted::{LOOPBACK, named, read_all, soon};
+    use crate::serve::scripted::{LOOPBACK, expect_reset, named, read_all, soon, until};
     use crate::serve::tcp::TcpOptions;
     use crate::serve::udp::UdpOptions;
-    use crate::stats::{CloseReason, DropReason};
+    use crate::stats::CloseReason;
 
     /// Listeners that follow objects, as `control` has them do.
     struct Bench {
@@ -791,6 +830,39 @@ mod tests {
         from(ip(13)).await.1.expect_err("outside: dropped");
         let port = bench.listeners.listeners[&node_port].target.load_full();
         assert_eq!(port.port.stats.dropped.get(DropReason::NoLocalEndpoints), 1);
+    }
+
+    #[tokio::test]
+    async fn given_a_backend_that_is_our_own_listener_when_clients_come_then_no_connection_makes_another() {
+        let (mut bench, own) = (Bench::new(), tcp_key(21).address);
+        let [own_web, first, second] = [web("default/web", 21), web("default/a", 22), web("default/b", 23)];
+        // First the listener, then the backend; and the other way round, over two Services.
+        bench.take([put(&own_web), endpoints(&own_web, &[own])]).await;
+        let [a, b] = [tcp_key(22), tcp_key(23)];
+        bench.take([put(&first), endpoints(&first, &[b.address])]).await;
+        bench.take([put(&second), endpoints(&second, &[a.address])]).await;
+
+        for key in [tcp_key(21), a, b] {
+            let mut client = soon(TcpStream::connect(key.address)).await.expect("a listener");
+            expect_reset(&mut client).await;
+            let stats = &bench.listeners.listeners[&key].target.load_full().port.stats;
+            assert_eq!(stats.accepted.get(), 1, "{key}");
+        }
+        bench.take([delete(&first)]).await;
+        assert!(!bench.backend(&second, a.address).is_own(), "nobody listens there now");
+    }
+
+    #[tokio::test]
+    async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then_it_does_not_go_round() {
+        let (mut bench, dns) = (Bench::new(), dns("default/dns", 24));
+        bench.take([put(&dns), endpoints(&dns, &[udp_key(24).address])]).await;
+        let client = udp_client(udp_key(24)).await;
+        let port = Arc::clone(&bench.listeners.listeners[&udp_key(24)].target.load_full().port);
+
+        client.send(b"?").await.expect("sent");
+
+        until(|| port.stats.dropped.get(DropReason::NoEndpoints) == 1).await;
+        assert_eq!(port.stats.accepted.get(), 0);
     }
 
     #[tokio::test]

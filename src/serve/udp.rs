@@ -181,7 +181,7 @@ pub(super) mod tests {
     use crate::name::{BalancerKey, Family, ObjectName, Protocol, Scope, ServicePortName};
     use crate::serve::balancer::{Backend, Balancer, PortState, Table};
     use crate::serve::{Target, Verdict};
-    use crate::stats::{BackendStats, CloseReason, DropReason};
+    use crate::stats::{CloseReason, DropReason};
 
     /// For everything that takes no time at all when it works.
     const DEADLINE: Duration = Duration::from_secs(20);
@@ -292,7 +292,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::serve) fn backend(id: u32, address: SocketAddr) -> Arc<Backend> {
-        Arc::new(Backend { id, address, stats: BackendStats::default() })
+        Arc::new(Backend::new(id, address))
     }
 
     /// Answers each datagram with itself; an empty one ends it only when it is being dropped.
