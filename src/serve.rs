@@ -6,6 +6,7 @@
 pub mod affinity;
 pub mod balancer;
 pub mod connect;
+mod failures;
 mod fault;
 pub mod flow;
 pub mod listeners;

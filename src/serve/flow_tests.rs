@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::name::{ObjectName, Protocol, ServicePortName};
-use crate::stats::BackendStats;
 
 /// A table with one listener, and a clock that moves by hand.
 struct Bench {

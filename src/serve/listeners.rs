@@ -20,44 +20,19 @@ use crate::endpoints::UsableEndpoint;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
 use crate::plan::{self, Backends, Listener, Side, Step};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
+use crate::serve::failures::{Due, Failures};
 use crate::serve::tcp::{TcpServer, TcpShared};
 use crate::serve::udp::UdpShards;
 use crate::serve::{Target, TargetCell, Verdict, socket, udp};
 use crate::stats::DropReason;
 
-/// A failed bind is tried again after this time at first,
-const FIRST_RETRY: Duration = Duration::from_millis(500);
-/// and never later than this: a port that becomes free is taken within 5 s.
-const LAST_RETRY: Duration = Duration::from_secs(4);
-
-/// An address could not be listened on. Its Service's other listeners are not affected.
-#[derive(Debug, thiserror::Error)]
-#[error("{service}: cannot listen on {key}")]
-pub struct BindError {
-    /// Whose listener it is.
-    pub service: ServicePortName,
-    /// Where it should be.
-    pub key: ListenKey,
-    /// What the kernel said.
-    pub source: io::Error,
-}
-
-/// A listener that should run and could not be bound.
-#[derive(Debug)]
-struct FailedListener {
-    wanted: Listener,
-    error: BindError,
-    wait: Duration,
-    due: Instant,
-}
+pub use crate::serve::failures::BindError;
 
 /// What runs. Steps change it; nothing else does.
 #[derive(Debug)]
 pub struct Listeners {
     listeners: BTreeMap<ListenKey, Running>,
-    failed: BTreeMap<ListenKey, FailedListener>,
-    /// Keys whose failure began, was met again, or ended since somebody asked.
-    failure_news: BTreeSet<ListenKey>,
+    failures: Failures,
     /// Keys that were bound or closed, or met as a backend, in this batch of steps.
     turned: BTreeSet<ListenKey>,
     /// True from [`Listeners::close`] on: nothing is opened any more.
@@ -104,8 +79,7 @@ impl Listeners {
     pub fn new(inside: Arc<[IpNet]>, tcp: Arc<TcpShared>, udp: UdpShards) -> Self {
         Self {
             listeners: BTreeMap::new(),
-            failed: BTreeMap::new(),
-            failure_news: BTreeSet::new(),
+            failures: Failures::default(),
             turned: BTreeSet::new(),
             closed: false,
             balancers: BTreeMap::new(),
@@ -126,7 +100,7 @@ impl Listeners {
                     changed_ports.insert(key.port.clone());
                     self.swap(key, &backends);
                 }
-                Step::Bind(key, listener) => self.bind(key, listener, FIRST_RETRY, now),
+                Step::Bind(key, listener) => self.bind(key, listener, None, now),
                 Step::Point(key, listener) | Step::Revive(key, listener) | Step::Park(key, listener) => {
                     self.point(key, listener, now).await;
                 }
@@ -144,12 +118,12 @@ impl Listeners {
 
     /// Why a listener that should run does not: the error of the last try.
     pub fn failure(&self, key: &ListenKey) -> Option<&BindError> {
-        self.failed.get(key).map(|failed| &failed.error)
+        self.failures.get(key)
     }
 
     /// The keys whose [failure](Listeners::failure) may be another one than when this was asked last.
     pub fn take_failure_news(&mut self) -> BTreeSet<ListenKey> {
-        std::mem::take(&mut self.failure_news)
+        self.failures.take_news()
     }
 
     /// The ServicePort that a bound listener belongs to; `None` where it is not bound.
@@ -159,18 +133,14 @@ impl Listeners {
 
     /// When the next failed listener is due for another try.
     pub fn next_retry(&self) -> Option<Instant> {
-        self.failed.values().map(|failed| failed.due).min()
+        self.failures.next_due()
     }
 
     /// Tries the failed listeners that are due.
     pub async fn retry(&mut self, now: Instant) {
-        let due: Vec<_> = self.failed.iter().filter(|(_, failed)| failed.due <= now).map(|(key, _)| *key).collect();
-        for key in due {
+        for Due { key, wanted, waited } in self.failures.take_due(now) {
             consume_budget().await;
-            if let Some(failed) = self.failed.remove(&key) {
-                self.failure_news.insert(key);
-                self.bind(key, failed.wanted, (failed.wait * 2).min(LAST_RETRY), now);
-            }
+            self.bind(key, wanted, Some(waited), now);
         }
         self.mark_own_backends();
     }
@@ -193,8 +163,7 @@ impl Listeners {
     /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
     pub async fn close(&mut self) {
         self.closed = true;
-        self.failure_news.extend(self.failed.keys());
-        self.failed.clear();
+        self.failures.forget_all();
         self.ports.values_mut().for_each(|port| port.listeners.clear());
         // At once, not one after another: each has to wait for a task or a shard that may be busy.
         let running = std::mem::take(&mut self.listeners);
@@ -267,8 +236,8 @@ impl Listeners {
         self.balancers.range(first..=last).map(|(_, balancer)| balancer)
     }
 
-    /// Opens a listener, or notes why it could not be opened and when to try again.
-    fn bind(&mut self, key: ListenKey, wanted: Listener, retry_after: Duration, now: Instant) {
+    /// Opens a listener, or notes why it could not be opened: again, if it had `waited` for this try.
+    fn bind(&mut self, key: ListenKey, wanted: Listener, waited: Option<Duration>, now: Instant) {
         if self.closed {
             return;
         }
@@ -282,7 +251,7 @@ impl Listeners {
                 self.turned.insert(key);
                 self.run(key, Running { port: wanted.port, target, socket });
             }
-            Err(source) => self.fail(key, wanted, source, retry_after, now),
+            Err(source) => self.failures.note(key, wanted, source, waited, now),
         }
     }
 
@@ -291,12 +260,6 @@ impl Listeners {
             port.listeners.insert(key);
         }
         self.listeners.insert(key, running);
-    }
-
-    fn fail(&mut self, key: ListenKey, wanted: Listener, source: io::Error, retry_after: Duration, now: Instant) {
-        let error = BindError { service: wanted.port.clone(), key, source };
-        self.failure_news.insert(key);
-        self.failed.insert(key, FailedListener { wanted, error, wait: retry_after, due: now + retry_after });
     }
 
     fn open(&self, key: ListenKey, wanted: &Listener, target: &TargetCell) -> io::Result<Socket> {
@@ -332,12 +295,7 @@ impl Listeners {
 
     /// Gives a listener another target, and its socket the state that the target asks for.
     async fn point(&mut self, key: ListenKey, wanted: Listener, now: Instant) {
-        if let Some(failed) = self.failed.get_mut(&key) {
-            failed.error.service = wanted.port.clone();
-            failed.wanted = wanted;
-            self.failure_news.insert(key);
-            return;
-        }
+        let Some(wanted) = self.failures.want(&key, wanted) else { return };
         let Some(target) = self.target(&key, &wanted) else {
             debug_assert!(false, "{key}: planned without a balancer");
             return;
@@ -349,7 +307,7 @@ impl Listeners {
             Ok(socket) => self.run(key, Running { port: wanted.port, target: running.target, socket }),
             Err(source) => {
                 self.turned.insert(key);
-                self.fail(key, wanted, source, FIRST_RETRY, now);
+                self.failures.note(key, wanted, source, None, now);
             }
         }
     }
@@ -394,9 +352,7 @@ impl Listeners {
     }
 
     async fn unbind(&mut self, key: ListenKey) {
-        if self.failed.remove(&key).is_some() {
-            self.failure_news.insert(key);
-        }
+        self.failures.forget(&key);
         let Some(running) = self.listeners.remove(&key) else { return };
         self.turned.insert(key);
         self.disown(&running.port, &key);
@@ -537,11 +493,9 @@ mod tests {
         }
 
         /// Lets the time of the next retry come.
-        async fn retry(&mut self) -> Duration {
-            let due = self.listeners.next_retry().expect("something has failed");
-            let waited = due - std::mem::replace(&mut self.now, due);
-            self.listeners.retry(due).await;
-            waited
+        async fn retry(&mut self) {
+            self.now = self.listeners.next_retry().expect("something has failed");
+            self.listeners.retry(self.now).await;
         }
 
         fn backend(&self, service: &Service, address: SocketAddr) -> Arc<Backend> {
@@ -705,14 +659,11 @@ mod tests {
         let error = bench.listeners.failure(&tcp_key(4)).expect("held by another").to_string();
         assert_eq!(error, "default/web:http: cannot listen on 127.84.1.4:7400/TCP");
 
-        let mut waits = Vec::new();
-        for _ in 0..5 {
-            waits.push(bench.retry().await.as_millis());
-        }
+        bench.retry().await;
+        assert!(bench.listeners.failure(&tcp_key(4)).is_some(), "still held");
         drop(stranger);
         bench.retry().await;
 
-        assert_eq!(waits, [500, 1_000, 2_000, 4_000, 4_000]);
         assert!(bench.listeners.next_retry().is_none());
         assert_eq!(ask(tcp_key(4)).await, "one");
     }
@@ -905,8 +856,9 @@ mod tests {
             bench.take([delete(&service)]).await;
         }
 
-        let Listeners { listeners, failed, balancers, ports, .. } = &bench.listeners;
-        assert_eq!((listeners.len(), failed.len(), balancers.len(), ports.len()), (0, 0, 0, 0));
+        let Listeners { listeners, failures, balancers, ports, .. } = &bench.listeners;
+        assert_eq!((listeners.len(), balancers.len(), ports.len()), (0, 0, 0));
+        assert!(failures.next_due().is_none());
         assert!(bench.plan.service(&ObjectName::parse("default/s1")).is_none());
     }
 }

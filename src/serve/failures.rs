@@ -1,0 +1,187 @@
+//! Listeners that should run and could not be bound: why, and when to try again.
+//!
+//! Pure: errors and the time are arguments. Who binds is `listeners`, who tells people is `control`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::name::{ListenKey, ServicePortName};
+use crate::plan::Listener;
+
+/// A failed bind is tried again after this time at first,
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// and never later than this: a port that becomes free is taken within 5 s.
+const LAST_RETRY: Duration = Duration::from_secs(4);
+
+/// An address could not be listened on. Its Service's other listeners are not affected.
+#[derive(Debug, thiserror::Error)]
+#[error("{service}: cannot listen on {key}")]
+pub struct BindError {
+    /// Whose listener it is.
+    pub service: ServicePortName,
+    /// Where it should be.
+    pub key: ListenKey,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+/// All failed listeners. Owned by `Listeners`, by value.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    by_key: BTreeMap<ListenKey, Failure>,
+    news: BTreeSet<ListenKey>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    wanted: Listener,
+    error: BindError,
+    wait: Duration,
+    due: Instant,
+}
+
+/// A listener whose time has come.
+#[derive(Debug)]
+pub(super) struct Due {
+    pub(super) key: ListenKey,
+    /// What it is to be by now.
+    pub(super) wanted: Listener,
+    /// How long it had to wait since the last try.
+    pub(super) waited: Duration,
+}
+
+impl Failures {
+    /// Notes that a listener could not be bound. One that has `waited` for this try waits twice as long for the next.
+    pub(super) fn note(
+        &mut self,
+        key: ListenKey,
+        wanted: Listener,
+        source: io::Error,
+        waited: Option<Duration>,
+        now: Instant,
+    ) {
+        let wait = waited.map_or(FIRST_RETRY, |waited| (waited * 2).min(LAST_RETRY));
+        let error = BindError { service: wanted.port.clone(), key, source };
+        self.by_key.insert(key, Failure { wanted, error, wait, due: now + wait });
+        self.news.insert(key);
+    }
+
+    /// Has a failed listener come up in another way than it failed; gives `wanted` back where it has not failed.
+    pub(super) fn want(&mut self, key: &ListenKey, wanted: Listener) -> Option<Listener> {
+        let Some(failure) = self.by_key.get_mut(key) else { return Some(wanted) };
+        failure.error.service = wanted.port.clone();
+        failure.wanted = wanted;
+        self.news.insert(*key);
+        None
+    }
+
+    /// Nobody wants this listener any more.
+    pub(super) fn forget(&mut self, key: &ListenKey) {
+        if self.by_key.remove(key).is_some() {
+            self.news.insert(*key);
+        }
+    }
+
+    /// Nobody wants any of them any more.
+    pub(super) fn forget_all(&mut self) {
+        self.news.extend(std::mem::take(&mut self.by_key).into_keys());
+    }
+
+    /// The error of the last try.
+    pub(super) fn get(&self, key: &ListenKey) -> Option<&BindError> {
+        self.by_key.get(key).map(|failure| &failure.error)
+    }
+
+    /// When the next one is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.by_key.values().map(|failure| failure.due).min()
+    }
+
+    /// Takes those out that are due: each is to be bound, or noted again.
+    pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
+        let keys: Vec<_> = self.by_key.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| *key).collect();
+        self.news.extend(&keys);
+        let take = |key| self.by_key.remove(&key).map(|Failure { wanted, wait, .. }| Due { key, wanted, waited: wait });
+        keys.into_iter().filter_map(take).collect()
+    }
+
+    /// The keys that failed, failed again or do not fail any more since this was asked last.
+    pub(super) fn take_news(&mut self) -> BTreeSet<ListenKey> {
+        std::mem::take(&mut self.news)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::{ObjectName, Protocol, Scope};
+    use crate::plan::{ListenerKind, Side, Target, Verdict};
+
+    fn key(host: u8) -> ListenKey {
+        ListenKey::new([127, 0, 0, host].into(), 80, Protocol::Tcp)
+    }
+
+    fn listener(service: &str) -> Listener {
+        let side = Side { scope: Scope::Cluster, verdict: Verdict::Serve };
+        Listener {
+            port: ServicePortName { service: ObjectName::parse(service), port: "http".into(), protocol: Protocol::Tcp },
+            kind: ListenerKind::ClusterIp,
+            allocated: false,
+            target: Target { outside: side, inside: side },
+        }
+    }
+
+    fn in_use() -> io::Error {
+        io::ErrorKind::AddrInUse.into()
+    }
+
+    #[test]
+    fn f32_given_a_listener_that_fails_again_and_again_when_tried_then_waits_double_to_four_seconds() {
+        let (mut failures, mut now) = (Failures::default(), Instant::now());
+        failures.note(key(1), listener("web"), in_use(), None, now);
+        let mut waits = Vec::new();
+
+        for _ in 0..5 {
+            now = failures.next_due().expect("one failed");
+            for Due { key, wanted, waited } in failures.take_due(now) {
+                waits.push(waited.as_millis());
+                failures.note(key, wanted, in_use(), Some(waited), now);
+            }
+        }
+
+        assert_eq!(waits, [500, 1_000, 2_000, 4_000, 4_000]);
+    }
+
+    #[test]
+    fn given_two_failures_when_one_is_due_then_it_alone_is_tried() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        failures.note(key(1), listener("web"), in_use(), None, now);
+        failures.note(key(2), listener("web"), in_use(), Some(FIRST_RETRY), now);
+
+        let due: Vec<_> = failures.take_due(now + FIRST_RETRY).into_iter().map(|due| due.key).collect();
+
+        assert_eq!(due, [key(1)]);
+        assert_eq!(failures.next_due(), Some(now + 2 * FIRST_RETRY));
+    }
+
+    #[test]
+    fn given_changes_of_failures_when_asked_for_news_then_each_key_is_told_once() {
+        let mut failures = Failures::default();
+        failures.note(key(1), listener("web"), in_use(), None, Instant::now());
+        failures.note(key(2), listener("web"), in_use(), None, Instant::now());
+        assert_eq!(failures.take_news(), [key(1), key(2)].into());
+        assert!(failures.take_news().is_empty());
+
+        assert!(failures.want(&key(1), listener("other")).is_none());
+        assert!(failures.want(&key(3), listener("other")).is_some());
+        failures.forget(&key(2));
+        failures.forget(&key(3));
+
+        assert_eq!(failures.take_news(), [key(1), key(2)].into());
+        assert_eq!(
+            failures.get(&key(1)).expect("failed").to_string(),
+            "default/other:http: cannot listen on 127.0.0.1:80/TCP"
+        );
+    }
+}
