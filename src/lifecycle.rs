@@ -7,7 +7,7 @@ use std::future::Future;
 use std::io::{self, IsTerminal};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::watch;
@@ -119,8 +119,13 @@ pub struct Signals {
     terminate: unix::Signal,
     interrupt: unix::Signal,
     interactive: bool,
-    asked: bool,
+    /// When the first request to end came.
+    asked: Option<Instant>,
 }
+
+/// A second signal to end that comes sooner is an echo: `timeout` and some init processes signal a child and its
+/// whole group, and nobody has changed his mind in between.
+const ECHO: Duration = Duration::from_millis(100);
 
 impl Signals {
     /// Starts to catch SIGHUP, SIGTERM and SIGINT.
@@ -131,19 +136,21 @@ impl Signals {
             interrupt: unix::signal(SignalKind::interrupt())?,
             // Manifests may come through a pipe: somebody who reads the log at a terminal is a person, too.
             interactive: io::stdin().is_terminal() || io::stderr().is_terminal(),
-            asked: false,
+            asked: None,
         })
     }
 
-    /// The next request. A second one to end always means now.
+    /// The next request. A second one to end means now.
     pub async fn next(&mut self) -> Request {
         let signal = tokio::select! {
             _ = self.terminate.recv() => Signal::Terminate,
             _ = self.interrupt.recv() => Signal::Interrupt,
             _ = self.hangup.recv() => Signal::Hangup,
         };
-        let request = answer(signal, self.interactive, self.asked);
-        self.asked |= request != Request::Reload;
+        let request = answer(signal, self.interactive, self.asked.map(|asked| asked.elapsed()));
+        if request != Request::Reload {
+            self.asked.get_or_insert_with(Instant::now);
+        }
         request
     }
 
@@ -153,10 +160,11 @@ impl Signals {
     }
 }
 
-fn answer(signal: Signal, interactive: bool, asked_before: bool) -> Request {
+/// `asked_before`: how long ago somebody asked to end.
+fn answer(signal: Signal, interactive: bool, asked_before: Option<Duration>) -> Request {
     match signal {
         Signal::Hangup => Request::Reload,
-        _ if asked_before => Request::Stop,
+        _ if asked_before.is_some_and(|ago| ago >= ECHO) => Request::Stop,
         // Ctrl-C: a person is waiting for the prompt.
         Signal::Interrupt if interactive => Request::Stop,
         Signal::Interrupt | Signal::Terminate => Request::Drain,
@@ -309,12 +317,13 @@ mod tests {
 
     #[test]
     fn given_each_signal_when_answered_then_only_ctrl_c_and_a_second_one_do_not_wait() {
-        assert_eq!(answer(Signal::Terminate, true, false), Request::Drain);
-        assert_eq!(answer(Signal::Terminate, false, true), Request::Stop);
-        assert_eq!(answer(Signal::Interrupt, true, false), Request::Stop);
-        assert_eq!(answer(Signal::Interrupt, false, false), Request::Drain);
-        assert_eq!(answer(Signal::Interrupt, false, true), Request::Stop);
-        assert_eq!(answer(Signal::Hangup, true, true), Request::Reload);
+        assert_eq!(answer(Signal::Terminate, true, None), Request::Drain);
+        assert_eq!(answer(Signal::Terminate, false, Some(ECHO)), Request::Stop);
+        assert_eq!(answer(Signal::Interrupt, true, None), Request::Stop);
+        assert_eq!(answer(Signal::Interrupt, false, None), Request::Drain);
+        assert_eq!(answer(Signal::Interrupt, false, Some(ECHO)), Request::Stop);
+        assert_eq!(answer(Signal::Terminate, false, Some(Duration::from_millis(1))), Request::Drain, "an echo");
+        assert_eq!(answer(Signal::Hangup, true, Some(ECHO)), Request::Reload);
     }
 
     #[tokio::test]
