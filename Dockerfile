@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # A static binary and nothing else: docker build -t kube-relay .
 #
-#   docker run --rm --network host -v "$PWD/examples:/etc/kube-relay:ro" kube-relay
+#   docker run --rm --network host -v "$PWD/manifests:/etc/kube-relay:ro" kube-relay
 #
 # With the host's network the listeners are the host's. Mount a folder, not a single file: only in a
 # folder does an edit by rename reach the container.
