@@ -225,7 +225,7 @@ mod bad_input {
         fs::write(&locked, "").expect("the test's folder can be written");
         fs::set_permissions(&locked, fs::Permissions::from_mode(0o000)).expect("our own file");
 
-        refuses(&["check", &path], 1, &["locked.yaml", "Permission denied", "default/web"]);
+        refuses(&["check", &path], 1, &["locked.yaml", "permission denied", "default/web"]);
     }
 
     #[test]
