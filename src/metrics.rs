@@ -14,7 +14,7 @@ use metrics_process::collector;
 
 use crate::name::Protocol;
 use crate::serve::balancer::Backend;
-use crate::stats::{CloseReason, ConnectFailure, DropReason};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, PROCESS};
 use crate::status::{ListenerState, PortCounters, PortReport, ServiceReport, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
@@ -86,6 +86,7 @@ metrics! {
     Datagrams = Counter "kuberelay_datagrams_total" ["namespace", "service", "port", "protocol", "backend", "direction"] "Datagrams sent to the backend (upstream) and passed from it to clients (downstream).";
     ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
+    SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
     OpenFds = Gauge "process_open_fds" [] "Open file descriptors.";
     MaxFds = Gauge "process_max_fds" [] "Limit of open file descriptors.";
@@ -108,6 +109,7 @@ pub fn render(status: &Status, ready: bool) -> String {
     for service in status.services.values() {
         page.service(service);
     }
+    page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.process(&collector::collect());
     page.text()
 }

@@ -6,11 +6,13 @@
 pub mod affinity;
 pub mod balancer;
 pub mod connect;
+mod direction;
 mod failures;
 mod fault;
 pub mod flow;
 pub mod listeners;
 pub mod mmsg;
+mod pipe;
 pub mod relay;
 pub mod room;
 #[cfg(test)]
@@ -18,6 +20,7 @@ pub(crate) mod scripted;
 mod shard;
 pub mod slab;
 pub mod socket;
+pub mod stream;
 pub mod tcp;
 pub mod udp;
 mod wheel;

@@ -123,6 +123,10 @@ words! {
 pub struct Counter(AtomicU64);
 
 impl Counter {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
     /// Adds one.
     pub fn increment(&self) {
         self.add(1);
@@ -220,6 +224,16 @@ pub struct ServiceStats {
     pub dropped: DropTally,
     /// Tries after a first failed one.
     pub retries: Counter,
+}
+
+/// What happened in this process as a whole.
+pub static PROCESS: ProcessStats = ProcessStats { splice_fallbacks: Counter::new() };
+
+/// See [`PROCESS`].
+#[derive(Debug)]
+pub struct ProcessStats {
+    /// Directions of bulky connections that were copied, as the kernel gave no pipe that is of use for splice(2).
+    pub splice_fallbacks: Counter,
 }
 
 /// What one backend carried. Lives as long as the backend, over all swaps of tables.

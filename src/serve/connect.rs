@@ -11,20 +11,20 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::name::Family;
 use crate::serve::balancer::{Backend, Balancer, Tried};
 use crate::serve::socket;
+use crate::serve::stream::Stream;
 use crate::stats::{ConnectFailure, DropReason};
 
 /// How backends are connected to.
@@ -96,7 +96,7 @@ pub struct Reached {
     /// Who was reached.
     pub backend: Arc<Backend>,
     /// The connection, with the preface written.
-    pub stream: TcpStream,
+    pub stream: Stream,
 }
 
 /// Tries to connect to one backend, for as long as the kernel does: the caller sets the time.
@@ -108,7 +108,7 @@ pub async fn connect(
     source: Source,
     preface: &Preface,
     options: &ConnectOptions,
-) -> Result<TcpStream, ConnectError> {
+) -> Result<Stream, ConnectError> {
     let address = backend.address;
     open(address, source, preface, options).await.map_err(|source| ConnectError::new(address, source))
 }
@@ -207,7 +207,7 @@ impl<'a> Ladder<'a> {
         self.attempts += 1;
     }
 
-    async fn attempt(&self, backend: &Backend, source: Source, preface: &Preface) -> Result<TcpStream, Missed> {
+    async fn attempt(&self, backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, Missed> {
         let begin = Instant::now();
         let until = (begin + self.patience(backend)).min(self.end);
         let mut connecting = pin!(connect(backend, source, preface, self.options));
@@ -262,34 +262,31 @@ impl<'a> Ladder<'a> {
     }
 }
 
-async fn open(
-    address: SocketAddr,
-    source: Source,
-    preface: &Preface,
-    options: &ConnectOptions,
-) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+async fn open(address: SocketAddr, source: Source, preface: &Preface, options: &ConnectOptions) -> io::Result<Stream> {
+    let socket = socket::open_tcp(Family::of(address.ip()))?;
     set_options(&socket, options)?;
     bind(&socket, source)?;
-    let mut stream = socket.connect(address).await?;
+    socket::begin_connect(&socket, address)?;
+    let stream = Stream::new(socket)?;
+    stream.connected().await?;
     if met_itself(&stream, address)? {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     if let Preface::Bytes(bytes) = preface {
-        stream.write_all(bytes).await?;
+        socket::send_small_at_once(&stream)?; // What follows is no first write any more.
+        stream.send_all(bytes).await?;
     }
     Ok(stream)
 }
 
 /// The user timeout ends what the keep-alive finds dead, so its interval and count stay the kernel's: two calls less.
-fn set_options(socket: &TcpSocket, options: &ConnectOptions) -> io::Result<()> {
+fn set_options(socket: &OwnedFd, options: &ConnectOptions) -> io::Result<()> {
     let socket = SockRef::from(socket);
-    socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(options.keepalive_idle))?;
     socket.set_tcp_user_timeout(Some(options.user_timeout))
 }
 
-fn bind(socket: &TcpSocket, source: Source) -> io::Result<()> {
+fn bind(socket: &OwnedFd, source: Source) -> io::Result<()> {
     match source {
         Source::Any => Ok(()),
         Source::Address(address) => socket::bind_source(socket, SocketAddr::new(address, 0)),
@@ -303,9 +300,9 @@ fn bind(socket: &TcpSocket, source: Source) -> io::Result<()> {
 /// True where nobody listened and the kernel, choosing a source port, connected the socket to itself.
 ///
 /// That can only happen on an address of this host, on a port out of the range of source ports: one call less elsewhere.
-fn met_itself(stream: &TcpStream, backend: SocketAddr) -> io::Result<bool> {
+fn met_itself(stream: &Stream, backend: SocketAddr) -> io::Result<bool> {
     const FIRST_SOURCE_PORT: u16 = 32_768; // The kernel's default for net.ipv4.ip_local_port_range.
-    Ok(backend.port() >= FIRST_SOURCE_PORT && stream.local_addr()? == backend)
+    Ok(backend.port() >= FIRST_SOURCE_PORT && SockRef::from(stream).local_addr()?.as_socket() == Some(backend))
 }
 
 /// The word for what the kernel said.
@@ -330,13 +327,12 @@ fn classify(error: &io::Error) -> ConnectFailure {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
     use std::net::Ipv4Addr;
-
-    use tokio::io::AsyncReadExt;
 
     use super::*;
     use crate::serve::balancer::Table;
-    use crate::serve::scripted::{LOOPBACK, backends, balancer, black_hole, echo, read_all, refusing, soon, until};
+    use crate::serve::scripted::{LOOPBACK, backends, balancer, black_hole, echo, refusing, soon, until};
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
@@ -353,6 +349,10 @@ mod tests {
         backend.stats.connect_failures.get(reason)
     }
 
+    fn own_address(stream: &Stream) -> IpAddr {
+        SockRef::from(stream).local_addr().expect("a connection").as_socket().expect("an IP address").ip()
+    }
+
     #[test]
     fn given_the_defaults_when_added_up_then_a_client_waits_3750_ms_at_most() {
         let options = ConnectOptions::default();
@@ -367,7 +367,6 @@ mod tests {
         let reached = dial(&balancer(&[Arc::clone(&web)]), &ConnectOptions::default()).await.expect("reached");
 
         let socket = SockRef::from(&reached.stream);
-        assert!(socket.tcp_nodelay().expect("an option"));
         assert!(socket.keepalive().expect("an option"));
         assert_eq!(socket.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
         assert_eq!(socket.tcp_user_timeout().expect("an option"), Some(Duration::from_secs(120)));
@@ -494,7 +493,7 @@ mod tests {
 
         let stream = soon(connect(&web, Source::Address(source), &Preface::None, &ConnectOptions::default())).await;
 
-        assert_eq!(stream.expect("reached").local_addr().expect("a connection").ip(), source);
+        assert_eq!(own_address(&stream.expect("reached")), source);
         assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
     }
 
@@ -507,7 +506,7 @@ mod tests {
         let outcome = soon(connect(&web, Source::Client(client), &Preface::None, &ConnectOptions::default())).await;
 
         match outcome {
-            Ok(stream) => assert_eq!(stream.local_addr().expect("a connection").ip(), client.ip()),
+            Ok(stream) => assert_eq!(own_address(&stream), client.ip()),
             Err(error) => assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied),
         }
     }
@@ -518,11 +517,16 @@ mod tests {
         let preface = Preface::Bytes(b"PROXY ".as_slice().into());
 
         let stream = soon(connect(&web, Source::Any, &preface, &ConnectOptions::default())).await;
-        let mut stream = stream.expect("reached");
-        stream.write_all(b"hello").await.expect("a connection");
-        stream.shutdown().await.expect("a connection");
+        let stream = stream.expect("reached");
+        stream.send_all(b"hello").await.expect("a connection");
+        stream.end().expect("a connection");
 
-        assert_eq!(read_all(&mut stream).await.0, b"PROXY hello");
+        let mut answer = [0; 11];
+        let mut read = 0;
+        while read < answer.len() {
+            read += soon(poll_fn(|cx| stream.poll_receive(cx, &mut answer[read..]))).await.expect("an echo");
+        }
+        assert_eq!(&answer, b"PROXY hello");
     }
 
     /// The kernel may choose the very port that is connected to; here it has to.
@@ -530,13 +534,15 @@ mod tests {
     async fn given_a_socket_that_met_itself_when_asked_then_it_is_told() {
         let (held, address) = refusing();
         drop(held);
-        let socket = TcpSocket::new_v4().expect("a socket");
-        socket.bind(address).expect("a free port");
-        let mut stream = socket.connect(address).await.expect("itself");
+        let socket = socket::open_tcp(Family::V4).expect("a socket");
+        SockRef::from(&socket).bind(&address.into()).expect("a free port");
+        socket::begin_connect(&socket, address).expect("a try");
+        let stream = Stream::new(socket).expect("an event loop");
+        soon(stream.connected()).await.expect("itself");
 
         assert!(met_itself(&stream, address).expect("a connection"));
-        stream.write_all(b"x").await.expect("itself");
-        stream.read_exact(&mut [0]).await.expect("itself");
+        stream.send_all(b"x").await.expect("itself");
+        assert_eq!(soon(poll_fn(|cx| stream.poll_receive(cx, &mut [0]))).await.expect("itself"), 1);
     }
 
     #[test]

@@ -1,9 +1,7 @@
 //! Moves bytes between a client and its backend until both have said all, or one of them is gone.
 //!
-//! One task polls both directions by hand. A direction reads into a scratch buffer of the thread,
-//! which is used within one poll only, and writes at once; what the receiver does not take is kept
-//! on the heap, and nothing more is read until it is gone: that is the back-pressure. So an idle
-//! connection holds no buffer, and a slow reader costs what one read gave.
+//! One task polls both directions by hand, each of them a `direction`; so an idle connection holds no buffer, no pipe
+//! and no timer, and a slow reader costs what is on the way to it.
 //!
 //! *How a stream ends.* An end of stream is passed on once everything before it is (half-close), and
 //! the other direction goes on. A reset is passed on as a reset, at once, also where nothing is being
@@ -20,21 +18,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use crate::serve::balancer::Backend;
+use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
 use crate::serve::socket;
+use crate::serve::stream::Stream;
 use crate::stats::{BackendStats, CloseReason};
-
-/// How much is read at once.
-const SCRATCH_BYTES: usize = 64 * 1024;
-
-/// What a direction may move before other connections of the thread get their turn.
-const BUDGET_BYTES: usize = 1024 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
@@ -47,8 +37,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Counts a new connection of the backend.
-    pub fn open(client: TcpStream, upstream: TcpStream, backend: Arc<Backend>) -> Self {
+    /// Counts a new connection of the backend. The client's socket has TCP_NODELAY.
+    pub fn open(client: Stream, upstream: Stream, backend: Arc<Backend>) -> Self {
         Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend) }
     }
 
@@ -76,23 +66,10 @@ impl Connection {
     }
 }
 
-/// Ends when the network has taken the connection away (a reset, a peer that no longer answers), and says how.
-///
-/// An end of stream is none: a client that has sent its request may close its half and wait for the answer.
-pub async fn broken(stream: &TcpStream) -> io::Error {
-    match stream.ready(Interest::ERROR).await {
-        Ok(_) => match stream.take_error() {
-            Ok(Some(error)) | Err(error) => error,
-            Ok(None) => io::ErrorKind::ConnectionReset.into(), // The error itself was met by a read or a write.
-        },
-        Err(error) => error,
-    }
-}
-
 /// The two sockets of a connection. Unless both sides have finished, they are closed by reset.
 struct Pair {
-    client: TcpStream,
-    upstream: TcpStream,
+    client: Stream,
+    upstream: Stream,
     finished: bool,
 }
 
@@ -135,7 +112,8 @@ impl Account {
         Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None }
     }
 
-    /// Costs two shared writes at most: once for each turn of the connection, not for each write.
+    /// Costs two shared writes at most: once when the connection falls idle and once per budget of a direction, not
+    /// for each write.
     fn publish(&mut self) {
         let BackendStats { upstream_bytes, downstream_bytes, .. } = &self.backend.stats;
         for (counter, tab) in [(upstream_bytes, &mut self.upstream), (downstream_bytes, &mut self.downstream)] {
@@ -156,46 +134,6 @@ impl Drop for Account {
     }
 }
 
-/// Whose connection it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Party {
-    Client,
-    Backend,
-}
-
-/// A party's connection has failed.
-#[derive(Debug)]
-struct Broken {
-    party: Party,
-    error: io::Error,
-}
-
-impl Broken {
-    fn reason(&self) -> CloseReason {
-        match Errno::from_io_error(&self.error) {
-            Some(Errno::TIMEDOUT) => CloseReason::Timeout,
-            Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NETDOWN) => CloseReason::Unreachable,
-            _ => match self.party {
-                Party::Client => CloseReason::ClientAbort,
-                Party::Backend => CloseReason::Reset,
-            },
-        }
-    }
-}
-
-/// A party with its socket.
-#[derive(Clone, Copy)]
-struct End<'s> {
-    party: Party,
-    stream: &'s TcpStream,
-}
-
-impl End<'_> {
-    fn broken(self, error: io::Error) -> Broken {
-        Broken { party: self.party, error }
-    }
-}
-
 /// Both directions of one connection.
 struct Relay<'s> {
     client: End<'s>,
@@ -213,8 +151,8 @@ impl<'s> Relay<'s> {
             client: End { party: Party::Client, stream: &pair.client },
             upstream: End { party: Party::Backend, stream: &pair.upstream },
             account,
-            up: Direction::default(),
-            down: Direction::default(),
+            up: Direction::to_backend(),
+            down: Direction::to_client(),
             half_close_timeout,
             rare: None,
         }
@@ -250,7 +188,7 @@ impl<'s> Relay<'s> {
             if is_read {
                 continue; // A read gives what came before the reset, then the reset.
             }
-            let watch = watch.get_or_insert_with(|| Box::pin(broken(end.stream)));
+            let watch = watch.get_or_insert_with(|| Box::pin(end.stream.broken()));
             if let Poll::Ready(error) = watch.as_mut().poll(cx) {
                 return Poll::Ready(end.broken(error).reason());
             }
@@ -304,154 +242,6 @@ impl Silence {
     }
 }
 
-/// Where a direction goes.
-#[derive(Clone, Copy)]
-struct Path<'s> {
-    from: End<'s>,
-    to: End<'s>,
-    /// The other direction is done: the close that follows says it all.
-    last: bool,
-}
-
-/// One direction of a connection.
-#[derive(Default)]
-struct Direction {
-    phase: Phase,
-    rest: Option<Box<Rest>>,
-}
-
-/// How far a direction is. (A cheaper way to move bulk is one more phase beside `Copying`.)
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Phase {
-    /// The sender may have more.
-    #[default]
-    Copying,
-    /// The sender has said all; the receiver does not know yet.
-    Ending,
-    /// The receiver knows, too.
-    Done,
-}
-
-/// What was read and could not be written yet.
-struct Rest {
-    bytes: Box<[u8]>,
-    sent: usize,
-}
-
-impl Direction {
-    fn is_done(&self) -> bool {
-        self.phase == Phase::Done
-    }
-
-    /// True where it waits for its sender, and so would notice its end.
-    fn is_reading(&self) -> bool {
-        self.phase == Phase::Copying && self.rest.is_none()
-    }
-
-    /// Moves what can be moved now. Ready once it is done.
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        path: Path<'_>,
-        scratch: &mut [u8],
-        moved: &mut u64,
-    ) -> Poll<Result<(), Broken>> {
-        let mut budget = BUDGET_BYTES;
-        loop {
-            let read = ready!(match self.phase {
-                Phase::Done => return Poll::Ready(Ok(())),
-                _ if self.rest.is_some() => self.flush(cx, path.to, moved),
-                Phase::Ending => Poll::Ready(self.end(path)),
-                Phase::Copying if budget == 0 => {
-                    cx.waker().wake_by_ref();
-                    Poll::Pending
-                }
-                Phase::Copying => self.copy(cx, path, scratch, moved),
-            })?;
-            budget = budget.saturating_sub(read);
-        }
-    }
-
-    /// Reads once and writes it. Returns how much was read.
-    fn copy(
-        &mut self,
-        cx: &mut Context<'_>,
-        Path { from, to, .. }: Path<'_>,
-        scratch: &mut [u8],
-        moved: &mut u64,
-    ) -> Poll<Result<usize, Broken>> {
-        let count = ready!(poll_receive(cx, from.stream, scratch)).map_err(|error| from.broken(error))?;
-        if count == 0 {
-            self.phase = Phase::Ending;
-            return Poll::Ready(Ok(0));
-        }
-        let bytes = &scratch[..count];
-        let sent = send(to.stream, bytes).map_err(|error| to.broken(error))?;
-        *moved += sent as u64;
-        if sent < count {
-            self.rest = Some(Box::new(Rest { bytes: bytes[sent..].into(), sent: 0 }));
-        }
-        Poll::Ready(Ok(count))
-    }
-
-    /// Writes what is left of the last read. Returns 0, as nothing more was read.
-    fn flush(&mut self, cx: &mut Context<'_>, to: End<'_>, moved: &mut u64) -> Poll<Result<usize, Broken>> {
-        while let Some(rest) = &mut self.rest {
-            ready!(to.stream.poll_write_ready(cx)).map_err(|error| to.broken(error))?;
-            let sent = send(to.stream, &rest.bytes[rest.sent..]).map_err(|error| to.broken(error))?;
-            *moved += sent as u64;
-            rest.sent += sent;
-            if rest.sent == rest.bytes.len() {
-                self.rest = None;
-            }
-        }
-        Poll::Ready(Ok(0))
-    }
-
-    /// Passes the end of stream on. Returns 0, as nothing more was read.
-    fn end(&mut self, Path { to, last, .. }: Path<'_>) -> Result<usize, Broken> {
-        if !last {
-            rustix::net::shutdown(to.stream, Shutdown::Write).map_err(|error| to.broken(error.into()))?;
-        }
-        self.phase = Phase::Done;
-        Ok(0)
-    }
-}
-
-/// Reads what is there; 0 is the end of stream.
-///
-/// A short read has emptied the socket, so its readiness is cleared without another call that only says so. It is
-/// cleared as it was *before* the read (`try_io` sees to it): what arrives in between wakes the task.
-fn poll_receive(cx: &mut Context<'_>, from: &TcpStream, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(from.poll_read_ready(cx))?;
-        let mut received = None;
-        let outcome = from.try_io(Interest::READABLE, || {
-            let (_, count) = retry_on_intr(|| rustix::net::recv(from, &mut *buffer, RecvFlags::empty()))?;
-            received = Some(count);
-            if 0 < count && count < buffer.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        });
-        match (received, outcome) {
-            (Some(count), _) => return Poll::Ready(Ok(count)),
-            (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => return Poll::Ready(Err(error)),
-            (None, _) => {} // Nothing there after all: ask to be woken.
-        }
-    }
-}
-
-/// Writes what the socket takes, maybe nothing. A part means that it is full, and clears its readiness as above.
-fn send(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    let mut sent = 0;
-    let outcome = to.try_io(Interest::WRITABLE, || {
-        sent = retry_on_intr(|| rustix::net::send(to, bytes, SendFlags::NOSIGNAL))?;
-        if sent < bytes.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-    });
-    match outcome {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Ok(sent),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
@@ -459,10 +249,13 @@ mod tests {
 
     use socket2::SockRef;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
     use tokio::task::JoinHandle;
 
     use super::*;
-    use crate::serve::scripted::{LOOPBACK, expect_reset, pair, read_all, reset, soon, until};
+    use crate::serve::pipe;
+    use crate::serve::scripted::{LOOPBACK, expect_reset, pair, read_all, registered, reset, soon, until};
+    use crate::stats::PROCESS;
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -489,8 +282,11 @@ mod tests {
         async fn with_half_close_timeout(limit: Duration) -> Self {
             let (client, downstream) = pair().await;
             let (server, upstream) = pair().await;
+            for stream in [&client, &downstream, &server] {
+                stream.set_nodelay(true).expect("an option"); // Accepted sockets of the relay inherit it.
+            }
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
-            let mut connection = Connection::open(downstream, upstream, Arc::clone(&backend));
+            let mut connection = Connection::open(registered(downstream), registered(upstream), Arc::clone(&backend));
             let relay = tokio::spawn(async move {
                 let reason = connection.relay(limit).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
@@ -696,6 +492,181 @@ mod tests {
         assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
     }
 
+    /// CPU time of this thread, which is the whole runtime of a test.
+    fn cpu_time() -> Duration {
+        let times = std::fs::read_to_string("/proc/thread-self/schedstat").expect("procfs");
+        Duration::from_nanos(times.split(' ').next().expect("a first word").parse().expect("a number"))
+    }
+
+    /// F36: the pipe is full, the receiver's buffer, too, and the sender has more.
+    #[tokio::test]
+    async fn given_a_full_pipe_when_nothing_moves_then_the_relay_sleeps() {
+        let Line { mut client, server, relay, .. } = Line::open().await;
+        fill(&mut client).await;
+
+        let begin = cpu_time();
+        let window = Duration::from_millis(300);
+        tokio::time::sleep(window).await; // Nothing to wait for: that nothing happens is the point.
+        let busy = cpu_time() - begin;
+
+        assert!(busy < window / 10, "{busy:?}");
+        drop((client, server));
+        soon(relay).await.expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn given_a_full_pipe_when_its_connection_is_reset_then_no_other_gets_what_is_in_it() {
+        let Line { mut client, server, relay, .. } = Line::open().await;
+        fill(&mut client).await;
+        let pooled = pipe::tests::pooled();
+
+        reset(client);
+
+        assert_eq!(soon(relay).await.expect("no panic").reason, CloseReason::ClientAbort);
+        assert_eq!(pipe::tests::pooled(), pooled);
+        drop(server);
+    }
+
+    #[tokio::test]
+    async fn given_a_full_pipe_when_the_receiver_resets_then_the_sender_sees_a_reset() {
+        let Line { mut client, server, backend, relay } = Line::open().await;
+        fill(&mut client).await;
+
+        reset(server);
+
+        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+        until(|| SockRef::from(&client).take_error().expect("an option").is_some()).await;
+    }
+
+    #[tokio::test]
+    async fn given_bulk_when_all_of_it_has_moved_then_its_pipe_is_for_others() {
+        let Line { mut client, mut server, relay, .. } = Line::open().await;
+        let sent = pattern(4_000_000, 5);
+
+        let mut received = vec![0; sent.len()];
+        let (outcome, read) =
+            soon(async { tokio::join!(client.write_all(&sent), server.read_exact(&mut received)) }).await;
+        outcome.expect("a connection");
+        read.expect("a connection");
+
+        assert!(received == sent);
+        until(|| pipe::tests::pooled() > 0).await;
+        drop((client, server));
+        soon(relay).await.expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn given_no_pipe_when_bulk_is_relayed_then_it_is_copied_and_counted() {
+        pipe::tests::REFUSING.set(true);
+        let before = PROCESS.splice_fallbacks.get();
+
+        both_ways(3_000_000).await;
+
+        assert!(PROCESS.splice_fallbacks.get() >= before + 2, "one for each direction");
+        pipe::tests::REFUSING.set(false);
+    }
+
+    #[tokio::test]
+    async fn given_bulk_and_then_small_messages_when_relayed_then_none_waits_for_another() {
+        let Line { mut client, mut server, backend, relay } = Line::open().await;
+        for round in 0..3_u8 {
+            let bulk = pattern(2_000_000, round);
+            let mut received = vec![0; bulk.len()];
+            let moved = async { tokio::join!(client.write_all(&bulk), server.read_exact(&mut received)) };
+            soon(moved).await.1.expect("a connection");
+            assert!(received == bulk);
+            for message in 0..50 {
+                client.write_all(&[message]).await.expect("a connection");
+                let mut received = [0];
+                soon(server.read_exact(&mut received)).await.expect("a connection");
+                assert_eq!(received, [message]);
+            }
+        }
+
+        client.shutdown().await.expect("a connection");
+        server.shutdown().await.expect("a connection");
+        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+    }
+
+    #[tokio::test]
+    async fn t176_given_urgent_data_when_more_is_queued_behind_it_then_that_arrives_too() {
+        let Line { client, mut server, relay, .. } = Line::open().await;
+
+        // All is there before the relay's first turn: nothing comes later to wake it.
+        client.try_write(b"before").expect("a connection");
+        SockRef::from(&client).send_out_of_band(b"!").expect("a connection");
+        client.try_write(b"behind").expect("a connection");
+
+        let mut received = [0; 12];
+        soon(server.read_exact(&mut received)).await.expect("the whole stream");
+        assert_eq!(&received, b"beforebehind");
+        drop((client, server));
+        soon(relay).await.expect("no panic");
+    }
+
+    /// A splice stops at the mark, and where the sender has ended behind it, it claims the end of the stream there.
+    #[tokio::test]
+    async fn t176_given_urgent_data_within_bulk_when_spliced_then_the_stream_is_whole() {
+        for behind in [3_000_000, 4] {
+            let Line { client, mut server, backend, relay } = Line::open().await;
+            let (before, behind) = (pattern(3_000_000, 6), pattern(behind, 7));
+            let whole = [&before[..], &behind].concat();
+            let mut sender = client.into_std().expect("a socket");
+            sender.set_nonblocking(false).expect("a flag");
+            let sending = thread::spawn(move || {
+                io::Write::write_all(&mut sender, &before).expect("a connection");
+                SockRef::from(&sender).send_out_of_band(b"!").expect("a connection");
+                io::Write::write_all(&mut sender, &behind).expect("a connection");
+                sender.shutdown(std::net::Shutdown::Write).expect("a connection");
+                sender
+            });
+
+            let (received, outcome) = read_all(&mut server).await;
+
+            outcome.expect("an end of stream");
+            assert_eq!(received.len(), whole.len());
+            assert!(received == whole);
+            drop((sending.join().expect("no panic"), server));
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+        }
+    }
+
+    #[tokio::test]
+    async fn t176_given_writes_of_no_bytes_when_relayed_then_they_do_no_harm() {
+        let Line { client, mut server, relay, .. } = Line::open().await;
+
+        for part in [&b""[..], b"one", b"", b"", b"two", b""] {
+            assert_eq!(SockRef::from(&client).send(part).expect("a connection"), part.len());
+            tokio::task::yield_now().await;
+        }
+
+        let mut received = [0; 6];
+        soon(server.read_exact(&mut received)).await.expect("the stream goes on");
+        assert_eq!(&received, b"onetwo");
+        drop((client, server));
+        soon(relay).await.expect("no panic");
+    }
+
+    /// A write that waits for the acknowledgement of the last one waits 40 ms for a peer that delays it.
+    #[tokio::test]
+    async fn t175_given_messages_of_one_byte_when_they_go_back_and_forth_then_none_is_held_back() {
+        let Line { mut client, mut server, relay, .. } = Line::open().await;
+        let begin = Instant::now();
+
+        for _ in 0..100 {
+            for _ in 0..2 {
+                client.write_all(b"x").await.expect("a connection"); // Two in a row, as they would be held back.
+                soon(server.read_exact(&mut [0])).await.expect("a connection");
+            }
+            server.write_all(b"y").await.expect("a connection");
+            soon(client.read_exact(&mut [0])).await.expect("a connection");
+        }
+
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        drop((client, server));
+        soon(relay).await.expect("no panic");
+    }
+
     #[tokio::test]
     async fn given_a_half_closed_stream_when_nothing_moves_for_the_limit_then_it_is_ended_by_reset() {
         let line = Line::with_half_close_timeout(Duration::from_millis(50)).await;
@@ -771,16 +742,5 @@ mod tests {
         assert!(outcome.is_err());
         assert_eq!(backend.stats.closed.get(CloseReason::Panic), 1);
         assert_eq!(backend.stats.active_connections.get(), 0);
-    }
-
-    #[test]
-    fn given_what_broke_when_told_then_the_word_says_who_or_what_it_was() {
-        let reason = |party, errno: Errno| Broken { party, error: errno.into() }.reason();
-
-        assert_eq!(reason(Party::Client, Errno::CONNRESET), CloseReason::ClientAbort);
-        assert_eq!(reason(Party::Client, Errno::PIPE), CloseReason::ClientAbort);
-        assert_eq!(reason(Party::Backend, Errno::PIPE), CloseReason::Reset);
-        assert_eq!(reason(Party::Client, Errno::TIMEDOUT), CloseReason::Timeout);
-        assert_eq!(reason(Party::Backend, Errno::HOSTUNREACH), CloseReason::Unreachable);
     }
 }

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::name::{BalancerKey, Family, ObjectName, Protocol, Scope, ServicePortName};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
+use crate::serve::stream::Stream;
 
 /// No test waits longer for anything.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
@@ -58,6 +59,11 @@ pub(crate) async fn pair() -> (TcpStream, TcpStream) {
     let address = listener.local_addr().expect("a bound socket");
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
     (near.expect("a listener"), far.expect("a connection").0)
+}
+
+/// A socket as the relay has it.
+pub(crate) fn registered(stream: TcpStream) -> Stream {
+    Stream::new(stream.into_std().expect("a registered socket").into()).expect("an event loop")
 }
 
 /// A backend that does the same for each connection.

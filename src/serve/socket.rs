@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use socket2::{Domain, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -110,6 +110,14 @@ pub fn watch_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>
     unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
 }
 
+/// Registers a connection with the event loop of the runtime, for all that it can tell of one, urgent data included.
+#[allow(unsafe_code)]
+pub fn watch_connection(connection: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+    // SAFETY: the registration holds a share of the descriptor's owner, so it stays open and the same all along.
+    unsafe { AsyncFd::register_with_interest(connection, interest) }.map_err(io::Error::from)
+}
+
 /// Takes one waiting connection from a listener: its socket, non-blocking, and who it is.
 pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     let (socket, peer) = rustix::net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
@@ -128,6 +136,29 @@ pub fn keep_alive(socket: impl AsFd, idle: Duration, probes: u32) -> io::Result<
     let interval = (idle / 3).max(Duration::from_secs(1));
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
     SockRef::from(&socket.as_fd()).set_tcp_keepalive(&keepalive)
+}
+
+/// Opens a TCP socket that does not block, not inherited by child processes.
+pub fn open_tcp(family: Family) -> io::Result<OwnedFd> {
+    let domain = match family {
+        Family::V4 => AddressFamily::INET,
+        Family::V6 => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(domain, SocketType::STREAM, flags, None)?)
+}
+
+/// Begins to connect a socket that does not block: the event loop tells how it went.
+pub fn begin_connect(socket: impl AsFd, to: SocketAddr) -> io::Result<()> {
+    match rustix::net::connect(socket, &to) {
+        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(()), // Interrupted, it goes on all the same.
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Has a socket send small writes at once, whether earlier ones are acknowledged or not (TCP_NODELAY).
+pub fn send_small_at_once(socket: impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::sockopt::set_tcp_nodelay(socket, true)?)
 }
 
 /// Gives a TCP socket its source address before it connects; `from` has port 0.

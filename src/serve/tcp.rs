@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::net::TcpStream;
 use tokio::select;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -29,7 +28,8 @@ use tracing::{debug, warn};
 use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
-use crate::serve::relay::{Connection, broken};
+use crate::serve::relay::Connection;
+use crate::serve::stream::Stream;
 use crate::serve::{TargetCell, Verdict, socket};
 use crate::stats::DropReason;
 
@@ -222,7 +222,7 @@ impl Server {
             Verdict::Reject => return turn_away(&socket, peer, port, DropReason::NoEndpoints),
             Verdict::Drop => return turn_away(&socket, peer, port, DropReason::NoLocalEndpoints),
         };
-        match TcpStream::from_std(socket.into()) {
+        match Stream::new(socket) {
             Ok(client) => {
                 let Self { key, shared, .. } = self;
                 shared.connections.spawn(serve(client, peer, *key, balancer, Arc::clone(shared)));
@@ -309,7 +309,7 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
 
 /// One connection. Its future is paid for by each open connection: what ends early lives in a box.
 fn serve(
-    client: TcpStream,
+    client: Stream,
     peer: SocketAddr,
     listen: ListenKey,
     balancer: Arc<Balancer>,
@@ -334,7 +334,7 @@ fn serve(
 
 /// A client whose backend is not reached yet. Dropped, it is turned away.
 struct Waiting {
-    client: Option<TcpStream>,
+    client: Option<Stream>,
     peer: SocketAddr,
     port: Arc<PortState>,
     /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
@@ -359,7 +359,7 @@ async fn reach(
     let reached = select! {
         biased;
         reached = dial(&balancer, waiting.peer.ip(), Source::Any, &Preface::None, &shared.options.connect) => reached,
-        _ = broken(client) => Err(DropReason::ClientAbort),
+        _ = client.broken() => Err(DropReason::ClientAbort),
     };
     match reached {
         Ok(Reached { backend, stream }) => {
@@ -379,14 +379,15 @@ mod tests {
 
     use arc_swap::ArcSwap;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::*;
     use crate::name::Protocol;
     use crate::serve::Target;
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
-        backend, backends, balancer, black_hole, echo, expect_reset, named, pair, read_all, refusing, reset, soon,
-        until,
+        backend, backends, balancer, black_hole, echo, expect_reset, named, pair, read_all, refusing, registered,
+        reset, soon, until,
     };
     use crate::stats::{CloseReason, ConnectFailure};
 
@@ -741,7 +742,7 @@ mod tests {
         let key = ListenKey::new(IpAddr::from([127, 0, 0, 1]), 80, Protocol::Tcp);
         let shared = Arc::new(TcpShared::new(TcpOptions::default()));
 
-        let connection = serve(client, peer, key, balancer(&[]), shared);
+        let connection = serve(registered(client), peer, key, balancer(&[]), shared);
 
         assert!(size_of_val(&connection) <= 768, "{} bytes", size_of_val(&connection));
     }
