@@ -159,6 +159,9 @@ pub struct RunArgs {
     admin: AdminFlags,
 
     #[command(flatten)]
+    upstream: UpstreamFlags,
+
+    #[command(flatten)]
     times: TimeFlags,
 
     #[command(flatten)]
@@ -182,6 +185,15 @@ struct AdminFlags {
     /// Exit where one of these two addresses cannot be bound, instead of trying again every 5 s
     #[arg(long, env = "KUBE_RELAY_BIND_ADDRESS_HARD_FAIL")]
     bind_address_hard_fail: bool,
+}
+
+/// How backends are reached.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Backends")]
+struct UpstreamFlags {
+    /// Address of this machine that TCP backends see; repeat for more, used in turn: each has about 28,000 ports towards one backend [default: the kernel chooses]
+    #[arg(long, value_name = "IP", env = "KUBE_RELAY_UPSTREAM_SOURCE", value_delimiter = ',')]
+    upstream_source: Vec<IpAddr>,
 }
 
 /// How long things may take.
@@ -226,7 +238,7 @@ struct ProcessFlags {
     #[arg(long, value_name = "FORMAT", env = "KUBE_RELAY_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
 
-    /// Threads that relay [default: the processors that this process may use]
+    /// Threads that relay [default: the processors that this process may use: CPU affinity and whole CPUs of its cgroup's quota count]
     #[arg(long, value_name = "N", env = "KUBE_RELAY_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
 }
@@ -453,7 +465,7 @@ impl TryFrom<RunArgs> for RunConfig {
     type Error = ConfigError;
 
     fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
-        let RunArgs { sources, plan, admin, times, process } = args;
+        let RunArgs { sources, plan, admin, upstream, times, process } = args;
         let (metrics_address, healthz_address) = admin.checked()?;
         Ok(Self {
             sources: checked_sources(sources)?,
@@ -461,6 +473,7 @@ impl TryFrom<RunArgs> for RunConfig {
             metrics_address,
             healthz_address,
             bind_address_hard_fail: admin.bind_address_hard_fail,
+            upstream_sources: upstream.upstream_source,
             shutdown: ShutdownTimes { delay: times.shutdown_delay.0, drain_timeout: times.drain_timeout.0 },
             udp_timeouts: UdpTimeouts {
                 unreplied: positive("--udp-timeout-unreplied", times.udp_timeout_unreplied)?,

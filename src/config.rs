@@ -17,6 +17,7 @@ use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
 use crate::manifest::Input;
 use crate::plan::{Expose, PlanOptions};
+use crate::serve::connect::{ConnectOptions, Sources};
 use crate::serve::flow::IdleTimes;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp::UdpOptions;
@@ -57,6 +58,8 @@ pub struct RunConfig {
     pub healthz_address: Option<SocketAddr>,
     /// True where the process is to end if one of these cannot be bound.
     pub bind_address_hard_fail: bool,
+    /// Addresses that TCP backends see, in turn; empty: the kernel chooses. From `--upstream-source`.
+    pub upstream_sources: Vec<IpAddr>,
     /// How long the end may take.
     pub shutdown: ShutdownTimes,
     /// How long idle UDP flows live.
@@ -117,7 +120,10 @@ impl RunConfig {
         RelayOptions {
             plan: self.plan.resolve(host),
             inside: self.plan.inside(host),
-            tcp: TcpOptions::default(),
+            tcp: TcpOptions {
+                connect: ConnectOptions { sources: Sources::new(self.upstream_sources.clone()), ..Default::default() },
+                ..TcpOptions::default()
+            },
             udp: UdpOptions { idle: IdleTimes { unreplied, answered, stream }, ..UdpOptions::default() },
             udp_shards: self.workers.and_then(NonZeroUsize::new),
         }

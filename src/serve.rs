@@ -10,10 +10,13 @@ mod direction;
 mod failures;
 mod fault;
 pub mod flow;
+pub mod lasting;
 pub mod listeners;
 pub mod mmsg;
 mod pipe;
 pub mod relay;
+#[cfg(test)]
+mod relay_chaos;
 pub mod room;
 #[cfg(test)]
 pub(crate) mod scripted;

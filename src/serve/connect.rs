@@ -12,12 +12,15 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
+use tokio::select;
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
@@ -33,20 +36,13 @@ pub struct ConnectOptions {
     /// How long each silent try may take. Their sum is the longest that a client waits.
     /// Default 250 ms, 500 ms, 1 s, 2 s, as the classic userspace mode had it.
     pub steps: [Duration; 4],
-    /// Silence after which a backend is asked whether it is still there. Whole seconds. Default 60 s.
-    pub keepalive_idle: Duration,
-    /// How long bytes (or questions whether it is still there) may wait for a backend's acknowledgement,
-    /// a closed window included, before the connection is given up. Default 2 min.
-    pub user_timeout: Duration,
+    /// The addresses that backends see. Default: the kernel chooses.
+    pub sources: Sources,
 }
 
 impl Default for ConnectOptions {
     fn default() -> Self {
-        Self {
-            steps: [250, 500, 1_000, 2_000].map(Duration::from_millis),
-            keepalive_idle: Duration::from_secs(60),
-            user_timeout: Duration::from_secs(120),
-        }
+        Self { steps: [250, 500, 1_000, 2_000].map(Duration::from_millis), sources: Sources::default() }
     }
 }
 
@@ -60,6 +56,38 @@ pub enum Source {
     Address(IpAddr),
     /// The client's own address. Needs CAP_NET_ADMIN, and replies that come back through this node.
     Client(SocketAddr),
+}
+
+/// The addresses of this node that its connections to backends come from, in turn. From `--upstream-source`.
+///
+/// One address has about 28,000 ports towards one backend, and each is lost for a minute where this side closed
+/// first; two addresses have twice as many. Clones take turns together.
+#[derive(Clone, Debug, Default)]
+pub struct Sources(Arc<SourceRing>);
+
+#[derive(Debug, Default)]
+struct SourceRing {
+    v4: Vec<IpAddr>,
+    v6: Vec<IpAddr>,
+    turn: AtomicUsize,
+}
+
+impl Sources {
+    /// Any number of addresses of either family; a family without one leaves the choice to the kernel.
+    pub fn new(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        let (v4, v6) = addresses.into_iter().partition(IpAddr::is_ipv4);
+        Self(Arc::new(SourceRing { v4, v6, turn: AtomicUsize::new(0) }))
+    }
+
+    /// Each source once, for connections to an address of this family; the first one is another at each call.
+    fn towards(&self, family: Family) -> impl Iterator<Item = Source> {
+        let SourceRing { v4, v6, turn } = &*self.0;
+        let addresses = if family == Family::V4 { v4 } else { v6 };
+        let first = if addresses.len() > 1 { turn.fetch_add(1, Ordering::Relaxed) % addresses.len() } else { 0 };
+        let (later, sooner) = addresses.split_at(first);
+        let any = addresses.is_empty().then_some(Source::Any);
+        sooner.iter().chain(later).copied().map(Source::Address).chain(any)
+    }
 }
 
 /// What a backend gets before the client's first byte. Not counted as payload.
@@ -103,14 +131,9 @@ pub struct Reached {
 ///
 /// # Errors
 /// [`ConnectError`], with a reason that tells the backend's fault from this host's.
-pub async fn connect(
-    backend: &Backend,
-    source: Source,
-    preface: &Preface,
-    options: &ConnectOptions,
-) -> Result<Stream, ConnectError> {
+pub async fn connect(backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, ConnectError> {
     let address = backend.address;
-    open(address, source, preface, options).await.map_err(|source| ConnectError::new(address, source))
+    open(address, source, preface).await.map_err(|source| ConnectError::new(address, source))
 }
 
 /// Reaches a backend of the balancer for a client, by the ladder. Counts failures and retries.
@@ -207,22 +230,55 @@ impl<'a> Ladder<'a> {
         self.attempts += 1;
     }
 
+    /// One try at a backend; one from each source, where the sources have no port left towards it.
     async fn attempt(&self, backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, Missed> {
+        if source != Source::Any {
+            return self.attempt_from(source, backend, preface).await;
+        }
+        let mut sources = self.options.sources.towards(Family::of(backend.address.ip())).peekable();
+        loop {
+            let source = sources.next().unwrap_or_default();
+            match self.attempt_from(source, backend, preface).await {
+                Err(Missed::Failed(error))
+                    if error.reason == ConnectFailure::LocalPorts && sources.peek().is_some() =>
+                {
+                    backend.stats.connect_failures.count(error.reason);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn attempt_from(&self, source: Source, backend: &Backend, preface: &Preface) -> Result<Stream, Missed> {
         let begin = Instant::now();
+        let mut connecting = pin!(connect(backend, source, preface));
+        let outcome = match within_a_turn(connecting.as_mut()).await {
+            Some(outcome) => outcome,
+            None => self.outlast(connecting, backend, begin).await?,
+        };
+        if !self.balancer.serves(backend) {
+            return Err(Missed::Left);
+        }
+        let stream = outcome.map_err(Missed::Failed)?;
+        backend.stats.connect_us.set(begin.elapsed().as_micros() as u64);
+        Ok(stream)
+    }
+
+    /// Waits for a backend as long as its step allows, and as its endpoint is wanted.
+    async fn outlast<T>(
+        &self,
+        mut connecting: Pin<&mut impl Future<Output = Result<T, ConnectError>>>,
+        backend: &Backend,
+        begin: Instant,
+    ) -> Result<Result<T, ConnectError>, Missed> {
         let until = (begin + self.patience(backend)).min(self.end);
-        let mut connecting = pin!(connect(backend, source, preface, self.options));
         loop {
             let look = (Instant::now() + Self::LOOK).min(until);
             match timeout_at(look, &mut connecting).await {
-                _ if !self.balancer.serves(backend) => return Err(Missed::Left),
-                Ok(Ok(stream)) => {
-                    backend.stats.connect_us.set(begin.elapsed().as_micros() as u64);
-                    return Ok(stream);
-                }
-                Ok(Err(error)) => return Err(Missed::Failed(error)),
+                Ok(outcome) => return Ok(outcome),
+                Err(_) if !self.balancer.serves(backend) => return Err(Missed::Left),
                 Err(_) if Instant::now() >= until => {
-                    let silence = io::ErrorKind::TimedOut.into();
-                    return Err(Missed::Failed(ConnectError::new(backend.address, silence)));
+                    return Ok(Err(ConnectError::new(backend.address, io::ErrorKind::TimedOut.into())));
                 }
                 Err(_) => {}
             }
@@ -262,9 +318,19 @@ impl<'a> Ladder<'a> {
     }
 }
 
-async fn open(address: SocketAddr, source: Source, preface: &Preface, options: &ConnectOptions) -> io::Result<Stream> {
+/// The outcome of a future that needs one turn of the event loop at most: a backend nearby answers that fast, and then
+/// no timer has to be made and taken away, nor the loop to be woken for it.
+async fn within_a_turn<T>(mut connecting: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    select! {
+        biased;
+        outcome = &mut connecting => Some(outcome),
+        () = yield_now() => None,
+    }
+}
+
+/// Sets no option: those that a connection needs once it lasts are set in `lasting`, and TCP_NODELAY in `direction`.
+async fn open(address: SocketAddr, source: Source, preface: &Preface) -> io::Result<Stream> {
     let socket = socket::open_tcp(Family::of(address.ip()))?;
-    set_options(&socket, options)?;
     bind(&socket, source)?;
     socket::begin_connect(&socket, address)?;
     let stream = Stream::new(socket)?;
@@ -277,13 +343,6 @@ async fn open(address: SocketAddr, source: Source, preface: &Preface, options: &
         stream.send_all(bytes).await?;
     }
     Ok(stream)
-}
-
-/// The user timeout ends what the keep-alive finds dead, so its interval and count stay the kernel's: two calls less.
-fn set_options(socket: &OwnedFd, options: &ConnectOptions) -> io::Result<()> {
-    let socket = SockRef::from(socket);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(options.keepalive_idle))?;
-    socket.set_tcp_user_timeout(Some(options.user_timeout))
 }
 
 fn bind(socket: &OwnedFd, source: Source) -> io::Result<()> {
@@ -361,15 +420,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_a_backend_when_it_is_reached_then_its_socket_has_the_options() {
+    async fn given_a_backend_when_it_is_reached_then_the_time_it_took_is_known() {
         let [web] = backends([echo().await]);
 
         let reached = dial(&balancer(&[Arc::clone(&web)]), &ConnectOptions::default()).await.expect("reached");
 
-        let socket = SockRef::from(&reached.stream);
-        assert!(socket.keepalive().expect("an option"));
-        assert_eq!(socket.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
-        assert_eq!(socket.tcp_user_timeout().expect("an option"), Some(Duration::from_secs(120)));
+        assert_eq!(reached.backend.id, web.id);
         assert!(web.stats.connect_us.get() > 0);
     }
 
@@ -491,10 +547,61 @@ mod tests {
         let [web] = backends([address.await]);
         let source = IpAddr::from([127, 82, 0, 1]);
 
-        let stream = soon(connect(&web, Source::Address(source), &Preface::None, &ConnectOptions::default())).await;
+        let stream = soon(connect(&web, Source::Address(source), &Preface::None)).await;
 
         assert_eq!(own_address(&stream.expect("reached")), source);
         assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
+    }
+
+    #[test]
+    fn given_sources_of_both_families_when_asked_then_each_comes_in_turn_and_only_to_its_own() {
+        let [one, two] = [[127, 82, 0, 3], [127, 82, 0, 4]].map(IpAddr::from);
+        let sources = Sources::new([one, two]);
+        let [first, second, third] = [(); 3].map(|()| sources.clone().towards(Family::V4).collect::<Vec<_>>());
+
+        assert_eq!(first, [Source::Address(one), Source::Address(two)]);
+        assert_eq!(second, [Source::Address(two), Source::Address(one)]);
+        assert_eq!(third, first);
+        assert_eq!(sources.towards(Family::V6).collect::<Vec<_>>(), [Source::Any]);
+    }
+
+    #[tokio::test]
+    async fn given_upstream_sources_when_clients_come_then_backends_see_them_in_turn() {
+        let [web] = backends([echo().await]);
+        let web = balancer(&[web]);
+        let addresses = [[127, 82, 0, 3], [127, 82, 0, 4]].map(IpAddr::from);
+        let options = ConnectOptions { sources: Sources::new(addresses), ..ConnectOptions::default() };
+
+        for address in addresses.into_iter().chain(addresses) {
+            let reached = dial(&web, &options).await.expect("reached");
+            assert_eq!(own_address(&reached.stream), address);
+        }
+    }
+
+    /// T168: an address that cannot be bound stands for one without a port left: the kernel's word is the same.
+    #[tokio::test]
+    async fn t168_given_a_source_without_a_port_when_dialed_then_the_next_source_reaches_the_same_backend() {
+        let [web] = backends([echo().await]);
+        let foreign = IpAddr::from([192, 0, 2, 7]);
+        let own = IpAddr::from([127, 82, 0, 5]);
+        let options = ConnectOptions { sources: Sources::new([foreign, own]), ..ConnectOptions::default() };
+
+        let reached = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect("by the other source");
+
+        assert_eq!(own_address(&reached.stream), own);
+        assert_eq!(failures(&web, ConnectFailure::LocalPorts), 1);
+    }
+
+    #[tokio::test]
+    async fn t168_given_no_source_with_a_port_when_dialed_then_the_verdict_says_so() {
+        let [web] = backends([echo().await]);
+        let foreign = [[192, 0, 2, 7], [192, 0, 2, 8]].map(IpAddr::from);
+        let options = ConnectOptions { sources: Sources::new(foreign), ..ConnectOptions::default() };
+
+        let verdict = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect_err("no port");
+
+        assert_eq!(verdict, DropReason::LocalPorts);
+        assert_eq!(failures(&web, ConnectFailure::LocalPorts), 2);
     }
 
     /// Needs CAP_NET_ADMIN to be more than a refusal with a reason.
@@ -503,7 +610,7 @@ mod tests {
         let [web] = backends([echo().await]);
         let client = SocketAddr::from(([127, 82, 0, 2], 40_000));
 
-        let outcome = soon(connect(&web, Source::Client(client), &Preface::None, &ConnectOptions::default())).await;
+        let outcome = soon(connect(&web, Source::Client(client), &Preface::None)).await;
 
         match outcome {
             Ok(stream) => assert_eq!(own_address(&stream), client.ip()),
@@ -516,7 +623,7 @@ mod tests {
         let [web] = backends([echo().await]);
         let preface = Preface::Bytes(b"PROXY ".as_slice().into());
 
-        let stream = soon(connect(&web, Source::Any, &preface, &ConnectOptions::default())).await;
+        let stream = soon(connect(&web, Source::Any, &preface)).await;
         let stream = stream.expect("reached");
         stream.send_all(b"hello").await.expect("a connection");
         stream.end().expect("a connection");

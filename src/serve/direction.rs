@@ -2,7 +2,7 @@
 //!
 //! It copies first: into a scratch buffer of the thread, which is used within one poll only, and out at once. What the
 //! receiver does not take is kept on the heap, and nothing more is read until it is gone: that is the back-pressure.
-//! When [`BULKY_READS`] reads in a row came back full, it splices: through a pipe that it holds only while something is
+//! When [`BULKY_READS`] reads came back full, in one burst or in bursts with a short end, it splices: through a pipe that it holds only while something is
 //! on the way, filled on while the receiver is not ready. When [`THIN_SPLICES`] in a row moved little, it copies again:
 //! small messages cost two system calls less that way.
 //!
@@ -27,7 +27,7 @@ pub(crate) const SCRATCH_BYTES: usize = 64 * 1024;
 /// What a direction may move before other connections of the thread get their turn.
 const BUDGET_BYTES: usize = 1024 * 1024;
 
-/// Full reads in a row after which a direction splices.
+/// Full reads after which a direction splices.
 const BULKY_READS: i16 = 3;
 
 /// Full reads that a direction copies after no pipe was to be had, before it asks again: 64 MiB.
@@ -99,7 +99,9 @@ pub(crate) struct Direction {
     nagle: Nagle,
     /// Thin splices in a row.
     thin: u8,
-    /// Full reads in a row; below 0: so many to go before counting begins.
+    /// The last read was a full one.
+    was_full: bool,
+    /// Full reads without two short ones in a row; below 0: so many to go before counting begins.
     full: i16,
     load: Load,
 }
@@ -232,8 +234,14 @@ impl Direction {
         Poll::Ready(Ok(count))
     }
 
+    /// A full read counts; the short one that ends its burst does not speak against bulk, the next one does.
     fn note_read(&mut self, full: bool) {
-        self.full = if full { self.full + 1 } else { self.full.min(0) };
+        match (self.was_full, full) {
+            (_, true) => self.full += 1,
+            (false, false) => self.full = self.full.min(0),
+            (true, false) => {}
+        }
+        self.was_full = full;
         if self.full == BULKY_READS {
             self.full = 0;
             self.thin = 0;
@@ -392,10 +400,11 @@ mod tests {
     }
 
     #[test]
-    fn given_full_reads_when_three_came_in_a_row_then_it_splices() {
+    fn given_full_reads_when_three_came_without_two_short_ones_in_a_row_then_it_splices() {
         assert_eq!(after_reads(&[true, true]).phase, Phase::Copying);
-        assert_eq!(after_reads(&[true, true, false, true, true]).phase, Phase::Copying);
+        assert_eq!(after_reads(&[true, true, false, false, true, true]).phase, Phase::Copying);
         assert_eq!(after_reads(&[true, true, true]).phase, Phase::Splicing);
+        assert_eq!(after_reads(&[true, false, true, false, true]).phase, Phase::Splicing);
     }
 
     #[test]

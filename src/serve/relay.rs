@@ -48,9 +48,15 @@ impl Connection {
     pub async fn relay(&mut self, half_close_timeout: Duration) -> CloseReason {
         let Self { pair, account } = self;
         let mut relay = Relay::new(pair, account, half_close_timeout);
-        let reason = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
+        let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
+        let mute = relay.mute;
         drop(relay);
-        pair.finished = reason == CloseReason::Finished;
+        pair.finished = outcome.is_ok();
+        let reason = match outcome {
+            Ok(()) if mute && account.is_empty() => CloseReason::ClientAbort,
+            Ok(()) => CloseReason::Finished,
+            Err(reason) => reason,
+        };
         account.reason = Some(reason);
         reason
     }
@@ -112,6 +118,11 @@ impl Account {
         Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None }
     }
 
+    /// True where nothing has moved.
+    fn is_empty(&self) -> bool {
+        self.upstream.moved == 0 && self.downstream.moved == 0
+    }
+
     /// Costs two shared writes at most: once when the connection falls idle and once per budget of a direction, not
     /// for each write.
     fn publish(&mut self) {
@@ -142,6 +153,8 @@ struct Relay<'s> {
     up: Direction,
     down: Direction,
     half_close_timeout: Duration,
+    /// The client ended before anybody had said anything, as a health check of a load balancer does.
+    mute: bool,
     rare: Option<Box<Rare<'s>>>,
 }
 
@@ -154,16 +167,18 @@ impl<'s> Relay<'s> {
             up: Direction::to_backend(),
             down: Direction::to_client(),
             half_close_timeout,
+            mute: false,
             rare: None,
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> Poll<CloseReason> {
+    /// Ready when both sides have said all, or with the reason why they have not.
+    fn poll(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> Poll<Result<(), CloseReason>> {
         let outcome = match self.poll_directions(cx, scratch) {
-            Poll::Ready(Ok(())) => Poll::Ready(CloseReason::Finished),
-            Poll::Ready(Err(broken)) => Poll::Ready(broken.reason()),
-            Poll::Pending => self.poll_rare(cx),
+            Poll::Ready(outcome) => Poll::Ready(outcome.map_err(|broken| broken.reason())),
+            Poll::Pending => self.poll_rare(cx).map(Err),
         };
+        self.mute |= self.up.is_done() && !self.down.is_done() && self.account.is_empty();
         self.account.publish();
         outcome
     }

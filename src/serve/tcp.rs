@@ -6,6 +6,25 @@
 //!
 //! The life of a connection: accepted here, a backend reached in `connect`, bytes moved in `relay`. A client
 //! that is turned away gets a reset, never a clean end of stream, and is counted with the reason.
+//!
+//! # The system calls of a short connection
+//! Open, a request, a response, close; 16 calls, and a share of those that serve many connections under load (of
+//! `epoll_wait`, of the `accept4` that says "nobody waits", of `futex` to wake an idle thread): 16.3 to 17 in all.
+//!
+//! | call | why |
+//! |---|---|
+//! | `accept4` | the client; not blocking at once, TCP_NODELAY and keep-alive inherited from the listener |
+//! | `epoll_ctl` add | its only registration |
+//! | `socket`, `connect` | the backend; no option before the second write (`direction`) or the fifth second (`lasting`) |
+//! | `epoll_ctl` add | its only registration; the loop tells of success, so SO_ERROR is read after failures alone |
+//! | `recvfrom`, `sendto` | the request; a short read says that the socket is empty |
+//! | `recvfrom`, `sendto` | the response |
+//! | `recvfrom`, `shutdown` | the client's end of stream, and passing it on |
+//! | `recvfrom` | the backend's; closing the client's socket passes it on |
+//! | `epoll_ctl` delete, `close`, twice | tokio deregisters each socket that it closes: the floor |
+//!
+//! Who closes first keeps the TIME_WAIT: where it is the client, that is this host's port towards the backend, as the
+//! relay passes the end on before the backend's comes. `Sources` in `connect` multiplies those ports.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -28,6 +47,7 @@ use tracing::{debug, warn};
 use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
+use crate::serve::lasting::{LastingOptions, Newcomers};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
 use crate::serve::{TargetCell, Verdict, socket};
@@ -38,6 +58,8 @@ use crate::stats::DropReason;
 pub struct TcpOptions {
     /// How backends are connected to.
     pub connect: ConnectOptions,
+    /// What upstream connections get that last.
+    pub lasting: LastingOptions,
     /// How long one side of a half-closed connection may keep silent. Default 1 h.
     pub half_close_timeout: Duration,
     /// Silence after which a client is asked whether it is still there. Whole seconds. Default 60 s.
@@ -50,6 +72,7 @@ impl Default for TcpOptions {
     fn default() -> Self {
         Self {
             connect: ConnectOptions::default(),
+            lasting: LastingOptions::default(),
             half_close_timeout: Duration::from_secs(3_600),
             keepalive_idle: Duration::from_secs(60),
             keepalive_probes: 3,
@@ -61,6 +84,7 @@ impl Default for TcpOptions {
 #[derive(Debug)]
 pub struct TcpShared {
     options: TcpOptions,
+    newcomers: Newcomers,
     connections: TaskTracker,
     abort: CancellationToken,
     /// The token's state, to be read without its lock at each turn of each connection.
@@ -68,10 +92,13 @@ pub struct TcpShared {
 }
 
 impl TcpShared {
-    /// No connection yet.
+    /// No connection yet. Needs a tokio runtime.
     pub fn new(options: TcpOptions) -> Self {
+        let (newcomers, sweeping) = Newcomers::swept_with(options.lasting.clone());
+        tokio::spawn(sweeping); // Ends with this.
         Self {
             options,
+            newcomers,
             connections: TaskTracker::new(),
             abort: CancellationToken::new(),
             aborting: AtomicBool::new(false),
@@ -364,6 +391,7 @@ async fn reach(
     match reached {
         Ok(Reached { backend, stream }) => {
             let client = waiting.client.take()?;
+            shared.newcomers.add(&stream);
             Some((Arc::clone(&waiting.port), Connection::open(client, stream, backend)))
         }
         Err(reason) => {
