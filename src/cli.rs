@@ -4,6 +4,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use ipnet::IpNet;
 use crate::config::{
     CheckConfig, DEFAULT_DRAIN_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS,
     DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY,
-    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig,
-    UdpTimeouts,
+    DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED,
+    PlanConfig, RunConfig, UdpTimeouts,
 };
 use crate::endpoints::Node;
 use crate::host::NodePortSelector;
@@ -241,6 +242,11 @@ struct ProcessFlags {
     /// Threads that relay [default: the processors that this process may use: CPU affinity and whole CPUs of its cgroup's quota count]
     #[arg(long, value_name = "N", env = "KUBE_RELAY_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
+
+    /// Threads that share each UDP port; for one hot Service rather its annotation kube-relay.dev/udp-shards
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_UDP_SHARDS", default_value_t = DEFAULT_UDP_SHARDS)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    udp_shards: u16,
 }
 
 /// Arguments of `check`.
@@ -481,6 +487,7 @@ impl TryFrom<RunArgs> for RunConfig {
                 stream: positive("--udp-timeout-stream", times.udp_timeout_stream)?,
             },
             logs: LogOptions { level: process.log_level, format: process.log_format },
+            udp_shards: NonZeroU16::new(process.udp_shards).unwrap_or(NonZeroU16::MIN),
             workers: process.workers.map(usize::from),
         })
     }

@@ -3,7 +3,7 @@
 //! How people write it is `cli` (flags and environment) and `value` (grammar). Each value is parsed once, there.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -42,6 +42,8 @@ pub const DEFAULT_UDP_TIMEOUT_UNREPLIED: Duration = Duration::from_secs(10);
 pub const DEFAULT_UDP_TIMEOUT_ANSWERED: Duration = Duration::from_secs(10);
 /// `--udp-timeout-stream`: a client that sent again after an answer.
 pub const DEFAULT_UDP_TIMEOUT_STREAM: Duration = Duration::from_secs(60);
+/// `--udp-shards`: what one thread can do is enough for most ports.
+pub const DEFAULT_UDP_SHARDS: u16 = 1;
 /// `--log-level`.
 pub const DEFAULT_LOG_LEVEL: &str = "info";
 
@@ -64,6 +66,8 @@ pub struct RunConfig {
     pub shutdown: ShutdownTimes,
     /// How long idle UDP flows live.
     pub udp_timeouts: UdpTimeouts,
+    /// Threads that share a UDP port whose Service does not say (1..=1024). From `--udp-shards`.
+    pub udp_shards: NonZeroU16,
     /// How to log.
     pub logs: LogOptions,
     /// Worker threads (1..=1024); `None`: as many as this process may use processors.
@@ -124,7 +128,11 @@ impl RunConfig {
                 connect: ConnectOptions { sources: Sources::new(self.upstream_sources.clone()), ..Default::default() },
                 ..TcpOptions::default()
             },
-            udp: UdpOptions { idle: IdleTimes { unreplied, answered, stream }, ..UdpOptions::default() },
+            udp: UdpOptions {
+                idle: IdleTimes { unreplied, answered, stream },
+                shards_per_listener: self.udp_shards,
+                ..UdpOptions::default()
+            },
             udp_shards: self.workers.and_then(NonZeroUsize::new),
         }
     }

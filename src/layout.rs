@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
+use crate::udp_settings::UdpSettings;
 
 /// Why a listener exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -101,6 +102,8 @@ pub struct Listener {
     pub allocated: bool,
     /// Where its traffic goes.
     pub target: Target,
+    /// How its datagrams are served; what the flags say for TCP.
+    pub udp: UdpSettings,
 }
 
 impl Listener {
@@ -292,7 +295,10 @@ mod tests {
                 let service = ObjectName::new("default", format!("web-{owner}"));
                 let port = ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp };
                 let kind = ListenerKind::ClusterIp;
-                (key, Listener { port, kind, allocated, target: Target { outside, inside } })
+                (
+                    key,
+                    Listener { port, kind, allocated, target: Target { outside, inside }, udp: UdpSettings::default() },
+                )
             },
         )
     }

@@ -85,6 +85,7 @@ mod service_plan;
 pub mod stats;
 pub mod status;
 pub mod timestamp;
+mod udp_settings;
 pub mod value;
 mod watch;
 mod yaml;

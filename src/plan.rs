@@ -18,6 +18,7 @@ use crate::name::{ListenKey, ObjectName};
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
 pub use crate::service_plan::ServicePlan;
+pub use crate::udp_settings::UdpSettings;
 
 /// What shapes a plan besides the objects. Owned by `control`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

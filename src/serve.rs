@@ -13,6 +13,7 @@ pub mod flow;
 pub mod lasting;
 pub mod listeners;
 pub mod mmsg;
+mod outbound;
 mod pipe;
 pub mod relay;
 #[cfg(test)]
@@ -25,7 +26,9 @@ pub mod slab;
 pub mod socket;
 pub mod stream;
 pub mod tcp;
+mod train;
 pub mod udp;
+mod upstream;
 mod wheel;
 
 use std::net::IpAddr;

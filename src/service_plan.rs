@@ -10,9 +10,10 @@ use crate::endpoints::{self, Selection, Usable};
 use crate::entries::{Entries, Entry};
 use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Target, Verdict};
 use crate::model::{ClusterIps, Service, ServiceKind, Slice, TrafficPolicy};
-use crate::name::{BalancerKey, Family, Scope, ServicePortName};
+use crate::name::{BalancerKey, Family, Protocol, Scope, ServicePortName};
 use crate::plan::PlanOptions;
 use crate::problem::Problem;
+use crate::udp_settings::UdpSettings;
 
 /// What is planned for one Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,6 +86,7 @@ impl ServicePlan {
 
     /// Makes a listener of each entry; of two on one key the first is served.
     fn listen(&mut self, service: &Service, entries: &[Entry], targets: &BTreeMap<(usize, Family), Targets>) {
+        let udp_settings = UdpSettings::of(service, &mut self.problems);
         let mut taken = BTreeSet::new();
         for entry in entries {
             let port = port_name(service, entry.port);
@@ -96,7 +98,8 @@ impl ServicePlan {
                 None => {
                     let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
                     let target = targets.of_kind(entry.kind);
-                    let listener = Listener { port, kind: entry.kind, allocated: entry.allocated, target };
+                    let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
+                    let listener = Listener { port, kind: entry.kind, allocated: entry.allocated, target, udp };
                     self.wanted.listeners.insert(entry.key, listener);
                 }
             }

@@ -129,6 +129,7 @@ mod tests {
             kind: ListenerKind::ClusterIp,
             allocated: false,
             target: Target { outside: side, inside: side },
+            udp: Default::default(),
         }
     }
 

@@ -5,6 +5,7 @@
 use std::io;
 use std::ops::ControlFlow;
 
+use crate::serve::outbound::Refusal;
 use crate::stats::{CloseReason, ConnectFailure, DropReason};
 
 /// Why a flow got no socket: for the counters of its backend and of its Service.
@@ -36,15 +37,15 @@ pub(super) fn why_lost(error: &io::Error) -> Option<CloseReason> {
     }
 }
 
-/// Counts a datagram that was not sent, or all `left` where the socket's queue is full.
-pub(super) fn count_unsent(error: &io::Error, left: usize, mut count: impl FnMut(DropReason, u64)) -> ControlFlow<()> {
-    match error.raw_os_error() {
+/// Counts the datagrams of a message that was not sent, or all that are left where the socket's queue is full.
+pub(super) fn count_unsent(refusal: &Refusal<'_>, mut count: impl FnMut(DropReason, u64)) -> ControlFlow<()> {
+    match refusal.error.raw_os_error() {
         Some(libc::EAGAIN) => {
-            count(DropReason::Memory, left as u64);
+            count(DropReason::Memory, refusal.left);
             return ControlFlow::Break(());
         }
-        Some(libc::ENOBUFS | libc::ENOMEM) => count(DropReason::Memory, 1),
-        _ => count(DropReason::Unreachable, 1),
+        Some(libc::ENOBUFS | libc::ENOMEM) => count(DropReason::Memory, refusal.datagrams),
+        _ => count(DropReason::Unreachable, refusal.datagrams),
     }
     ControlFlow::Continue(())
 }
@@ -52,6 +53,7 @@ pub(super) fn count_unsent(error: &io::Error, left: usize, mut count: impl FnMut
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serve::mmsg::Place;
 
     #[test]
     fn f16_given_errors_of_a_flows_socket_when_judged_then_only_those_about_the_backend_end_the_flow() {
@@ -71,13 +73,14 @@ mod tests {
         let outcome = |errno| {
             let mut counted = None;
             let error = io::Error::from_raw_os_error(errno);
-            let flow = count_unsent(&error, 5, |reason, count| counted = Some((reason, count)));
+            let refusal = Refusal { at: Place::default(), datagrams: 2, left: 5, error: &error };
+            let flow = count_unsent(&refusal, |reason, count| counted = Some((reason, count)));
             (counted, flow.is_break())
         };
 
         assert_eq!(outcome(libc::EAGAIN), (Some((DropReason::Memory, 5)), true));
-        assert_eq!(outcome(libc::ENOBUFS), (Some((DropReason::Memory, 1)), false));
-        assert_eq!(outcome(libc::EHOSTUNREACH), (Some((DropReason::Unreachable, 1)), false));
+        assert_eq!(outcome(libc::ENOBUFS), (Some((DropReason::Memory, 2)), false));
+        assert_eq!(outcome(libc::EHOSTUNREACH), (Some((DropReason::Unreachable, 2)), false));
     }
 
     #[test]

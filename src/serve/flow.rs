@@ -60,6 +60,13 @@ impl Default for IdleTimes {
     }
 }
 
+impl IdleTimes {
+    /// By state, in the order of [`FlowState::ALL`].
+    fn seconds(self) -> [u32; 3] {
+        [self.unreplied, self.answered, self.stream].map(whole_seconds)
+    }
+}
+
 /// Where a new flow is to go.
 #[derive(Clone, Debug)]
 pub struct Choice {
@@ -247,8 +254,19 @@ impl FlowTable {
 
     /// Takes a listener in; its flows live as long as `idle` says.
     pub fn add_listener(&mut self, idle: IdleTimes) -> ListenerId {
-        let idle = [idle.unreplied, idle.answered, idle.stream].map(whole_seconds);
-        ListenerId(self.listeners.insert(Listener { idle, flows: Chain::default() }))
+        ListenerId(self.listeners.insert(Listener { idle: idle.seconds(), flows: Chain::default() }))
+    }
+
+    /// Gives a listener's flows other idle times, those that are there included. Work is proportional to them.
+    pub fn set_idle(&mut self, listener: ListenerId, idle: IdleTimes) {
+        let Some(found) = self.listeners.get_mut(listener.0) else { return };
+        found.idle = idle.seconds();
+        let mut next = self.flows.first(found.flows);
+        while let Some(id) = next {
+            next = self.flows.after(LISTENER, id);
+            self.unschedule(id);
+            self.schedule(id);
+        }
     }
 
     /// Forgets a listener and closes its flows.

@@ -22,7 +22,7 @@ use crate::plan::{self, Backends, Listener, Side, Step};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::serve::failures::{Due, Failures};
 use crate::serve::tcp::{TcpServer, TcpShared};
-use crate::serve::udp::UdpShards;
+use crate::serve::udp::{UdpServer, UdpShards};
 use crate::serve::{Target, TargetCell, Verdict, socket, udp};
 use crate::stats::DropReason;
 
@@ -59,8 +59,8 @@ enum Socket {
     Tcp(Arc<OwnedFd>, TcpServer),
     /// Nobody: its port is held, connects are refused.
     ParkedTcp(Arc<OwnedFd>),
-    /// A shard reads from it.
-    Udp,
+    /// Shards read from it.
+    Udp(UdpServer),
     /// Nobody: senders get port unreachable.
     ParkedUdp(UdpSocket),
 }
@@ -167,7 +167,7 @@ impl Listeners {
         self.ports.values_mut().for_each(|port| port.listeners.clear());
         // At once, not one after another: each has to wait for a task or a shard that may be busy.
         let running = std::mem::take(&mut self.listeners);
-        join_all(running.into_iter().map(|(key, running)| self.release(key, running.socket))).await;
+        join_all(running.into_values().map(|running| self.release(running.socket))).await;
     }
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
@@ -193,7 +193,9 @@ impl Listeners {
     fn sweep(&self, key: &BalancerKey) {
         let Some(port) = self.ports.get(&key.port) else { return };
         for listener in port.listeners.iter().filter(|listener| Family::of(listener.address.ip()) == key.family) {
-            self.udp.sweep(*listener);
+            if let Some(Running { socket: Socket::Udp(server), .. }) = self.listeners.get(listener) {
+                self.udp.sweep(*server);
+            }
         }
     }
 
@@ -273,10 +275,7 @@ impl Listeners {
                 self.accept_from(key, listener, &wanted.target, target)
             }
             (Protocol::Udp, true) => Ok(Socket::ParkedUdp(udp::hold_udp(key.address)?)),
-            (Protocol::Udp, false) => {
-                self.udp.add(key, udp::bind_udp(key.address)?, Arc::clone(target));
-                Ok(Socket::Udp)
-            }
+            (Protocol::Udp, false) => Ok(Socket::Udp(self.udp.open(key, Arc::clone(target), &wanted.udp)?)),
             (Protocol::Sctp, _) => Err(io::Error::new(io::ErrorKind::Unsupported, "SCTP is not served")),
         }
     }
@@ -334,18 +333,18 @@ impl Listeners {
                 socket::revive_tcp(&listener)?;
                 self.accept_from(key, listener, &wanted.target, target)
             }
-            (Socket::Udp, true) => {
-                self.udp.remove(key).await;
+            (Socket::Udp(server), true) => {
+                self.udp.remove(server).await;
                 Ok(Socket::ParkedUdp(udp::hold_udp(key.address)?))
+            }
+            (Socket::Udp(server), false) => {
+                self.udp.set_idle(server, &wanted.udp);
+                self.udp.sweep(server); // Flows of the last owner, or of a side that is served no more, begin anew.
+                Ok(Socket::Udp(server))
             }
             (Socket::ParkedUdp(holder), false) => {
                 drop(holder);
-                self.udp.add(key, udp::bind_udp(key.address)?, Arc::clone(target));
-                Ok(Socket::Udp)
-            }
-            (Socket::Udp, false) => {
-                self.udp.sweep(key); // Flows of the last owner, or of a side that is served no more, begin anew.
-                Ok(Socket::Udp)
+                Ok(Socket::Udp(self.udp.open(key, Arc::clone(target), &wanted.udp)?))
             }
             (parked @ (Socket::ParkedTcp(_) | Socket::ParkedUdp(_)), true) => Ok(parked),
         }
@@ -356,17 +355,17 @@ impl Listeners {
         let Some(running) = self.listeners.remove(&key) else { return };
         self.turned.insert(key);
         self.disown(&running.port, &key);
-        self.release(key, running.socket).await;
+        self.release(running.socket).await;
     }
 
     /// Closes a socket. When this is done, its address is free.
-    async fn release(&self, key: ListenKey, socket: Socket) {
+    async fn release(&self, socket: Socket) {
         match socket {
             Socket::Tcp(listener, server) => {
                 drop(listener);
                 server.stop().await;
             }
-            Socket::Udp => self.udp.remove(key).await,
+            Socket::Udp(server) => self.udp.remove(server).await,
             Socket::ParkedTcp(_) | Socket::ParkedUdp(_) => {}
         }
     }

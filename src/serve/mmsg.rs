@@ -1,24 +1,28 @@
 //! Datagrams in batches, and the options of UDP sockets: the system calls of the UDP data path.
 //!
-//! One of the files where `unsafe` is allowed. Who gets which datagram is decided in `flow`, when to call is `shard`.
+//! One of the files where `unsafe` is allowed. Who gets which datagram is decided in `flow`, which ones make a message
+//! together in `train`, when to call in `shard`.
 
 #![allow(unsafe_code)]
 
 use std::io;
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ops::{Add, AddAssign, Range};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
 
 use libc::{c_int, c_uint, mmsghdr};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
+use tracing::info;
 
 use crate::serve::socket::bind_here;
+use crate::serve::train::{Joining, Load, Train};
 
-/// Datagrams in one batch. Larger batches gained nothing when measured.
+/// Slots in one batch. Larger batches gained nothing when measured.
 pub const BATCH: usize = 64;
 
-/// The largest datagram that IP can carry is smaller, so nothing is ever cut off.
+/// The largest datagram that IP can carry is smaller, as is the longest train: nothing is ever cut off.
 const PAYLOAD_BYTES: usize = 65_536;
 
 /// One cache line more than a payload: slots at the same offset of a page each would share few cache sets.
@@ -34,7 +38,10 @@ const UPSTREAM_BUFFER_BYTES: usize = 1 << 20;
 ///
 /// Neither SO_REUSEADDR nor SO_REUSEPORT: with them another process could take the address over.
 pub fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = bound(address)?;
+    listening(bound(address)?, address)
+}
+
+fn listening(socket: Socket, address: SocketAddr) -> io::Result<UdpSocket> {
     // What follows makes it better, but a socket without is better than none.
     let _ = socket.set_recv_buffer_size(LISTENER_BUFFER_BYTES);
     let _ = socket.set_send_buffer_size(LISTENER_BUFFER_BYTES);
@@ -64,12 +71,36 @@ pub fn connect_udp(backend: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
+/// Opens the sockets of a listener that several shards serve: the kernel spreads senders over them evenly, and each
+/// stays with its socket while all of them are open.
+///
+/// The first one is bound like [`bind_udp`]'s, so that an address that somebody else holds is an error; then
+/// SO_REUSEPORT lets the others in, and whoever else runs as the same user.
+pub fn bind_udp_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
+    let first = bind_udp(address)?;
+    if count > 1 {
+        SockRef::from(&first).set_reuse_port(true)?;
+    }
+    let others = (1..count).map(|_| {
+        let socket = unbound(address)?;
+        socket.set_reuse_port(true)?;
+        bind_here(&socket, address)?;
+        listening(socket, address)
+    });
+    std::iter::once(Ok(first)).chain(others).collect()
+}
+
 fn bound(address: SocketAddr) -> io::Result<Socket> {
+    let socket = unbound(address)?;
+    bind_here(&socket, address)?;
+    Ok(socket)
+}
+
+fn unbound(address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking().cloexec(), None)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    bind_here(&socket, address)?;
     Ok(socket)
 }
 
@@ -79,14 +110,22 @@ fn report_ecn(socket: &Socket, address: SocketAddr) -> io::Result<()> {
 
 /// Asks the kernel to tell with datagrams how many it had to drop before them.
 fn report_overflow(socket: &Socket) -> io::Result<()> {
-    let on: c_int = 1;
+    set_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
+}
+
+/// Asks the kernel to hand over datagrams of equal length from one sender as one train, where it can.
+pub fn receive_trains(socket: &UdpSocket) -> io::Result<()> {
+    set_int(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1)
+}
+
+fn set_int(socket: BorrowedFd<'_>, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
     // SAFETY: the option's value is one int, which lives until the call returns; the kernel only reads it.
     let done = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RXQ_OVFL,
-            ptr::from_ref(&on).cast(),
+            level,
+            option,
+            ptr::from_ref(&value).cast(),
             size_of::<c_int>() as libc::socklen_t,
         )
     };
@@ -96,28 +135,48 @@ fn report_overflow(socket: &Socket) -> io::Result<()> {
 /// Where the datagrams of a batch go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum To {
-    /// To whom the socket is connected.
+    /// To whom the socket is connected. All of them: they are of one flow.
     Connected,
     /// Each to its own peer.
     Peers,
 }
 
-/// Up to [`BATCH`] datagrams of any size, received from some sockets and sent on over others, in place.
+/// A place in a list of slots: before the first byte that is not yet dealt with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The position in the list.
+    pub position: usize,
+    /// Bytes of that slot which are behind this place: whole datagrams.
+    pub offset: usize,
+}
+
+/// The kernel did not take the first message.
+#[derive(Debug)]
+pub struct Unsent {
+    /// Why.
+    pub error: io::Error,
+    /// The place behind that message.
+    pub end: Place,
+    load: Load,
+}
+
+/// Up to [`BATCH`] slots, received from some sockets and sent on over others, in place. A slot holds one datagram of
+/// any size, or a train of equal ones that the kernel has joined.
 ///
-/// 4 MiB of address space, allocated once; pages that no datagram has reached cost nothing. The UDP offloads have
-/// their place here: GRO adds a segment size to a slot, GSO joins slots of one run in `send`.
+/// 4 MiB of address space, allocated once; pages that no datagram has reached cost nothing.
 #[derive(Debug)]
 pub struct Batch {
     payloads: Box<[u8]>,
     slots: Box<[Slot; BATCH]>,
     filled: usize,
     overflow: Option<u32>,
+    joining: Joining,
 }
 
 /// What belongs to one payload.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    length: usize,
+    train: Train,
     peer: Name,
     /// The two lowest bits of TOS or traffic class.
     ecn: u8,
@@ -125,10 +184,11 @@ struct Slot {
 }
 
 impl Slot {
-    const EMPTY: Self = Self { length: 0, peer: Name([0; Name::BYTES]), ecn: 0, control: Control([0; CONTROL_BYTES]) };
+    const EMPTY: Self =
+        Self { train: Train::single(0), peer: Name([0; Name::BYTES]), ecn: 0, control: Control([0; CONTROL_BYTES]) };
 }
 
-/// Room for the control messages of one datagram: ECN, overflow, and two more.
+/// Room for the control messages that come with a datagram: ECN, overflow, the length of segments, and one more.
 const CONTROL_BYTES: usize = 128;
 
 #[repr(C, align(8))]
@@ -142,53 +202,59 @@ impl Default for Batch {
             slots: Box::new([Slot::EMPTY; BATCH]),
             filled: 0,
             overflow: None,
+            joining: Joining::default(),
         }
     }
 }
 
 impl Batch {
+    /// A batch that never joins datagrams when it sends.
+    pub fn without_joining() -> Self {
+        Self { joining: Joining::NEVER, ..Self::default() }
+    }
+
     /// Forgets all datagrams.
     pub fn clear(&mut self) {
         self.filled = 0;
     }
 
-    /// How many datagrams it holds.
+    /// How many slots are filled.
     pub fn count(&self) -> usize {
         self.filled
     }
 
-    /// How many more it can take.
+    /// How many more slots can be filled.
     pub fn room(&self) -> usize {
         BATCH - self.filled
     }
 
-    /// The payload of a datagram.
+    /// The bytes of a slot.
     pub fn payload(&self, slot: usize) -> &[u8] {
-        &self.payloads[slot * SLOT_BYTES..][..self.length(slot)]
+        &self.payloads[slot * SLOT_BYTES..][..self.slots[slot].train.length]
     }
 
-    /// Payload bytes of a datagram.
-    pub fn length(&self, slot: usize) -> usize {
-        self.slots[slot].length
+    /// How many datagrams a slot holds: at least one.
+    pub fn datagrams(&self, slot: usize) -> usize {
+        self.slots[slot].train.datagrams()
     }
 
-    /// Who sent the datagram, or whom it is addressed to.
+    /// Who sent what is in the slot, or whom it is addressed to.
     pub fn peer(&self, slot: usize) -> Option<SocketAddr> {
         self.slots[slot].peer.decode()
     }
 
-    /// Addresses the datagram.
+    /// Addresses what is in the slot.
     pub fn set_peer(&mut self, slot: usize, peer: SocketAddr) {
         self.slots[slot].peer = Name::encode(peer);
     }
 
-    /// How many datagrams the kernel dropped at the socket of the last `receive` since it was opened, modulo 2³²,
-    /// as its queue was full; `None` where it does not say.
+    /// How many times the kernel dropped what came to the socket of the last `receive` since it was opened, modulo
+    /// 2³², as its queue was full; `None` where it does not say. A train that is dropped as a whole counts once.
     pub fn overflow(&self) -> Option<u32> {
         self.overflow
     }
 
-    /// Receives up to `most` datagrams behind those that it holds: fewer where no more wait. Does not block.
+    /// Fills up to `most` slots behind those that are: fewer where no more waits. Does not block.
     pub fn receive(&mut self, socket: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
         let most = most.min(self.room());
         let mut vectors = [const { MaybeUninit::<libc::iovec>::uninit() }; BATCH];
@@ -220,7 +286,8 @@ impl Batch {
         for (slot, header) in self.slots[self.filled..].iter_mut().zip(&headers).take(received) {
             // SAFETY: the first `received` headers are among the written ones.
             let header = unsafe { header.assume_init_ref() };
-            slot.length = header.msg_len as usize;
+            let length = header.msg_len as usize;
+            slot.train = Train::single(length);
             slot.ecn = 0;
             read_control(&header.msg_hdr, |level, kind, value| match (level, kind, value) {
                 (libc::IPPROTO_IP, libc::IP_TOS, [tos, ..]) => slot.ecn = tos & 3,
@@ -230,6 +297,9 @@ impl Batch {
                 (libc::SOL_SOCKET, libc::SO_RXQ_OVFL, &[a, b, c, d]) => {
                     self.overflow = Some(u32::from_ne_bytes([a, b, c, d]));
                 }
+                (libc::SOL_UDP, libc::UDP_GRO, &[a, b, c, d]) => {
+                    slot.train = Train::joined(length, u32::from_ne_bytes([a, b, c, d]) as usize);
+                }
                 _ => {}
             });
         }
@@ -237,62 +307,174 @@ impl Batch {
         Ok(received)
     }
 
-    /// Sends the datagrams of these slots, in this order, with their ECN bits. Does not block.
+    /// Sends what is in these slots from a place on, in this order, with their ECN bits: as many messages as one call
+    /// can take, each of one datagram or of several for one peer. Does not block.
     ///
-    /// Returns how many left; fewer than asked for means that the next one failed. Sending it again says why, unless
-    /// it was an ICMP error about an earlier datagram: the kernel tells that once, and here it told nobody. The next
-    /// datagram to a dead port brings another one.
-    pub fn send(&mut self, socket: BorrowedFd<'_>, slots: &[u8], to: To) -> io::Result<usize> {
+    /// Returns the place behind the last datagram that left. What is behind it was not tried, or failed: sending it
+    /// again says why, unless it was an ICMP error about an earlier datagram. The kernel tells that once, and here it
+    /// told nobody; the next datagram to a dead port brings another one.
+    pub fn send(&self, socket: BorrowedFd<'_>, slots: &[u8], from: Place, to: To) -> Result<Place, Unsent> {
         let mut vectors = [const { MaybeUninit::<libc::iovec>::uninit() }; BATCH];
         let mut headers = [const { MaybeUninit::<mmsghdr>::uninit() }; BATCH];
-        for index in slots {
-            let slot = &mut self.slots[usize::from(*index)];
-            if slot.ecn != 0 {
-                slot.write_control();
+        let mut controls = [const { MaybeUninit::<Outline>::uninit() }; BATCH];
+        let mut ends = [Place::default(); BATCH];
+        let (mut at, mut count, mut free) = (from, 0, vectors.as_mut_slice());
+        for ((header, control), end) in headers.iter_mut().zip(&mut controls).zip(&mut ends) {
+            if at.position >= slots.len() || free.is_empty() {
+                break;
             }
-        }
-        for ((index, vector), header) in slots.iter().zip(&mut vectors).zip(&mut headers) {
-            let (payload, slot) = (self.payload(usize::from(*index)), &self.slots[usize::from(*index)]);
-            let vector =
-                vector.write(libc::iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() });
+            let (load, next) = self.load(slots, at, to, free.len());
+            let (vectors, rest) = mem::take(&mut free).split_at_mut((next.position - at.position).max(1));
+            for ((position, part), vector) in self.parts(slots, at, next).zip(&mut *vectors) {
+                let bytes = &self.payload(usize::from(slots[position]))[part];
+                vector.write(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() });
+            }
+            let first = &self.slots[usize::from(slots[at.position])];
             let header = &mut header.write(empty_header()).msg_hdr;
             if to == To::Peers {
-                header.msg_name = slot.peer.0.as_ptr().cast_mut().cast();
-                header.msg_namelen = slot.peer.length();
+                header.msg_name = first.peer.0.as_ptr().cast_mut().cast();
+                header.msg_namelen = first.peer.length();
             }
-            header.msg_iov = vector;
-            header.msg_iovlen = 1;
-            if slot.ecn != 0 {
-                header.msg_control = slot.control.0.as_ptr().cast_mut().cast();
-                header.msg_controllen = control_space(size_of::<c_int>()) as _;
+            header.msg_iovlen = vectors.len() as _;
+            header.msg_iov = vectors.as_mut_ptr().cast();
+            if first.ecn != 0 || load.segment().is_some() {
+                let outline = control.write(Outline::new(first, load));
+                header.msg_control = outline.bytes.as_mut_ptr().cast();
+                header.msg_controllen = outline.filled as _;
             }
+            (at, *end, free) = (next, next, rest);
+            count += 1;
         }
-        let count = slots.len().min(BATCH) as c_uint;
         // SAFETY: the first `count` headers are written, and what they point to lives in `self` and on this stack
         // until the call returns. The kernel writes the headers' lengths, and only reads what they point to.
         let sent =
             unsafe { libc::sendmmsg(socket.as_raw_fd(), headers.as_mut_ptr().cast(), count, libc::MSG_DONTWAIT as _) };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        match usize::try_from(sent) {
+            Ok(0) => Ok(from),
+            Ok(sent) => Ok(ends[sent - 1]),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                Err(Unsent { error, end: ends[0], load: self.load(slots, from, to, BATCH).0 })
+            }
+        }
+    }
+
+    /// After a message was not sent: true where it is to be sent again, its datagrams each on their own. From then
+    /// on datagrams like these, or any, are not joined.
+    pub fn take_apart(&mut self, unsent: &Unsent) -> bool {
+        let was_on = self.joining.is_on();
+        let learnt = self.joining.learn(&unsent.error, unsent.load);
+        if was_on && !self.joining.is_on() {
+            info!(error = %unsent.error, "the kernel does not split datagrams on some way: all are sent one by one");
+        }
+        learnt
+    }
+
+    /// Datagrams and payload bytes between two places.
+    pub fn measure(&self, slots: &[u8], from: Place, end: Place) -> Tally {
+        let mut sum = Tally::default();
+        self.measure_each(slots, from, end, |_, tally| sum += tally);
+        sum
+    }
+
+    /// Datagrams and payload bytes between two places, for each position in the list.
+    pub fn measure_each(&self, slots: &[u8], from: Place, end: Place, mut take: impl FnMut(usize, Tally)) {
+        for (position, part) in self.parts(slots, from, end) {
+            let train = Train { length: part.len(), ..self.slots[usize::from(slots[position])].train };
+            take(position, Tally { datagrams: train.datagrams() as u64, bytes: part.len() as u64 });
+        }
+    }
+
+    /// What the message that begins at a place holds, and where it ends. It has `most` parts at most.
+    fn load(&self, slots: &[u8], from: Place, to: To, most: usize) -> (Load, Place) {
+        let slot_at = |position: usize| &self.slots[usize::from(slots[position])];
+        let first = slot_at(from.position);
+        let mut load = self.joining.load(first.train, from.offset);
+        let offset = from.offset + load.bytes();
+        if offset < first.train.length {
+            return (load, Place { offset, ..from });
+        }
+        let mut end = Place { position: from.position + 1, offset: 0 };
+        while end.position < slots.len() && end.position - from.position < most {
+            let next = slot_at(end.position);
+            let is_for_same = to == To::Connected || next.peer.is_same(&first.peer);
+            if next.ecn != first.ecn || !is_for_same || !load.join(next.train, self.joining) {
+                break;
+            }
+            end.position += 1;
+        }
+        (load, end)
+    }
+
+    /// The positions between two places, and which bytes of each.
+    fn parts(&self, slots: &[u8], from: Place, end: Place) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let last = end.position + usize::from(end.offset > 0);
+        (from.position..last).map(move |position| {
+            let begin = if position == from.position { from.offset } else { 0 };
+            let length = self.slots[usize::from(slots[position])].train.length;
+            (position, begin..if position == end.position { end.offset } else { length })
+        })
     }
 }
 
-impl Slot {
-    /// Prepares the control message that sets the ECN bits of the datagram, DSCP 0.
-    fn write_control(&mut self) {
-        let (level, kind) = match self.peer.family() {
-            libc::AF_INET => (libc::IPPROTO_IP, libc::IP_TOS),
-            _ => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
-        };
+/// How much was moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Datagrams, however many messages they made.
+    pub datagrams: u64,
+    /// Their payload.
+    pub bytes: u64,
+}
+
+impl Add for Tally {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { datagrams: self.datagrams + other.datagrams, bytes: self.bytes + other.bytes }
+    }
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+/// The control messages that leave with a message: its ECN bits (DSCP 0) and the length of its segments.
+#[repr(C, align(8))]
+struct Outline {
+    bytes: [u8; Outline::BYTES],
+    filled: usize,
+}
+
+impl Outline {
+    const BYTES: usize = control_space(size_of::<c_int>()) + control_space(size_of::<u16>());
+
+    fn new(slot: &Slot, load: Load) -> Self {
+        let mut outline = Self { bytes: [0; Self::BYTES], filled: 0 };
+        if slot.ecn != 0 {
+            let (level, kind) = match slot.peer.family() {
+                libc::AF_INET => (libc::IPPROTO_IP, libc::IP_TOS),
+                _ => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+            };
+            outline.add(level, kind, c_int::from(slot.ecn).to_ne_bytes());
+        }
+        if let Some(segment) = load.segment() {
+            outline.add(libc::SOL_UDP, libc::UDP_SEGMENT, segment.to_ne_bytes());
+        }
+        outline
+    }
+
+    fn add<const N: usize>(&mut self, level: c_int, kind: c_int, value: [u8; N]) {
         let mut header = empty_control(); // some C libraries have private padding in it
-        header.cmsg_len = control_length(size_of::<c_int>()) as _;
+        header.cmsg_len = control_length(N) as _;
         header.cmsg_level = level;
         header.cmsg_type = kind;
-        let at = self.control.0.as_mut_ptr();
-        // SAFETY: the buffer is aligned for a control header and longer than a header and an int.
-        unsafe { at.cast::<libc::cmsghdr>().write(header) };
-        let value = c_int::from(self.ecn).to_ne_bytes();
-        let data = control_length(0);
-        self.control.0[data..data + value.len()].copy_from_slice(&value);
+        let room = &mut self.bytes[self.filled..][..control_space(N)];
+        // SAFETY: the room is longer than a header, and aligned for one: it begins behind whole control messages.
+        unsafe { room.as_mut_ptr().cast::<libc::cmsghdr>().write(header) };
+        room[control_length(0)..][..N].copy_from_slice(&value);
+        self.filled += control_space(N);
     }
 }
 
@@ -375,6 +557,12 @@ impl Name {
         }
     }
 
+    /// True for the same peer, whatever was in the buffer before.
+    fn is_same(&self, other: &Self) -> bool {
+        let length = self.length() as usize;
+        self.0[..length] == other.0[..length]
+    }
+
     fn family(&self) -> c_int {
         c_int::from(libc::sa_family_t::from_ne_bytes([self.0[0], self.0[1]]))
     }
@@ -433,9 +621,9 @@ mod tests {
             wait_readable(&service);
             batch.receive(service.as_fd(), BATCH).expect("received");
         }
-        let sent = batch.send(upstream.as_fd(), &[0, 1, 2, 3], To::Connected).expect("sent");
+        let sent = batch.send(upstream.as_fd(), &[0, 1, 2, 3], Place::default(), To::Connected).expect("sent");
 
-        assert_eq!(sent, sizes.len());
+        assert_eq!(sent, Place { position: sizes.len(), offset: 0 });
         assert_eq!(batch.peer(3), Some(address_of(&client)));
         let mut buffer = vec![0; 70_000];
         for size in sizes {
@@ -460,7 +648,8 @@ mod tests {
 
             batch.set_peer(0, address_of(&clients[1]));
             batch.set_peer(1, address_of(&clients[0]));
-            assert_eq!(batch.send(service.as_fd(), &[0, 1], To::Peers).expect("sent"), 2);
+            let sent = batch.send(service.as_fd(), &[0, 1], Place::default(), To::Peers).expect("sent");
+            assert_eq!(sent.position, 2);
 
             let mut byte = [0];
             assert_eq!(clients[0].recv_from(&mut byte).expect("a reply"), (1, address));
@@ -486,7 +675,7 @@ mod tests {
 
             wait_readable(&service);
             batch.receive(service.as_fd(), BATCH).expect("received");
-            batch.send(upstream.as_fd(), &[0], To::Connected).expect("sent");
+            batch.send(upstream.as_fd(), &[0], Place::default(), To::Connected).expect("sent");
             wait_readable(&backend);
             let seen = receive_traffic_class(&backend, &mut arrived);
 

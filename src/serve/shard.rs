@@ -1,7 +1,8 @@
 //! One UDP shard as it runs: an epoll loop of its own that moves datagrams in batches.
 //!
-//! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, what their errors mean is in
-//! `fault`, and the control side's handle is `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
+//! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, what their errors mean is in `fault`,
+//! flows' sockets are kept in `upstream`, and the control side's handle is `udp`. No task, no lock and no allocation
+//! per datagram; nothing here needs a tokio runtime.
 
 use std::collections::HashMap;
 use std::io;
@@ -24,20 +25,24 @@ use crate::name::ListenKey;
 use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
-use crate::serve::mmsg::{BATCH, Batch, To, connect_udp};
+use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, receive_trains};
+use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
+use crate::serve::upstream::{OwnSources, Upstreams};
 use crate::serve::{Target, TargetCell, Verdict};
 use crate::stats::{CloseReason, DropReason};
 
 /// What the control side asks of a shard. Obeyed in the order of sending.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Serve a listener.
-    Add(ListenKey, UdpSocket, TargetCell),
+    /// Serve a listener, or a share of its datagrams.
+    Add(ListenKey, UdpSocket, TargetCell, IdleTimes),
     /// Close a listener and its flows, then tell.
     Remove(ListenKey, oneshot::Sender<()>),
     /// The listener's table or target has changed: close the flows that may not stay.
     Sweep(ListenKey),
+    /// The listener's flows live as long as this from now on.
+    SetIdle(ListenKey, IdleTimes),
     /// A listener of this process, of any shard, is open: its address is no client.
     Opened(SocketAddr),
     /// A listener of this process, of any shard, is closed.
@@ -52,17 +57,17 @@ pub(super) struct Shard {
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
     commands: Receiver<Command>,
-    idle: IdleTimes,
     table: FlowTable,
     keys: HashMap<ListenKey, ListenerId>,
     /// By [`ListenerId::index`].
     listeners: Vec<Option<Listener>>,
-    /// The sockets to backends, by [`FlowId::index`]. Closing one takes it out of the epoll instance, too.
-    upstream: Vec<Option<UdpSocket>>,
+    upstreams: Upstreams,
     /// Empty between turns, as is `order`.
     batch: Batch,
-    /// The flows of the datagrams in the batch.
+    /// The flows of what is in the batch.
     order: Vec<Outgoing>,
+    /// True where the kernel is to join datagrams that it hands over.
+    takes_trains: bool,
     complaints: Complaints,
 }
 
@@ -71,12 +76,13 @@ struct Listener {
     key: ListenKey,
     socket: UdpSocket,
     target: TargetCell,
+    idle: IdleTimes,
     /// How many datagrams the kernel had dropped at this socket when it last said so.
     overflow: u32,
 }
 
-/// A datagram of the batch. Sorted, those of one listener are together, in them those of one flow, in the order of
-/// their arrival.
+/// A slot of the batch. Sorted, those of one listener are together, in them those of one flow, in the order of their
+/// arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Outgoing {
     listener: ListenerId,
@@ -100,8 +106,9 @@ impl Shard {
     pub(super) fn new(
         wake: Arc<OwnedFd>,
         commands: Receiver<Command>,
-        idle: IdleTimes,
         limits: FlowLimits,
+        sources: Arc<OwnSources>,
+        offload: bool,
     ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &*wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
@@ -109,13 +116,13 @@ impl Shard {
             epoll,
             wake,
             commands,
-            idle,
             table: FlowTable::new(limits, rand::random(), Instant::now()),
             keys: HashMap::new(),
             listeners: Vec::new(),
-            upstream: Vec::new(),
-            batch: Batch::default(),
+            upstreams: Upstreams::new(sources),
+            batch: if offload { Batch::default() } else { Batch::without_joining() },
             order: Vec::with_capacity(BATCH),
+            takes_trains: offload,
             complaints: Complaints::default(),
         })
     }
@@ -150,7 +157,7 @@ impl Shard {
         for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
             self.forward((token ^ LISTENER_BIT) as usize, now);
         }
-        self.table.expire(now, |flow| close(&mut self.upstream, flow));
+        self.table.expire(now, |flow| self.upstreams.close(flow));
         if tokens().any(|token| token == WAKE) { self.obey() } else { ControlFlow::Continue(()) }
     }
 
@@ -168,7 +175,8 @@ impl Shard {
         }
         let visit = Visit { listener: listener.id, key: listener.key, target, now };
         for slot in 0..received {
-            let flow = self.batch.peer(slot).and_then(|client| self.admit(&visit, client));
+            let datagrams = self.batch.datagrams(slot) as u64;
+            let flow = self.batch.peer(slot).and_then(|client| self.admit(&visit, client, datagrams));
             self.order.extend(flow.map(|flow| Outgoing { listener: visit.listener, flow, slot: slot as u8 }));
         }
         let mut order = mem::take(&mut self.order);
@@ -181,27 +189,32 @@ impl Shard {
         self.batch.clear();
     }
 
-    /// The flow of a client's datagram, opened if it is new; `None` where nobody gets the datagram.
-    fn admit(&mut self, visit: &Visit, client: SocketAddr) -> Option<FlowId> {
-        let pick = |tried: &Tried| choose(&visit.target, client.ip(), tried, visit.now);
+    /// The flow of a client's datagrams, opened if it is new; `None` where nobody gets them.
+    fn admit(&mut self, visit: &Visit, client: SocketAddr, datagrams: u64) -> Option<FlowId> {
+        let pick = |tried: &Tried| {
+            if self.upstreams.is_own(client) {
+                return Err(DropReason::Loop); // a backend of ours is a listener of ours
+            }
+            choose(&visit.target, client.ip(), tried, visit.now)
+        };
         match self.table.on_datagram(visit.listener, client, visit.now, pick) {
             flow::Verdict::Forward(flow) => Some(flow),
             flow::Verdict::Open { flow, evicted } => {
                 if let Some(evicted) = evicted {
-                    close(&mut self.upstream, evicted);
+                    self.upstreams.close(evicted);
                     self.complaints.say(DropReason::FlowLimit, visit);
                 }
-                self.open(visit, flow, client)
+                self.open(visit, flow, client, datagrams)
             }
             flow::Verdict::Drop(reason) => {
-                visit.target.port.stats.dropped.count(reason);
+                visit.target.port.stats.dropped.add(reason, datagrams);
                 self.complaints.say(reason, visit);
                 None
             }
         }
     }
 
-    fn open(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr) -> Option<FlowId> {
+    fn open(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr, datagrams: u64) -> Option<FlowId> {
         let choice = self.table.choice(flow)?.clone();
         match self.connect(flow, choice.backend.address) {
             Ok(()) => {
@@ -212,7 +225,7 @@ impl Shard {
             Err(error) => {
                 let (failure, reason) = why_not_opened(&error);
                 self.table.failed(flow, failure);
-                choice.port.stats.dropped.count(reason);
+                choice.port.stats.dropped.add(reason, datagrams);
                 self.complaints.say(reason, visit);
                 None
             }
@@ -223,11 +236,8 @@ impl Shard {
         let socket = connect_udp(backend)?;
         let data = epoll::EventData::new_u64(flow.to_bits());
         epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN)?;
-        if self.upstream.len() <= flow.index() {
-            self.upstream.resize_with(flow.index() + 1, || None);
-        }
-        self.upstream[flow.index()] = Some(socket);
-        Ok(())
+        self.prefer_trains(&socket);
+        self.upstreams.insert(flow, socket)
     }
 
     /// Sends a run of one flow's datagrams. If it turns out that earlier ones were refused, the rest goes to another
@@ -236,40 +246,42 @@ impl Shard {
         let Some(flow) = run.first().map(|outgoing| outgoing.flow) else { return };
         let mut slots = [0; BATCH];
         let slots = slots_of(run, &mut slots);
-        let sent = self.send_upstream(visit, flow, slots);
-        let Some(next) = slots.get(sent) else { return };
-        let (client, rest) = (self.batch.peer(usize::from(*next)), &slots[sent..]);
-        let sent = match client.and_then(|client| self.admit(visit, client)) {
-            Some(flow) => self.send_upstream(visit, flow, rest),
-            None => 1, // counted with its reason
-        };
-        visit.target.port.stats.dropped.add(DropReason::Unreachable, (rest.len() - sent) as u64);
+        let Some(lost) = self.send_upstream(visit, flow, slots, Place::default()) else { return };
+        let client = self.batch.peer(usize::from(slots[lost.position]));
+        let flow = client.and_then(|client| self.admit(visit, client, self.left(slots, lost)));
+        if let Some(lost) = flow.and_then(|flow| self.send_upstream(visit, flow, slots, lost)) {
+            visit.target.port.stats.dropped.add(DropReason::Unreachable, self.left(slots, lost));
+        }
     }
 
     /// Sends datagrams to a flow's backend. What the network will not take is counted and left out.
     ///
-    /// Returns how many are dealt with; fewer than all means that the backend is lost and the flow needs another.
-    fn send_upstream(&mut self, visit: &Visit, flow: FlowId, slots: &[u8]) -> usize {
+    /// Returns the first datagram that is not dealt with: the backend is lost, and the flow needs another.
+    fn send_upstream(&mut self, visit: &Visit, flow: FlowId, slots: &[u8], from: Place) -> Option<Place> {
         let service = &visit.target.port.stats;
-        let socket = self.upstream.get(flow.index()).and_then(Option::as_ref);
-        let (Some(socket), Some(choice)) = (socket, self.table.choice(flow)) else {
-            service.dropped.add(DropReason::FlowLimit, slots.len() as u64); // evicted by its own batch
-            return slots.len();
+        let (Some(socket), Some(choice)) = (self.upstreams.get(flow), self.table.choice(flow)) else {
+            service.dropped.add(DropReason::FlowLimit, self.left(slots, from)); // evicted by its own batch
+            return None;
         };
-        let mut lost = None;
-        let sent = send_all(&mut self.batch, socket, slots, To::Connected, |at, error| {
-            lost = why_lost(error).map(|reason| (at, reason));
+        let (mut moved, mut lost) = (Tally::default(), None);
+        let sent = |batch: &Batch, from, end| moved += batch.measure(slots, from, end);
+        send_all(&mut self.batch, socket, slots, from, To::Connected, sent, |refusal| {
+            lost = why_lost(refusal.error).map(|reason| (refusal.at, reason));
             if lost.is_some() {
                 return ControlFlow::Break(());
             }
-            count_unsent(error, slots.len() - at, |reason, count| service.dropped.add(reason, count))
+            count_unsent(refusal, |reason, count| service.dropped.add(reason, count))
         });
-        let (datagrams, bytes) = measure(&self.batch, slots, sent);
-        choice.backend.stats.upstream_datagrams.add(datagrams);
-        choice.backend.stats.upstream_bytes.add(bytes);
-        let Some((at, reason)) = lost else { return slots.len() };
+        choice.backend.stats.upstream_datagrams.add(moved.datagrams);
+        choice.backend.stats.upstream_bytes.add(moved.bytes);
+        let (at, reason) = lost?;
         self.refuse(flow, reason, visit.now);
-        at
+        Some(at)
+    }
+
+    /// Datagrams from a place on.
+    fn left(&self, slots: &[u8], from: Place) -> u64 {
+        self.batch.measure(slots, from, Place { position: slots.len(), offset: 0 }).datagrams
     }
 
     /// Takes a flow's answers into the batch: at most a batch in one turn.
@@ -279,7 +291,7 @@ impl Shard {
         }
         let (mut ask, mut lost) = (FIRST_ASK, None);
         while self.table.choice(flow).is_some() && self.batch.room() > 0 {
-            let Some(Some(socket)) = self.upstream.get(flow.index()) else { break };
+            let Some(socket) = self.upstreams.get(flow) else { break };
             ask = ask.min(self.batch.room());
             match self.batch.receive(socket.as_fd(), ask) {
                 Ok(received) => {
@@ -325,31 +337,37 @@ impl Shard {
     fn send_downstream(&mut self, answers: &[Outgoing]) {
         let index = answers.first().map_or(usize::MAX, |answer| answer.listener.index());
         let Some(listener) = self.listeners.get(index).and_then(Option::as_ref) else { return };
-        let dropped = |at: usize, reason, count| {
-            if let Some(choice) = answers.get(at).and_then(|answer| self.table.choice(answer.flow)) {
-                choice.port.stats.dropped.add(reason, count);
-            }
-        };
+        let choice_at = |position: usize| self.table.choice(answers.get(position)?.flow);
         let mut slots = [0; BATCH];
         let slots = slots_of(answers, &mut slots);
-        let mut sent = send_all(&mut self.batch, &listener.socket, slots, To::Peers, |at, error| {
-            count_unsent(error, slots.len() - at, |reason, count| dropped(at, reason, count))
+        let mut moved = [Tally::default(); BATCH];
+        let sent = |batch: &Batch, from, end| {
+            batch.measure_each(slots, from, end, |position, tally| moved[position] += tally);
+        };
+        send_all(&mut self.batch, &listener.socket, slots, Place::default(), To::Peers, sent, |refusal| {
+            let choice = choice_at(refusal.at.position);
+            count_unsent(refusal, |reason, count| {
+                if let Some(choice) = choice {
+                    choice.port.stats.dropped.add(reason, count);
+                }
+            })
         });
+        let mut begin = 0;
         for run in answers.chunk_by(|a, b| a.flow == b.flow) {
-            let mut slots = [0; BATCH];
-            let (datagrams, bytes) = measure(&self.batch, slots_of(run, &mut slots), sent);
-            sent = sent.checked_shr(run.len() as u32).unwrap_or(0);
-            if let Some(choice) = run.first().and_then(|answer| self.table.choice(answer.flow)) {
-                choice.backend.stats.downstream_datagrams.add(datagrams);
-                choice.backend.stats.downstream_bytes.add(bytes);
+            let end = begin + run.len();
+            let sum = moved[begin..end].iter().fold(Tally::default(), |sum, tally| sum + *tally);
+            if let Some(choice) = choice_at(begin) {
+                choice.backend.stats.downstream_datagrams.add(sum.datagrams);
+                choice.backend.stats.downstream_bytes.add(sum.bytes);
             }
+            begin = end;
         }
     }
 
     /// The network says that the flow's backend is not there.
     fn refuse(&mut self, flow: FlowId, reason: CloseReason, now: Instant) {
         self.table.on_refused(flow, reason, now);
-        close(&mut self.upstream, flow);
+        self.upstreams.close(flow);
     }
 
     /// Does what the control side has asked for; breaks off when it is gone.
@@ -357,12 +375,13 @@ impl Shard {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]); // before looking, so that no command is missed
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Add(key, socket, target)) => self.add(key, socket, target),
+                Ok(Command::Add(key, socket, target, idle)) => self.add(key, socket, target, idle),
                 Ok(Command::Remove(key, closed)) => {
                     self.remove(&key);
                     let _ = closed.send(()); // nobody may wait for it
                 }
                 Ok(Command::Sweep(key)) => self.sweep(&key),
+                Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
                 Ok(Command::Opened(address)) => self.table.add_own_address(address),
                 Ok(Command::Closed(address)) => self.table.remove_own_address(address),
                 #[cfg(test)]
@@ -373,13 +392,21 @@ impl Shard {
         }
     }
 
-    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell) {
+    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes) {
         self.remove(&key); // one socket for each key
-        self.listen(key, socket, target, 0);
+        self.prefer_trains(&socket);
+        self.listen(key, socket, target, idle, 0);
     }
 
-    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, overflow: u32) {
-        let id = self.table.add_listener(self.idle);
+    /// Asks for trains where they are wanted. A kernel that has none hands over single datagrams, which do as well.
+    fn prefer_trains(&self, socket: &UdpSocket) {
+        if self.takes_trains {
+            let _ = receive_trains(socket);
+        }
+    }
+
+    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes, overflow: u32) {
+        let id = self.table.add_listener(idle);
         let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
         if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
             error!(listen = %key, error = %errno, "cannot wait for datagrams: this listener does not serve");
@@ -388,17 +415,25 @@ impl Shard {
         if self.listeners.len() <= id.index() {
             self.listeners.resize_with(id.index() + 1, || None);
         }
-        self.listeners[id.index()] = Some(Listener { id, key, socket, target, overflow });
+        self.listeners[id.index()] = Some(Listener { id, key, socket, target, idle, overflow });
         self.keys.insert(key, id);
     }
 
     fn remove(&mut self, key: &ListenKey) {
         self.sweep(key); // what goes for its endpoint's sake is counted so
         let Some(id) = self.keys.remove(key) else { return };
-        self.table.remove_listener(id, CloseReason::Drain, |flow| close(&mut self.upstream, flow));
+        self.table.remove_listener(id, CloseReason::Drain, |flow| self.upstreams.close(flow));
         if let Some(listener) = self.listeners[id.index()].take() {
             // Closing alone would not do where the control side, or another process, holds a copy of the descriptor.
             let _ = epoll::delete(&self.epoll, &listener.socket);
+        }
+    }
+
+    fn set_idle(&mut self, key: &ListenKey, idle: IdleTimes) {
+        let Some(&id) = self.keys.get(key) else { return };
+        self.table.set_idle(id, idle);
+        if let Some(Some(listener)) = self.listeners.get_mut(id.index()) {
+            listener.idle = idle;
         }
     }
 
@@ -413,20 +448,20 @@ impl Shard {
             }
             Verdict::Reject | Verdict::Drop => false,
         };
-        self.table.sweep(id, keeps, |flow| close(&mut self.upstream, flow));
+        self.table.sweep(id, keeps, |flow| self.upstreams.close(flow));
     }
 
     /// After a panic: all flows of this shard begin anew, its listeners stay.
     fn begin_anew(&mut self) {
         error!("a UDP shard panicked: its flows begin anew");
-        self.upstream.clear();
+        self.upstreams.clear();
         self.batch.clear();
         self.order.clear();
         self.keys.clear();
         self.table.reset(CloseReason::Panic, rand::random(), Instant::now());
         for listener in mem::take(&mut self.listeners).into_iter().flatten() {
             let _ = epoll::delete(&self.epoll, &listener.socket); // its index may be another one now
-            self.listen(listener.key, listener.socket, listener.target, listener.overflow);
+            self.listen(listener.key, listener.socket, listener.target, listener.idle, listener.overflow);
         }
         let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
     }
@@ -453,51 +488,10 @@ fn choose(target: &Target, client: IpAddr, tried: &Tried, now: Instant) -> Resul
     }
 }
 
-fn close(upstream: &mut [Option<UdpSocket>], flow: FlowId) {
-    if let Some(socket) = upstream.get_mut(flow.index()) {
-        *socket = None;
-    }
-}
-
 fn slots_of<'a>(run: &[Outgoing], slots: &'a mut [u8; BATCH]) -> &'a [u8] {
     let count = run.len().min(BATCH);
     slots.iter_mut().zip(run).for_each(|(slot, outgoing)| *slot = outgoing.slot);
     &slots[..count]
-}
-
-/// Sends datagrams one after another. `failed` hears which one the kernel would not take, and whether to go on with
-/// the next. Returns a bit for each one that left.
-fn send_all(
-    batch: &mut Batch,
-    socket: &UdpSocket,
-    slots: &[u8],
-    to: To,
-    mut failed: impl FnMut(usize, &io::Error) -> ControlFlow<()>,
-) -> u64 {
-    let (mut at, mut sent, mut asked_again) = (0, 0, None);
-    while at < slots.len() {
-        match batch.send(socket.as_fd(), &slots[at..], to) {
-            Ok(count) => {
-                sent |= (at..at + count).fold(0, |bits, bit| bits | 1 << bit);
-                at += count.max(1);
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Not about this datagram, but about an earlier one: a router has told a smaller MTU, which the kernel
-            // keeps to from now on.
-            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) && asked_again != Some(at) => {
-                asked_again = Some(at);
-            }
-            Err(error) if failed(at, &error).is_break() => break,
-            Err(_) => at += 1,
-        }
-    }
-    sent
-}
-
-/// Datagrams and payload bytes of the slots whose bit is set.
-fn measure(batch: &Batch, slots: &[u8], sent: u64) -> (u64, u64) {
-    let sent = slots.iter().enumerate().filter(|(at, _)| sent & (1 << at) != 0);
-    sent.fold((0, 0), |(count, bytes), (_, slot)| (count + 1, bytes + batch.length(usize::from(*slot)) as u64))
 }
 
 /// A little more than until then, as a wait that ends too early would be repeated at once.
@@ -542,7 +536,7 @@ mod tests {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("a descriptor");
         let (_, commands) = channel();
         let limits = FlowLimits::split(8, 1).next().expect("one shard");
-        Shard::new(Arc::new(wake), commands, IdleTimes::default(), limits).expect("a descriptor")
+        Shard::new(Arc::new(wake), commands, limits, Arc::default(), true).expect("a descriptor")
     }
 
     /// A still shard that serves one address.
@@ -558,7 +552,7 @@ mod tests {
             let balancer = balancer(Family::V4, backends);
             let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
             let mut still = Self { shard: still_shard(), address, balancer };
-            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target);
+            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target, IdleTimes::default());
             still
         }
 
@@ -674,7 +668,7 @@ mod tests {
         let mut shard = still_shard();
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
-        shard.add(key, bind_udp(address).expect("a free address"), target);
+        shard.add(key, bind_udp(address).expect("a free address"), target, IdleTimes::default());
         let client = plain(loopback());
 
         client.send_to(b"lost", address).expect("sent");
@@ -704,13 +698,14 @@ mod tests {
         }
         batch.set_peer(1, SocketAddr::from(([127, 0, 0, 1], 0))); // nobody can be sent to there
 
-        let mut failed = Vec::new();
-        let sent = send_all(&mut batch, &sender, &[0, 1, 2], To::Peers, |at, error| {
-            failed.push(at);
-            count_unsent(error, 3 - at, |reason, count| assert_eq!((reason, count), (DropReason::Unreachable, 1)))
+        let (mut moved, mut failed) = (Tally::default(), Vec::new());
+        let slots = [0, 1, 2];
+        let sent = |batch: &Batch, from, end| moved += batch.measure(&slots, from, end);
+        send_all(&mut batch, &sender, &slots, Place::default(), To::Peers, sent, |refusal| {
+            failed.push(refusal.at.position);
+            count_unsent(refusal, |reason, count| assert_eq!((reason, count), (DropReason::Unreachable, 1)))
         });
 
-        assert_eq!((sent, failed), (0b101, vec![1]));
-        assert_eq!(measure(&batch, &[0, 1, 2], sent), (2, 2));
+        assert_eq!((moved, failed), (Tally { datagrams: 2, bytes: 2 }, vec![1]));
     }
 }

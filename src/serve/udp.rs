@@ -6,9 +6,10 @@ use std::future::Future;
 use std::hash::BuildHasher;
 use std::io;
 use std::net::UdpSocket;
+use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,11 +17,13 @@ use rustix::process::{Resource, getrlimit};
 use tokio::sync::oneshot;
 
 use crate::name::ListenKey;
+use crate::plan::UdpSettings;
 use crate::serve::TargetCell;
 use crate::serve::flow::IdleTimes;
-pub use crate::serve::mmsg::{bind_udp, hold_udp};
+pub use crate::serve::mmsg::{bind_udp, bind_udp_group, hold_udp};
 use crate::serve::room::FlowLimits;
 use crate::serve::shard::{Command, Shard};
+use crate::serve::upstream::OwnSources;
 
 /// How UDP is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +33,33 @@ pub struct UdpOptions {
     /// Flows of the whole process, at least 1; one client address gets a quarter of them in a shard.
     /// Default: [`flow_limit_of_host`].
     pub flow_limit: usize,
+    /// Shards that share a listener whose Service does not say (1..=1024); there are never more than the process
+    /// has. From `--udp-shards`, default 1: what one thread can do is enough for most.
+    pub shards_per_listener: NonZeroU16,
+    /// Datagrams of equal length are received and sent as one where the kernel can (UDP_GRO, UDP_SEGMENT). Default
+    /// true; there is no flag, as a kernel that cannot says so.
+    pub offload: bool,
 }
 
 impl Default for UdpOptions {
     /// Looks at the host: to be called after the limit of open files has been raised.
     fn default() -> Self {
-        Self { idle: IdleTimes::default(), flow_limit: flow_limit_of_host(1) }
+        Self {
+            idle: IdleTimes::default(),
+            flow_limit: flow_limit_of_host(1),
+            shards_per_listener: NonZeroU16::MIN,
+            offload: true,
+        }
+    }
+}
+
+impl UdpOptions {
+    fn idle(&self, settings: &UdpSettings) -> IdleTimes {
+        IdleTimes {
+            unreplied: settings.unreplied.unwrap_or(self.idle.unreplied),
+            answered: settings.answered.unwrap_or(self.idle.answered),
+            stream: settings.stream.unwrap_or(self.idle.stream),
+        }
     }
 }
 
@@ -59,10 +83,18 @@ fn port_count(range: &str) -> Option<usize> {
 
 /// The UDP listeners of this process. Owned by `control`; dropping it ends all shards.
 ///
-/// Calls never wait. Commands for one key are carried out in the order of the calls.
+/// Calls never wait. Commands for one listener are carried out in the order of the calls.
 #[derive(Debug)]
 pub struct UdpShards {
     shards: Vec<Handle>,
+    options: UdpOptions,
+}
+
+/// A listener that is served: its key, and how many shards share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpServer {
+    key: ListenKey,
+    shards: usize,
 }
 
 /// The control side's end of one shard.
@@ -79,34 +111,73 @@ impl UdpShards {
     /// Starts so many shards, at least one. Fails where the host has no thread or descriptor left.
     pub fn start(count: usize, options: UdpOptions) -> io::Result<Self> {
         let limits = FlowLimits::split(options.flow_limit.max(1), count.max(1));
-        let shards = limits.enumerate().map(|(number, limits)| Handle::start(number, options.idle, limits));
-        Ok(Self { shards: shards.collect::<io::Result<_>>()? })
+        let sources = Arc::new(OwnSources::default());
+        let shards = limits.enumerate().map(|(number, limits)| {
+            Handle::start(number, |wake, received| {
+                Shard::new(wake, received, limits, Arc::clone(&sources), options.offload)
+            })
+        });
+        Ok(Self { shards: shards.collect::<io::Result<_>>()?, options })
     }
 
-    /// Serves a listener on a socket of [`bind_udp`]. Takes the place of one with the same key.
-    pub fn add(&self, key: ListenKey, socket: UdpSocket, target: TargetCell) {
+    /// Opens a listener's sockets, one for each shard that is to share it, and serves there.
+    ///
+    /// The number of shards stays as long as the listener lives: with another one, flows would lose their sockets.
+    pub fn open(&self, key: ListenKey, target: TargetCell, settings: &UdpSettings) -> io::Result<UdpServer> {
+        let wanted = settings.shards.unwrap_or(self.options.shards_per_listener).get();
+        let count = usize::from(wanted).min(self.shards.len());
+        Ok(self.add(key, bind_udp_group(key.address, count)?, target, settings))
+    }
+
+    /// Serves a listener on sockets of [`bind_udp`] or [`bind_udp_group`], no more than there are shards. Takes the
+    /// place of one with the same key.
+    pub fn add(
+        &self,
+        key: ListenKey,
+        sockets: Vec<UdpSocket>,
+        target: TargetCell,
+        settings: &UdpSettings,
+    ) -> UdpServer {
+        let server = UdpServer { key, shards: sockets.len() };
         self.tell_all(|| Command::Opened(key.address));
-        self.shard_of(&key).send(Command::Add(key, socket, target));
+        for (shard, socket) in self.shards_of(server).zip(sockets) {
+            shard.send(Command::Add(key, socket, Arc::clone(&target), self.options.idle(settings)));
+        }
+        server
     }
 
-    /// Closes a listener, its flows and its socket. Done whether or not the future is awaited; when it resolves,
+    /// Closes a listener, its flows and its sockets. Done whether or not the future is awaited; when it resolves,
     /// the address is free.
     ///
     /// Flows whose backend may keep them no more end as `endpoint_removed`, others as `drain`.
-    pub fn remove(&self, key: ListenKey) -> impl Future<Output = ()> + Send + use<> {
-        let (closed, is_closed) = oneshot::channel();
-        self.shard_of(&key).send(Command::Remove(key, closed));
-        self.tell_all(|| Command::Closed(key.address));
+    pub fn remove(&self, server: UdpServer) -> impl Future<Output = ()> + Send + use<> {
+        let closings: Vec<_> = self
+            .shards_of(server)
+            .map(|shard| {
+                let (closed, is_closed) = oneshot::channel();
+                shard.send(Command::Remove(server.key, closed));
+                is_closed
+            })
+            .collect();
+        self.tell_all(|| Command::Closed(server.key.address));
         async move {
-            let _ = is_closed.await; // a shard that has ended has closed it as well
+            for is_closed in closings {
+                let _ = is_closed.await; // a shard that has ended has closed it as well
+            }
         }
     }
 
     /// To be called after the listener's table was swapped or its target stored: closes the flows whose backend the
     /// balancer no longer [`serves`](crate::serve::balancer::Balancer::serves), so that their clients' next
     /// datagrams go to a live one.
-    pub fn sweep(&self, key: ListenKey) {
-        self.shard_of(&key).send(Command::Sweep(key));
+    pub fn sweep(&self, server: UdpServer) {
+        self.shards_of(server).for_each(|shard| shard.send(Command::Sweep(server.key)));
+    }
+
+    /// Gives a listener's flows other idle times, those that are there included.
+    pub fn set_idle(&self, server: UdpServer, settings: &UdpSettings) {
+        let idle = self.options.idle(settings);
+        self.shards_of(server).for_each(|shard| shard.send(Command::SetIdle(server.key, idle)));
     }
 
     /// Closes everything. When the future resolves, all addresses are free.
@@ -119,10 +190,10 @@ impl UdpShards {
         }
     }
 
-    /// The same shard for the same key, always.
-    fn shard_of(&self, key: &ListenKey) -> &Handle {
-        let hash = foldhash::fast::FixedState::default().hash_one(key);
-        &self.shards[hash as usize % self.shards.len()]
+    /// The same shards for the same listener, always: so many from a place on that its key tells.
+    fn shards_of(&self, server: UdpServer) -> impl Iterator<Item = &Handle> {
+        let first = foldhash::fast::FixedState::default().hash_one(server.key) as usize % self.shards.len();
+        self.shards.iter().cycle().skip(first).take(server.shards.min(self.shards.len()))
     }
 
     fn tell_all(&self, command: impl Fn() -> Command) {
@@ -131,11 +202,14 @@ impl UdpShards {
 }
 
 impl Handle {
-    fn start(number: usize, idle: IdleTimes, limits: FlowLimits) -> io::Result<Self> {
+    fn start(
+        number: usize,
+        make: impl FnOnce(Arc<OwnedFd>, Receiver<Command>) -> io::Result<Shard>,
+    ) -> io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (commands, received) = channel(); // as long as there are listeners to tell about, at most
         let (end, ended) = oneshot::channel::<()>();
-        let shard = Shard::new(Arc::clone(&wake), received, idle, limits)?;
+        let shard = make(Arc::clone(&wake), received)?;
         thread::Builder::new().name(format!("udp-{number}")).spawn(move || {
             shard.run();
             drop(end);
@@ -168,6 +242,7 @@ impl Drop for Handle {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::cell::Cell;
     use std::collections::BTreeSet;
     use std::io::ErrorKind;
     use std::net::SocketAddr;
@@ -189,6 +264,7 @@ pub(super) mod tests {
     /// One Service port that is served by shards of its own.
     struct Service {
         shards: UdpShards,
+        server: Cell<UdpServer>,
         key: ListenKey,
         balancer: Arc<Balancer>,
         target: TargetCell,
@@ -196,7 +272,7 @@ pub(super) mod tests {
 
     impl Service {
         fn start(address: &str, backends: &[&Arc<Backend>]) -> Self {
-            Self::start_with(address, backends, UdpOptions { idle: IdleTimes::default(), flow_limit: 256 })
+            Self::start_with(address, backends, UdpOptions { flow_limit: 256, ..UdpOptions::default() })
         }
 
         fn start_with(address: &str, backends: &[&Arc<Backend>], options: UdpOptions) -> Self {
@@ -205,6 +281,7 @@ pub(super) mod tests {
             let balancer = balancer(Family::of(address.ip()), backends);
             let service = Self {
                 shards: UdpShards::start(2, options).expect("threads"),
+                server: Cell::new(UdpServer { key, shards: 0 }),
                 key,
                 target: Arc::new(ArcSwap::from_pointee(target_of(&balancer))),
                 balancer,
@@ -214,27 +291,33 @@ pub(super) mod tests {
         }
 
         fn bind(&self) {
-            let socket = bind_udp(self.key.address).expect("a free address");
-            self.shards.add(self.key, socket, Arc::clone(&self.target));
+            self.bind_with(&UdpSettings::default());
+        }
+
+        fn bind_with(&self, settings: &UdpSettings) {
+            let server = self.shards.open(self.key, Arc::clone(&self.target), settings);
+            self.server.set(server.expect("a free address"));
         }
 
         /// What `control` does when a Service loses its last endpoint.
         fn park(&self) -> UdpSocket {
-            wait(self.shards.remove(self.key));
+            wait(self.shards.remove(self.server.get()));
             hold_udp(self.key.address).expect("the address is free at once")
         }
 
         fn swap(&self, backends: &[&Arc<Backend>]) {
             self.balancer.swap(table(backends));
-            self.shards.sweep(self.key);
+            self.shards.sweep(self.server.get());
         }
 
-        /// Waits until the listener's shard has carried out all commands so far.
+        /// Waits until all commands so far are carried out.
         fn obeyed(&self) {
-            let (done, is_done) = oneshot::channel();
-            let nobody = ListenKey::new(self.key.address.ip(), 1, Protocol::Udp);
-            self.shards.shard_of(&self.key).send(Command::Remove(nobody, done));
-            wait(is_done).expect("the shard runs");
+            for shard in &self.shards.shards {
+                let (done, is_done) = oneshot::channel();
+                let nobody = ListenKey::new(self.key.address.ip(), 1, Protocol::Udp);
+                shard.send(Command::Remove(nobody, done));
+                wait(is_done).expect("the shard runs");
+            }
         }
 
         fn client(&self) -> UdpSocket {
@@ -374,7 +457,7 @@ pub(super) mod tests {
         let echo = Echo::start(1);
         let second = Duration::from_secs(1);
         let idle = IdleTimes { unreplied: second, answered: second, stream: second };
-        let options = UdpOptions { idle, flow_limit: 16 };
+        let options = UdpOptions { idle, flow_limit: 16, ..UdpOptions::default() };
         let service = Service::start_with("127.18.1.2:5300", &[&echo.backend], options);
         let client = service.client();
         ask(&client, b"hello");
@@ -534,7 +617,7 @@ pub(super) mod tests {
         let client = service.client();
         ask(&client, b"hello");
 
-        wait(service.shards.remove(service.key));
+        wait(service.shards.remove(service.server.get()));
         client.send(b"gone?").expect("sent");
 
         assert_eq!(client.recv(&mut [0; 8]).expect_err("nobody").kind(), ErrorKind::ConnectionRefused);
@@ -551,7 +634,7 @@ pub(super) mod tests {
 
         let other = balancer(Family::V4, &[&echoes[1].backend]);
         service.target.store(Arc::new(target_of(&other)));
-        service.shards.sweep(service.key);
+        service.shards.sweep(service.server.get());
         until("the old flow ends", || echoes[0].backend.stats.active_flows.get() == 0);
 
         assert_eq!(ask(&client, b"again"), b"again");
@@ -585,7 +668,7 @@ pub(super) mod tests {
         let key = ListenKey::new(foreign.ip(), foreign.port(), Protocol::Udp);
 
         // As if somebody had sent with the other listener's address as the source.
-        service.shards.add(key, socket, Arc::clone(&service.target));
+        service.shards.add(key, vec![socket], Arc::clone(&service.target), &UdpSettings::default());
         service.obeyed();
         spoofed.send_to(b"round and round", service.key.address).expect("sent");
 
@@ -596,7 +679,7 @@ pub(super) mod tests {
     #[test]
     fn t195_given_more_clients_than_flows_when_all_send_then_flows_stay_within_the_limit_and_all_are_answered() {
         let echo = Echo::start(1);
-        let options = UdpOptions { idle: IdleTimes::default(), flow_limit: 16 };
+        let options = UdpOptions { flow_limit: 16, ..UdpOptions::default() };
         let service = Service::start_with("127.18.1.17:5300", &[&echo.backend], options);
 
         for _ in 0..64 {
