@@ -10,18 +10,27 @@ use rand::{RngExt, SeedableRng};
 use super::*;
 use crate::name::{ObjectName, Protocol, ServicePortName};
 
-const SEEDS: u64 = 50;
-const STEPS: usize = 1_000;
+/// Seeds and steps of each; the long form is for `KUBE_RELAY_TEST=full`.
+const SHORT: (u64, usize) = (50, 1_000);
+const LONG: (u64, usize) = (200, 2_000);
 const FLOWS: usize = 48;
+
+/// True where the long forms are asked for.
+pub(super) fn full() -> bool {
+    std::env::var("KUBE_RELAY_TEST").is_ok_and(|value| value == "full")
+}
 
 #[test]
 fn given_an_adversary_when_it_takes_random_steps_then_the_table_never_contradicts_itself() {
     let replay = std::env::var("KUBE_RELAY_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seeds = replay.map_or(0..SEEDS, |seed: u64| seed..seed + 1);
-    for seed in seeds {
-        let outcome = std::panic::catch_unwind(|| Simulation::new(seed).run(STEPS));
+    let (count, steps) = if full() { LONG } else { SHORT };
+    let seeds = replay.map_or(0..count, |seed: u64| seed..seed + 1);
+    let began = Instant::now();
+    for seed in seeds.clone() {
+        let outcome = std::panic::catch_unwind(|| Simulation::new(seed).run(steps));
         assert!(outcome.is_ok(), "failed: replay with KUBE_RELAY_SEED={seed}");
     }
+    println!("simulation: {} seeds of {steps} steps in {:.1?}", seeds.count(), began.elapsed());
 }
 
 /// The world around a table: listeners, backends, clients, and the sockets that a shell would hold.
@@ -31,6 +40,8 @@ struct Simulation {
     limits: FlowLimits,
     table: FlowTable,
     listeners: Vec<ListenerId>,
+    /// Of every listener that ever was.
+    idle: BTreeMap<ListenerId, IdleTimes>,
     port: Arc<PortState>,
     backends: Vec<Arc<Backend>>,
     /// Backends that may be picked, by index.
@@ -65,6 +76,7 @@ impl Simulation {
             table: FlowTable::new(limits.clone(), seed, now),
             limits,
             listeners: Vec::new(),
+            idle: BTreeMap::new(),
             port: Arc::new(PortState::new(name)),
             backends: backends.collect(),
             live: vec![0, 1, 2, 3, 4],
@@ -85,7 +97,8 @@ impl Simulation {
                 900..970 => self.time_passes(),
                 970..985 => self.endpoints_change(),
                 985..990 => self.listener_goes(),
-                990..995 => self.add_listener(),
+                990..994 => self.add_listener(),
+                994..996 => self.other_idle_times(),
                 _ => self.hand_over(),
             }
             self.check();
@@ -224,13 +237,31 @@ impl Simulation {
         self.table.expire(self.now, |flow| closed.push(flow));
         for flow in closed {
             let socket = self.sockets.remove(&flow).expect("an expired flow was alive, once");
-            let idle = if socket.state == FlowState::Stream { 60 } else { 10 };
-            assert!(self.now - socket.last >= Duration::from_secs(idle), "{socket:?} was closed early");
+            assert!(self.now - socket.last >= self.idle_time(&socket), "{socket:?} was closed early");
         }
-        let is_late = |socket: &&Shadow| self.now - socket.last > Duration::from_secs(61 + socket.moves);
+        let is_late =
+            |socket: &&Shadow| self.now - socket.last > self.idle_time(socket) + Duration::from_secs(1 + socket.moves);
         let late = self.sockets.values().find(is_late);
         assert!(late.is_none(), "{late:?} should be over");
         assert!(!self.table.is_overdue(self.now));
+    }
+
+    fn idle_time(&self, socket: &Shadow) -> Duration {
+        let idle = &self.idle[&socket.listener];
+        [idle.unreplied, idle.answered, idle.stream][socket.state as usize]
+    }
+
+    fn other_idle_times(&mut self) {
+        let Some(listener) = self.any_listener() else { return };
+        let [unreplied, answered, stream] =
+            [0; 3].map(|_| Duration::from_millis(self.random.random_range(1_000..90_000)));
+        let idle = IdleTimes { unreplied, answered, stream };
+        self.table.set_idle(listener, idle);
+        // Kept to the second, upwards.
+        let whole = |time: Duration| Duration::from_secs(time.as_millis().div_ceil(1000) as u64);
+        let idle = IdleTimes { unreplied: whole(unreplied), answered: whole(answered), stream: whole(stream) };
+        self.idle.insert(listener, idle);
+        self.now += Duration::from_secs(1); // who is over by the new times ends in the next second
     }
 
     fn endpoints_change(&mut self) {
@@ -262,7 +293,9 @@ impl Simulation {
 
     fn add_listener(&mut self) {
         if self.listeners.len() < 4 {
-            self.listeners.push(self.table.add_listener(IdleTimes::default()));
+            let listener = self.table.add_listener(IdleTimes::default());
+            self.listeners.push(listener);
+            self.idle.insert(listener, IdleTimes::default());
         }
     }
 
@@ -273,7 +306,8 @@ impl Simulation {
         self.limits = FlowLimits::split(FLOWS, 2).next().expect("two shards");
         let mut table = FlowTable::new(self.limits.clone(), self.random.random(), self.now);
         let renamed: BTreeMap<_, _> =
-            self.listeners.iter().map(|old| (*old, table.add_listener(IdleTimes::default()))).collect();
+            self.listeners.iter().map(|old| (*old, table.add_listener(self.idle[old]))).collect();
+        let idle = renamed.iter().map(|(old, new)| (*new, self.idle[old])).collect();
         let mut sockets = BTreeMap::new();
         for record in &records {
             let backend = self.backends.iter().find(|backend| backend.address == record.backend).expect("known");
@@ -288,7 +322,7 @@ impl Simulation {
             assert_eq!((socket.backend, socket.state), (backend.id, record.state));
             sockets.insert(flow, socket);
         }
-        (self.table, self.sockets) = (table, sockets);
+        (self.table, self.sockets, self.idle) = (table, sockets, idle);
         self.listeners = renamed.into_values().collect();
     }
 

@@ -259,6 +259,78 @@ fn given_a_flood_from_many_sources_when_a_light_client_opens_more_flows_then_it_
 }
 
 #[test]
+fn t195_f18_given_a_sweep_of_spoofed_sources_when_they_flood_the_table_then_it_keeps_its_limit_and_who_is_known() {
+    const FLOWS: usize = 4096;
+    let sources = if simulation::full() { 1_000_000_u32 } else { 50_000 };
+    let (mut bench, backend) = (Bench::new(FLOWS), Bench::backend(1));
+    let known: Vec<_> = (1..=100).map(|host| format!("10.9.0.{host}:1000")).collect();
+    for client in &known {
+        let flow = bench.flow(client, &backend);
+        bench.reply(flow);
+        bench.flow(client, &backend); // a stream from here on
+    }
+    let choice = bench.choose(&backend);
+    let (listener, mut most) = (bench.listener, 0);
+
+    for source in 0..sources {
+        let client = SocketAddr::from(((0x0b00_0000 + source / 4).to_be_bytes(), 1 + (source % 4) as u16));
+        bench.now += Duration::from_micros(10); // 10⁶ in 10 s
+        if source % 1000 == 0 {
+            bench.table.expire(bench.now, |_| {});
+        }
+        match bench.table.on_datagram(listener, client, bench.now, |_| Ok(choice.clone())) {
+            Verdict::Open { flow, .. } => bench.table.opened(flow),
+            verdict => panic!("{client}: {verdict:?}"),
+        }
+        most = most.max(bench.table.count());
+    }
+
+    assert_eq!(most, FLOWS);
+    for client in &known {
+        assert!(matches!(bench.datagram(client, &backend), Verdict::Forward(_)), "{client} kept its flow");
+    }
+    bench.pass(15);
+    assert_eq!(bench.table.count(), known.len(), "back to base");
+}
+
+#[test]
+fn given_live_flows_when_their_listener_gets_other_idle_times_then_they_end_by_these() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let [unreplied, answered] = ["10.9.0.1:1000", "10.9.0.2:1000"].map(|client| bench.flow(client, &backend));
+    bench.reply(answered);
+    let times = |seconds: [u64; 3]| {
+        let [unreplied, answered, stream] = seconds.map(Duration::from_secs);
+        IdleTimes { unreplied, answered, stream }
+    };
+
+    bench.table.set_idle(bench.listener, times([3, 100, 60]));
+    bench.table.check();
+
+    bench.pass(3);
+    assert_eq!(bench.closed, []);
+    bench.pass(1);
+    assert_eq!(bench.closed, [unreplied]);
+    bench.pass(96);
+    assert_eq!(bench.table.count(), 1);
+    bench.table.set_idle(bench.listener, times([3, 20, 60])); // over already
+    bench.pass(1);
+    assert_eq!(bench.closed, [unreplied, answered]);
+}
+
+/// A flow takes this much of our memory besides its sockets': an entry of the slab, one of the map, one of the
+/// shell's sockets, and where each client has one flow, one of the clients' map. Maps are half full at worst.
+#[test]
+fn given_a_flow_when_its_memory_is_added_up_then_it_is_less_than_1_kib() {
+    let map_entries = size_of::<(FlowKey, FlowId)>() + size_of::<(IpAddr, Ages)>() + 2;
+    let slab_entry = size_of::<(Flow, [Chain; LANES], u64)>();
+    let socket = 2 * size_of::<u64>();
+    let worst = 2 * (slab_entry + socket) + 16 * map_entries / 7;
+
+    println!("a flow takes {worst} bytes at most: {slab_entry} in the slab, {map_entries} in maps, before growth");
+    assert!(worst <= 1024, "{worst} bytes");
+}
+
+#[test]
 fn t200_given_a_source_that_no_sender_has_when_it_sends_then_the_datagram_is_dropped() {
     let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
 

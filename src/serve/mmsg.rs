@@ -727,4 +727,151 @@ mod tests {
 
         assert_eq!(batch.overflow(), Some((BATCH - received) as u32));
     }
+
+    /// Fills a batch with single datagrams of these lengths, received by a socket that joins nothing.
+    fn filled(lengths: &[usize], service: &UdpSocket) -> Batch {
+        let (client, mut batch) = (plain("127.0.0.1:0"), Batch::default());
+        for (number, length) in lengths.iter().enumerate() {
+            client.send_to(&vec![number as u8; *length], address_of(service)).expect("sent");
+        }
+        while batch.count() < lengths.len() {
+            wait_readable(service);
+            batch.receive(service.as_fd(), BATCH).expect("received");
+        }
+        batch
+    }
+
+    #[test]
+    fn t199_given_equal_datagrams_when_sent_then_one_message_takes_them_to_who_joins_and_to_who_does_not() {
+        let service = bind_udp("127.18.0.6:5301".parse().expect("an address")).expect("a free address");
+        let batch = filled(&[100, 100, 100, 40, 40], &service);
+        let (joins, does_not) = (bind_udp("127.0.0.1:0".parse().expect("an address")), plain("127.0.0.1:0"));
+        let joins = joins.expect("a free port");
+        receive_trains(&joins).expect("a kernel with UDP_GRO");
+        let slots = [0, 1, 2, 3, 4];
+
+        for receiver in [&joins, &does_not] {
+            let upstream = connect_udp(address_of(receiver)).expect("a way to loopback");
+            let end = batch.send(upstream.as_fd(), &slots, Place::default(), To::Connected).expect("sent");
+            assert_eq!(end.position, 5);
+        }
+
+        let mut trains = Batch::default();
+        wait_readable(&joins);
+        trains.receive(joins.as_fd(), BATCH).expect("received");
+        let sizes: Vec<_> =
+            (0..trains.count()).map(|slot| (trains.datagrams(slot), trains.payload(slot).len())).collect();
+        assert_eq!(sizes, [(4, 340), (1, 40)]);
+        let mut buffer = [0; 200];
+        for (number, length) in [100, 100, 100, 40, 40].into_iter().enumerate() {
+            assert_eq!(does_not.recv(&mut buffer).expect("a datagram"), length);
+            assert!(buffer[..length].iter().all(|byte| usize::from(*byte) == number));
+        }
+    }
+
+    #[test]
+    fn t199_given_a_train_when_sent_without_joining_then_its_datagrams_leave_one_by_one() {
+        let service = bind_udp("127.18.0.7:5301".parse().expect("an address")).expect("a free address");
+        let batch = filled(&[500; 60], &service);
+        let middle = bind_udp("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+        receive_trains(&middle).expect("a kernel with UDP_GRO");
+        let slots: Vec<u8> = (0..60).collect();
+        let upstream = connect_udp(address_of(&middle)).expect("a way to loopback");
+        batch.send(upstream.as_fd(), &slots, Place::default(), To::Connected).expect("sent");
+        let mut train = Batch::without_joining();
+        wait_readable(&middle);
+        train.receive(middle.as_fd(), 1).expect("received");
+        let receiver = plain("127.0.0.1:0");
+        let upstream = connect_udp(address_of(&receiver)).expect("a way to loopback");
+
+        let end = train.send(upstream.as_fd(), &[0], Place::default(), To::Connected).expect("sent");
+
+        assert_eq!(train.measure(&[0], Place::default(), end), Tally { datagrams: 60, bytes: 30_000 });
+        let mut buffer = [0; 600];
+        for number in 0..60 {
+            assert_eq!(receiver.recv(&mut buffer).expect("a datagram"), 500);
+            assert_eq!(buffer[0], number);
+        }
+    }
+
+    #[test]
+    fn t198_given_equal_datagrams_with_other_ecn_bits_when_sent_then_no_message_mixes_them() {
+        for service in ["127.18.0.8:5301", "[::1]:15304"] {
+            let address: SocketAddr = service.parse().expect("an address");
+            let service = bind_udp(address).expect("a free address");
+            let any = SocketAddr::new(address.ip(), 0);
+            let (client, backend) = (plain(&any.to_string()), bind_udp(any).expect("a free port"));
+            receive_trains(&backend).expect("a kernel with UDP_GRO");
+            let upstream = connect_udp(address_of(&backend)).expect("a way to loopback");
+            for ecn in [2, 2, 3, 3, 3, 0] {
+                let options = socket2::SockRef::from(&client);
+                if any.is_ipv4() { options.set_tos_v4(ecn) } else { options.set_tclass_v6(ecn) }.expect("marked");
+                client.send_to(&[7; 64], address).expect("sent");
+            }
+            let (mut batch, mut arrived) = (Batch::default(), Batch::default());
+            while batch.count() < 6 {
+                wait_readable(&service);
+                batch.receive(service.as_fd(), BATCH).expect("received");
+            }
+
+            batch.send(upstream.as_fd(), &[0, 1, 2, 3, 4, 5], Place::default(), To::Connected).expect("sent");
+
+            wait_readable(&backend);
+            arrived.receive(backend.as_fd(), BATCH).expect("received");
+            let seen: Vec<_> =
+                (0..arrived.count()).map(|slot| (arrived.datagrams(slot), arrived.slots[slot].ecn)).collect();
+            assert_eq!(seen, [(2, 2), (3, 3), (1, 0)]);
+        }
+    }
+
+    #[test]
+    fn given_a_group_of_sockets_when_many_clients_send_then_each_socket_gets_its_share_and_nobody_else_can_bind() {
+        let address: SocketAddr = "127.18.0.9:5301".parse().expect("an address");
+        let group = bind_udp_group(address, 4).expect("a free address");
+        let clients: Vec<_> = (0..256).map(|_| plain("127.0.0.1:0")).collect();
+
+        for client in &clients {
+            client.send_to(b"x", address).expect("sent");
+        }
+
+        let mut batch = Batch::default();
+        let shares: Vec<_> = group
+            .iter()
+            .map(|socket| {
+                let mut share = 0;
+                while let Ok(received) = batch.receive(socket.as_fd(), BATCH) {
+                    share += received;
+                    batch.clear();
+                }
+                share
+            })
+            .collect();
+        assert_eq!(shares.iter().sum::<usize>(), 256);
+        assert!(shares.iter().all(|share| (24..=112).contains(share)), "{shares:?}");
+        assert_eq!(bind_udp(address).expect_err("held").kind(), ErrorKind::AddrInUse);
+        assert_eq!(bind_udp_group(address, 2).expect_err("held").kind(), ErrorKind::AddrInUse);
+        assert_eq!(hold_udp(address).expect_err("held").kind(), ErrorKind::AddrInUse);
+        drop(group);
+        hold_udp(address).expect("free again at once");
+    }
+
+    #[test]
+    fn f16_given_a_socket_whose_datagrams_cannot_be_split_when_sent_then_they_are_taken_apart_once_and_for_all() {
+        let service = bind_udp("127.18.0.10:5301".parse().expect("an address")).expect("a free address");
+        let mut batch = filled(&[64, 64, 64], &service);
+        let receiver = plain("127.0.0.1:0");
+        let upstream = connect_udp(address_of(&receiver)).expect("a way to loopback");
+        set_int(upstream.as_fd(), libc::SOL_SOCKET, libc::SO_NO_CHECK, 1).expect("no checksums");
+
+        let unsent = batch.send(upstream.as_fd(), &[0, 1, 2], Place::default(), To::Connected).expect_err("no offload");
+        assert_eq!(unsent.end.position, 3);
+        assert!(batch.take_apart(&unsent));
+        let end = batch.send(upstream.as_fd(), &[0, 1, 2], Place::default(), To::Connected).expect("sent");
+
+        assert_eq!(end.position, 3);
+        let mut buffer = [0; 100];
+        for number in 0..3 {
+            assert_eq!((receiver.recv(&mut buffer).expect("a datagram"), buffer[0]), (64, number));
+        }
+    }
 }

@@ -47,6 +47,9 @@ pub(super) enum Command {
     Opened(SocketAddr),
     /// A listener of this process, of any shard, is closed.
     Closed(SocketAddr),
+    /// Tell how many flows there are.
+    #[cfg(test)]
+    CountFlows(std::sync::mpsc::Sender<usize>),
     /// Panic, to see what happens then.
     #[cfg(test)]
     Panic,
@@ -384,6 +387,8 @@ impl Shard {
                 Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
                 Ok(Command::Opened(address)) => self.table.add_own_address(address),
                 Ok(Command::Closed(address)) => self.table.remove_own_address(address),
+                #[cfg(test)]
+                Ok(Command::CountFlows(tell)) => drop(tell.send(self.table.count())),
                 #[cfg(test)]
                 Ok(Command::Panic) => panic!("asked to"),
                 Err(TryRecvError::Empty) => return ControlFlow::Continue(()),

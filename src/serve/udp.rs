@@ -245,7 +245,8 @@ pub(super) mod tests {
     use std::cell::Cell;
     use std::collections::BTreeSet;
     use std::io::ErrorKind;
-    use std::net::SocketAddr;
+    use std::net::{Ipv4Addr, SocketAddr};
+    use std::os::fd::AsFd;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc;
     use std::time::{Duration, Instant};
@@ -255,6 +256,7 @@ pub(super) mod tests {
     use super::*;
     use crate::name::{BalancerKey, Family, ObjectName, Protocol, Scope, ServicePortName};
     use crate::serve::balancer::{Backend, Balancer, PortState, Table};
+    use crate::serve::mmsg::{BATCH, Batch, Place, To};
     use crate::serve::{Target, Verdict};
     use crate::stats::{CloseReason, DropReason};
 
@@ -733,6 +735,155 @@ pub(super) mod tests {
 
         bind_udp(service.key.address).expect("free");
         assert_eq!(echo.backend.stats.closed.get(CloseReason::Drain), 1);
+    }
+
+    /// Sends trains of these lengths, which another batch has received one by one.
+    fn send_trains(from: &UdpSocket, to: SocketAddr, lengths: &[usize], seed: u8) {
+        let (mut batch, source) = (Batch::default(), plain(loopback()));
+        let middle = bind_udp(loopback()).expect("a free port");
+        for (number, length) in lengths.iter().enumerate() {
+            let payload = vec![seed.wrapping_add(number as u8); *length];
+            source.send_to(&payload, middle.local_addr().expect("bound")).expect("sent");
+        }
+        while batch.count() < lengths.len() {
+            let _ = batch.receive(middle.as_fd(), BATCH); // on loopback they are here already
+        }
+        let slots: Vec<u8> = (0..lengths.len() as u8).collect();
+        slots.iter().for_each(|slot| batch.set_peer(usize::from(*slot), to));
+        let mut at = Place::default();
+        while at.position < slots.len() {
+            at = batch.send(from.as_fd(), &slots, at, To::Peers).expect("sent");
+        }
+    }
+
+    #[test]
+    fn t199_given_trains_from_both_ends_when_relayed_with_and_without_joining_then_payloads_and_counts_are_the_same() {
+        let lengths = [900, 900, 900, 30, 0, 0, 1200, 1200, 1200, 1200, 7, 65_507, 64, 64, 64];
+        let total = lengths.iter().sum::<usize>() as u64;
+        for (address, offload) in [("127.18.1.21:5300", true), ("127.18.1.22:5300", false)] {
+            let pod = plain(loopback());
+            let endpoint = backend(1, pod.local_addr().expect("bound"));
+            let options = UdpOptions { flow_limit: 16, offload, ..UdpOptions::default() };
+            let service = Service::start_with(address, &[&endpoint], options);
+            let client = plain(loopback());
+
+            send_trains(&client, service.key.address, &lengths, 0);
+            let mut buffer = vec![0; 65_536];
+            let mut relay = None;
+            for (number, length) in lengths.iter().enumerate() {
+                let (got, from) = pod.recv_from(&mut buffer).expect("a datagram");
+                assert_eq!(got, *length, "datagram {number}, joining: {offload}");
+                assert!(buffer[..got].iter().all(|byte| usize::from(*byte) == number));
+                relay = Some(from);
+            }
+            send_trains(&pod, relay.expect("a flow"), &lengths, 100);
+            for (number, length) in lengths.iter().enumerate() {
+                let (got, from) = client.recv_from(&mut buffer).expect("an answer");
+                assert_eq!((got, from), (*length, service.key.address), "answer {number}, joining: {offload}");
+                assert!(buffer[..got].iter().all(|byte| usize::from(*byte) == 100 + number));
+            }
+
+            let stats = &endpoint.stats;
+            until("all is counted", || stats.downstream_datagrams.get() == lengths.len() as u64);
+            assert_eq!(stats.upstream_datagrams.get(), lengths.len() as u64);
+            assert_eq!((stats.upstream_bytes.get(), stats.downstream_bytes.get()), (total, total));
+        }
+    }
+
+    /// How many flows each of the two shards took when so many clients asked.
+    fn spread(service: &Service, clients: usize) -> Vec<usize> {
+        let clients: Vec<_> = (0..clients).map(|_| service.client()).collect();
+        clients.iter().for_each(|client| assert_eq!(ask(client, b"hello"), b"hello"));
+        service
+            .shards
+            .shards
+            .iter()
+            .map(|shard| {
+                let (tell, told) = mpsc::channel();
+                shard.send(Command::CountFlows(tell));
+                told.recv_timeout(DEADLINE).expect("the shard runs")
+            })
+            .collect()
+    }
+
+    #[test]
+    fn given_a_service_that_two_shards_share_when_parked_and_revived_then_flows_are_spread_evenly_again() {
+        let echo = Echo::start(1);
+        let service = Service::start("127.18.1.23:5300", &[&echo.backend]);
+        assert_eq!(spread(&service, 8).iter().filter(|flows| **flows > 0).count(), 1, "one shard by default");
+        let shared = UdpSettings { shards: NonZeroU16::new(8), ..UdpSettings::default() };
+
+        for _ in 0..3 {
+            let holder = service.park();
+            drop(holder);
+            service.bind_with(&shared);
+            let flows = spread(&service, 48);
+
+            assert_eq!(flows.iter().sum::<usize>(), 48);
+            assert!(flows.iter().all(|flows| (8..=40).contains(flows)), "{flows:?}");
+        }
+
+        service.swap(&[]);
+        until("all flows end", || echo.backend.stats.active_flows.get() == 0);
+    }
+
+    #[test]
+    fn given_many_services_when_served_then_they_are_spread_over_the_shards() {
+        let shards = UdpShards::start(4, UdpOptions { flow_limit: 16, ..UdpOptions::default() }).expect("threads");
+        let mut services = [0; 4];
+
+        for host in 0..=255 {
+            let server = UdpServer { key: ListenKey::new([10, 96, 0, host].into(), 53, Protocol::Udp), shards: 1 };
+            let shard = shards.shards_of(server).next().expect("one shard");
+            services[shards.shards.iter().position(|other| std::ptr::eq(other, shard)).expect("one of them")] += 1;
+        }
+
+        assert!(services.iter().all(|count| (40..=88).contains(count)), "{services:?}");
+    }
+
+    #[test]
+    fn t200_given_a_backend_that_is_a_listener_of_ours_when_a_client_sends_then_the_loop_ends_at_once() {
+        let echo = Echo::start(1);
+        let service = Service::start("127.18.1.24:5300", &[]);
+        let inner: SocketAddr = "127.18.1.25:5300".parse().expect("an address");
+        let key = ListenKey::new(inner.ip(), inner.port(), Protocol::Udp);
+        let real = balancer(Family::V4, &[&echo.backend]);
+        let target = Arc::new(ArcSwap::from_pointee(target_of(&real)));
+        service.shards.open(key, target, &UdpSettings::default()).expect("a free address");
+        service.balancer.swap(table(&[&backend(2, inner)]));
+        service.obeyed();
+
+        service.client().send(b"round and round").expect("sent");
+
+        until("it is dropped", || real.port.stats.dropped.get(DropReason::Loop) == 1);
+        assert_eq!(real.port.stats.accepted.get(), 0);
+    }
+
+    #[test]
+    fn t195_f18_given_a_sweep_of_sources_when_they_flood_then_flows_stay_bounded_and_an_established_one_loses_nothing()
+    {
+        const FLOWS: usize = 64;
+        let echo = Echo::start(1);
+        let options = UdpOptions { flow_limit: FLOWS, ..UdpOptions::default() };
+        let service = Service::start_with("127.18.1.26:5300", &[&echo.backend], options);
+        let established = service.client();
+        ask(&established, b"1");
+        ask(&established, b"2"); // a stream from here on
+
+        for sweep in 0..100_u8 {
+            for host in 1..=10 {
+                let source = UdpSocket::bind((Ipv4Addr::new(127, 19, sweep, host), 0)).expect("a loopback address");
+                source.send_to(b"spoofed", service.key.address).expect("sent");
+            }
+            assert_eq!(ask(&established, &[sweep]), [sweep]);
+        }
+
+        let stats = &echo.backend.stats;
+        until("all have been seen", || service.accepted() + service.dropped(DropReason::FlowLimit) == 1001);
+        assert!(stats.active_flows.get() <= FLOWS as u64, "{}", stats.active_flows.get());
+        assert!(stats.closed.get(CloseReason::Evicted) >= 900);
+        assert_eq!(ask(&established, b"still there"), b"still there");
+        assert_eq!(stats.closed.get(CloseReason::Idle), 0);
     }
 
     #[test]
