@@ -149,19 +149,22 @@ impl Shard {
     }
 
     /// Answers first: what waits at a flow's socket is lost when a client's datagram closes it, by eviction or by
-    /// meeting a refusal. Commands last, so that no event of this turn is taken for one of a listener that came in
-    /// the place of another.
+    /// meeting a refusal. Then commands, so that datagrams that came after a change are treated by it. An event of a
+    /// listener that is gone by then finds nobody, or one that came in its place and has nothing to be received.
     fn turn(&mut self, events: &[epoll::Event], now: Instant) -> ControlFlow<()> {
         let tokens = || events.iter().map(|event| event.data.u64());
         for token in tokens().filter(|token| *token & LISTENER_BIT == 0) {
             self.collect(FlowId::from_bits(token), now);
         }
         self.answer();
+        if tokens().any(|token| token == WAKE) {
+            self.obey()?;
+        }
         for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
             self.forward((token ^ LISTENER_BIT) as usize, now);
         }
         self.table.expire(now, |flow| self.upstreams.close(flow));
-        if tokens().any(|token| token == WAKE) { self.obey() } else { ControlFlow::Continue(()) }
+        ControlFlow::Continue(())
     }
 
     /// Moves one batch of a listener's datagrams to backends. What else waits comes in the next turn, after others.

@@ -1,17 +1,19 @@
 //! Datagrams: who answers, from which address, and what becomes of flows when endpoints come and go.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use kube_relay::control::RelayOptions;
 use kube_relay::serve::flow::IdleTimes;
+use kube_relay::stats::CloseReason;
 
 use crate::support::backend::{Backend, Talk, Talker};
 use crate::support::client::{self, Caller};
 use crate::support::manifest::Manifest;
 use crate::support::relay::Relay;
 use crate::support::site::Site;
-use crate::support::skip;
+use crate::support::{full, skip};
 
 /// Idle times that a test can wait for.
 fn short_idle_times() -> RelayOptions {
@@ -132,6 +134,134 @@ async fn t185_given_a_backend_that_takes_2_s_when_a_client_asks_once_then_the_an
     let caller = Caller::new(site.service()).await;
 
     assert_eq!(caller.exchange(b"slow?").await.expect("an answer"), b"slow?");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t186_given_a_pod_is_replaced_when_its_client_keeps_its_port_then_the_next_datagram_reaches_the_new_one() {
+    let site = Site::new(186);
+    let _running = [Talker::named(site.backend(1)).await, Talker::named(site.backend(2)).await];
+    let manifest = Manifest::new(site).udp().node_port();
+    let relay = Relay::start(site, manifest.clone().endpoints([site.backend(1)])).await;
+    let callers = [Caller::new(site.service()).await, Caller::new(site.node_port()).await];
+    for caller in &callers {
+        assert_eq!(caller.ask().await.backend, site.backend(1));
+    }
+
+    relay.edit(manifest.endpoints([site.backend(2)]));
+    relay.until_backends("web", &[site.backend(2)]).await;
+
+    for caller in &callers {
+        assert_eq!(caller.ask_until_answered().await.backend, site.backend(2));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t187_given_an_endpoint_that_is_not_ready_when_it_becomes_so_then_a_client_that_sends_is_served() {
+    let site = Site::new(187);
+    let _backend = Talker::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).udp();
+    let relay = Relay::start(site, manifest.clone().unready([site.backend(1)])).await;
+    let caller = Caller::new(site.service()).await;
+    caller.send_until_refused(b"who?").await;
+
+    let asking = tokio::spawn(async move { caller.ask_until_answered().await });
+    relay.edit(manifest.endpoints([site.backend(1)]));
+
+    assert_eq!(asking.await.expect("the client does not panic").backend, site.backend(1));
+}
+
+/// The black hole of kube-proxy: a sender that never stops kept its connection-tracking entry, and its way to a pod
+/// that was gone, for 13 hours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f17_given_a_one_way_sender_when_the_service_goes_to_zero_and_back_then_its_first_datagram_arrives() {
+    let site = Site::new(17);
+    let gone = Talker::start(site.backend(1), Talk::Silent).await;
+    let new = Talker::start(site.backend(2), Talk::Silent).await;
+    let manifest = Manifest::new(site).udp();
+    let relay = Relay::start(site, manifest.clone().endpoints([gone.address])).await;
+    let sender = Caller::new(site.service()).await;
+    sender.send(b"to the first pod").await.expect("the port is open");
+    relay.until("the first datagram", |_| gone.has_received(b"to the first pod")).await;
+
+    relay.edit(&manifest);
+    sender.send_until_refused(b"to nobody").await;
+    relay.edit(manifest.endpoints([new.address]));
+    relay.until_backends("web", &[new.address]).await;
+    let _ = sender.send(b"tells of an earlier refusal").await;
+    sender.send(b"to the new pod").await.expect("the port is open");
+
+    relay.until("the datagram", |_| new.has_received(b"to the new pod")).await;
+    assert!(!gone.has_received(b"to the new pod"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_idle_times_of_a_service_when_its_flow_is_silent_then_they_count_and_can_be_changed() {
+    let site = Site::new(5);
+    let _backend = Talker::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).udp().endpoints([site.backend(1)]);
+    let relay = Relay::start(site, manifest.clone().annotation("udp-timeout", "1h")).await;
+    let backend = relay.backend("web", site.backend(1));
+    let caller = Caller::new(site.service()).await;
+    caller.ask().await;
+
+    relay.edit(manifest.annotation("udp-timeout", "answered=1s"));
+
+    relay.until("the flow to be removed", |_| backend.stats.active_flows.get() == 0).await;
+    assert_eq!(backend.stats.closed.get(CloseReason::Idle), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_service_with_several_shards_when_it_goes_to_zero_and_back_then_so_many_sockets_serve_it_again() {
+    let site = Site::new(6);
+    let _backend = Talker::named(site.backend(1)).await;
+    let with_shards = |manifest: Manifest| manifest.udp().annotation("udp-shards", "3");
+    let without = with_shards(Manifest::new(site));
+    let with = without.clone().endpoints([site.backend(1)]);
+    let options = RelayOptions { udp_shards: NonZeroUsize::new(4), ..RelayOptions::default() };
+    let relay = Relay::start_with(site, &with, options).await;
+    assert_eq!(sockets_at(site.service()), 3);
+
+    for _ in 0..2 {
+        relay.edit(&without);
+        relay.until_backends("web", &[]).await;
+        assert_eq!(sockets_at(site.service()), 1, "one that holds the port");
+        relay.edit(&with);
+        relay.until_backends("web", &[site.backend(1)]).await;
+        assert_eq!(sockets_at(site.service()), 3);
+        for _ in 0..16 {
+            Caller::new(site.service()).await.ask().await;
+        }
+    }
+}
+
+/// UDP sockets that are bound to an IPv4 address and not connected, or connected to themselves.
+fn sockets_at(address: SocketAddr) -> usize {
+    let IpAddr::V4(ip) = address.ip() else { return 0 };
+    let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port());
+    let table = std::fs::read_to_string("/proc/net/udp").expect("procfs");
+    table.lines().filter(|line| line.split_whitespace().nth(1) == Some(&local)).count()
+}
+
+/// DNS as a busy node asks it: each query from a port of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t195_given_500_queries_a_second_from_new_ports_when_relayed_then_none_is_lost_and_flows_stay_bounded() {
+    let site = Site::new(195);
+    let _backend = Talker::named(site.backend(1)).await;
+    let relay = Relay::start(site, Manifest::new(site).udp().endpoints([site.backend(1)])).await;
+    let backend = relay.backend("web", site.backend(1));
+    let queries = if full() { 30_000 } else { 500 };
+    let mut pace = tokio::time::interval(Duration::from_millis(2));
+    let mut most = 0;
+
+    for _ in 0..queries {
+        pace.tick().await;
+        Caller::new(site.service()).await.ask().await;
+        most = most.max(backend.stats.active_flows.get());
+    }
+
+    println!("{queries} queries: {most} flows at once at most");
+    assert!(most <= 500 * 12, "{most} flows: 10 s of queries, and what is not yet looked at");
+    assert_eq!(backend.stats.upstream_datagrams.get(), queries);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

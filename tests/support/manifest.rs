@@ -15,6 +15,7 @@ pub struct Manifest {
     affinity_seconds: Option<u32>,
     annotations: Vec<(&'static str, &'static str)>,
     endpoints: Vec<IpAddr>,
+    unready: Vec<IpAddr>,
 }
 
 impl Manifest {
@@ -28,6 +29,7 @@ impl Manifest {
             affinity_seconds: None,
             annotations: Vec::new(),
             endpoints: Vec::new(),
+            unready: Vec::new(),
         }
     }
 
@@ -78,6 +80,12 @@ impl Manifest {
         self.endpoints.extend(backends.into_iter().map(|backend| backend.ip()));
         self
     }
+
+    /// Adds endpoints that are not ready.
+    pub fn unready(mut self, backends: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.unready.extend(backends.into_iter().map(|backend| backend.ip()));
+        self
+    }
 }
 
 impl fmt::Display for Manifest {
@@ -123,12 +131,15 @@ impl Manifest {
         for protocol in &self.protocols {
             writeln!(f, "  - {{name: {}, protocol: {protocol}, port: {BACKEND_PORT}}}", port_name(protocol))?;
         }
-        if self.endpoints.is_empty() {
+        if self.endpoints.is_empty() && self.unready.is_empty() {
             return writeln!(f, "endpoints: []");
         }
         writeln!(f, "endpoints:")?;
         for ip in &self.endpoints {
             writeln!(f, "  - addresses: [\"{ip}\"]")?;
+        }
+        for ip in &self.unready {
+            writeln!(f, "  - addresses: [\"{ip}\"]\n    conditions: {{ready: false}}")?;
         }
         Ok(())
     }
