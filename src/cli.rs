@@ -612,6 +612,7 @@ mod tests {
         assert_eq!(config.udp_timeouts.stream, DEFAULT_UDP_TIMEOUT_STREAM);
         assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
         assert_eq!(config.workers, None);
+        assert_eq!(config.upstream_sources, [] as [IpAddr; 0]);
         assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
         assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
         assert_eq!(config.plan.service_node_port_range, DEFAULT_NODE_PORT_RANGE);

@@ -47,7 +47,7 @@ impl Connection {
     /// `half_close_timeout`: how long one side may keep silent after the other has closed its half.
     pub async fn relay(&mut self, half_close_timeout: Duration) -> CloseReason {
         let Self { pair, account } = self;
-        let mut relay = Relay::new(pair, account, half_close_timeout);
+        let mut relay = Relay::new(pair, account, &half_close_timeout);
         let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
         let mute = relay.mute;
         drop(relay);
@@ -77,6 +77,13 @@ struct Pair {
     client: Stream,
     upstream: Stream,
     finished: bool,
+}
+
+impl Pair {
+    fn ends(&self) -> (End<'_>, End<'_>) {
+        let client = End { party: Party::Client, stream: &self.client };
+        (client, End { party: Party::Backend, stream: &self.upstream })
+    }
 }
 
 impl Drop for Pair {
@@ -147,22 +154,20 @@ impl Drop for Account {
 
 /// Both directions of one connection.
 struct Relay<'s> {
-    client: End<'s>,
-    upstream: End<'s>,
+    pair: &'s Pair,
     account: &'s mut Account,
     up: Direction,
     down: Direction,
-    half_close_timeout: Duration,
+    half_close_timeout: &'s Duration,
     /// The client ended before anybody had said anything, as a health check of a load balancer does.
     mute: bool,
     rare: Option<Box<Rare<'s>>>,
 }
 
 impl<'s> Relay<'s> {
-    fn new(pair: &'s Pair, account: &'s mut Account, half_close_timeout: Duration) -> Self {
+    fn new(pair: &'s Pair, account: &'s mut Account, half_close_timeout: &'s Duration) -> Self {
         Self {
-            client: End { party: Party::Client, stream: &pair.client },
-            upstream: End { party: Party::Backend, stream: &pair.upstream },
+            pair,
             account,
             up: Direction::to_backend(),
             down: Direction::to_client(),
@@ -184,17 +189,19 @@ impl<'s> Relay<'s> {
     }
 
     fn poll_directions(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> Poll<Result<(), Broken>> {
+        let (client, backend) = self.pair.ends();
         let Account { upstream, downstream, .. } = &mut *self.account;
-        let up = Path { from: self.client, to: self.upstream, last: self.down.is_done() };
+        let up = Path { from: client, to: backend, last: self.down.is_done() };
         let up = self.up.poll(cx, up, scratch, &mut upstream.moved)?;
-        let down = Path { from: self.upstream, to: self.client, last: self.up.is_done() };
+        let down = Path { from: backend, to: client, last: self.up.is_done() };
         let down = self.down.poll(cx, down, scratch, &mut downstream.moved)?;
         if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     /// What a connection needs only where a party is not being read: nobody would notice that it is gone.
     fn poll_rare(&mut self, cx: &mut Context<'_>) -> Poll<CloseReason> {
-        let ends = [(self.client, self.up.is_reading()), (self.upstream, self.down.is_reading())];
+        let (client, backend) = self.pair.ends();
+        let ends = [(client, self.up.is_reading()), (backend, self.down.is_reading())];
         if ends.iter().all(|(_, is_read)| *is_read) {
             return Poll::Pending;
         }
@@ -210,7 +217,7 @@ impl<'s> Relay<'s> {
         }
         if self.up.is_done() || self.down.is_done() {
             let moved = self.account.upstream.moved + self.account.downstream.moved;
-            let silence = rare.silence.get_or_insert_with(|| Silence::new(self.half_close_timeout, moved));
+            let silence = rare.silence.get_or_insert_with(|| Silence::new(*self.half_close_timeout, moved));
             ready!(silence.poll(cx, moved));
             return Poll::Ready(CloseReason::HalfClose);
         }
@@ -482,6 +489,20 @@ mod tests {
         until(|| SockRef::from(&server).take_error().expect("an option").is_some()).await;
     }
 
+    /// The leak of the classic userspace mode (kubernetes#18354).
+    #[tokio::test]
+    async fn t154_given_a_server_that_writes_and_never_ends_when_the_client_goes_then_both_connections_end() {
+        let Line { client, mut server, backend, relay } = Line::open().await;
+        server.write_all(b"more").await.expect("a connection");
+        until(|| backend.stats.downstream_bytes.get() == 4).await;
+
+        drop(client);
+
+        let writing = async { while server.write_all(b"and more").await.is_ok() {} };
+        soon(writing).await;
+        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+    }
+
     #[tokio::test]
     async fn given_a_server_that_has_closed_its_half_when_it_resets_then_it_is_passed_on() {
         let Line { mut client, mut server, backend, relay } = Line::open().await;
@@ -494,7 +515,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_a_slow_reader_when_the_sender_goes_on_then_it_is_held_back_and_nothing_is_lost() {
+    async fn t174_given_a_slow_reader_when_the_sender_goes_on_then_it_is_held_back_and_nothing_is_lost() {
         let Line { mut client, server, backend, relay } = Line::open().await;
 
         let written = fill(&mut client).await;

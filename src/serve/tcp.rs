@@ -163,7 +163,7 @@ impl TcpServer {
         socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
         let registration = socket::watch_listener(Arc::clone(&listener))?;
         let stop = CancellationToken::new();
-        let server = Server { key, target, shared };
+        let server = Server { target, place: Arc::new(Place { key, shared }) };
         let task = tokio::spawn(server.run(registration, stop.clone()));
         Ok(Self { listener, task, stop: stop.drop_guard() })
     }
@@ -179,8 +179,13 @@ impl TcpServer {
 
 /// The accepting task.
 struct Server {
-    key: ListenKey,
     target: TargetCell,
+    place: Arc<Place>,
+}
+
+/// Where connections came in. Each holds a share of it, not a copy.
+struct Place {
+    key: ListenKey,
     shared: Arc<TcpShared>,
 }
 
@@ -234,7 +239,7 @@ impl Server {
     fn pause(&self, pause: &mut Pause, error: &io::Error) -> Duration {
         if pause.is_news(Instant::now()) {
             let service = &self.target.load().port.name;
-            warn!(%service, listen = %self.key, %error, "cannot accept, clients wait");
+            warn!(%service, listen = %self.place.key, %error, "cannot accept, clients wait");
         }
         pause.next()
     }
@@ -251,8 +256,7 @@ impl Server {
         };
         match Stream::new(socket) {
             Ok(client) => {
-                let Self { key, shared, .. } = self;
-                shared.connections.spawn(serve(client, peer, *key, balancer, Arc::clone(shared)));
+                self.place.shared.connections.spawn(serve(client, peer, balancer, Arc::clone(&self.place)));
             }
             Err(_) => port.stats.dropped.count(DropReason::Memory), // The event loop takes no more; closed.
         }
@@ -338,24 +342,23 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
 fn serve(
     client: Stream,
     peer: SocketAddr,
-    listen: ListenKey,
     balancer: Arc<Balancer>,
-    shared: Arc<TcpShared>,
+    place: Arc<Place>,
 ) -> impl Future<Output = ()> + Send {
     let port = Arc::clone(&balancer.port);
     let waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
-    let reaching = Box::pin(reach(waiting, balancer, Arc::clone(&shared)));
+    let reaching = Box::pin(reach(waiting, balancer, Arc::clone(&place.shared)));
     async move {
         let carry = pin!(async {
             let Some((port, mut connection)) = reaching.await else { return };
-            let reason = connection.relay(shared.options.half_close_timeout).await;
+            let reason = connection.relay(place.shared.options.half_close_timeout).await;
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
-                service = %port.name, %listen, client = %peer, backend = %connection.backend().address, %reason,
+                service = %port.name, listen = %place.key, client = %peer, backend = %connection.backend().address, %reason,
                 upstream_bytes, downstream_bytes, "connection closed"
             );
         });
-        shared.unless_aborted(carry).await;
+        place.shared.unless_aborted(carry).await;
     }
 }
 
@@ -627,6 +630,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn t179_given_a_health_check_that_connects_and_closes_when_counted_then_it_is_no_connection_of_use() {
+        let [web] = backends([echo().await]);
+        let served = Served::start("127.83.0.18:7300", std::slice::from_ref(&web));
+
+        drop(served.connect().await);
+
+        until(|| web.stats.closed.get(CloseReason::ClientAbort) == 1).await;
+        assert_eq!(web.stats.closed.get(CloseReason::Finished), 0);
+    }
+
+    #[tokio::test]
     async fn t161_given_one_dead_backend_when_clients_come_then_all_are_served() {
         let (_held, dead) = refusing();
         let all = backends([dead, named("one").await]);
@@ -770,11 +784,12 @@ mod tests {
         let key = ListenKey::new(IpAddr::from([127, 0, 0, 1]), 80, Protocol::Tcp);
         let shared = Arc::new(TcpShared::new(TcpOptions::default()));
 
-        let connection = serve(registered(client), peer, key, balancer(&[]), shared);
+        let connection = serve(registered(client), peer, balancer(&[]), Arc::new(Place { key, shared }));
 
         assert!(size_of_val(&connection) <= 768, "{} bytes", size_of_val(&connection));
     }
 
+    /// T177: a client without an address is one that is gone (`socket::accept`).
     #[test]
     fn given_what_accept_says_when_judged_then_only_a_lack_pauses() {
         let refusal = |errno: Errno| Refusal::of(&errno.into());
