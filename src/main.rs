@@ -85,7 +85,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     })
 }
 
-/// Honours CPU affinity and cgroup quotas.
+/// Honours CPU affinity and the CPU quota of the cgroup, of either version; a part of a CPU does not count, but one is
+/// the least.
 fn available_parallelism_or_one() -> usize {
     available_parallelism().map_or(1, usize::from)
 }

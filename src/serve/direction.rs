@@ -365,13 +365,11 @@ impl Direction {
 
     /// Between polls it holds no pipe without bytes, and one with bytes is known to be stuck.
     fn let_go_of_pipe(&mut self) {
-        match std::mem::take(&mut self.load) {
-            Load::Pipe(pipe) if pipe.is_empty() => pipe.give_back(),
-            Load::Pipe(mut pipe) => {
-                pipe.park();
-                self.load = Load::Pipe(pipe);
-            }
-            load => self.load = load,
+        let Load::Pipe(pipe) = &mut self.load else { return };
+        if !pipe.is_empty() {
+            pipe.park();
+        } else if let Load::Pipe(pipe) = std::mem::take(&mut self.load) {
+            pipe.give_back();
         }
     }
 

@@ -45,9 +45,9 @@ impl Connection {
     /// Moves bytes until the end of the connection and tells why it ended.
     ///
     /// `half_close_timeout`: how long one side may keep silent after the other has closed its half.
-    pub async fn relay(&mut self, half_close_timeout: Duration) -> CloseReason {
+    pub async fn relay(&mut self, half_close_timeout: &Duration) -> CloseReason {
         let Self { pair, account } = self;
-        let mut relay = Relay::new(pair, account, &half_close_timeout);
+        let mut relay = Relay::new(pair, account, half_close_timeout);
         let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
         let mute = relay.mute;
         drop(relay);
@@ -310,7 +310,7 @@ mod tests {
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
             let mut connection = Connection::open(registered(downstream), registered(upstream), Arc::clone(&backend));
             let relay = tokio::spawn(async move {
-                let reason = connection.relay(limit).await;
+                let reason = connection.relay(&limit).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
                 Ended { reason, upstream_bytes, downstream_bytes }
             });

@@ -21,6 +21,7 @@ use crate::serve::scripted::{LOOPBACK, pair, registered, reset, soon};
 use crate::stats::CloseReason;
 
 const AT_ONCE: usize = 16;
+const HALF_CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn given_peers_that_do_as_they_please_when_relayed_then_no_byte_is_lost_and_no_truncation_looks_complete() {
@@ -148,7 +149,7 @@ async fn exchange(seed: u64) {
 
     let mut connection = Connection::open(registered(downstream), registered(upstream), backend);
     let relay = tokio::spawn(async move {
-        let relayed = connection.relay(Duration::from_secs(60));
+        let relayed = connection.relay(&HALF_CLOSE_TIMEOUT);
         tokio::time::timeout(cancelled.unwrap_or(Duration::MAX), relayed).await.ok()
     });
     let (client, server) = tokio::join!(client.play(at_client, answered), server.play(at_server, said));

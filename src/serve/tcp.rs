@@ -42,7 +42,7 @@ use tokio::select;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::{Level, debug, enabled, warn};
 
 use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
@@ -348,10 +348,12 @@ fn serve(
     let port = Arc::clone(&balancer.port);
     let waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
     let reaching = Box::pin(reach(waiting, balancer, Arc::clone(&place.shared)));
+    let named = enabled!(Level::DEBUG).then(|| Box::new(peer)); // Kept for the log alone.
     async move {
         let carry = pin!(async {
             let Some((port, mut connection)) = reaching.await else { return };
-            let reason = connection.relay(place.shared.options.half_close_timeout).await;
+            let reason = connection.relay(&place.shared.options.half_close_timeout).await;
+            let Some(peer) = named else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
                 service = %port.name, listen = %place.key, client = %peer, backend = %connection.backend().address, %reason,
