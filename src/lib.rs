@@ -35,6 +35,7 @@
 //! | a backend's counters | [`serve::balancer::Backend`], from table to table | atomics |
 //! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
 //! | flows | their UDP shard, by value | nobody |
+//! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //!
 //! # What always holds
