@@ -1,7 +1,7 @@
 //! Options of upstream connections that last: keep-alive and user timeout.
 //!
 //! They find a backend that has vanished, and three system calls are too much for a connection that is over in
-//! milliseconds. So they are set when a connection has lasted [`LASTING_AFTER`]; the newcomers of that time are swept by
+//! milliseconds. So they are set when a connection has lasted `LASTING_AFTER`; the newcomers of that time are swept by
 //! one task, which sleeps while there are none. Sockets of clients inherit theirs from the listener.
 
 use std::io;
