@@ -2,9 +2,9 @@
 //!
 //! It copies first: into a scratch buffer of the thread, which is used within one poll only, and out at once. What the
 //! receiver does not take is kept on the heap, and nothing more is read until it is gone: that is the back-pressure.
-//! When [`BULKY_READS`] reads came back full, in one burst or in bursts with a short end, it splices: through a pipe that it holds only while something is
-//! on the way, filled on while the receiver is not ready. When [`THIN_SPLICES`] in a row moved little, it copies again:
-//! small messages cost two system calls less that way.
+//! When [`BULKY_READS`] reads came back full, in one burst or in bursts with a short end, it splices: through a pipe that
+//! it holds only while something is on the way, filled on while the receiver is not ready. When [`THIN_SPLICES`] in a row
+//! moved little, it copies again: small messages cost two system calls less that way.
 //!
 //! So a direction that waits for its sender holds neither buffer nor pipe. What is in a pipe comes before the end of
 //! stream; a pipe that still holds bytes when the connection breaks is closed with them.
