@@ -147,7 +147,7 @@ async fn entries(relay: &Relay) -> Result<Vec<Entry>> {
     }
     let service = status.services.get(&ObjectName::parse("whoami")).context("the manifest has no Service `whoami`")?;
     let mut entries = Vec::new();
-    for port in &service.report.ports {
+    for port in &service.report().ports {
         for listener in &port.listeners {
             let kind = match listener.kind {
                 ListenerKind::ClusterIp => "ClusterIP",

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -108,8 +109,8 @@ impl fmt::Display for NodePortRange {
 }
 
 /// Gives each Service what it wants and does not name, and tells where that was not possible.
-pub fn fill(services: &mut [Service], ranges: &Ranges) -> Vec<Problem> {
-    let mut by_name: Vec<&mut Service> = services.iter_mut().collect();
+pub fn fill(services: &mut [Arc<Service>], ranges: &Ranges) -> Vec<Problem> {
+    let mut by_name: Vec<&mut Arc<Service>> = services.iter_mut().collect();
     by_name.sort_by(|a, b| a.name.cmp(&b.name));
     let mut problems = Vec::new();
     if let Some(range) = ranges.cluster_ips.0 {
@@ -119,7 +120,7 @@ pub fn fill(services: &mut [Service], ranges: &Ranges) -> Vec<Problem> {
     problems
 }
 
-fn fill_cluster_ips(services: &mut [&mut Service], range: IpNet, problems: &mut Vec<Problem>) {
+fn fill_cluster_ips(services: &mut [&mut Arc<Service>], range: IpNet, problems: &mut Vec<Problem>) {
     let family = Family::of(range.addr());
     let mut pool = Pool::of_addresses(range);
     let mut taken: BTreeSet<IpAddr> = services.iter().flat_map(|service| written(service)).collect();
@@ -134,7 +135,10 @@ fn fill_cluster_ips(services: &mut [&mut Service], range: IpNet, problems: &mut 
         let hash = fnv1a(&[service.name.namespace.as_bytes(), service.name.name.as_bytes()]);
         let free = pool.probe(hash).map(|offset| address(range, offset)).find(|ip| taken.insert(*ip));
         match free {
-            Some(ip) => service.cluster_ips = ClusterIps::Addresses { addresses: vec![ip], allocated: true },
+            Some(ip) => {
+                let cluster_ips = ClusterIps::Addresses { addresses: vec![ip], allocated: true };
+                Arc::make_mut(service).cluster_ips = cluster_ips;
+            }
             None => {
                 pool = Pool::EMPTY;
                 let text = format!(
@@ -169,7 +173,7 @@ fn address(range: IpNet, offset: u128) -> IpAddr {
     }
 }
 
-fn fill_node_ports(services: &mut [&mut Service], range: NodePortRange, problems: &mut Vec<Problem>) {
+fn fill_node_ports(services: &mut [&mut Arc<Service>], range: NodePortRange, problems: &mut Vec<Problem>) {
     let mut pool = Pool::of_ports(range);
     let mut taken = BTreeSet::new();
     for service in services.iter() {
@@ -186,7 +190,7 @@ fn fill_node_ports(services: &mut [&mut Service], range: NodePortRange, problems
     }
     for service in services.iter_mut().filter(|service| wants_node_ports(service)) {
         for index in 0..service.ports.len() {
-            fill_node_port(service, index, &mut pool, range, &mut taken, problems);
+            fill_node_port(Arc::make_mut(service), index, &mut pool, range, &mut taken, problems);
         }
     }
 }
@@ -197,7 +201,7 @@ fn wants_node_ports(service: &Service) -> bool {
         ServiceKind::LoadBalancer => service.allocate_node_ports,
         ServiceKind::ClusterIp | ServiceKind::ExternalName => false,
     };
-    kind && service.cluster_ips != ClusterIps::Headless
+    kind && service.cluster_ips != ClusterIps::Headless && service.ports.iter().any(|port| port.node_port.is_none())
 }
 
 fn fill_node_port(
@@ -301,7 +305,7 @@ mod tests {
     use super::*;
     use crate::decode::{Content, decode};
 
-    fn services(bodies: &[&str]) -> Vec<Service> {
+    fn services(bodies: &[&str]) -> Vec<Arc<Service>> {
         let documents = bodies.iter().map(|body| {
             let (name, spec) = body.split_once(' ').expect("name and spec");
             format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {spec}\n")
@@ -309,7 +313,7 @@ mod tests {
         let decoded = decode(documents.collect::<Vec<_>>().join("---\n").as_bytes(), "a.yaml");
         assert!(decoded.whole, "{:?}", decoded.problems);
         let contents = decoded.objects.into_iter().map(|entry| match entry.content {
-            Content::Service(service) => *service,
+            Content::Service(service) => service,
             Content::Slices(_) => panic!("a slice"),
         });
         contents.collect()
@@ -447,7 +451,7 @@ mod tests {
 
         let told: Vec<_> = problems.iter().map(|problem| (&*problem.object, &*problem.reason)).collect();
         assert_eq!(told, [("Service default/c", "unallocated"); 2]);
-        let ips: BTreeSet<_> = all.iter().filter_map(cluster_ip).collect();
+        let ips: BTreeSet<_> = all.iter().filter_map(|service| cluster_ip(service)).collect();
         assert_eq!(ips.into_iter().collect::<Vec<_>>(), ["127.96.0.1", "127.96.0.2"]);
     }
 
@@ -503,8 +507,8 @@ mod tests {
             prop_assert_eq!(fill(&mut one, &ranges), vec![]);
             prop_assert_eq!(fill(&mut other, &ranges), vec![]);
 
-            let ips: BTreeSet<_> = one.iter().filter_map(cluster_ip).collect();
-            let numbers: BTreeSet<_> = one.iter().flat_map(node_ports).collect();
+            let ips: BTreeSet<_> = one.iter().filter_map(|service| cluster_ip(service)).collect();
+            let numbers: BTreeSet<_> = one.iter().flat_map(|service| node_ports(service)).collect();
             prop_assert_eq!((ips.len(), numbers.len()), (one.len(), one.len()));
             other.sort_by(|a, b| a.name.cmp(&b.name));
             one.sort_by(|a, b| a.name.cmp(&b.name));

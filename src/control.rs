@@ -15,15 +15,15 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
-use crate::model::{Event, Model, ServicePort};
+use crate::model::{Event, Model, Service, ServicePort};
 use crate::name::{ObjectName, ServicePortName};
-use crate::plan::{Plan, PlanOptions, Problem, Step};
+use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
 use crate::serve::listeners::BindError;
 use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
-use crate::status::{ListenerState, PortCounters, ServiceReport, ServiceStatus, SourceStatus, Status};
+use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status};
 
 /// Messages that wait for the control task; a source that is faster waits.
 const QUEUE: usize = 1024;
@@ -281,13 +281,13 @@ impl Control {
     /// Renews the snapshot's entries of Services that changed.
     fn describe(&mut self) {
         for name in self.plan.touched() {
-            match self.model.service(name) {
-                Some(service) => {
-                    let report = ServiceReport::of(service, &self.plan);
-                    let ports = service.ports.iter().map(|port| self.counters(name, port)).collect();
-                    self.status.services.insert(name.clone(), Arc::new(ServiceStatus { report, ports }));
+            match (self.model.service(name), self.plan.service(name)) {
+                (Some(service), Some(plan)) => {
+                    let ports = service.ports.iter().map(|port| self.counters(service, plan, port)).collect();
+                    let (service, plan) = (Arc::clone(service), Arc::clone(plan));
+                    self.status.services.insert(name.clone(), Arc::new(ServiceStatus { service, plan, ports }));
                 }
-                None => {
+                _ => {
                     self.status.services.remove(name);
                 }
             }
@@ -295,13 +295,13 @@ impl Control {
     }
 
     /// Where the counters of one ServicePort are.
-    fn counters(&self, service: &ObjectName, port: &ServicePort) -> PortCounters {
-        let name = ServicePortName { service: service.clone(), port: port.name.clone(), protocol: port.protocol };
+    fn counters(&self, service: &Service, plan: &ServicePlan, port: &ServicePort) -> PortCounters {
+        let (service, protocol) = (service.name.clone(), port.protocol);
+        let name = ServicePortName { service, port: Arc::clone(&port.name), protocol };
         let state = self.listeners.port(&name).cloned();
-        let planned = self.plan.service(service).map(|plan| &plan.wanted.balancers);
-        let endpoints = planned.into_iter().flatten().filter(|(key, _)| key.port == name);
-        let endpoints: BTreeMap<_, _> = endpoints
-            .flat_map(|(_, wanted)| &wanted.usable.serving)
+        let endpoints: BTreeMap<_, _> = plan
+            .balancers(port)
+            .flat_map(|(_, wanted)| &*wanted.usable.serving)
             .map(|endpoint| (endpoint.address, endpoint.pod.clone()))
             .collect();
         let backends = endpoints
@@ -379,7 +379,7 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
-    use crate::model::{Endpoint, Objects, Service, Slice};
+    use crate::model::{Endpoint, Objects, Slice};
     use crate::name::{ListenKey, Protocol};
     use crate::plan::Expose;
     use crate::serve::scripted::{named, read_all, soon, until};
@@ -429,7 +429,7 @@ mod tests {
 
     /// Sends a whole state.
     async fn sync(relay: &Relay, services: Vec<Service>, slices: Vec<Slice>) {
-        send(relay, [Message::Event(Event::Replace(Objects { services, slices })), Message::Synced]).await;
+        send(relay, [Message::Event(Event::Replace(Objects::new(services, slices))), Message::Synced]).await;
         synced(relay).await;
     }
 

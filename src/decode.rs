@@ -119,9 +119,9 @@ impl fmt::Display for Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// A Service.
-    Service(Box<Service>),
+    Service(Arc<Service>),
     /// An EndpointSlice (none where a proxy has no use for it), or the slices of an Endpoints object.
-    Slices(Vec<Slice>),
+    Slices(Vec<Arc<Slice>>),
 }
 
 /// Reads one file. `file` is its name in problems.
@@ -347,12 +347,17 @@ impl<'f> Reading<'f> {
         let name = identity.name.clone();
         let content = match kind {
             Kind::Service => decode_service::service(found, at, identity, &raw.spec, &raw.status)
-                .map(|service| Content::Service(Box::new(service))),
+                .map(|service| Content::Service(Arc::new(service))),
             Kind::EndpointSlice => {
                 let raw = RawSlice { address_type: &raw.address_type, endpoints: &raw.endpoints, ports: &raw.ports };
-                Some(Content::Slices(decode_endpoints::slice(found, at, &identity, &raw).into_iter().collect()))
+                Some(Content::Slices(
+                    decode_endpoints::slice(found, at, &identity, &raw).into_iter().map(Arc::new).collect(),
+                ))
             }
-            Kind::Endpoints => Some(Content::Slices(decode_endpoints::endpoints(found, at, &identity, &raw.subsets))),
+            Kind::Endpoints => {
+                let slices = decode_endpoints::endpoints(found, at, &identity, &raw.subsets);
+                Some(Content::Slices(slices.into_iter().map(Arc::new).collect()))
+            }
         };
         if let Some(content) = content
             && found.errors() == errors

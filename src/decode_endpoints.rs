@@ -299,7 +299,7 @@ mod tests {
         decode(format!("{head}{body}").as_bytes(), "a.yaml")
     }
 
-    fn slices(decoded: &Decoded) -> Vec<Slice> {
+    fn slices(decoded: &Decoded) -> Vec<Arc<Slice>> {
         let contents = decoded.objects.iter().map(|entry| match &entry.content {
             Content::Slices(slices) => slices.clone(),
             Content::Service(_) => panic!("a Service"),
@@ -307,7 +307,7 @@ mod tests {
         contents.flatten().collect()
     }
 
-    fn slice(body: &str) -> Slice {
+    fn slice(body: &str) -> Arc<Slice> {
         let decoded = decoded(body);
         slices(&decoded).pop().unwrap_or_else(|| panic!("no slice: {:?}", decoded.problems))
     }

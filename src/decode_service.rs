@@ -455,7 +455,7 @@ mod tests {
     fn service(spec: &str) -> Service {
         let mut decoded = decoded(spec);
         match decoded.objects.pop().map(|entry| entry.content) {
-            Some(Content::Service(service)) => *service,
+            Some(Content::Service(service)) => Arc::unwrap_or_clone(service),
             _ => panic!("no Service: {:?}", decoded.problems),
         }
     }

@@ -150,7 +150,7 @@ mod tests {
             ..PlanOptions::default()
         };
         let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
-        model.apply(Event::Replace(Objects { services, slices }), &mut dirty);
+        model.apply(Event::Replace(Objects::new(services, slices)), &mut dirty);
         plan.update(&model, &dirty, &options);
         Report::of(&model, &plan, vec![]).to_string()
     }

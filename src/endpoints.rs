@@ -49,11 +49,12 @@ pub struct UsableEndpoint {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usable {
     /// May get new traffic.
-    pub picks: Vec<UsableEndpoint>,
+    pub picks: Arc<[UsableEndpoint]>,
     /// Keeps what it has: every endpoint of the scope that is ready, or terminating but still serving.
     ///
     /// A superset of `picks`: topology hints steer new traffic only, and a pod that ends keeps its flows while it can.
-    pub serving: Vec<UsableEndpoint>,
+    /// Mostly it is no more than them, and then both are one list.
+    pub serving: Arc<[UsableEndpoint]>,
 }
 
 /// What a ServicePort may use in one family. `None`: no listener of the Service asks for this scope.
@@ -177,10 +178,14 @@ fn choose(
     if picks.is_empty() {
         picks = collect(candidates, |candidate| in_scope(candidate) && candidate.serves_to_the_end());
     }
-    Usable { picks, serving: collect(candidates, |candidate| in_scope(candidate) && candidate.serves()) }
+    let serving = collect(candidates, |candidate| in_scope(candidate) && candidate.serves());
+    if picks.len() == serving.len() {
+        picks = Arc::clone(&serving); // Each pick serves: as many are the same ones.
+    }
+    Usable { picks, serving }
 }
 
-fn collect(candidates: &[Candidate<'_>], accept: impl Fn(&Candidate<'_>) -> bool) -> Vec<UsableEndpoint> {
+fn collect(candidates: &[Candidate<'_>], accept: impl Fn(&Candidate<'_>) -> bool) -> Arc<[UsableEndpoint]> {
     candidates.iter().filter(|candidate| accept(candidate)).map(Candidate::to_usable).collect()
 }
 
@@ -317,7 +322,7 @@ mod tests {
     }
 
     fn addresses(usable: &Option<Usable>) -> Vec<String> {
-        usable.iter().flat_map(|usable| &usable.picks).map(|endpoint| endpoint.address.to_string()).collect()
+        usable.iter().flat_map(|usable| &*usable.picks).map(|endpoint| endpoint.address.to_string()).collect()
     }
 
     #[test]

@@ -64,6 +64,7 @@ mod describe;
 pub mod endpoints;
 mod entries;
 mod findings;
+pub mod frozen;
 pub mod host;
 mod journal;
 mod layout;

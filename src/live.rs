@@ -8,13 +8,12 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::name::{ListenKey, ObjectName, Protocol};
-use crate::plan::{Problem, Severity, Side, Verdict};
+use crate::name::{ListenKey, ObjectName};
+use crate::plan::{Problem, Severity, Target};
 use crate::serve::balancer::Backend;
 use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, ServiceStats, Tally};
 use crate::status::{
-    BackendTraffic, ListenerReport, ListenerState, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
-    Status,
+    BackendTraffic, ListenerState, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus, Status,
 };
 
 /// What `/status` answers: a report with its live parts, and who answers.
@@ -76,29 +75,32 @@ impl Status {
     }
 
     /// `Serving`, unless both sides refuse (`Parked`), the address is among the failed ones or the process is stopping.
-    pub(crate) fn listener_state(&self, listener: &ListenerReport, protocol: Protocol) -> ListenerState {
+    pub(crate) fn listener_state(&self, key: &ListenKey, target: &Target) -> ListenerState {
         if self.stopping {
             return ListenerState::Closed;
         }
-        let key = listener.address.parse().ok().map(|address| ListenKey { address, protocol });
-        if let Some(state) = key.and_then(|key| self.failed.get(&key)) {
-            return state.clone();
-        }
-        let refuses = |side: Side| side.verdict == Verdict::Reject;
-        if refuses(listener.outside) && refuses(listener.inside) {
-            ListenerState::Parked
-        } else {
-            ListenerState::Serving
+        match self.failed.get(key) {
+            Some(state) => state.clone(),
+            None if target.parked() => ListenerState::Parked,
+            None => ListenerState::Serving,
         }
     }
 }
 
 impl ServiceStatus {
+    /// Its report without states and counters.
+    pub fn report(&self) -> ServiceReport {
+        ServiceReport::of(&self.service, Some(&self.plan))
+    }
+
     fn live(&self, status: &Status) -> ServiceReport {
-        let mut report = self.report.clone();
+        let mut report = self.report();
         for port in &mut report.ports {
             for listener in &mut port.listeners {
-                listener.state = Some(status.listener_state(listener, port.protocol));
+                let Ok(address) = listener.address.parse() else { continue };
+                let target = Target { outside: listener.outside, inside: listener.inside };
+                let key = ListenKey { address, protocol: port.protocol };
+                listener.state = Some(status.listener_state(&key, &target));
             }
         }
         for (port, counters) in report.ports.iter_mut().zip(&self.ports) {
@@ -166,17 +168,15 @@ fn counted<const N: usize, W: Copy + Into<usize>>(
 #[cfg(test)]
 pub(crate) mod sample {
     use super::*;
-    use crate::name::{Scope, ServicePortName};
-    use crate::plan::ListenerKind;
+    use crate::model::{ClusterIps, Endpoint, Service, Slice};
+    use crate::name::{Protocol, ServicePortName};
+    use crate::plan::{PlanOptions, ServicePlan};
     use crate::serve::balancer::PortState;
-    use crate::status::{PortCounters, PortReport, ScopedBackends};
+    use crate::status::PortCounters;
 
     /// `default/web`: TCP 80 on a cluster IP and a (failed) node port, two backends, some traffic; `default/dns`: UDP, idle, parked.
     pub(crate) fn status() -> Status {
-        let services = [web(), dns(), headless()].map(|service| {
-            let name = ObjectName::new(service.report.namespace.as_str(), service.report.name.as_str());
-            (name, Arc::new(service))
-        });
+        let services = [web(), dns(), headless()].map(|service| (service.service.name.clone(), Arc::new(service)));
         let failed = ListenerState::Failed { reason: "in_use".into(), message: "address in use; ask ss".into() };
         let key = ListenKey { address: "127.0.0.1:30080".parse().expect("an address"), protocol: Protocol::Tcp };
         Status {
@@ -206,56 +206,41 @@ pub(crate) mod sample {
         state.stats.accepted.add(6);
         state.stats.retries.increment();
         state.stats.dropped.count(DropReason::ClientAbort);
-        let port = PortReport {
-            name: "http".into(),
-            protocol: Protocol::Tcp,
-            port: 80,
-            target_port: Some("8000".into()),
-            listeners: vec![
-                listener(ListenerKind::ClusterIp, "127.96.0.10:80", Verdict::Serve),
-                listener(ListenerKind::NodePort, "127.0.0.1:30080", Verdict::Serve),
-            ],
-            backends: ScopedBackends {
-                cluster: Some(vec!["10.244.0.2:8000".into(), "10.244.0.3:8000".into()]),
-                local: None,
-            },
-            traffic: None,
-            backend_traffic: vec![],
-        };
+        let mut web = Service::new("web").port("http", 80).node_port(30080);
+        web.ports[0].target_port = Some("8000".into());
+        web.ports[0].node_port_allocated = true;
+        let endpoints = vec![Endpoint::new([10, 244, 0, 2]), Endpoint::new([10, 244, 0, 3])];
         let [first, second] = backends;
-        let counters =
-            PortCounters { state: Some(state), backends: vec![(first, Some("web-1".into())), (second, None)] };
-        ServiceStatus { report: report("web", "NodePort", vec![port]), ports: vec![counters] }
+        let backends = [(first, Some("web-1".into())), (second, None)].into();
+        service(allocated(web, 10), endpoints, [PortCounters { state: Some(state), backends }].into())
     }
 
     fn dns() -> ServiceStatus {
-        let port = PortReport {
-            name: String::new(),
-            protocol: Protocol::Udp,
-            port: 53,
-            target_port: None,
-            listeners: vec![listener(ListenerKind::ClusterIp, "127.96.0.11:53", Verdict::Reject)],
-            backends: ScopedBackends { cluster: Some(vec![]), local: None },
-            traffic: None,
-            backend_traffic: vec![],
-        };
-        let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), backends: vec![] };
-        ServiceStatus { report: report("dns", "ClusterIP", vec![port]), ports: vec![counters] }
+        let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), backends: [].into() };
+        service(allocated(Service::new("dns").udp_port("", 53), 11), vec![], [counters].into())
     }
 
     fn headless() -> ServiceStatus {
-        let skipped = Some("headless".into());
-        ServiceStatus { report: ServiceReport { skipped, ..report("headless", "ClusterIP", vec![]) }, ports: vec![] }
+        let headless = Service { cluster_ips: ClusterIps::Headless, ..Service::new("headless") };
+        service(headless, vec![], [].into())
     }
 
-    fn report(name: &str, kind: &'static str, ports: Vec<PortReport>) -> ServiceReport {
-        let namespace = "default".into();
-        ServiceReport { namespace, name: name.into(), kind: kind.into(), skipped: None, affinity_seconds: None, ports }
+    fn allocated(service: Service, host: u8) -> Service {
+        let addresses = vec![[127, 96, 0, host].into()];
+        Service { cluster_ips: ClusterIps::Addresses { addresses, allocated: true }, ..service }
     }
 
-    fn listener(kind: ListenerKind, address: &str, verdict: Verdict) -> ListenerReport {
-        let side = Side { scope: Scope::Cluster, verdict };
-        ListenerReport { kind, address: address.into(), allocated: true, outside: side, inside: side, state: None }
+    fn service(service: Service, endpoints: Vec<Endpoint>, ports: Box<[PortCounters]>) -> ServiceStatus {
+        ServiceStatus { plan: plan(&service, endpoints), service: Arc::new(service), ports }
+    }
+
+    /// The plan of a Service whose port `http` leads to 8000 at these endpoints.
+    pub(crate) fn plan(service: &Service, endpoints: Vec<Endpoint>) -> Arc<ServicePlan> {
+        let slice = Slice::new("1", service).port("http", 8000);
+        let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
+        let node_port_addresses = vec![[127, 0, 0, 1].into()];
+        let options = PlanOptions { node_port_addresses, ..PlanOptions::default() };
+        Arc::new(ServicePlan::of(service, [&slice].into_iter(), &options))
     }
 
     fn backend(id: u32, address: &str) -> Arc<Backend> {

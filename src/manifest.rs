@@ -233,7 +233,7 @@ impl Source {
             }
         }
         let mut told = allocate::fill(&mut reading.objects.services, &self.ranges);
-        told.extend(unfed(&reading.objects).into_iter().map(scaffold::missing_slice));
+        told.extend(unfed(&reading.objects).into_iter().map(|service| scaffold::missing_slice(service)));
         reading.places = places
             .iter()
             .filter(|((kind, _), _)| *kind == Kind::Service)
@@ -268,7 +268,7 @@ impl Source {
 impl Objects {
     fn add(&mut self, content: &Content) {
         match content {
-            Content::Service(service) => self.services.push((**service).clone()),
+            Content::Service(service) => self.services.push(Arc::clone(service)),
             Content::Slices(slices) => self.slices.extend(slices.iter().cloned()),
         }
     }
@@ -483,9 +483,9 @@ fn conflict(entry: &Entry, name: &str, first: &Entry, first_name: &str) -> Probl
 }
 
 /// Services that wait for somebody to write their endpoints, where nobody does.
-fn unfed(objects: &Objects) -> Vec<&Service> {
+fn unfed(objects: &Objects) -> Vec<&Arc<Service>> {
     let fed: HashSet<&ObjectName> = objects.slices.iter().map(|slice| &slice.service).collect();
-    let waits = |service: &&Service| {
+    let waits = |service: &&Arc<Service>| {
         service.has_selector
             && service.proxy_name.is_none()
             && service.kind != ServiceKind::ExternalName

@@ -8,14 +8,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
+use std::net::SocketAddr;
 
 use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
 use metrics_process::collector;
 
-use crate::name::Protocol;
+use crate::model::ServicePort;
+use crate::name::{ObjectName, Protocol};
+use crate::plan::ServicePlan;
 use crate::serve::balancer::Backend;
 use crate::stats::{CloseReason, ConnectFailure, DropReason, PROCESS};
-use crate::status::{ListenerState, PortCounters, PortReport, ServiceReport, ServiceStatus, Status};
+use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -148,13 +151,11 @@ impl Page {
 
     fn listeners(&mut self, status: &Status) {
         let [mut serving, mut parked] = [0_u64; 2];
-        for port in status.services.values().flat_map(|service| &service.report.ports) {
-            for listener in &port.listeners {
-                match status.listener_state(listener, port.protocol) {
-                    ListenerState::Serving => serving += 1,
-                    ListenerState::Parked => parked += 1,
-                    ListenerState::Closed | ListenerState::Failed { .. } => {}
-                }
+        for (key, listener) in status.services.values().flat_map(|service| service.plan.listeners()) {
+            match status.listener_state(key, &listener.target) {
+                ListenerState::Serving => serving += 1,
+                ListenerState::Parked => parked += 1,
+                ListenerState::Closed | ListenerState::Failed { .. } => {}
             }
         }
         self.sample(Id::Listeners, &label("state", "serving"), serving);
@@ -173,10 +174,10 @@ impl Page {
 
     fn service(&mut self, service: &ServiceStatus) {
         let carried = service.ports.iter().any(has_carried_traffic);
-        for (port, counters) in service.report.ports.iter().zip(&service.ports) {
+        for (port, counters) in service.service.ports.iter().zip(&service.ports) {
             let Some(state) = &counters.state else { continue };
-            let labels = port_labels(&service.report, port);
-            self.backend_states(&labels, port, counters);
+            let labels = port_labels(&service.service.name, port);
+            self.backend_states(&labels, &service.plan, port, counters);
             if !carried {
                 continue;
             }
@@ -191,10 +192,10 @@ impl Page {
         }
     }
 
-    fn backend_states(&mut self, labels: &str, port: &PortReport, counters: &PortCounters) {
-        let scopes = [&port.backends.cluster, &port.backends.local].into_iter().flatten();
-        let picks: BTreeSet<&str> = scopes.flatten().map(String::as_str).collect();
-        let is_ready = |backend: &Backend| picks.contains(backend.address.to_string().as_str());
+    fn backend_states(&mut self, labels: &str, plan: &ServicePlan, port: &ServicePort, counters: &PortCounters) {
+        let picks = plan.balancers(port).flat_map(|(_, backends)| &*backends.usable.picks);
+        let picks: BTreeSet<SocketAddr> = picks.map(|endpoint| endpoint.address).collect();
+        let is_ready = |backend: &Backend| picks.contains(&backend.address);
         let ready = counters.backends.iter().filter(|(backend, _)| is_ready(backend)).count();
         let draining = counters.backends.len() - ready;
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="ready""#), ready);
@@ -261,8 +262,8 @@ fn has_carried_traffic(counters: &PortCounters) -> bool {
 }
 
 /// The labels that all series of a ServicePort share. Written once for each, as escaping is what costs.
-fn port_labels(service: &ServiceReport, port: &PortReport) -> String {
-    let pairs = [("namespace", &*service.namespace), ("service", &service.name), ("port", &port.name)];
+fn port_labels(service: &ObjectName, port: &ServicePort) -> String {
+    let pairs = [("namespace", &service.namespace), ("service", &service.name), ("port", &port.name)];
     let mut text = String::with_capacity(128);
     for (name, value) in pairs {
         text.push_str(&label(name, value));
@@ -281,6 +282,7 @@ mod tests {
 
     use super::*;
     use crate::live::sample;
+    use crate::model::Endpoint;
     use crate::name::ObjectName;
 
     /// One line of the text.
@@ -395,7 +397,8 @@ mod tests {
     #[test]
     fn given_a_backend_that_left_the_picks_when_rendered_then_it_is_draining() {
         let mut web = sample::web();
-        web.report.ports[0].backends.cluster = Some(vec!["10.244.0.2:8000".into()]);
+        let ending = Endpoint { ready: false, terminating: true, ..Endpoint::new([10, 244, 0, 3]) };
+        web.plan = sample::plan(&web.service, vec![Endpoint::new([10, 244, 0, 2]), ending]);
         let services = [(ObjectName::parse("web"), Arc::new(web))].into();
 
         let text = render(&Status { services, ..Status::default() }, true);

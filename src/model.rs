@@ -353,20 +353,31 @@ pub enum Event {
     DeleteSlice(SliceName),
 }
 
-/// Everything that a source knows at one moment.
+/// Everything that a source knows at one moment. Shared with the source's own memory of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Objects {
     /// Services, in no particular order; each name once.
-    pub services: Vec<Service>,
+    pub services: Vec<Arc<Service>>,
     /// Slices, in no particular order; each name once.
-    pub slices: Vec<Slice>,
+    pub slices: Vec<Arc<Slice>>,
+}
+
+impl Objects {
+    /// Objects built in code.
+    pub fn new(services: Vec<Service>, slices: Vec<Slice>) -> Self {
+        Self {
+            services: services.into_iter().map(Arc::new).collect(),
+            slices: slices.into_iter().map(Arc::new).collect(),
+        }
+    }
 }
 
 /// The objects as they stand. Owned by `control`, by value.
 #[derive(Debug, Default)]
 pub struct Model {
     services: BTreeMap<ObjectName, Arc<Service>>,
-    slices: BTreeMap<ObjectName, BTreeMap<SliceName, Arc<Slice>>>,
+    /// By Service; sorted by name, never empty. Nearly every Service has one.
+    slices: BTreeMap<ObjectName, Vec<Arc<Slice>>>,
     owners: BTreeMap<SliceName, ObjectName>,
 }
 
@@ -375,13 +386,13 @@ impl Model {
     pub fn apply(&mut self, event: Event, dirty: &mut BTreeSet<ObjectName>) {
         match event {
             Event::Replace(objects) => self.replace(objects, dirty),
-            Event::ApplyService(service) => self.apply_service(*service, dirty),
+            Event::ApplyService(service) => self.apply_service(service.into(), dirty),
             Event::DeleteService(name) => {
                 if self.services.remove(&name).is_some() {
                     dirty.insert(name);
                 }
             }
-            Event::ApplySlice(slice) => self.apply_slice(*slice, dirty),
+            Event::ApplySlice(slice) => self.apply_slice(slice.into(), dirty),
             Event::DeleteSlice(name) => self.delete_slice(&name, dirty),
         }
     }
@@ -398,7 +409,7 @@ impl Model {
 
     /// The slices of a Service, by slice name.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Arc<Slice>> {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flatten()
     }
 
     fn replace(&mut self, objects: Objects, dirty: &mut BTreeSet<ObjectName>) {
@@ -421,18 +432,18 @@ impl Model {
         }
     }
 
-    fn apply_service(&mut self, service: Service, dirty: &mut BTreeSet<ObjectName>) {
-        if self.services.get(&service.name).is_some_and(|known| **known == service) {
+    fn apply_service(&mut self, service: Arc<Service>, dirty: &mut BTreeSet<ObjectName>) {
+        if self.services.get(&service.name).is_some_and(|known| *known == service) {
             return;
         }
         dirty.insert(service.name.clone());
-        self.services.insert(service.name.clone(), Arc::new(service));
+        self.services.insert(service.name.clone(), service);
     }
 
-    fn apply_slice(&mut self, slice: Slice, dirty: &mut BTreeSet<ObjectName>) {
+    fn apply_slice(&mut self, slice: Arc<Slice>, dirty: &mut BTreeSet<ObjectName>) {
         if let Some(owner) = self.owners.get(&slice.name) {
-            let known = self.slices.get(owner).and_then(|slices| slices.get(&slice.name));
-            if known.is_some_and(|known| **known == slice) {
+            let known = self.slices(owner).find(|known| known.name == slice.name);
+            if known.is_some_and(|known| *known == slice) {
                 return;
             }
             if *owner != slice.service {
@@ -441,13 +452,24 @@ impl Model {
         }
         dirty.insert(slice.service.clone());
         self.owners.insert(slice.name.clone(), slice.service.clone());
-        self.slices.entry(slice.service.clone()).or_default().insert(slice.name.clone(), Arc::new(slice));
+        self.insert_slice(slice);
+    }
+
+    fn insert_slice(&mut self, slice: Arc<Slice>) {
+        let Some(slices) = self.slices.get_mut(&slice.service) else {
+            drop(self.slices.insert(slice.service.clone(), vec![slice])); // No room for others to come.
+            return;
+        };
+        match slices.binary_search_by(|known| known.name.cmp(&slice.name)) {
+            Ok(place) => slices[place] = slice,
+            Err(place) => slices.insert(place, slice),
+        }
     }
 
     fn delete_slice(&mut self, name: &SliceName, dirty: &mut BTreeSet<ObjectName>) {
         let Some(owner) = self.owners.remove(name) else { return };
         if let Some(slices) = self.slices.get_mut(&owner) {
-            slices.remove(name);
+            slices.retain(|slice| slice.name != *name);
             if slices.is_empty() {
                 self.slices.remove(&owner);
             }
@@ -562,10 +584,10 @@ mod tests {
     #[test]
     fn given_a_whole_state_when_it_replaces_another_then_what_is_missing_goes_and_what_is_equal_is_not_touched() {
         let mut model = Model::default();
-        let kept = Objects { services: vec![web()], slices: vec![slice("web-1", "default/web", &[1])] };
+        let kept = Objects::new(vec![web()], vec![slice("web-1", "default/web", &[1])]);
         let mut first = kept.clone();
-        first.services.push(Service::new("default/db"));
-        first.slices.push(slice("web-2", "default/web", &[2]));
+        first.services.push(Service::new("default/db").into());
+        first.slices.push(slice("web-2", "default/web", &[2]).into());
         touched(&mut model, Event::Replace(first));
 
         assert_eq!(touched(&mut model, Event::Replace(kept.clone())), ["default/db", "default/web"]);

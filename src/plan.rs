@@ -7,17 +7,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use crate::claims::{Claimant, Claims};
 use crate::endpoints::Node;
 use crate::model::{Model, ServicePort};
-use crate::name::{ListenKey, ObjectName};
+use crate::name::{ListenKey, ObjectName, Protocol};
 
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
-pub use crate::service_plan::ServicePlan;
+pub use crate::service_plan::{ServicePlan, Wanted};
 pub use crate::udp_settings::UdpSettings;
 
 /// What shapes a plan besides the objects. Owned by `control`.
@@ -66,7 +67,8 @@ impl fmt::Display for Expose {
 /// The plan of all Services. Owned by `control`, by value.
 #[derive(Debug, Default)]
 pub struct Plan {
-    services: BTreeMap<ObjectName, ServicePlan>,
+    /// Shared with the snapshots for those who read the status.
+    services: BTreeMap<ObjectName, Arc<ServicePlan>>,
     claims: Claims,
     /// Services with a problem or a conflict.
     troubled: BTreeSet<ObjectName>,
@@ -97,14 +99,13 @@ impl Plan {
     }
 
     /// The plan of one Service; `None` where there is no such object.
-    pub fn service(&self, name: &ObjectName) -> Option<&ServicePlan> {
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<ServicePlan>> {
         self.services.get(name)
     }
 
     /// The listeners that a Service really gets, by key.
     pub fn listeners(&self, name: &ObjectName) -> impl Iterator<Item = (&ListenKey, &Listener)> {
-        let wanted = self.services.get(name).into_iter().flat_map(|plan| &plan.wanted.listeners);
-        wanted.filter(move |(key, _)| self.claims.winner(key).is_some_and(|winner| winner == name))
+        self.services.get(name).into_iter().flat_map(|plan| plan.listeners())
     }
 
     /// The listener at a key.
@@ -132,7 +133,7 @@ impl Plan {
 
     /// The keys that the Services ask for now, and those that they will ask for.
     fn keys_of_both(&self, anew: &[(&ObjectName, Option<ServicePlan>)]) -> BTreeSet<ListenKey> {
-        let old = anew.iter().filter_map(|(name, _)| self.services.get(*name));
+        let old = anew.iter().filter_map(|(name, _)| self.services.get(*name)).map(AsRef::as_ref);
         let new = anew.iter().filter_map(|(_, plan)| plan.as_ref());
         old.chain(new).flat_map(|plan| plan.wanted.listeners.keys()).copied().collect()
     }
@@ -161,14 +162,20 @@ impl Plan {
             let claimant = Claimant { created: plan.created.clone(), service: name.clone() };
             self.claims.claim(*key, claimant);
         }
-        self.services.insert(name.clone(), plan);
+        self.services.insert(name.clone(), Arc::new(plan));
     }
 
     fn report_conflicts(&mut self) {
         for name in &self.touched {
             self.troubled.remove(name);
             let Some(plan) = self.services.get_mut(name) else { continue };
-            plan.conflicts = conflicts(name, plan, &self.claims);
+            let lost = lost(name, plan, &self.claims);
+            let conflicts = conflicts(name, &lost);
+            if plan.conflicts != conflicts {
+                let keys = lost.values().flatten().map(|key| **key).collect();
+                let plan = Arc::make_mut(plan);
+                (plan.lost, plan.conflicts) = (keys, conflicts);
+            }
             if !plan.problems.is_empty() || !plan.conflicts.is_empty() {
                 self.troubled.insert(name.clone());
             }
@@ -193,9 +200,11 @@ fn plan_of(model: &Model, name: &ObjectName, options: &PlanOptions) -> Option<Se
     Some(ServicePlan::of(service, model.slices(name).map(AsRef::as_ref), options))
 }
 
-/// What an older Service has taken from this one: one problem for each port and rival.
-fn conflicts(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Problem> {
-    let mut lost = BTreeMap::<_, Vec<&ListenKey>>::new();
+/// What an older Service has taken from this one, by port and rival.
+type Lost<'a> = BTreeMap<(ListenerKind, u16, Protocol, &'a ObjectName), Vec<&'a ListenKey>>;
+
+fn lost<'a>(name: &ObjectName, plan: &'a ServicePlan, claims: &'a Claims) -> Lost<'a> {
+    let mut lost = Lost::new();
     for (key, listener) in &plan.wanted.listeners {
         match claims.winner(key) {
             Some(winner) if winner != name => {
@@ -205,7 +214,12 @@ fn conflicts(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Prob
             _ => {}
         }
     }
-    let problem = |((kind, number, protocol, winner), keys): ((ListenerKind, u16, _, _), Vec<&ListenKey>)| {
+    lost
+}
+
+/// One problem for each port and rival.
+fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Vec<Problem> {
+    let problem = |((kind, number, protocol, winner), keys): (&(ListenerKind, u16, _, _), &Vec<&ListenKey>)| {
         let addresses = keys.iter().map(|key| key.address.ip().to_string()).collect::<Vec<_>>().join(", ");
         let what = match (kind, keys.as_slice()) {
             (ListenerKind::NodePort, _) => format!("node port {number}/{protocol} ({addresses})"),
@@ -216,7 +230,7 @@ fn conflicts(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Prob
         let message = format!("{what} is taken by Service {winner}: {remedy}");
         Problem::error(format_args!("Service {name}"), "conflict", message)
     };
-    lost.into_iter().map(problem).collect()
+    lost.iter().map(problem).collect()
 }
 
 #[cfg(test)]
@@ -485,7 +499,7 @@ mod tests {
             (0..hosts).fold(slice, |slice, host| slice.endpoint(Endpoint::new([10, 0, 0, host])))
         };
         let slices = services.iter().map(|service| slice(service, 10)).collect();
-        control.batch([Event::Replace(Objects { services: services.clone(), slices })]);
+        control.batch([Event::Replace(Objects::new(services.clone(), slices))]);
         let changed = put_slice(&slice(&services[5_000], 9));
 
         let mut dirty = BTreeSet::new();

@@ -224,6 +224,8 @@ fn line(text: &mut String, content: std::fmt::Arguments<'_>) {
 mod tests {
     use proptest::prelude::*;
 
+    use std::sync::Arc;
+
     use super::*;
     use crate::decode::{Content, decode};
     use crate::model::Slice;
@@ -241,17 +243,17 @@ mod tests {
         }
     }
 
-    fn read(new: &NewService) -> (Service, Vec<Slice>) {
+    fn read(new: &NewService) -> (Arc<Service>, Vec<Arc<Slice>>) {
         objects(&new_service_yaml(new).expect("a manifest"))
     }
 
-    fn objects(text: &str) -> (Service, Vec<Slice>) {
+    fn objects(text: &str) -> (Arc<Service>, Vec<Arc<Slice>>) {
         let decoded = decode(text.as_bytes(), "-");
         assert_eq!(decoded.problems, [], "{text}");
         let (mut services, mut slices) = (Vec::new(), Vec::new());
         for entry in decoded.objects {
             match entry.content {
-                Content::Service(service) => services.push(*service),
+                Content::Service(service) => services.push(service),
                 Content::Slices(more) => slices.extend(more),
             }
         }
@@ -305,7 +307,7 @@ endpoints:
         assert_eq!((port.port, port.node_port, port.protocol), (8080, Some(30_000), Protocol::Udp));
         assert_eq!(port.target_port.as_deref(), Some("8000"));
         assert!(service.affinity_timeout.is_some());
-        assert_eq!((slices[0].service.clone(), slices[0].ports[0].protocol), (service.name, Protocol::Udp));
+        assert_eq!((slices[0].service.clone(), slices[0].ports[0].protocol), (service.name.clone(), Protocol::Udp));
     }
 
     #[test]

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use crate::admission;
 use crate::endpoints::{self, Selection, Usable};
 use crate::entries::{Entries, Entry};
+use crate::frozen::Frozen;
 use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Target, Verdict};
-use crate::model::{ClusterIps, Service, ServiceKind, Slice, TrafficPolicy};
-use crate::name::{BalancerKey, Family, Protocol, Scope, ServicePortName};
+use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, TrafficPolicy};
+use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
 use crate::plan::PlanOptions;
 use crate::problem::Problem;
 use crate::udp_settings::UdpSettings;
@@ -21,16 +22,44 @@ pub struct ServicePlan {
     /// Why nothing of it is served, as a word; `None` where it is.
     pub skipped: Option<&'static str>,
     /// Its listeners and balancers, before conflicts with other Services are settled.
-    pub wanted: Layout,
+    pub wanted: Wanted,
     /// What is wrong with it by itself.
     pub problems: Vec<Problem>,
     /// The addresses that it does not get, since another Service has them.
     pub conflicts: Vec<Problem>,
+    /// Those of the wanted listeners that it does not get.
+    pub(crate) lost: Box<[ListenKey]>,
     /// From `metadata.creationTimestamp`: its rank among claimants.
     pub(crate) created: Arc<str>,
 }
 
+/// The listeners and balancers of one Service: a [`Layout`] that does not change any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// What to choose from.
+    pub balancers: Frozen<BalancerKey, Backends>,
+    /// Where to listen.
+    pub listeners: Frozen<ListenKey, Listener>,
+}
+
+impl From<Layout> for Wanted {
+    fn from(layout: Layout) -> Self {
+        Self { balancers: layout.balancers.into(), listeners: layout.listeners.into() }
+    }
+}
+
 impl ServicePlan {
+    /// The listeners that it really gets, by key.
+    pub fn listeners(&self) -> impl Iterator<Item = (&ListenKey, &Listener)> {
+        self.wanted.listeners.iter().filter(|(key, _)| !self.lost.contains(key))
+    }
+
+    /// The backends of one of its ports, for each family and scope that is asked for.
+    pub fn balancers(&self, port: &ServicePort) -> impl Iterator<Item = (&BalancerKey, &Backends)> {
+        let of_port = |key: &BalancerKey| key.port.port == port.name && key.port.protocol == port.protocol;
+        self.wanted.balancers.iter().filter(move |(key, _)| of_port(key))
+    }
+
     /// Plans one Service from its slices.
     pub(crate) fn of<'a>(service: &Service, slices: impl Iterator<Item = &'a Slice>, options: &PlanOptions) -> Self {
         let mut plan = Self { skipped: skip_word(service, options), ..Self::default() };
@@ -46,77 +75,87 @@ impl ServicePlan {
         }
         let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
         plan.problems.extend(refused);
-        let targets = plan.choose_backends(service, &entries.list, |port, family, external| {
+        let mut layout = Layout::default();
+        let targets = choose_backends(&mut layout, service, &entries.list, |port, family, external| {
             let slices = slices.iter().map(AsRef::as_ref);
             endpoints::usable(service, &service.ports[port], family, external, slices, &options.node)
         });
-        plan.listen(service, &entries.list, &targets);
+        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets));
+        plan.wanted = layout.into();
         plan
     }
+}
 
-    /// Chooses backends for each port and family that has an entry, and what follows for its listeners.
-    fn choose_backends(
-        &mut self,
-        service: &Service,
-        entries: &[Entry],
-        select: impl Fn(usize, Family, bool) -> Selection,
-    ) -> BTreeMap<(usize, Family), Targets> {
-        let mut external = BTreeMap::<_, bool>::new();
-        for entry in entries {
-            *external.entry((entry.port, entry.family())).or_default() |= entry.kind != ListenerKind::ClusterIp;
-        }
-        let chosen = external.into_iter().map(|((port, family), external)| {
-            let selection = select(port, family, external);
-            let targets = Targets::of(service, &selection);
-            self.add_balancers(service, port, family, selection);
-            ((port, family), targets)
-        });
-        chosen.collect()
+/// Chooses backends for each port and family that has an entry, and what follows for its listeners.
+fn choose_backends(
+    layout: &mut Layout,
+    service: &Service,
+    entries: &[Entry],
+    select: impl Fn(usize, Family, bool) -> Selection,
+) -> BTreeMap<(usize, Family), Targets> {
+    let mut external = BTreeMap::<_, bool>::new();
+    for entry in entries {
+        *external.entry((entry.port, entry.family())).or_default() |= entry.kind != ListenerKind::ClusterIp;
     }
+    let chosen = external.into_iter().map(|((port, family), external)| {
+        let selection = select(port, family, external);
+        let targets = Targets::of(service, &selection);
+        add_balancers(layout, service, port, family, selection);
+        ((port, family), targets)
+    });
+    chosen.collect()
+}
 
-    fn add_balancers(&mut self, service: &Service, port: usize, family: Family, selection: Selection) {
-        for (scope, usable) in [(Scope::Cluster, selection.cluster), (Scope::Local, selection.local)] {
-            if let Some(usable) = usable {
-                let key = BalancerKey { port: port_name(service, port), family, scope };
-                let backends = Backends { affinity_timeout: service.affinity_timeout, usable };
-                self.wanted.balancers.insert(key, backends);
+fn add_balancers(layout: &mut Layout, service: &Service, port: usize, family: Family, selection: Selection) {
+    for (scope, usable) in [(Scope::Cluster, selection.cluster), (Scope::Local, selection.local)] {
+        if let Some(usable) = usable {
+            let key = BalancerKey { port: port_name(service, port), family, scope };
+            let backends = Backends { affinity_timeout: service.affinity_timeout, usable };
+            layout.balancers.insert(key, backends);
+        }
+    }
+}
+
+/// Makes a listener of each entry; of two on one key the first is served, and the other is a problem.
+fn listen(
+    layout: &mut Layout,
+    service: &Service,
+    entries: &[Entry],
+    targets: &BTreeMap<(usize, Family), Targets>,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let udp_settings = UdpSettings::of(service, &mut problems);
+    let mut taken = BTreeSet::new();
+    for entry in entries {
+        let port = port_name(service, entry.port);
+        match layout.listeners.get(&entry.key) {
+            // Two ways to one port are none too many: a load-balancer IP may be an external IP, too.
+            Some(first) if first.port == port => {}
+            // Said once, on however many node addresses it happens.
+            Some(first) => drop(taken.insert((entry.kind, entry.port, first.kind, first.port.port.clone()))),
+            None => {
+                let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
+                let target = targets.of_kind(entry.kind);
+                let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
+                let listener = Listener { port, kind: entry.kind, allocated: entry.allocated, target, udp };
+                layout.listeners.insert(entry.key, listener);
             }
         }
     }
-
-    /// Makes a listener of each entry; of two on one key the first is served.
-    fn listen(&mut self, service: &Service, entries: &[Entry], targets: &BTreeMap<(usize, Family), Targets>) {
-        let udp_settings = UdpSettings::of(service, &mut self.problems);
-        let mut taken = BTreeSet::new();
-        for entry in entries {
-            let port = port_name(service, entry.port);
-            match self.wanted.listeners.get(&entry.key) {
-                // Two ways to one port are none too many: a load-balancer IP may be an external IP, too.
-                Some(first) if first.port == port => {}
-                // Said once, on however many node addresses it happens.
-                Some(first) => drop(taken.insert((entry.kind, entry.port, first.kind, first.port.port.clone()))),
-                None => {
-                    let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
-                    let target = targets.of_kind(entry.kind);
-                    let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
-                    let listener = Listener { port, kind: entry.kind, allocated: entry.allocated, target, udp };
-                    self.wanted.listeners.insert(entry.key, listener);
-                }
-            }
-        }
-        self.problems.extend(taken.into_iter().map(|(kind, port, first_kind, first_port)| {
-            let port = &service.ports[port];
-            let number = if kind == ListenerKind::NodePort { port.node_port.unwrap_or_default() } else { port.port };
-            let message = format!(
-                "{} {number}/{} of port {:?} is taken by port {first_port:?} ({}): give one of them another number",
-                kind.in_words(),
-                port.protocol,
-                port.name,
-                first_kind.in_words(),
-            );
-            Problem::error(format_args!("Service {}", service.name), "conflict", message)
-        }));
-    }
+    let problem = |(kind, port, first_kind, first_port): (ListenerKind, usize, ListenerKind, Arc<str>)| {
+        let port = &service.ports[port];
+        let number = if kind == ListenerKind::NodePort { port.node_port.unwrap_or_default() } else { port.port };
+        let message = format!(
+            "{} {number}/{} of port {:?} is taken by port {first_port:?} ({}): give one of them another number",
+            kind.in_words(),
+            port.protocol,
+            port.name,
+            first_kind.in_words(),
+        );
+        Problem::error(format_args!("Service {}", service.name), "conflict", message)
+    };
+    problems.extend(taken.into_iter().map(problem));
+    problems
 }
 
 fn skip_word(service: &Service, options: &PlanOptions) -> Option<&'static str> {
@@ -258,7 +297,7 @@ mod tests {
             let mut service = web(CLUSTER, CLUSTER);
             change(&mut service);
             let plan = plan(&service, vec![ready(1, HERE)]);
-            assert_eq!(plan.wanted, Layout::default());
+            assert_eq!(plan.wanted, Wanted::default());
             plan.skipped
         };
 
@@ -403,7 +442,7 @@ mod tests {
                 let wanted = plan(&web(internal, external), endpoints).wanted;
 
                 let named = wanted.listeners.iter().flat_map(|(key, listener)| listener.balancers(key));
-                assert!(named.into_iter().all(|balancer| wanted.balancers.contains_key(&balancer)));
+                assert!(named.into_iter().all(|balancer| wanted.balancers.get(&balancer).is_some()));
             }
         }
     }

@@ -215,8 +215,10 @@ pub type ConnectFailureTally = Tally<{ ConnectFailure::ALL.len() }>;
 pub type DropTally = Tally<{ DropReason::ALL.len() }>;
 
 /// What happened on one ServicePort before a backend was chosen. Shared by its listeners and both scopes.
+///
+/// On cache lines of its own: cores that count here must not slow down those that read what lies beside it.
 #[derive(Debug, Default)]
-#[repr(align(128))]
+#[repr(align(64))]
 pub struct ServiceStats {
     /// Connections accepted from clients (TCP) or flows begun (UDP).
     pub accepted: Counter,
@@ -237,8 +239,11 @@ pub struct ProcessStats {
 }
 
 /// What one backend carried. Lives as long as the backend, over all swaps of tables.
+///
+/// On cache lines of its own. Processors that fetch lines in pairs fetch two of these: what is counted most comes
+/// first, and the tallies at the end, which hardly change, keep it from the next backend.
 #[derive(Debug, Default)]
-#[repr(align(128))]
+#[repr(align(64))]
 pub struct BackendStats {
     /// TCP connections established to it.
     pub connections: Counter,

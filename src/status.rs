@@ -31,7 +31,10 @@ impl Report {
     pub fn of(model: &Model, plan: &Plan, found: Vec<Problem>) -> Self {
         let all = found.into_iter().chain(plan.problems().cloned());
         let (notes, problems) = all.partition(|problem| problem.severity == Severity::Note);
-        let services = model.services().map(|service| ServiceReport::of(service, plan)).collect();
+        let services = model
+            .services()
+            .map(|service| ServiceReport::of(service, plan.service(&service.name).map(AsRef::as_ref)))
+            .collect();
         Self { services, problems, notes }
     }
 
@@ -62,9 +65,8 @@ pub struct ServiceReport {
 
 impl ServiceReport {
     /// The report of one Service: the listeners that it really gets, and the backends behind them.
-    pub fn of(service: &Service, plan: &Plan) -> Self {
-        let planned = plan.service(&service.name);
-        let ports = service.ports.iter().map(|port| PortReport::of(service, port, plan, planned));
+    pub fn of(service: &Service, planned: Option<&ServicePlan>) -> Self {
+        let ports = service.ports.iter().map(|port| PortReport::of(port, planned));
         Self {
             namespace: service.name.namespace.to_string(),
             name: service.name.name.to_string(),
@@ -101,10 +103,10 @@ pub struct PortReport {
 }
 
 impl PortReport {
-    fn of(service: &Service, port: &ServicePort, plan: &Plan, planned: Option<&ServicePlan>) -> Self {
-        let name =
-            ServicePortName { service: service.name.clone(), port: Arc::clone(&port.name), protocol: port.protocol };
-        let listeners = plan.listeners(&service.name).filter(|(_, listener)| listener.port == name);
+    fn of(port: &ServicePort, planned: Option<&ServicePlan>) -> Self {
+        let is_ours = |name: &ServicePortName| name.port == port.name && name.protocol == port.protocol;
+        let listeners = planned.into_iter().flat_map(ServicePlan::listeners);
+        let listeners = listeners.filter(|(_, listener)| is_ours(&listener.port));
         let mut listeners: Vec<_> = listeners.map(|(key, listener)| ListenerReport::of(key, listener)).collect();
         listeners.sort_by_key(|listener| listener.kind); // stable: by address within a kind
         Self {
@@ -114,8 +116,8 @@ impl PortReport {
             target_port: port.target_port.as_ref().map(ToString::to_string),
             listeners,
             backends: ScopedBackends {
-                cluster: planned.and_then(|planned| addresses(planned, &name, Scope::Cluster)),
-                local: planned.and_then(|planned| addresses(planned, &name, Scope::Local)),
+                cluster: planned.and_then(|planned| addresses(planned, port, Scope::Cluster)),
+                local: planned.and_then(|planned| addresses(planned, port, Scope::Local)),
             },
             traffic: None,
             backend_traffic: Vec::new(),
@@ -124,11 +126,10 @@ impl PortReport {
 }
 
 /// The picks of a ServicePort in one scope, over both families; `None` where nobody asks for the scope.
-fn addresses(planned: &ServicePlan, port: &ServicePortName, scope: Scope) -> Option<Vec<String>> {
-    let balancers = planned.wanted.balancers.iter();
-    let mut asked = balancers.filter(|(key, _)| key.port == *port && key.scope == scope).peekable();
+fn addresses(planned: &ServicePlan, port: &ServicePort, scope: Scope) -> Option<Vec<String>> {
+    let mut asked = planned.balancers(port).filter(|(key, _)| key.scope == scope).peekable();
     asked.peek()?;
-    let picks = asked.flat_map(|(_, backends)| &backends.usable.picks);
+    let picks = asked.flat_map(|(_, backends)| &*backends.usable.picks);
     Some(picks.map(|endpoint| endpoint.address.to_string()).collect())
 }
 
@@ -265,14 +266,19 @@ pub struct SourceStatus {
     pub config_revision: u64,
 }
 
-/// One Service of a running relay.
+/// One Service of a running relay: what its report is made of when somebody asks.
 #[derive(Clone, Debug)]
 pub struct ServiceStatus {
-    /// The plan's part; states and counters are filled in when it is rendered.
-    pub report: ServiceReport,
-    /// For each entry of `report.ports`: where its counters are.
-    pub ports: Vec<PortCounters>,
+    /// What the source says.
+    pub service: Arc<Service>,
+    /// What was made of it.
+    pub plan: Arc<ServicePlan>,
+    /// For each entry of `service.ports`: where its counters are.
+    pub ports: Box<[PortCounters]>,
 }
+
+/// A backend, and the name of its pod where a slice says it.
+pub type NamedBackend = (Arc<Backend>, Option<Arc<str>>);
 
 /// Where the counters of one ServicePort are.
 #[derive(Clone, Debug, Default)]
@@ -280,7 +286,7 @@ pub struct PortCounters {
     /// Counters of the ServicePort; `None` where nothing of it is served.
     pub state: Option<Arc<PortState>>,
     /// Its backends of both scopes and families, with the pod's name.
-    pub backends: Vec<(Arc<Backend>, Option<Arc<str>>)>,
+    pub backends: Box<[NamedBackend]>,
 }
 
 #[cfg(test)]
@@ -297,7 +303,7 @@ mod tests {
         let node_port_addresses = vec![[127, 0, 0, 1].into(), "::1".parse().expect("an address")];
         let options = PlanOptions { node_port_addresses, ..PlanOptions::default() };
         let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
-        model.apply(Event::Replace(Objects { services, slices }), &mut dirty);
+        model.apply(Event::Replace(Objects::new(services, slices)), &mut dirty);
         plan.update(&model, &dirty, &options);
         Report::of(&model, &plan, found)
     }

@@ -84,9 +84,9 @@ async fn until(relay: &Relay, what: &str, condition: impl Fn(&Arc<Status>) -> bo
 }
 
 fn serves(status: &Status, backend: SocketAddr) -> bool {
-    let ports = status.services.values().flat_map(|service| &service.report.ports);
-    let mut picks = ports.filter_map(|port| port.backends.cluster.as_ref()).flatten();
-    picks.any(|pick| *pick == backend.to_string())
+    let ports = status.services.values().flat_map(|service| service.report().ports);
+    let mut picks = ports.filter_map(|port| port.backends.cluster).flatten();
+    picks.any(|pick| pick == backend.to_string())
 }
 
 fn descriptors() -> usize {

@@ -3,7 +3,7 @@
 //! Owned by `control`, by value; server tasks hold only their target cells and balancers. Which steps to
 //! take, and in what order, is decided in `plan`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
@@ -37,7 +37,6 @@ pub struct Listeners {
     turned: BTreeSet<ListenKey>,
     /// True from [`Listeners::close`] on: nothing is opened any more.
     closed: bool,
-    balancers: BTreeMap<BalancerKey, Arc<Balancer>>,
     ports: BTreeMap<ServicePortName, Port>,
     inside: Arc<[IpNet]>,
     tcp: Arc<TcpShared>,
@@ -47,7 +46,7 @@ pub struct Listeners {
 /// A bound listener.
 #[derive(Debug)]
 struct Running {
-    port: ServicePortName,
+    port: Arc<PortState>,
     target: TargetCell,
     socket: Socket,
 }
@@ -65,12 +64,16 @@ enum Socket {
     ParkedUdp(UdpSocket),
 }
 
-/// A ServicePort's state, its backends and its listeners.
+/// A ServicePort's state, its balancers, its backends and its listeners. There are tens of thousands, most with one of
+/// each: hence plain lists without room to spare.
 #[derive(Debug)]
 struct Port {
     state: Arc<PortState>,
-    backends: HashMap<SocketAddr, Arc<Backend>>,
-    listeners: BTreeSet<ListenKey>,
+    /// One for each family and scope that is asked for.
+    balancers: Vec<Arc<Balancer>>,
+    /// By address.
+    backends: Vec<Arc<Backend>>,
+    listeners: Vec<ListenKey>,
     next_backend: u32,
 }
 
@@ -82,7 +85,6 @@ impl Listeners {
             failures: Failures::default(),
             turned: BTreeSet::new(),
             closed: false,
-            balancers: BTreeMap::new(),
             ports: BTreeMap::new(),
             inside,
             tcp,
@@ -106,8 +108,10 @@ impl Listeners {
                 }
                 Step::Unbind(key) => self.unbind(key).await,
                 Step::Retire(key) => {
-                    changed_ports.insert(key.port.clone());
-                    self.balancers.remove(&key);
+                    if let Some(port) = self.ports.get_mut(&key.port) {
+                        port.balancers.retain(|balancer| balancer.key != key);
+                    }
+                    changed_ports.insert(key.port);
                 }
             }
         }
@@ -128,7 +132,7 @@ impl Listeners {
 
     /// The ServicePort that a bound listener belongs to; `None` where it is not bound.
     pub fn owner(&self, key: &ListenKey) -> Option<&ServicePortName> {
-        self.listeners.get(key).map(|running| &running.port)
+        self.listeners.get(key).map(|running| &running.port.name)
     }
 
     /// When the next failed listener is due for another try.
@@ -152,7 +156,7 @@ impl Listeners {
 
     /// A backend of a ServicePort: for status.
     pub fn backend(&self, port: &ServicePortName, address: SocketAddr) -> Option<&Arc<Backend>> {
-        self.ports.get(port)?.backends.get(&address)
+        self.ports.get(port)?.known_backend(address)
     }
 
     /// How many listeners are bound.
@@ -177,11 +181,11 @@ impl Listeners {
         let port = self.ports.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
         port.state.affinity.set_timeout(wanted.affinity_timeout);
         let table = port.table(wanted);
-        match self.balancers.get(&key) {
+        match port.balancer(key.family, key.scope) {
             Some(balancer) => balancer.swap(table),
             None => {
                 let balancer = Balancer::new(key.clone(), Arc::clone(&port.state), table);
-                self.balancers.insert(key.clone(), Arc::new(balancer));
+                push(&mut port.balancers, Arc::new(balancer));
             }
         }
         if key.port.protocol == Protocol::Udp {
@@ -207,8 +211,9 @@ impl Listeners {
             return;
         }
         for (name, port) in &self.ports {
-            for (address, backend) in &port.backends {
-                let key = ListenKey { address: *address, protocol: name.protocol };
+            for backend in &port.backends {
+                let address = backend.address;
+                let key = ListenKey { address, protocol: name.protocol };
                 if !turned.contains(&key) {
                     continue;
                 }
@@ -224,18 +229,14 @@ impl Listeners {
     /// Drops the backends that no table of the ServicePort names any more (connections keep theirs alive), and the
     /// ServicePort without balancers.
     fn forget(&mut self, name: &ServicePortName) {
-        let tables: Vec<_> = self.balancers_of(name).map(|balancer| balancer.table()).collect();
-        if tables.is_empty() {
+        let Some(port) = self.ports.get_mut(name) else { return };
+        if port.balancers.is_empty() {
             self.ports.remove(name);
-        } else if let Some(port) = self.ports.get_mut(name) {
-            port.backends.retain(|_, backend| tables.iter().any(|table| table.serves(backend)));
+            return;
         }
-    }
-
-    fn balancers_of(&self, name: &ServicePortName) -> impl Iterator<Item = &Arc<Balancer>> {
-        let first = BalancerKey { port: name.clone(), family: Family::V4, scope: Scope::Cluster };
-        let last = BalancerKey { port: name.clone(), family: Family::V6, scope: Scope::Local };
-        self.balancers.range(first..=last).map(|(_, balancer)| balancer)
+        let tables: Vec<_> = port.balancers.iter().map(|balancer| balancer.table()).collect();
+        port.backends.retain(|backend| tables.iter().any(|table| table.serves(backend)));
+        port.backends.shrink_to_fit();
     }
 
     /// Opens a listener, or notes why it could not be opened: again, if it had `waited` for this try.
@@ -247,19 +248,20 @@ impl Listeners {
             debug_assert!(false, "{key}: planned without a balancer");
             return;
         };
+        let port = Arc::clone(&target.port);
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
         match self.open(key, &wanted, &target) {
             Ok(socket) => {
                 self.turned.insert(key);
-                self.run(key, Running { port: wanted.port, target, socket });
+                self.run(key, Running { port, target, socket });
             }
             Err(source) => self.failures.note(key, wanted, source, waited, now),
         }
     }
 
     fn run(&mut self, key: ListenKey, running: Running) {
-        if let Some(port) = self.ports.get_mut(&running.port) {
-            port.listeners.insert(key);
+        if let Some(port) = self.ports.get_mut(&running.port.name) {
+            push(&mut port.listeners, key);
         }
         self.listeners.insert(key, running);
     }
@@ -300,10 +302,11 @@ impl Listeners {
             return;
         };
         let Some(running) = self.listeners.remove(&key) else { return };
+        let port = Arc::clone(&target.port);
         running.target.store(Arc::new(target));
-        self.disown(&running.port, &key);
+        self.disown(&running.port.name, &key);
         match self.settle(key, running.socket, &wanted, &running.target).await {
-            Ok(socket) => self.run(key, Running { port: wanted.port, target: running.target, socket }),
+            Ok(socket) => self.run(key, Running { port, target: running.target, socket }),
             Err(source) => {
                 self.turned.insert(key);
                 self.failures.note(key, wanted, source, None, now);
@@ -354,7 +357,7 @@ impl Listeners {
         self.failures.forget(&key);
         let Some(running) = self.listeners.remove(&key) else { return };
         self.turned.insert(key);
-        self.disown(&running.port, &key);
+        self.disown(&running.port.name, &key);
         self.release(running.socket).await;
     }
 
@@ -372,27 +375,24 @@ impl Listeners {
 
     fn disown(&mut self, port: &ServicePortName, key: &ListenKey) {
         if let Some(port) = self.ports.get_mut(port) {
-            port.listeners.remove(key);
+            port.listeners.retain(|own| own != key);
         }
     }
 
     /// The running form of a planned target; `None` where a side names a balancer that is not there.
     fn target(&self, key: &ListenKey, wanted: &Listener) -> Option<Target> {
-        let port = Arc::clone(&self.ports.get(&wanted.port)?.state);
+        let port = self.ports.get(&wanted.port)?;
         let family = Family::of(key.address.ip());
         let verdict = |side: &Side| -> Option<Verdict> {
             Some(match side.verdict {
-                plan::Verdict::Serve => {
-                    let key = BalancerKey { port: wanted.port.clone(), family, scope: side.scope };
-                    Verdict::Serve(Arc::clone(self.balancers.get(&key)?))
-                }
+                plan::Verdict::Serve => Verdict::Serve(Arc::clone(port.balancer(family, side.scope)?)),
                 plan::Verdict::Reject => Verdict::Reject,
                 plan::Verdict::Drop => Verdict::Drop,
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
         let inside_of = if outside == inside { Arc::from([]) } else { self.inside_of(key.address.ip()) };
-        Some(Target { port, outside: verdict(outside)?, inside: verdict(inside)?, inside_of })
+        Some(Target { port: Arc::clone(&port.state), outside: verdict(outside)?, inside: verdict(inside)?, inside_of })
     }
 
     /// What counts as inside at this address: its own, too, as that is the source of a program on this node that
@@ -421,10 +421,23 @@ impl Port {
     fn new(name: ServicePortName) -> Self {
         Self {
             state: Arc::new(PortState::new(name)),
-            backends: HashMap::new(),
-            listeners: BTreeSet::new(),
+            balancers: Vec::new(),
+            backends: Vec::new(),
+            listeners: Vec::new(),
             next_backend: 0,
         }
+    }
+
+    fn balancer(&self, family: Family, scope: Scope) -> Option<&Arc<Balancer>> {
+        self.balancers.iter().find(|balancer| (balancer.key.family, balancer.key.scope) == (family, scope))
+    }
+
+    fn known_backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {
+        self.backends.get(self.place_of(address).ok()?)
+    }
+
+    fn place_of(&self, address: SocketAddr) -> Result<usize, usize> {
+        self.backends.binary_search_by_key(&address, |backend| backend.address)
     }
 
     /// A table of the planned endpoints: a backend that is known keeps its counters and its id.
@@ -435,13 +448,22 @@ impl Port {
     }
 
     fn backend(&mut self, endpoint: &UsableEndpoint) -> Arc<Backend> {
-        let next = &mut self.next_backend;
-        let backend = self.backends.entry(endpoint.address).or_insert_with(|| {
-            *next = next.wrapping_add(1);
-            Arc::new(Backend::new(*next, endpoint.address))
-        });
-        Arc::clone(backend)
+        let place = match self.place_of(endpoint.address) {
+            Ok(place) => place,
+            Err(place) => {
+                self.next_backend = self.next_backend.wrapping_add(1);
+                self.backends.insert(place, Arc::new(Backend::new(self.next_backend, endpoint.address)));
+                place
+            }
+        };
+        Arc::clone(&self.backends[place])
     }
+}
+
+/// Adds to a list that will hardly grow again: `Vec::push` alone would make room for four.
+fn push<T>(list: &mut Vec<T>, item: T) {
+    list.reserve_exact(1);
+    list.push(item);
 }
 
 #[cfg(test)]
@@ -855,8 +877,8 @@ mod tests {
             bench.take([delete(&service)]).await;
         }
 
-        let Listeners { listeners, failures, balancers, ports, .. } = &bench.listeners;
-        assert_eq!((listeners.len(), balancers.len(), ports.len()), (0, 0, 0));
+        let Listeners { listeners, failures, ports, .. } = &bench.listeners;
+        assert_eq!((listeners.len(), ports.len()), (0, 0));
         assert!(failures.next_due().is_none());
         assert!(bench.plan.service(&ObjectName::parse("default/s1")).is_none());
     }

@@ -164,7 +164,7 @@ async fn t230_given_a_value_of_the_wrong_type_when_read_then_its_path_is_named_a
 
     let status = relay.status();
     assert_eq!(picks(&status, "web"), [site.backend(1).to_string()]);
-    assert!(service_of(&status, "bad").is_none_or(|service| service.report.ports.is_empty()));
+    assert!(service_of(&status, "bad").is_none_or(|service| service.report().ports.is_empty()));
     let errors = problems(&status);
     assert!(errors.contains("spec.ports[0].port") && errors.contains("eighty"), "{errors}");
 }

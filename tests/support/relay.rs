@@ -124,8 +124,9 @@ pub fn service_of<'a>(status: &'a Status, service: &str) -> Option<&'a ServiceSt
 
 /// The addresses that may get new traffic at the first port of a Service, in the order of addresses.
 pub fn picks(status: &Status, service: &str) -> Vec<String> {
-    let port = service_of(status, service).and_then(|service| service.report.ports.first());
-    port.and_then(|port| port.backends.cluster.clone()).unwrap_or_default()
+    let report = service_of(status, service).map(ServiceStatus::report);
+    let port = report.and_then(|report| report.ports.into_iter().next());
+    port.and_then(|port| port.backends.cluster).unwrap_or_default()
 }
 
 /// The messages of all problems that are shown, one a line, each with its place.
