@@ -274,6 +274,7 @@ impl Relay {
         let address = SocketAddr::from(([127, 30, 0, number], 5300));
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         shards.open(key, Arc::new(ArcSwap::from_pointee(target)), &UdpSettings::default())?;
+        shards.flush();
         Ok(Self { address, thread, backend, _shards: shards })
     }
 }

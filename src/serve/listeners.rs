@@ -28,6 +28,9 @@ use crate::stats::DropReason;
 
 pub use crate::serve::failures::BindError;
 
+/// Steps after which the UDP shards are woken: often enough for those who wait, and a hundredth of the wakes.
+const FLUSH_AFTER: usize = 64;
+
 /// What runs. Steps change it; nothing else does.
 #[derive(Debug)]
 pub struct Listeners {
@@ -95,8 +98,11 @@ impl Listeners {
     /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
         let mut changed_ports = BTreeSet::new();
-        for step in steps {
+        for (count, step) in steps.into_iter().enumerate() {
             consume_budget().await; // Ten thousand binds in one go would keep a worker from its connections.
+            if count % FLUSH_AFTER == 0 {
+                self.udp.flush();
+            }
             match step {
                 Step::Swap(key, backends) => {
                     changed_ports.insert(key.port.clone());
@@ -117,7 +123,7 @@ impl Listeners {
         }
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.forget(port));
-        self.mark_own_backends();
+        self.finish();
     }
 
     /// Why a listener that should run does not: the error of the last try.
@@ -146,6 +152,12 @@ impl Listeners {
             consume_budget().await;
             self.bind(key, wanted, Some(waited), now);
         }
+        self.finish();
+    }
+
+    /// What ends each batch of changes.
+    fn finish(&mut self) {
+        self.udp.flush();
         self.mark_own_backends();
     }
 
@@ -172,6 +184,7 @@ impl Listeners {
         // At once, not one after another: each has to wait for a task or a shard that may be busy.
         let running = std::mem::take(&mut self.listeners);
         join_all(running.into_values().map(|running| self.release(running.socket))).await;
+        self.udp.flush();
     }
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {

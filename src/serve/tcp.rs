@@ -209,7 +209,8 @@ impl Server {
                 Accepted::Paused(delay) => select! {
                     biased;
                     () = &mut stopped => return,
-                    () = tokio::time::sleep(delay) => {}
+                    // In a box: each of ten thousand tasks would keep the room for its timer.
+                    () = Box::pin(tokio::time::sleep(delay)) => {}
                 },
             }
         }

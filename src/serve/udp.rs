@@ -9,6 +9,7 @@ use std::net::UdpSocket;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -83,7 +84,8 @@ fn port_count(range: &str) -> Option<usize> {
 
 /// The UDP listeners of this process. Owned by `control`; dropping it ends all shards.
 ///
-/// Calls never wait. Commands for one listener are carried out in the order of the calls.
+/// Calls never wait. Commands for one listener are carried out in the order of the calls: removals at once, all others
+/// when [`flush`](Self::flush) is called. A change may open thousands of listeners, and each concerns every shard.
 #[derive(Debug)]
 pub struct UdpShards {
     shards: Vec<Handle>,
@@ -103,6 +105,8 @@ struct Handle {
     /// `None` once the shard is to end.
     commands: Option<Sender<Command>>,
     wake: Arc<OwnedFd>,
+    /// True where commands were queued since the shard was woken last.
+    queued: AtomicBool,
     /// Resolves when the shard's thread has closed its sockets.
     ended: oneshot::Receiver<()>,
 }
@@ -141,9 +145,14 @@ impl UdpShards {
         let server = UdpServer { key, shards: sockets.len() };
         self.tell_all(|| Command::Opened(key.address));
         for (shard, socket) in self.shards_of(server).zip(sockets) {
-            shard.send(Command::Add(key, socket, Arc::clone(&target), self.options.idle(settings)));
+            shard.queue(Command::Add(key, socket, Arc::clone(&target), self.options.idle(settings)));
         }
         server
+    }
+
+    /// Has the shards carry out all that they were told.
+    pub fn flush(&self) {
+        self.shards.iter().for_each(Handle::flush);
     }
 
     /// Closes a listener, its flows and its sockets. Done whether or not the future is awaited; when it resolves,
@@ -155,7 +164,8 @@ impl UdpShards {
             .shards_of(server)
             .map(|shard| {
                 let (closed, is_closed) = oneshot::channel();
-                shard.send(Command::Remove(server.key, closed));
+                shard.queue(Command::Remove(server.key, closed));
+                shard.flush();
                 is_closed
             })
             .collect();
@@ -171,13 +181,13 @@ impl UdpShards {
     /// balancer no longer [`serves`](crate::serve::balancer::Balancer::serves), so that their clients' next
     /// datagrams go to a live one.
     pub fn sweep(&self, server: UdpServer) {
-        self.shards_of(server).for_each(|shard| shard.send(Command::Sweep(server.key)));
+        self.shards_of(server).for_each(|shard| shard.queue(Command::Sweep(server.key)));
     }
 
     /// Gives a listener's flows other idle times, those that are there included.
     pub fn set_idle(&self, server: UdpServer, settings: &UdpSettings) {
         let idle = self.options.idle(settings);
-        self.shards_of(server).for_each(|shard| shard.send(Command::SetIdle(server.key, idle)));
+        self.shards_of(server).for_each(|shard| shard.queue(Command::SetIdle(server.key, idle)));
     }
 
     /// Closes everything. When the future resolves, all addresses are free.
@@ -197,7 +207,7 @@ impl UdpShards {
     }
 
     fn tell_all(&self, command: impl Fn() -> Command) {
-        self.shards.iter().for_each(|shard| shard.send(command()));
+        self.shards.iter().for_each(|shard| shard.queue(command()));
     }
 }
 
@@ -214,12 +224,18 @@ impl Handle {
             shard.run();
             drop(end);
         })?;
-        Ok(Self { commands: Some(commands), wake, ended })
+        Ok(Self { commands: Some(commands), wake, queued: AtomicBool::new(false), ended })
     }
 
-    fn send(&self, command: Command) {
+    fn queue(&self, command: Command) {
         if let Some(commands) = &self.commands {
             let _ = commands.send(command); // fails only where the shard has ended
+            self.queued.store(true, Ordering::Relaxed); // `control` alone reads and writes it
+        }
+    }
+
+    fn flush(&self) {
+        if self.queued.swap(false, Ordering::Relaxed) {
             self.wake();
         }
     }
@@ -299,6 +315,7 @@ pub(super) mod tests {
         fn bind_with(&self, settings: &UdpSettings) {
             let server = self.shards.open(self.key, Arc::clone(&self.target), settings);
             self.server.set(server.expect("a free address"));
+            self.shards.flush();
         }
 
         /// What `control` does when a Service loses its last endpoint.
@@ -310,6 +327,7 @@ pub(super) mod tests {
         fn swap(&self, backends: &[&Arc<Backend>]) {
             self.balancer.swap(table(backends));
             self.shards.sweep(self.server.get());
+            self.shards.flush();
         }
 
         /// Waits until all commands so far are carried out.
@@ -317,7 +335,8 @@ pub(super) mod tests {
             for shard in &self.shards.shards {
                 let (done, is_done) = oneshot::channel();
                 let nobody = ListenKey::new(self.key.address.ip(), 1, Protocol::Udp);
-                shard.send(Command::Remove(nobody, done));
+                shard.queue(Command::Remove(nobody, done));
+                shard.flush();
                 wait(is_done).expect("the shard runs");
             }
         }
@@ -637,6 +656,7 @@ pub(super) mod tests {
         let other = balancer(Family::V4, &[&echoes[1].backend]);
         service.target.store(Arc::new(target_of(&other)));
         service.shards.sweep(service.server.get());
+        service.shards.flush();
         until("the old flow ends", || echoes[0].backend.stats.active_flows.get() == 0);
 
         assert_eq!(ask(&client, b"again"), b"again");
@@ -671,6 +691,7 @@ pub(super) mod tests {
 
         // As if somebody had sent with the other listener's address as the source.
         service.shards.add(key, vec![socket], Arc::clone(&service.target), &UdpSettings::default());
+        service.shards.flush();
         service.obeyed();
         spoofed.send_to(b"round and round", service.key.address).expect("sent");
 
@@ -719,6 +740,7 @@ pub(super) mod tests {
         ask(&client, b"hello");
 
         service.shards.tell_all(|| Command::Panic);
+        service.shards.flush();
         until("its flow is counted out", || echo.backend.stats.closed.get(CloseReason::Panic) == 1);
 
         assert_eq!(ask(&client, b"again"), b"again");
@@ -822,7 +844,8 @@ pub(super) mod tests {
             .iter()
             .map(|shard| {
                 let (tell, told) = mpsc::channel();
-                shard.send(Command::CountFlows(tell));
+                shard.queue(Command::CountFlows(tell));
+                shard.flush();
                 told.recv_timeout(DEADLINE).expect("the shard runs")
             })
             .collect()
