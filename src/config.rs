@@ -126,6 +126,7 @@ impl RunConfig {
             inside: self.plan.inside(host),
             tcp: TcpOptions {
                 connect: ConnectOptions { sources: Sources::new(self.upstream_sources.clone()), ..Default::default() },
+                workers: self.workers.and_then(NonZeroUsize::new).unwrap_or(TcpOptions::default().workers),
                 ..TcpOptions::default()
             },
             udp: UdpOptions {

@@ -87,7 +87,7 @@ impl Relay {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (orders, order_inbox) = mpsc::channel(1); // Nobody gives one before the last is carried out.
         let (publish, status) = watch::channel(Arc::new(Status::default()));
-        let tcp = Arc::new(TcpShared::new(options.tcp));
+        let tcp = Arc::new(TcpShared::new(options.tcp)?);
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start(shards, options.udp)?;
         let control = Control {

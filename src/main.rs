@@ -31,6 +31,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+/// Threads for everything but traffic, which has its own: one may be planning while another answers.
+const CONTROL_THREADS: usize = 2;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -74,7 +77,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     logs::start(&config.logs);
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
-    let runtime = builder.worker_threads(workers).thread_name("relay").enable_all().build();
+    let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
     let outcome = on(runtime.context("cannot start the runtime")?, serve(config, workers));
     Ok(match outcome {
         Ok(()) => EXIT_FINE,

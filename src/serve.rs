@@ -15,7 +15,8 @@ pub mod listeners;
 pub mod mmsg;
 mod outbound;
 mod pipe;
-pub mod relay;
+mod reactor;
+mod relay;
 #[cfg(test)]
 mod relay_chaos;
 pub mod room;
@@ -23,13 +24,15 @@ pub mod room;
 pub(crate) mod scripted;
 mod shard;
 pub mod slab;
+mod sleep;
 pub mod socket;
-pub mod stream;
+mod stream;
 pub mod tcp;
 mod train;
 pub mod udp;
 mod upstream;
 mod wheel;
+mod worker;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -15,19 +15,17 @@ use std::os::fd::OwnedFd;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use socket2::SockRef;
-use tokio::select;
-use tokio::task::yield_now;
-use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::name::Family;
 use crate::serve::balancer::{Backend, Balancer, Tried};
 use crate::serve::socket;
 use crate::serve::stream::Stream;
+use crate::serve::worker;
 use crate::stats::{ConnectFailure, DropReason};
 
 /// How backends are connected to.
@@ -120,18 +118,18 @@ impl ConnectError {
 
 /// A backend and the connection to it.
 #[derive(Debug)]
-pub struct Reached {
+pub(crate) struct Reached {
     /// Who was reached.
-    pub backend: Arc<Backend>,
+    pub(crate) backend: Arc<Backend>,
     /// The connection, with the preface written.
-    pub stream: Stream,
+    pub(crate) stream: Stream,
 }
 
 /// Tries to connect to one backend, for as long as the kernel does: the caller sets the time.
 ///
 /// # Errors
 /// [`ConnectError`], with a reason that tells the backend's fault from this host's.
-pub async fn connect(backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, ConnectError> {
+pub(crate) async fn connect(backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, ConnectError> {
     let address = backend.address;
     open(address, source, preface).await.map_err(|source| ConnectError::new(address, source))
 }
@@ -140,7 +138,7 @@ pub async fn connect(backend: &Backend, source: Source, preface: &Preface) -> Re
 ///
 /// # Errors
 /// Why the client has to be turned away.
-pub async fn dial(
+pub(crate) async fn dial(
     balancer: &Balancer,
     client: IpAddr,
     source: Source,
@@ -220,7 +218,7 @@ impl<'a> Ladder<'a> {
     }
 
     fn pick(&self) -> Option<Arc<Backend>> {
-        self.balancer.pick(self.client, &self.tried, Instant::now().into_std())
+        self.balancer.pick(self.client, &self.tried, Instant::now())
     }
 
     fn count_attempt(&mut self) {
@@ -252,7 +250,8 @@ impl<'a> Ladder<'a> {
     async fn attempt_from(&self, source: Source, backend: &Backend, preface: &Preface) -> Result<Stream, Missed> {
         let begin = Instant::now();
         let mut connecting = pin!(connect(backend, source, preface));
-        let outcome = match within_a_turn(connecting.as_mut()).await {
+        // A backend nearby answers that fast, and then no timer has to be set and cleared.
+        let outcome = match worker::within_a_turn(connecting.as_mut()).await {
             Some(outcome) => outcome,
             None => self.outlast(connecting, backend, begin).await?,
         };
@@ -274,13 +273,13 @@ impl<'a> Ladder<'a> {
         let until = (begin + self.patience(backend)).min(self.end);
         loop {
             let look = (Instant::now() + Self::LOOK).min(until);
-            match timeout_at(look, &mut connecting).await {
-                Ok(outcome) => return Ok(outcome),
-                Err(_) if !self.balancer.serves(backend) => return Err(Missed::Left),
-                Err(_) if Instant::now() >= until => {
+            match worker::before(look, connecting.as_mut()).await {
+                Some(outcome) => return Ok(outcome),
+                None if !self.balancer.serves(backend) => return Err(Missed::Left),
+                None if Instant::now() >= until => {
                     return Ok(Err(ConnectError::new(backend.address, io::ErrorKind::TimedOut.into())));
                 }
-                Err(_) => {}
+                None => {}
             }
         }
     }
@@ -315,16 +314,6 @@ impl<'a> Ladder<'a> {
             _ => DropReason::EjectedAll,
         };
         Ok(())
-    }
-}
-
-/// The outcome of a future that needs one turn of the event loop at most: a backend nearby answers that fast, and then
-/// no timer has to be made and taken away, nor the loop to be woken for it.
-async fn within_a_turn<T>(mut connecting: Pin<&mut impl Future<Output = T>>) -> Option<T> {
-    select! {
-        biased;
-        outcome = &mut connecting => Some(outcome),
-        () = yield_now() => None,
     }
 }
 
@@ -391,7 +380,9 @@ mod tests {
 
     use super::*;
     use crate::serve::balancer::Table;
-    use crate::serve::scripted::{LOOPBACK, backends, balancer, black_hole, echo, refusing, soon, until};
+    use crate::serve::scripted::{
+        LOOPBACK, backends, balancer, black_hole, echo, on_worker, refusing, soon, spawn, until,
+    };
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
@@ -419,109 +410,125 @@ mod tests {
         assert_eq!(options.steps.iter().sum::<Duration>(), Duration::from_millis(3_750));
     }
 
-    #[tokio::test]
-    async fn given_a_backend_when_it_is_reached_then_the_time_it_took_is_known() {
-        let [web] = backends([echo().await]);
+    #[test]
+    fn given_a_backend_when_it_is_reached_then_the_time_it_took_is_known() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
 
-        let reached = dial(&balancer(&[Arc::clone(&web)]), &ConnectOptions::default()).await.expect("reached");
+            let reached = dial(&balancer(&[Arc::clone(&web)]), &ConnectOptions::default()).await.expect("reached");
 
-        assert_eq!(reached.backend.id, web.id);
-        assert!(web.stats.connect_us.get() > 0);
-    }
-
-    #[tokio::test]
-    async fn t161_given_a_backend_that_refuses_when_dialed_then_the_next_is_reached_at_once() {
-        let (_held, dead) = refusing();
-        let [dead, alive] = backends([dead, echo().await]);
-        let web = balancer(&[dead.clone(), alive.clone()]);
-        let begin = Instant::now();
-
-        let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
-
-        assert_eq!(reached.backend.id, alive.id);
-        assert!(begin.elapsed() < ConnectOptions::default().steps[0], "no step was waited for");
-        assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
-        assert_eq!(web.port.stats.retries.get(), 1);
-    }
-
-    #[tokio::test]
-    async fn t162_given_a_black_hole_when_dialed_then_the_next_is_reached_after_the_first_step() {
-        let (_held, silent) = black_hole();
-        let [silent, alive] = backends([silent, echo().await]);
-        let web = balancer(&[silent.clone(), alive.clone()]);
-        let begin = Instant::now();
-
-        let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
-
-        assert_eq!(reached.backend.id, alive.id);
-        let [first, second, ..] = ConnectOptions::default().steps;
-        assert!((first..first + second).contains(&begin.elapsed()), "{:?}", begin.elapsed());
-        assert_eq!(failures(&silent, ConnectFailure::Timeout), 1);
-    }
-
-    #[tokio::test]
-    async fn t163_given_only_black_holes_when_dialed_then_it_ends_after_all_steps() {
-        let (_held, one) = black_hole();
-        let (_also_held, two) = black_hole();
-        let all = backends([one, two]);
-        let web = balancer(&all);
-        let begin = Instant::now();
-
-        let verdict = dial(&web, &quick()).await.expect_err("nobody");
-
-        assert_eq!(verdict, DropReason::EjectedAll);
-        assert!(begin.elapsed() >= quick().steps.iter().sum());
-        assert_eq!(all.map(|backend| failures(&backend, ConnectFailure::Timeout)), [2, 2], "each in turn");
-        assert_eq!(web.port.stats.retries.get(), 3);
-    }
-
-    #[tokio::test]
-    async fn t165_given_backends_that_refuse_when_all_were_asked_then_none_is_asked_again() {
-        let held = [refusing(), refusing(), refusing(), refusing(), refusing(), refusing()];
-        let all = backends(held.each_ref().map(|(_, address)| *address));
-        let web = balancer(&all);
-
-        let verdict = dial(&web, &ConnectOptions::default()).await.expect_err("nobody");
-
-        assert_eq!(verdict, DropReason::EjectedAll);
-        assert!(all.iter().all(|backend| failures(backend, ConnectFailure::Refused) == 1));
-    }
-
-    #[tokio::test]
-    async fn t165_given_one_silent_backend_and_one_that_refuses_when_dialed_then_only_the_silent_one_is_asked_again() {
-        let ((_held, silent), (_also_held, dead)) = (black_hole(), refusing());
-        let [silent, dead] = backends([silent, dead]);
-
-        dial(&balancer(&[silent.clone(), dead.clone()]), &quick()).await.expect_err("nobody");
-
-        assert_eq!(failures(&silent, ConnectFailure::Timeout), 4);
-        assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
-    }
-
-    #[tokio::test]
-    async fn t166_given_a_dial_in_flight_when_its_endpoint_is_removed_then_the_next_is_chosen() {
-        let (_held, silent) = black_hole();
-        let [silent, alive] = backends([silent, echo().await]);
-        let web = balancer(std::slice::from_ref(&silent));
-        let hour = Duration::from_secs(3_600);
-        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
-
-        let dialing = tokio::spawn({
-            let web = Arc::clone(&web);
-            async move { dial(&web, &patient).await }
+            assert_eq!(reached.backend.id, web.id);
+            assert!(web.stats.connect_us.get() > 0);
         });
-        let waiting = Arc::clone(&silent);
-        until(|| Arc::strong_count(&waiting) > 3).await; // The table's, the test's two, and the dial's.
-        web.swap(Table::new(vec![alive.clone()], &[]));
-        let reached = soon(dialing).await.expect("no panic").expect("the other one");
-
-        assert_eq!(reached.backend.id, alive.id);
-        assert_eq!(failures(&silent, ConnectFailure::Timeout), 0, "not its fault");
     }
 
-    #[tokio::test]
-    async fn given_no_backend_when_dialed_then_the_verdict_says_so() {
-        assert_eq!(dial(&balancer(&[]), &quick()).await.expect_err("nobody"), DropReason::NoEndpoints);
+    #[test]
+    fn t161_given_a_backend_that_refuses_when_dialed_then_the_next_is_reached_at_once() {
+        on_worker(async {
+            let (_held, dead) = refusing();
+            let [dead, alive] = backends([dead, echo().await]);
+            let web = balancer(&[dead.clone(), alive.clone()]);
+            let begin = Instant::now();
+
+            let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
+
+            assert_eq!(reached.backend.id, alive.id);
+            assert!(begin.elapsed() < ConnectOptions::default().steps[0], "no step was waited for");
+            assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
+            assert_eq!(web.port.stats.retries.get(), 1);
+        });
+    }
+
+    #[test]
+    fn t162_given_a_black_hole_when_dialed_then_the_next_is_reached_after_the_first_step() {
+        on_worker(async {
+            let (_held, silent) = black_hole();
+            let [silent, alive] = backends([silent, echo().await]);
+            let web = balancer(&[silent.clone(), alive.clone()]);
+            let begin = Instant::now();
+
+            let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
+
+            assert_eq!(reached.backend.id, alive.id);
+            let [first, second, ..] = ConnectOptions::default().steps;
+            assert!((first..first + second).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+            assert_eq!(failures(&silent, ConnectFailure::Timeout), 1);
+        });
+    }
+
+    #[test]
+    fn t163_given_only_black_holes_when_dialed_then_it_ends_after_all_steps() {
+        on_worker(async {
+            let (_held, one) = black_hole();
+            let (_also_held, two) = black_hole();
+            let all = backends([one, two]);
+            let web = balancer(&all);
+            let begin = Instant::now();
+
+            let verdict = dial(&web, &quick()).await.expect_err("nobody");
+
+            assert_eq!(verdict, DropReason::EjectedAll);
+            assert!(begin.elapsed() >= quick().steps.iter().sum());
+            assert_eq!(all.map(|backend| failures(&backend, ConnectFailure::Timeout)), [2, 2], "each in turn");
+            assert_eq!(web.port.stats.retries.get(), 3);
+        });
+    }
+
+    #[test]
+    fn t165_given_backends_that_refuse_when_all_were_asked_then_none_is_asked_again() {
+        on_worker(async {
+            let held = [refusing(), refusing(), refusing(), refusing(), refusing(), refusing()];
+            let all = backends(held.each_ref().map(|(_, address)| *address));
+            let web = balancer(&all);
+
+            let verdict = dial(&web, &ConnectOptions::default()).await.expect_err("nobody");
+
+            assert_eq!(verdict, DropReason::EjectedAll);
+            assert!(all.iter().all(|backend| failures(backend, ConnectFailure::Refused) == 1));
+        });
+    }
+
+    #[test]
+    fn t165_given_one_silent_backend_and_one_that_refuses_when_dialed_then_only_the_silent_one_is_asked_again() {
+        on_worker(async {
+            let ((_held, silent), (_also_held, dead)) = (black_hole(), refusing());
+            let [silent, dead] = backends([silent, dead]);
+
+            dial(&balancer(&[silent.clone(), dead.clone()]), &quick()).await.expect_err("nobody");
+
+            assert_eq!(failures(&silent, ConnectFailure::Timeout), 4);
+            assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
+        });
+    }
+
+    #[test]
+    fn t166_given_a_dial_in_flight_when_its_endpoint_is_removed_then_the_next_is_chosen() {
+        on_worker(async {
+            let (_held, silent) = black_hole();
+            let [silent, alive] = backends([silent, echo().await]);
+            let web = balancer(std::slice::from_ref(&silent));
+            let hour = Duration::from_secs(3_600);
+            let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+
+            let dialing = spawn({
+                let web = Arc::clone(&web);
+                async move { dial(&web, &patient).await }
+            });
+            let waiting = Arc::clone(&silent);
+            until(|| Arc::strong_count(&waiting) > 3).await; // The table's, the test's two, and the dial's.
+            web.swap(Table::new(vec![alive.clone()], &[]));
+            let reached = soon(dialing).await.expect("the other one");
+
+            assert_eq!(reached.backend.id, alive.id);
+            assert_eq!(failures(&silent, ConnectFailure::Timeout), 0, "not its fault");
+        });
+    }
+
+    #[test]
+    fn given_no_backend_when_dialed_then_the_verdict_says_so() {
+        on_worker(async {
+            assert_eq!(dial(&balancer(&[]), &quick()).await.expect_err("nobody"), DropReason::NoEndpoints);
+        });
     }
 
     #[test]
@@ -537,20 +544,22 @@ mod tests {
         assert_eq!(ladder.patience(&far), Duration::from_millis(800));
     }
 
-    #[tokio::test]
-    async fn given_a_source_address_when_connected_then_the_backend_sees_it() {
-        let (peer_of, mut seen) = tokio::sync::mpsc::unbounded_channel();
-        let address = crate::serve::scripted::backend(move |stream| {
-            let _ = peer_of.send(stream.peer_addr().expect("a connection"));
-            async {}
+    #[test]
+    fn given_a_source_address_when_connected_then_the_backend_sees_it() {
+        on_worker(async {
+            let (peer_of, mut seen) = tokio::sync::mpsc::unbounded_channel();
+            let address = crate::serve::scripted::backend(move |stream| {
+                let _ = peer_of.send(stream.peer_addr().expect("a connection"));
+                async {}
+            });
+            let [web] = backends([address.await]);
+            let source = IpAddr::from([127, 82, 0, 1]);
+
+            let stream = soon(connect(&web, Source::Address(source), &Preface::None)).await;
+
+            assert_eq!(own_address(&stream.expect("reached")), source);
+            assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
         });
-        let [web] = backends([address.await]);
-        let source = IpAddr::from([127, 82, 0, 1]);
-
-        let stream = soon(connect(&web, Source::Address(source), &Preface::None)).await;
-
-        assert_eq!(own_address(&stream.expect("reached")), source);
-        assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
     }
 
     #[test]
@@ -565,91 +574,103 @@ mod tests {
         assert_eq!(sources.towards(Family::V6).collect::<Vec<_>>(), [Source::Any]);
     }
 
-    #[tokio::test]
-    async fn given_upstream_sources_when_clients_come_then_backends_see_them_in_turn() {
-        let [web] = backends([echo().await]);
-        let web = balancer(&[web]);
-        let addresses = [[127, 82, 0, 3], [127, 82, 0, 4]].map(IpAddr::from);
-        let options = ConnectOptions { sources: Sources::new(addresses), ..ConnectOptions::default() };
+    #[test]
+    fn given_upstream_sources_when_clients_come_then_backends_see_them_in_turn() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
+            let web = balancer(&[web]);
+            let addresses = [[127, 82, 0, 3], [127, 82, 0, 4]].map(IpAddr::from);
+            let options = ConnectOptions { sources: Sources::new(addresses), ..ConnectOptions::default() };
 
-        for address in addresses.into_iter().chain(addresses) {
-            let reached = dial(&web, &options).await.expect("reached");
-            assert_eq!(own_address(&reached.stream), address);
-        }
+            for address in addresses.into_iter().chain(addresses) {
+                let reached = dial(&web, &options).await.expect("reached");
+                assert_eq!(own_address(&reached.stream), address);
+            }
+        });
     }
 
     /// T168: an address that cannot be bound stands for one without a port left: the kernel's word is the same.
-    #[tokio::test]
-    async fn t168_given_a_source_without_a_port_when_dialed_then_the_next_source_reaches_the_same_backend() {
-        let [web] = backends([echo().await]);
-        let foreign = IpAddr::from([192, 0, 2, 7]);
-        let own = IpAddr::from([127, 82, 0, 5]);
-        let options = ConnectOptions { sources: Sources::new([foreign, own]), ..ConnectOptions::default() };
+    #[test]
+    fn t168_given_a_source_without_a_port_when_dialed_then_the_next_source_reaches_the_same_backend() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
+            let foreign = IpAddr::from([192, 0, 2, 7]);
+            let own = IpAddr::from([127, 82, 0, 5]);
+            let options = ConnectOptions { sources: Sources::new([foreign, own]), ..ConnectOptions::default() };
 
-        let reached = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect("by the other source");
+            let reached = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect("by the other source");
 
-        assert_eq!(own_address(&reached.stream), own);
-        assert_eq!(failures(&web, ConnectFailure::LocalPorts), 1);
+            assert_eq!(own_address(&reached.stream), own);
+            assert_eq!(failures(&web, ConnectFailure::LocalPorts), 1);
+        });
     }
 
-    #[tokio::test]
-    async fn t168_given_no_source_with_a_port_when_dialed_then_the_verdict_says_so() {
-        let [web] = backends([echo().await]);
-        let foreign = [[192, 0, 2, 7], [192, 0, 2, 8]].map(IpAddr::from);
-        let options = ConnectOptions { sources: Sources::new(foreign), ..ConnectOptions::default() };
+    #[test]
+    fn t168_given_no_source_with_a_port_when_dialed_then_the_verdict_says_so() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
+            let foreign = [[192, 0, 2, 7], [192, 0, 2, 8]].map(IpAddr::from);
+            let options = ConnectOptions { sources: Sources::new(foreign), ..ConnectOptions::default() };
 
-        let verdict = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect_err("no port");
+            let verdict = dial(&balancer(std::slice::from_ref(&web)), &options).await.expect_err("no port");
 
-        assert_eq!(verdict, DropReason::LocalPorts);
-        assert_eq!(failures(&web, ConnectFailure::LocalPorts), 2);
+            assert_eq!(verdict, DropReason::LocalPorts);
+            assert_eq!(failures(&web, ConnectFailure::LocalPorts), 2);
+        });
     }
 
     /// Needs CAP_NET_ADMIN to be more than a refusal with a reason.
-    #[tokio::test]
-    async fn given_the_clients_own_address_when_connected_then_it_is_seen_or_refused_with_a_reason() {
-        let [web] = backends([echo().await]);
-        let client = SocketAddr::from(([127, 82, 0, 2], 40_000));
+    #[test]
+    fn given_the_clients_own_address_when_connected_then_it_is_seen_or_refused_with_a_reason() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
+            let client = SocketAddr::from(([127, 82, 0, 2], 40_000));
 
-        let outcome = soon(connect(&web, Source::Client(client), &Preface::None)).await;
+            let outcome = soon(connect(&web, Source::Client(client), &Preface::None)).await;
 
-        match outcome {
-            Ok(stream) => assert_eq!(own_address(&stream), client.ip()),
-            Err(error) => assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied),
-        }
+            match outcome {
+                Ok(stream) => assert_eq!(own_address(&stream), client.ip()),
+                Err(error) => assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied),
+            }
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_preface_when_connected_then_it_comes_first() {
-        let [web] = backends([echo().await]);
-        let preface = Preface::Bytes(b"PROXY ".as_slice().into());
+    #[test]
+    fn given_a_preface_when_connected_then_it_comes_first() {
+        on_worker(async {
+            let [web] = backends([echo().await]);
+            let preface = Preface::Bytes(b"PROXY ".as_slice().into());
 
-        let stream = soon(connect(&web, Source::Any, &preface)).await;
-        let stream = stream.expect("reached");
-        stream.send_all(b"hello").await.expect("a connection");
-        stream.end().expect("a connection");
+            let stream = soon(connect(&web, Source::Any, &preface)).await;
+            let stream = stream.expect("reached");
+            stream.send_all(b"hello").await.expect("a connection");
+            stream.end().expect("a connection");
 
-        let mut answer = [0; 11];
-        let mut read = 0;
-        while read < answer.len() {
-            read += soon(poll_fn(|cx| stream.poll_receive(cx, &mut answer[read..]))).await.expect("an echo");
-        }
-        assert_eq!(&answer, b"PROXY hello");
+            let mut answer = [0; 11];
+            let mut read = 0;
+            while read < answer.len() {
+                read += soon(poll_fn(|cx| stream.poll_receive(cx, &mut answer[read..]))).await.expect("an echo");
+            }
+            assert_eq!(&answer, b"PROXY hello");
+        });
     }
 
     /// The kernel may choose the very port that is connected to; here it has to.
-    #[tokio::test]
-    async fn given_a_socket_that_met_itself_when_asked_then_it_is_told() {
-        let (held, address) = refusing();
-        drop(held);
-        let socket = socket::open_tcp(Family::V4).expect("a socket");
-        SockRef::from(&socket).bind(&address.into()).expect("a free port");
-        socket::begin_connect(&socket, address).expect("a try");
-        let stream = Stream::new(socket).expect("an event loop");
-        soon(stream.connected()).await.expect("itself");
+    #[test]
+    fn given_a_socket_that_met_itself_when_asked_then_it_is_told() {
+        on_worker(async {
+            let (held, address) = refusing();
+            drop(held);
+            let socket = socket::open_tcp(Family::V4).expect("a socket");
+            SockRef::from(&socket).bind(&address.into()).expect("a free port");
+            socket::begin_connect(&socket, address).expect("a try");
+            let stream = Stream::new(socket).expect("an event loop");
+            soon(stream.connected()).await.expect("itself");
 
-        assert!(met_itself(&stream, address).expect("a connection"));
-        stream.send_all(b"x").await.expect("itself");
-        assert_eq!(soon(poll_fn(|cx| stream.poll_receive(cx, &mut [0]))).await.expect("itself"), 1);
+            assert!(met_itself(&stream, address).expect("a connection"));
+            stream.send_all(b"x").await.expect("itself");
+            assert_eq!(soon(poll_fn(|cx| stream.poll_receive(cx, &mut [0]))).await.expect("itself"), 1);
+        });
     }
 
     #[test]

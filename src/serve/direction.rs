@@ -252,11 +252,10 @@ impl Direction {
     /// Writes what is left of the last read. Returns 0, as nothing more was read.
     fn flush(&mut self, cx: &mut Context<'_>, to: End<'_>, moved: &mut u64) -> Poll<Result<usize, Broken>> {
         while let Load::Rest(mut rest) = std::mem::take(&mut self.load) {
-            let Poll::Ready(writable) = to.stream.poll_writable(cx) else {
+            if to.stream.poll_writable(cx).is_pending() {
                 self.load = Load::Rest(rest);
                 return Poll::Pending;
-            };
-            writable.map_err(|error| to.broken(error))?;
+            }
             rest.sent += self.send(to, &rest.bytes[rest.sent..], moved)?;
             if rest.sent < rest.bytes.len() {
                 self.load = Load::Rest(rest);
@@ -306,8 +305,9 @@ impl Direction {
             return Ok(Poll::Ready(Filled::Full));
         }
         loop {
-            let Poll::Ready(readable) = from.stream.poll_readable(cx) else { return Ok(Poll::Pending) };
-            readable.map_err(|error| from.broken(error))?;
+            if from.stream.poll_readable(cx).is_pending() {
+                return Ok(Poll::Pending);
+            }
             let Some(pipe) = self.pipe() else {
                 self.copy_again(-READS_AFTER_REFUSAL);
                 return Ok(Poll::Ready(Filled::Full));
@@ -335,8 +335,9 @@ impl Direction {
         let Load::Pipe(pipe) = &mut self.load else { return Ok(0) };
         let mut drained = 0;
         while drained == 0 && !pipe.is_empty() {
-            let Poll::Ready(writable) = to.stream.poll_writable(cx) else { return Ok(0) };
-            writable.map_err(|error| to.broken(error))?;
+            if to.stream.poll_writable(cx).is_pending() {
+                return Ok(0);
+            }
             drained = to.stream.drain(pipe).map_err(|error| to.broken(error))?;
         }
         if self.phase == Phase::Leaving && pipe.is_empty() {

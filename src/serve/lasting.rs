@@ -1,24 +1,24 @@
 //! Options of upstream connections that last: keep-alive and user timeout.
 //!
 //! They find a backend that has vanished, and three system calls are too much for a connection that is over in
-//! milliseconds. So they are set when a connection has lasted `LASTING_AFTER`; the newcomers of that time are swept by
-//! one task, which sleeps while there are none. Sockets of clients inherit theirs from the listener.
+//! milliseconds. So they are set when a connection has lasted `LASTING_AFTER`: a task of each worker looks which have,
+//! for as long as there are newcomers. Sockets of clients inherit theirs from the listener.
 
+use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::serve::stream::Stream;
+use crate::serve::worker::{self, sleep_until};
 
 /// How long a connection has to last, and half of the longest that it may last before it is noticed.
 const LASTING_AFTER: Duration = Duration::from_secs(5);
 
 /// What a connection that lasts is given.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LastingOptions {
     /// Silence after which a backend is asked whether it is still there. Whole seconds. Default 60 s.
     pub keepalive_idle: Duration,
@@ -43,94 +43,71 @@ impl LastingOptions {
     }
 }
 
-/// Where new connections are announced. Dropped, it ends its sweeper.
-#[derive(Debug)]
-pub(crate) struct Newcomers(UnboundedSender<Weak<OwnedFd>>);
+thread_local! {
+    /// A task of this worker looks after newcomers.
+    static LOOKING: Cell<bool> = const { Cell::new(false) };
+}
 
-impl Newcomers {
-    /// The announcements, and the task that sweeps them, to be spawned.
-    pub(crate) fn swept_with(options: LastingOptions) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let (sender, receiver) = unbounded_channel();
-        (Self(sender), Sweeper { receiver, options }.run(LASTING_AFTER))
-    }
+/// Gives a connection the options once it has lasted.
+pub(crate) fn set_if_it_lasts(stream: &Stream, options: LastingOptions) {
+    look_after(stream, options, LASTING_AFTER);
+}
 
-    /// Announces a connection. It is not kept open for it.
-    pub(crate) fn add(&self, stream: &Stream) {
-        let _ = self.0.send(Arc::downgrade(stream.socket())); // Without a sweeper, the runtime is going away.
+fn look_after(stream: &Stream, options: LastingOptions, interval: Duration) {
+    stream.count_age();
+    if !LOOKING.replace(true) {
+        worker::current().spawn(look(options, interval));
     }
 }
 
-struct Sweeper {
-    receiver: UnboundedReceiver<Weak<OwnedFd>>,
-    options: LastingOptions,
-}
-
-impl Sweeper {
-    /// Each sweep takes those that the last one found new: they have lasted once to twice the time in between.
-    async fn run(mut self, interval: Duration) {
-        let mut last = Vec::new();
-        loop {
-            if last.is_empty() {
-                match self.receiver.recv().await {
-                    Some(newcomer) => last.push(newcomer),
-                    None => return,
-                }
-            }
-            tokio::time::sleep(interval).await;
-            let new = self.drain();
-            for socket in std::mem::replace(&mut last, new).iter().filter_map(Weak::upgrade) {
-                let _ = self.options.set(&socket); // A socket that refuses is one that has been reset meanwhile.
-            }
+/// Each look takes those that the last one found new: they have lasted once to twice the time in between.
+async fn look(options: LastingOptions, interval: Duration) {
+    loop {
+        sleep_until(Instant::now() + interval).await;
+        let newcomers = worker::current().grow_older(|socket| {
+            let _ = options.set(socket); // A socket that refuses is one that has been reset meanwhile.
+        });
+        if newcomers == 0 {
+            LOOKING.set(false);
+            return;
         }
-    }
-
-    fn drain(&mut self) -> Vec<Weak<OwnedFd>> {
-        std::iter::from_fn(|| self.receiver.try_recv().ok()).filter(|newcomer| newcomer.strong_count() > 0).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::scripted::{pair, registered, soon, until};
+    use crate::serve::scripted::{on_worker, pair, registered, until};
 
-    #[tokio::test]
-    async fn t173_given_an_upstream_connection_when_it_lasts_then_a_vanished_backend_will_be_noticed() {
-        let (_far, near) = pair().await;
-        let stream = registered(near);
-        let (sender, receiver) = unbounded_channel();
-        let newcomers = Newcomers(sender);
-        let sweeper = Sweeper { receiver, options: LastingOptions::default() };
-        tokio::spawn(sweeper.run(Duration::from_millis(10)));
+    #[test]
+    fn t173_given_an_upstream_connection_when_it_lasts_then_a_vanished_backend_will_be_noticed() {
+        on_worker(async {
+            let (_far, near) = pair().await;
+            let stream = registered(near);
 
-        newcomers.add(&stream);
+            look_after(&stream, LastingOptions::default(), Duration::from_millis(10));
 
-        let socket = SockRef::from(&stream);
-        until(|| socket.tcp_user_timeout().expect("an option") == Some(Duration::from_secs(120))).await;
-        assert!(socket.keepalive().expect("an option"));
-        assert_eq!(socket.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
+            let socket = SockRef::from(&stream);
+            until(|| socket.tcp_user_timeout().expect("an option") == Some(Duration::from_secs(120))).await;
+            assert!(socket.keepalive().expect("an option"));
+            assert_eq!(socket.tcp_keepalive_time().expect("an option"), Duration::from_secs(60));
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_connection_when_it_is_announced_then_nobody_holds_it_open() {
-        let (_far, near) = pair().await;
-        let stream = registered(near);
-        let (newcomers, sweeper) = Newcomers::swept_with(LastingOptions::default());
-        let sweeping = tokio::spawn(sweeper);
+    #[test]
+    fn given_newcomers_that_last_or_end_when_none_is_left_then_nobody_looks_any_more() {
+        on_worker(async {
+            let (_far, near) = pair().await;
+            let (_other_far, other_near) = pair().await;
+            let (lasting, short) = (registered(near), registered(other_near));
+            let interval = Duration::from_millis(10);
+            look_after(&lasting, LastingOptions::default(), interval);
+            look_after(&short, LastingOptions::default(), interval);
 
-        newcomers.add(&stream);
-        tokio::task::yield_now().await;
+            drop(short);
 
-        assert_eq!(Arc::strong_count(stream.socket()), 1);
-        sweeping.abort();
-    }
-
-    #[tokio::test]
-    async fn given_no_one_who_announces_when_swept_then_it_ends() {
-        let (newcomers, sweeper) = Newcomers::swept_with(LastingOptions::default());
-
-        drop(newcomers);
-
-        soon(sweeper).await;
+            until(|| !LOOKING.get()).await;
+            assert!(SockRef::from(&lasting).keepalive().expect("an option"));
+        });
     }
 }

@@ -490,7 +490,7 @@ mod tests {
     use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
     use crate::name::ObjectName;
     use crate::plan::{Plan, PlanOptions};
-    use crate::serve::scripted::{LOOPBACK, expect_reset, named, read_all, soon, until};
+    use crate::serve::scripted::{LOOPBACK, expect_turned_away, named, read_all, soon, until};
     use crate::serve::tcp::TcpOptions;
     use crate::serve::udp::UdpOptions;
     use crate::stats::CloseReason;
@@ -514,7 +514,11 @@ mod tests {
                 model: Model::default(),
                 plan: Plan::default(),
                 options: PlanOptions { node, allow_loopback_endpoints: true, ..PlanOptions::default() },
-                listeners: Listeners::new(inside, Arc::new(TcpShared::new(TcpOptions::default())), udp),
+                listeners: Listeners::new(
+                    inside,
+                    Arc::new(TcpShared::new(TcpOptions::default()).expect("threads")),
+                    udp,
+                ),
                 now: Instant::now(),
             }
         }
@@ -806,7 +810,10 @@ mod tests {
         let from = |source: IpAddr| async move {
             let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
             socket.bind(SocketAddr::new(source, 0)).expect("a source");
-            let mut stream = soon(socket.connect(node_port.address)).await.expect("a listener");
+            let mut stream = match soon(socket.connect(node_port.address)).await {
+                Ok(stream) => stream,
+                Err(reset) => return (Vec::new(), Err(reset)),
+            };
             let _ = stream.shutdown().await;
             read_all(&mut stream).await
         };
@@ -828,8 +835,7 @@ mod tests {
         bench.take([put(&second), endpoints(&second, &[a.address])]).await;
 
         for key in [tcp_key(21), a, b] {
-            let mut client = soon(TcpStream::connect(key.address)).await.expect("a listener");
-            expect_reset(&mut client).await;
+            expect_turned_away(key.address).await;
             let stats = &bench.listeners.listeners[&key].target.load_full().port.stats;
             assert_eq!(stats.accepted.get(), 1, "{key}");
         }

@@ -16,14 +16,14 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
-
-use tokio::time::{Instant, Sleep};
+use std::time::{Duration, Instant};
 
 use crate::serve::balancer::Backend;
 use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
+use crate::serve::sleep::Sleep;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
+use crate::serve::worker::sleep_until;
 use crate::stats::{BackendStats, CloseReason};
 
 thread_local! {
@@ -31,21 +31,21 @@ thread_local! {
 }
 
 /// A client and the backend that was reached for it. Counts on the backend, whatever happens to it.
-pub struct Connection {
+pub(crate) struct Connection {
     pair: Pair, // Dropped before the account: what is counted as closed is closed.
     account: Account,
 }
 
 impl Connection {
     /// Counts a new connection of the backend. The client's socket has TCP_NODELAY.
-    pub fn open(client: Stream, upstream: Stream, backend: Arc<Backend>) -> Self {
+    pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>) -> Self {
         Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend) }
     }
 
     /// Moves bytes until the end of the connection and tells why it ended.
     ///
     /// `half_close_timeout`: how long one side may keep silent after the other has closed its half.
-    pub async fn relay(&mut self, half_close_timeout: &Duration) -> CloseReason {
+    pub(crate) async fn relay(&mut self, half_close_timeout: &Duration) -> CloseReason {
         let Self { pair, account } = self;
         let mut relay = Relay::new(pair, account, half_close_timeout);
         let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
@@ -62,12 +62,12 @@ impl Connection {
     }
 
     /// The backend.
-    pub fn backend(&self) -> &Backend {
+    pub(crate) fn backend(&self) -> &Backend {
         &self.account.backend
     }
 
     /// Payload bytes that the backend's socket and the client's socket took.
-    pub fn bytes(&self) -> (u64, u64) {
+    pub(crate) fn bytes(&self) -> (u64, u64) {
         (self.account.upstream.moved, self.account.downstream.moved)
     }
 }
@@ -234,19 +234,20 @@ struct Rare<'s> {
     silence: Option<Silence>,
 }
 
-type Watch<'s> = Pin<Box<dyn Future<Output = io::Error> + Send + 's>>;
+type Watch<'s> = Pin<Box<dyn Future<Output = io::Error> + 's>>;
 
 /// Waits for a time without progress. The timer is set anew when it fires, not at each progress.
 struct Silence {
     limit: Duration,
     moved: u64,
     since: Instant,
-    timer: Pin<Box<Sleep>>,
+    timer: Sleep,
 }
 
 impl Silence {
     fn new(limit: Duration, moved: u64) -> Self {
-        Self { limit, moved, since: Instant::now(), timer: Box::pin(tokio::time::sleep(limit)) }
+        let since = Instant::now();
+        Self { limit, moved, since, timer: sleep_until(since + limit) }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, moved: u64) -> Poll<()> {
@@ -255,11 +256,11 @@ impl Silence {
             self.since = Instant::now();
         }
         loop {
-            ready!(self.timer.as_mut().poll(cx));
+            ready!(Pin::new(&mut self.timer).poll(cx));
             if self.since.elapsed() >= self.limit {
                 return Poll::Ready(());
             }
-            self.timer.as_mut().reset(self.since + self.limit);
+            self.timer.reset(self.since + self.limit);
         }
     }
 }
@@ -272,11 +273,12 @@ mod tests {
     use socket2::SockRef;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use tokio::task::JoinHandle;
 
     use super::*;
     use crate::serve::pipe;
-    use crate::serve::scripted::{LOOPBACK, expect_reset, pair, read_all, registered, reset, soon, until};
+    use crate::serve::scripted::{
+        LOOPBACK, Spawned, expect_reset, on_worker, pair, read_all, registered, reset, soon, spawn, until,
+    };
     use crate::stats::PROCESS;
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -286,7 +288,7 @@ mod tests {
         client: TcpStream,
         server: TcpStream,
         backend: Arc<Backend>,
-        relay: JoinHandle<Ended>,
+        relay: Spawned<Ended>,
     }
 
     /// What became of it.
@@ -309,7 +311,7 @@ mod tests {
             }
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
             let mut connection = Connection::open(registered(downstream), registered(upstream), Arc::clone(&backend));
-            let relay = tokio::spawn(async move {
+            let relay = spawn(async move {
                 let reason = connection.relay(&limit).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
                 Ended { reason, upstream_bytes, downstream_bytes }
@@ -318,8 +320,8 @@ mod tests {
         }
 
         /// The end of a relay whose peers are gone, after a look at its counters.
-        async fn ended(relay: JoinHandle<Ended>, backend: &Backend) -> Ended {
-            let ended = soon(relay).await.expect("no panic");
+        async fn ended(relay: Spawned<Ended>, backend: &Backend) -> Ended {
+            let ended = soon(relay).await;
             assert_eq!(backend.stats.closed.get(ended.reason), 1);
             assert_eq!(backend.stats.active_connections.get(), 0);
             assert_eq!(backend.stats.connections.get(), 1);
@@ -367,92 +369,108 @@ mod tests {
         assert_eq!((ended.upstream_bytes, ended.downstream_bytes), (count as u64, count as u64));
     }
 
-    #[tokio::test]
-    async fn t152_given_one_byte_each_way_when_relayed_then_it_is_the_same() {
-        both_ways(1).await;
+    #[test]
+    fn t152_given_one_byte_each_way_when_relayed_then_it_is_the_same() {
+        on_worker(async {
+            both_ways(1).await;
+        });
     }
 
-    #[tokio::test]
-    async fn t152_given_64_kib_each_way_when_relayed_then_they_are_the_same() {
-        both_ways(64 * 1024).await;
+    #[test]
+    fn t152_given_64_kib_each_way_when_relayed_then_they_are_the_same() {
+        on_worker(async {
+            both_ways(64 * 1024).await;
+        });
     }
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn t152_given_100_mib_each_way_when_relayed_then_they_are_the_same() {
-        both_ways(100 * 1024 * 1024).await;
+    #[test]
+    fn t152_given_100_mib_each_way_when_relayed_then_they_are_the_same() {
+        on_worker(async {
+            both_ways(100 * 1024 * 1024).await;
+        });
     }
 
-    #[tokio::test]
-    async fn t153_given_a_client_that_closes_its_half_when_the_server_answers_then_the_whole_answer_arrives() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        let answer = pattern(3_000_000, 3);
+    #[test]
+    fn t153_given_a_client_that_closes_its_half_when_the_server_answers_then_the_whole_answer_arrives() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            let answer = pattern(3_000_000, 3);
 
-        client.write_all(b"request").await.expect("a connection");
-        client.shutdown().await.expect("a connection");
-        let (request, outcome) = read_all(&mut server).await;
-        outcome.expect("an end of stream");
-        let (_, at_client) = tokio::join!(exchange(server, &answer), read_all(&mut client));
-
-        assert_eq!(request, b"request");
-        at_client.1.expect("an end of stream");
-        assert!(at_client.0 == answer);
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
-    }
-
-    #[tokio::test]
-    async fn given_a_server_that_closes_its_half_when_the_client_goes_on_then_all_arrives() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        let upload = pattern(3_000_000, 4);
-
-        server.write_all(b"banner").await.expect("a connection");
-        server.shutdown().await.expect("a connection");
-        let (banner, outcome) = read_all(&mut client).await;
-        outcome.expect("an end of stream");
-        let (_, at_server) = tokio::join!(exchange(client, &upload), read_all(&mut server));
-
-        assert_eq!(banner, b"banner");
-        at_server.1.expect("an end of stream");
-        assert!(at_server.0 == upload);
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
-    }
-
-    #[tokio::test]
-    async fn given_a_thousand_half_closed_exchanges_when_relayed_then_none_loses_a_byte() {
-        for round in 0..1_000 {
-            let Line { mut client, server, relay, .. } = Line::open().await;
-            client.write_all(&[round as u8; 10]).await.expect("a connection");
+            client.write_all(b"request").await.expect("a connection");
             client.shutdown().await.expect("a connection");
+            let (request, outcome) = read_all(&mut server).await;
+            outcome.expect("an end of stream");
+            let (_, at_client) = tokio::join!(exchange(server, &answer), read_all(&mut client));
 
-            let (at_server, at_client) = tokio::join!(exchange(server, &[1; 20_000]), read_all(&mut client));
-
-            assert_eq!(at_server, [round as u8; 10]);
-            assert_eq!((at_client.0.len(), at_client.1.is_ok()), (20_000, true), "round {round}");
-            assert_eq!(soon(relay).await.expect("no panic").reason, CloseReason::Finished);
-        }
+            assert_eq!(request, b"request");
+            at_client.1.expect("an end of stream");
+            assert!(at_client.0 == answer);
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+        });
     }
 
-    #[tokio::test]
-    async fn t155_given_a_client_that_resets_when_relayed_then_the_server_sees_a_reset() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        client.write_all(b"half a requ").await.expect("a connection");
-        server.read_exact(&mut [0; 11]).await.expect("what was sent");
+    #[test]
+    fn given_a_server_that_closes_its_half_when_the_client_goes_on_then_all_arrives() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            let upload = pattern(3_000_000, 4);
 
-        reset(client);
+            server.write_all(b"banner").await.expect("a connection");
+            server.shutdown().await.expect("a connection");
+            let (banner, outcome) = read_all(&mut client).await;
+            outcome.expect("an end of stream");
+            let (_, at_server) = tokio::join!(exchange(client, &upload), read_all(&mut server));
 
-        expect_reset(&mut server).await;
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+            assert_eq!(banner, b"banner");
+            at_server.1.expect("an end of stream");
+            assert!(at_server.0 == upload);
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+        });
     }
 
-    #[tokio::test]
-    async fn t155_given_a_server_that_resets_when_relayed_then_the_client_sees_a_reset() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        server.write_all(b"half an ans").await.expect("a connection");
-        client.read_exact(&mut [0; 11]).await.expect("what was sent");
+    #[test]
+    fn given_a_thousand_half_closed_exchanges_when_relayed_then_none_loses_a_byte() {
+        on_worker(async {
+            for round in 0..1_000 {
+                let Line { mut client, server, relay, .. } = Line::open().await;
+                client.write_all(&[round as u8; 10]).await.expect("a connection");
+                client.shutdown().await.expect("a connection");
 
-        reset(server);
+                let (at_server, at_client) = tokio::join!(exchange(server, &[1; 20_000]), read_all(&mut client));
 
-        expect_reset(&mut client).await;
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+                assert_eq!(at_server, [round as u8; 10]);
+                assert_eq!((at_client.0.len(), at_client.1.is_ok()), (20_000, true), "round {round}");
+                assert_eq!(soon(relay).await.reason, CloseReason::Finished);
+            }
+        });
+    }
+
+    #[test]
+    fn t155_given_a_client_that_resets_when_relayed_then_the_server_sees_a_reset() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            client.write_all(b"half a requ").await.expect("a connection");
+            server.read_exact(&mut [0; 11]).await.expect("what was sent");
+
+            reset(client);
+
+            expect_reset(&mut server).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+        });
+    }
+
+    #[test]
+    fn t155_given_a_server_that_resets_when_relayed_then_the_client_sees_a_reset() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            server.write_all(b"half an ans").await.expect("a connection");
+            client.read_exact(&mut [0; 11]).await.expect("what was sent");
+
+            reset(server);
+
+            expect_reset(&mut client).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+        });
     }
 
     /// Writes until nothing has moved for a while: all buffers on the way are full.
@@ -465,67 +483,77 @@ mod tests {
         written
     }
 
-    #[tokio::test]
-    async fn given_a_relay_that_only_waits_to_write_when_the_sender_resets_then_it_is_passed_on() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        fill(&mut client).await;
+    #[test]
+    fn given_a_relay_that_only_waits_to_write_when_the_sender_resets_then_it_is_passed_on() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            fill(&mut client).await;
 
-        reset(client);
+            reset(client);
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
-        expect_reset(&mut server).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+            expect_reset(&mut server).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_client_that_has_closed_its_half_when_it_resets_then_it_is_passed_on() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        client.shutdown().await.expect("a connection");
-        assert_eq!(soon(server.read(&mut [0])).await.expect("an end of stream"), 0);
+    #[test]
+    fn given_a_client_that_has_closed_its_half_when_it_resets_then_it_is_passed_on() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            client.shutdown().await.expect("a connection");
+            assert_eq!(soon(server.read(&mut [0])).await.expect("an end of stream"), 0);
 
-        reset(client);
+            reset(client);
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
-        // The server's end has got the end of stream before: a reset shows as a failed write.
-        until(|| SockRef::from(&server).take_error().expect("an option").is_some()).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+            // The server's end has got the end of stream before: a reset shows as a failed write.
+            until(|| SockRef::from(&server).take_error().expect("an option").is_some()).await;
+        });
     }
 
     /// The leak of the classic userspace mode (kubernetes#18354).
-    #[tokio::test]
-    async fn t154_given_a_server_that_writes_and_never_ends_when_the_client_goes_then_both_connections_end() {
-        let Line { client, mut server, backend, relay } = Line::open().await;
-        server.write_all(b"more").await.expect("a connection");
-        until(|| backend.stats.downstream_bytes.get() == 4).await;
+    #[test]
+    fn t154_given_a_server_that_writes_and_never_ends_when_the_client_goes_then_both_connections_end() {
+        on_worker(async {
+            let Line { client, mut server, backend, relay } = Line::open().await;
+            server.write_all(b"more").await.expect("a connection");
+            until(|| backend.stats.downstream_bytes.get() == 4).await;
 
-        drop(client);
+            drop(client);
 
-        let writing = async { while server.write_all(b"and more").await.is_ok() {} };
-        soon(writing).await;
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+            let writing = async { while server.write_all(b"and more").await.is_ok() {} };
+            soon(writing).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::ClientAbort);
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_server_that_has_closed_its_half_when_it_resets_then_it_is_passed_on() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        server.shutdown().await.expect("a connection");
-        assert_eq!(soon(client.read(&mut [0])).await.expect("an end of stream"), 0);
+    #[test]
+    fn given_a_server_that_has_closed_its_half_when_it_resets_then_it_is_passed_on() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            server.shutdown().await.expect("a connection");
+            assert_eq!(soon(client.read(&mut [0])).await.expect("an end of stream"), 0);
 
-        reset(server);
+            reset(server);
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+        });
     }
 
-    #[tokio::test]
-    async fn t174_given_a_slow_reader_when_the_sender_goes_on_then_it_is_held_back_and_nothing_is_lost() {
-        let Line { mut client, server, backend, relay } = Line::open().await;
+    #[test]
+    fn t174_given_a_slow_reader_when_the_sender_goes_on_then_it_is_held_back_and_nothing_is_lost() {
+        on_worker(async {
+            let Line { mut client, server, backend, relay } = Line::open().await;
 
-        let written = fill(&mut client).await;
-        client.shutdown().await.expect("a connection");
+            let written = fill(&mut client).await;
+            client.shutdown().await.expect("a connection");
 
-        assert!(written < 32 * 1024 * 1024, "{written} bytes: only kernel buffers and one read are full");
-        let received = exchange(server, b"").await;
-        assert_eq!(received.len(), written);
-        assert!(received.iter().all(|byte| *byte == 7));
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+            assert!(written < 32 * 1024 * 1024, "{written} bytes: only kernel buffers and one read are full");
+            let received = exchange(server, b"").await;
+            assert_eq!(received.len(), written);
+            assert!(received.iter().all(|byte| *byte == 7));
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+        });
     }
 
     /// CPU time of this thread, which is the whole runtime of a test.
@@ -535,233 +563,261 @@ mod tests {
     }
 
     /// F36: the pipe is full, the receiver's buffer, too, and the sender has more.
-    #[tokio::test]
-    async fn given_a_full_pipe_when_nothing_moves_then_the_relay_sleeps() {
-        let Line { mut client, server, relay, .. } = Line::open().await;
-        fill(&mut client).await;
+    #[test]
+    fn given_a_full_pipe_when_nothing_moves_then_the_relay_sleeps() {
+        on_worker(async {
+            let Line { mut client, server, relay, .. } = Line::open().await;
+            fill(&mut client).await;
 
-        let begin = cpu_time();
-        let window = Duration::from_millis(300);
-        tokio::time::sleep(window).await; // Nothing to wait for: that nothing happens is the point.
-        let busy = cpu_time() - begin;
+            let begin = cpu_time();
+            let window = Duration::from_millis(300);
+            tokio::time::sleep(window).await; // Nothing to wait for: that nothing happens is the point.
+            let busy = cpu_time() - begin;
 
-        assert!(busy < window / 10, "{busy:?}");
-        drop((client, server));
-        soon(relay).await.expect("no panic");
+            assert!(busy < window / 10, "{busy:?}");
+            drop((client, server));
+            soon(relay).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_full_pipe_when_its_connection_is_reset_then_no_other_gets_what_is_in_it() {
-        let Line { mut client, server, relay, .. } = Line::open().await;
-        fill(&mut client).await;
-        let pooled = pipe::tests::pooled();
+    #[test]
+    fn given_a_full_pipe_when_its_connection_is_reset_then_no_other_gets_what_is_in_it() {
+        on_worker(async {
+            let Line { mut client, server, relay, .. } = Line::open().await;
+            fill(&mut client).await;
+            let pooled = pipe::tests::pooled();
 
-        reset(client);
+            reset(client);
 
-        assert_eq!(soon(relay).await.expect("no panic").reason, CloseReason::ClientAbort);
-        assert_eq!(pipe::tests::pooled(), pooled);
-        drop(server);
+            assert_eq!(soon(relay).await.reason, CloseReason::ClientAbort);
+            assert_eq!(pipe::tests::pooled(), pooled);
+            drop(server);
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_full_pipe_when_the_receiver_resets_then_the_sender_sees_a_reset() {
-        let Line { mut client, server, backend, relay } = Line::open().await;
-        fill(&mut client).await;
+    #[test]
+    fn given_a_full_pipe_when_the_receiver_resets_then_the_sender_sees_a_reset() {
+        on_worker(async {
+            let Line { mut client, server, backend, relay } = Line::open().await;
+            fill(&mut client).await;
 
-        reset(server);
+            reset(server);
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
-        until(|| SockRef::from(&client).take_error().expect("an option").is_some()).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Reset);
+            until(|| SockRef::from(&client).take_error().expect("an option").is_some()).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_bulk_when_all_of_it_has_moved_then_its_pipe_is_for_others() {
-        let Line { mut client, mut server, relay, .. } = Line::open().await;
-        let sent = pattern(4_000_000, 5);
+    #[test]
+    fn given_bulk_when_all_of_it_has_moved_then_its_pipe_is_for_others() {
+        on_worker(async {
+            let Line { mut client, mut server, relay, .. } = Line::open().await;
+            let sent = pattern(4_000_000, 5);
 
-        let mut received = vec![0; sent.len()];
-        let (outcome, read) =
-            soon(async { tokio::join!(client.write_all(&sent), server.read_exact(&mut received)) }).await;
-        outcome.expect("a connection");
-        read.expect("a connection");
+            let mut received = vec![0; sent.len()];
+            let (outcome, read) =
+                soon(async { tokio::join!(client.write_all(&sent), server.read_exact(&mut received)) }).await;
+            outcome.expect("a connection");
+            read.expect("a connection");
 
-        assert!(received == sent);
-        until(|| pipe::tests::pooled() > 0).await;
-        drop((client, server));
-        soon(relay).await.expect("no panic");
+            assert!(received == sent);
+            until(|| pipe::tests::pooled() > 0).await;
+            drop((client, server));
+            soon(relay).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_no_pipe_when_bulk_is_relayed_then_it_is_copied_and_counted() {
-        pipe::tests::REFUSING.set(true);
-        let before = PROCESS.splice_fallbacks.get();
+    #[test]
+    fn given_no_pipe_when_bulk_is_relayed_then_it_is_copied_and_counted() {
+        on_worker(async {
+            pipe::tests::REFUSING.set(true);
+            let before = PROCESS.splice_fallbacks.get();
 
-        both_ways(3_000_000).await;
+            both_ways(3_000_000).await;
 
-        assert!(PROCESS.splice_fallbacks.get() >= before + 2, "one for each direction");
-        pipe::tests::REFUSING.set(false);
+            assert!(PROCESS.splice_fallbacks.get() >= before + 2, "one for each direction");
+            pipe::tests::REFUSING.set(false);
+        });
     }
 
-    #[tokio::test]
-    async fn given_bulk_and_then_small_messages_when_relayed_then_none_waits_for_another() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        for round in 0..3_u8 {
-            let bulk = pattern(2_000_000, round);
-            let mut received = vec![0; bulk.len()];
-            let moved = async { tokio::join!(client.write_all(&bulk), server.read_exact(&mut received)) };
-            soon(moved).await.1.expect("a connection");
-            assert!(received == bulk);
-            for message in 0..50 {
-                client.write_all(&[message]).await.expect("a connection");
-                let mut received = [0];
-                soon(server.read_exact(&mut received)).await.expect("a connection");
-                assert_eq!(received, [message]);
+    #[test]
+    fn given_bulk_and_then_small_messages_when_relayed_then_none_waits_for_another() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            for round in 0..3_u8 {
+                let bulk = pattern(2_000_000, round);
+                let mut received = vec![0; bulk.len()];
+                let moved = async { tokio::join!(client.write_all(&bulk), server.read_exact(&mut received)) };
+                soon(moved).await.1.expect("a connection");
+                assert!(received == bulk);
+                for message in 0..50 {
+                    client.write_all(&[message]).await.expect("a connection");
+                    let mut received = [0];
+                    soon(server.read_exact(&mut received)).await.expect("a connection");
+                    assert_eq!(received, [message]);
+                }
             }
-        }
 
-        client.shutdown().await.expect("a connection");
-        server.shutdown().await.expect("a connection");
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+            client.shutdown().await.expect("a connection");
+            server.shutdown().await.expect("a connection");
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+        });
     }
 
-    #[tokio::test]
-    async fn t176_given_urgent_data_when_more_is_queued_behind_it_then_that_arrives_too() {
-        let Line { client, mut server, relay, .. } = Line::open().await;
+    #[test]
+    fn t176_given_urgent_data_when_more_is_queued_behind_it_then_that_arrives_too() {
+        on_worker(async {
+            let Line { client, mut server, relay, .. } = Line::open().await;
 
-        // All is there before the relay's first turn: nothing comes later to wake it.
-        client.try_write(b"before").expect("a connection");
-        SockRef::from(&client).send_out_of_band(b"!").expect("a connection");
-        client.try_write(b"behind").expect("a connection");
+            // All is there before the relay's first turn: nothing comes later to wake it.
+            client.try_write(b"before").expect("a connection");
+            SockRef::from(&client).send_out_of_band(b"!").expect("a connection");
+            client.try_write(b"behind").expect("a connection");
 
-        let mut received = [0; 12];
-        soon(server.read_exact(&mut received)).await.expect("the whole stream");
-        assert_eq!(&received, b"beforebehind");
-        drop((client, server));
-        soon(relay).await.expect("no panic");
+            let mut received = [0; 12];
+            soon(server.read_exact(&mut received)).await.expect("the whole stream");
+            assert_eq!(&received, b"beforebehind");
+            drop((client, server));
+            soon(relay).await;
+        });
     }
 
     /// A splice stops at the mark, and where the sender has ended behind it, it claims the end of the stream there.
-    #[tokio::test]
-    async fn t176_given_urgent_data_within_bulk_when_spliced_then_the_stream_is_whole() {
-        for behind in [3_000_000, 4] {
-            let Line { client, mut server, backend, relay } = Line::open().await;
-            let (before, behind) = (pattern(3_000_000, 6), pattern(behind, 7));
-            let whole = [&before[..], &behind].concat();
-            let mut sender = client.into_std().expect("a socket");
-            sender.set_nonblocking(false).expect("a flag");
-            let sending = thread::spawn(move || {
-                io::Write::write_all(&mut sender, &before).expect("a connection");
-                SockRef::from(&sender).send_out_of_band(b"!").expect("a connection");
-                io::Write::write_all(&mut sender, &behind).expect("a connection");
-                sender.shutdown(std::net::Shutdown::Write).expect("a connection");
-                sender
-            });
+    #[test]
+    fn t176_given_urgent_data_within_bulk_when_spliced_then_the_stream_is_whole() {
+        on_worker(async {
+            for behind in [3_000_000, 4] {
+                let Line { client, mut server, backend, relay } = Line::open().await;
+                let (before, behind) = (pattern(3_000_000, 6), pattern(behind, 7));
+                let whole = [&before[..], &behind].concat();
+                let mut sender = client.into_std().expect("a socket");
+                sender.set_nonblocking(false).expect("a flag");
+                let sending = thread::spawn(move || {
+                    io::Write::write_all(&mut sender, &before).expect("a connection");
+                    SockRef::from(&sender).send_out_of_band(b"!").expect("a connection");
+                    io::Write::write_all(&mut sender, &behind).expect("a connection");
+                    sender.shutdown(std::net::Shutdown::Write).expect("a connection");
+                    sender
+                });
 
-            let (received, outcome) = read_all(&mut server).await;
+                let (received, outcome) = read_all(&mut server).await;
 
-            outcome.expect("an end of stream");
-            assert_eq!(received.len(), whole.len());
-            assert!(received == whole);
-            drop((sending.join().expect("no panic"), server));
-            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
-        }
+                outcome.expect("an end of stream");
+                assert_eq!(received.len(), whole.len());
+                assert!(received == whole);
+                drop((sending.join().expect("no panic"), server));
+                assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Finished);
+            }
+        });
     }
 
-    #[tokio::test]
-    async fn t176_given_writes_of_no_bytes_when_relayed_then_they_do_no_harm() {
-        let Line { client, mut server, relay, .. } = Line::open().await;
+    #[test]
+    fn t176_given_writes_of_no_bytes_when_relayed_then_they_do_no_harm() {
+        on_worker(async {
+            let Line { client, mut server, relay, .. } = Line::open().await;
 
-        for part in [&b""[..], b"one", b"", b"", b"two", b""] {
-            assert_eq!(SockRef::from(&client).send(part).expect("a connection"), part.len());
-            tokio::task::yield_now().await;
-        }
+            for part in [&b""[..], b"one", b"", b"", b"two", b""] {
+                assert_eq!(SockRef::from(&client).send(part).expect("a connection"), part.len());
+                tokio::task::yield_now().await;
+            }
 
-        let mut received = [0; 6];
-        soon(server.read_exact(&mut received)).await.expect("the stream goes on");
-        assert_eq!(&received, b"onetwo");
-        drop((client, server));
-        soon(relay).await.expect("no panic");
+            let mut received = [0; 6];
+            soon(server.read_exact(&mut received)).await.expect("the stream goes on");
+            assert_eq!(&received, b"onetwo");
+            drop((client, server));
+            soon(relay).await;
+        });
     }
 
     /// A write that waits for the acknowledgement of the last one waits 40 ms for a peer that delays it.
-    #[tokio::test]
-    async fn t175_given_messages_of_one_byte_when_they_go_back_and_forth_then_none_is_held_back() {
-        let Line { mut client, mut server, relay, .. } = Line::open().await;
-        let begin = Instant::now();
+    #[test]
+    fn t175_given_messages_of_one_byte_when_they_go_back_and_forth_then_none_is_held_back() {
+        on_worker(async {
+            let Line { mut client, mut server, relay, .. } = Line::open().await;
+            let begin = Instant::now();
 
-        for _ in 0..100 {
-            for _ in 0..2 {
-                client.write_all(b"x").await.expect("a connection"); // Two in a row, as they would be held back.
-                soon(server.read_exact(&mut [0])).await.expect("a connection");
+            for _ in 0..100 {
+                for _ in 0..2 {
+                    client.write_all(b"x").await.expect("a connection"); // Two in a row, as they would be held back.
+                    soon(server.read_exact(&mut [0])).await.expect("a connection");
+                }
+                server.write_all(b"y").await.expect("a connection");
+                soon(client.read_exact(&mut [0])).await.expect("a connection");
             }
-            server.write_all(b"y").await.expect("a connection");
-            soon(client.read_exact(&mut [0])).await.expect("a connection");
-        }
 
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-        drop((client, server));
-        soon(relay).await.expect("no panic");
+            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+            drop((client, server));
+            soon(relay).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_half_closed_stream_when_nothing_moves_for_the_limit_then_it_is_ended_by_reset() {
-        let line = Line::with_half_close_timeout(Duration::from_millis(50)).await;
-        let Line { mut client, mut server, backend, relay } = line;
+    #[test]
+    fn given_a_half_closed_stream_when_nothing_moves_for_the_limit_then_it_is_ended_by_reset() {
+        on_worker(async {
+            let line = Line::with_half_close_timeout(Duration::from_millis(50)).await;
+            let Line { mut client, mut server, backend, relay } = line;
 
-        server.shutdown().await.expect("a connection");
+            server.shutdown().await.expect("a connection");
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::HalfClose);
-        assert_eq!(soon(client.read(&mut [0])).await.expect("an end of stream"), 0);
-        expect_reset(&mut server).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::HalfClose);
+            assert_eq!(soon(client.read(&mut [0])).await.expect("an end of stream"), 0);
+            expect_reset(&mut server).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_a_half_closed_stream_when_bytes_move_then_the_limit_starts_anew() {
-        let limit = Duration::from_secs(1);
-        let Line { mut client, mut server, backend, relay } = Line::with_half_close_timeout(limit).await;
-        server.shutdown().await.expect("a connection");
-        let begin = Instant::now();
+    #[test]
+    fn given_a_half_closed_stream_when_bytes_move_then_the_limit_starts_anew() {
+        on_worker(async {
+            let limit = Duration::from_secs(1);
+            let Line { mut client, mut server, backend, relay } = Line::with_half_close_timeout(limit).await;
+            server.shutdown().await.expect("a connection");
+            let begin = Instant::now();
 
-        let mut last = begin;
-        while begin.elapsed() < limit + limit / 4 {
-            tokio::time::sleep(limit / 20).await; // A client that is slow, but not silent.
-            last = Instant::now();
-            client.write_all(b"x").await.expect("a connection that is not idle");
-            server.read_exact(&mut [0]).await.expect("a connection that is not idle");
-        }
+            let mut last = begin;
+            while begin.elapsed() < limit + limit / 4 {
+                tokio::time::sleep(limit / 20).await; // A client that is slow, but not silent.
+                last = Instant::now();
+                client.write_all(b"x").await.expect("a connection that is not idle");
+                server.read_exact(&mut [0]).await.expect("a connection that is not idle");
+            }
 
-        assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::HalfClose);
-        assert!(last.elapsed() >= limit, "{:?}", last.elapsed());
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::HalfClose);
+            assert!(last.elapsed() >= limit, "{:?}", last.elapsed());
+        });
     }
 
-    #[tokio::test]
-    async fn given_an_open_stream_when_it_is_idle_then_its_bytes_are_published() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
+    #[test]
+    fn given_an_open_stream_when_it_is_idle_then_its_bytes_are_published() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
 
-        client.write_all(b"12345").await.expect("a connection");
-        server.read_exact(&mut [0; 5]).await.expect("what was sent");
-        server.write_all(b"123").await.expect("a connection");
-        client.read_exact(&mut [0; 3]).await.expect("what was sent");
+            client.write_all(b"12345").await.expect("a connection");
+            server.read_exact(&mut [0; 5]).await.expect("what was sent");
+            server.write_all(b"123").await.expect("a connection");
+            client.read_exact(&mut [0; 3]).await.expect("what was sent");
 
-        let stats = &backend.stats;
-        until(|| (stats.upstream_bytes.get(), stats.downstream_bytes.get()) == (5, 3)).await;
-        assert_eq!(stats.active_connections.get(), 1);
-        drop((client, server));
-        Line::ended(relay, &backend).await;
+            let stats = &backend.stats;
+            until(|| (stats.upstream_bytes.get(), stats.downstream_bytes.get()) == (5, 3)).await;
+            assert_eq!(stats.active_connections.get(), 1);
+            drop((client, server));
+            Line::ended(relay, &backend).await;
+        });
     }
 
-    #[tokio::test]
-    async fn given_an_open_stream_when_its_task_is_cancelled_then_both_peers_see_a_reset() {
-        let Line { mut client, mut server, backend, relay } = Line::open().await;
-        client.write_all(b"x").await.expect("a connection");
-        server.read_exact(&mut [0]).await.expect("what was sent");
+    #[test]
+    fn given_an_open_stream_when_its_task_is_cancelled_then_both_peers_see_a_reset() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            client.write_all(b"x").await.expect("a connection");
+            server.read_exact(&mut [0]).await.expect("what was sent");
 
-        relay.abort();
+            relay.cancel();
 
-        expect_reset(&mut client).await;
-        expect_reset(&mut server).await;
-        until(|| backend.stats.closed.get(CloseReason::Drain) == 1).await;
-        assert_eq!(backend.stats.active_connections.get(), 0);
+            expect_reset(&mut client).await;
+            expect_reset(&mut server).await;
+            until(|| backend.stats.closed.get(CloseReason::Drain) == 1).await;
+            assert_eq!(backend.stats.active_connections.get(), 0);
+        });
     }
 
     #[test]

@@ -5,10 +5,11 @@
 //! lets it; `KUBE_RELAY_TEST=full` has 2,000 of them.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -17,23 +18,25 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::serve::balancer::Backend;
 use crate::serve::relay::Connection;
-use crate::serve::scripted::{LOOPBACK, pair, registered, reset, soon};
+use crate::serve::scripted::{LOOPBACK, on_worker, pair, registered, reset, soon, spawn};
 use crate::stats::CloseReason;
 
 const AT_ONCE: usize = 16;
 const HALF_CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn given_peers_that_do_as_they_please_when_relayed_then_no_byte_is_lost_and_no_truncation_looks_complete() {
-    let replay = std::env::var("KUBE_RELAY_SEED").ok().and_then(|seed| seed.parse().ok());
-    let full = std::env::var("KUBE_RELAY_TEST").is_ok_and(|value| value == "full");
-    let seeds = replay.map_or(0..if full { 2_000 } else { 300 }, |seed: u64| seed..seed + 1);
-    stream::iter(seeds)
-        .for_each_concurrent(AT_ONCE, async |seed| {
-            let outcome = tokio::spawn(exchange(seed)).await;
-            assert!(outcome.is_ok(), "failed: replay with KUBE_RELAY_SEED={seed}");
-        })
-        .await;
+#[test]
+fn given_peers_that_do_as_they_please_when_relayed_then_no_byte_is_lost_and_no_truncation_looks_complete() {
+    on_worker(async {
+        let replay = std::env::var("KUBE_RELAY_SEED").ok().and_then(|seed| seed.parse().ok());
+        let full = std::env::var("KUBE_RELAY_TEST").is_ok_and(|value| value == "full");
+        let seeds = replay.map_or(0..if full { 2_000 } else { 300 }, |seed: u64| seed..seed + 1);
+        stream::iter(seeds)
+            .for_each_concurrent(AT_ONCE, async |seed| {
+                let outcome = AssertUnwindSafe(exchange(seed)).catch_unwind().await;
+                assert!(outcome.is_ok(), "failed: replay with KUBE_RELAY_SEED={seed}");
+            })
+            .await;
+    });
 }
 
 /// What one peer will do.
@@ -148,12 +151,12 @@ async fn exchange(seed: u64) {
     let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
 
     let mut connection = Connection::open(registered(downstream), registered(upstream), backend);
-    let relay = tokio::spawn(async move {
+    let relay = spawn(async move {
         let relayed = connection.relay(&HALF_CLOSE_TIMEOUT);
         tokio::time::timeout(cancelled.unwrap_or(Duration::MAX), relayed).await.ok()
     });
     let (client, server) = tokio::join!(client.play(at_client, answered), server.play(at_server, said));
-    let reason = soon(relay).await.expect("no panic");
+    let reason = soon(relay).await;
 
     let parts = [(&client, answered.1, server.cut), (&server, said.1, client.cut)];
     for (part, expected, other_cut) in parts.into_iter().filter(|(part, ..)| !part.cut) {

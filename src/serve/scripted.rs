@@ -3,16 +3,21 @@
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use async_task::Task;
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, Runtime};
 
 use crate::name::{BalancerKey, Family, ObjectName, Protocol, Scope, ServicePortName};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::serve::stream::Stream;
+use crate::serve::worker;
 
 /// No test waits longer for anything.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
@@ -48,6 +53,14 @@ pub(crate) async fn expect_reset(stream: &mut TcpStream) {
     assert_eq!(outcome.expect_err("a reset, not an end of stream").kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// Waits for the reset that a client gets which is turned away, be it while it still connects.
+pub(crate) async fn expect_turned_away(address: SocketAddr) {
+    match soon(TcpStream::connect(address)).await {
+        Ok(mut stream) => expect_reset(&mut stream).await,
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+    }
+}
+
 /// Closes a connection by reset.
 pub(crate) fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
@@ -59,6 +72,45 @@ pub(crate) async fn pair() -> (TcpStream, TcpStream) {
     let address = listener.local_addr().expect("a bound socket");
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
     (near.expect("a listener"), far.expect("a connection").0)
+}
+
+/// Runs a test on a thread that is a worker. Its peers are on a runtime beside it.
+pub(crate) fn on_worker<T: 'static>(test: impl Future<Output = T> + 'static) -> T {
+    static PEERS: LazyLock<Runtime> =
+        LazyLock::new(|| Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads"));
+    let _peers = PEERS.enter();
+    worker::run_until_done(test)
+}
+
+/// A task of this worker that goes on when nobody waits for it.
+pub(crate) struct Spawned<T>(Option<Task<T>>);
+
+/// Begins a task on this worker.
+pub(crate) fn spawn<T: 'static>(task: impl Future<Output = T> + 'static) -> Spawned<T> {
+    Spawned(Some(worker::current().spawn_task(task)))
+}
+
+impl<T> Spawned<T> {
+    /// Ends it where it stands.
+    pub(crate) fn cancel(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl<T> Future for Spawned<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        Pin::new(self.0.as_mut().expect("not cancelled")).poll(cx)
+    }
+}
+
+impl<T> Drop for Spawned<T> {
+    fn drop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.detach();
+        }
+    }
 }
 
 /// A socket as the relay has it.

@@ -5,14 +5,11 @@
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use socket2::{Domain, SockFilter, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use crate::name::{Family, ListenKey};
 
@@ -99,23 +96,6 @@ pub fn drop_none(socket: impl AsFd) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => Ok(()),
         outcome => outcome,
     }
-}
-
-/// Registers a listener with the event loop of the runtime, to be told of waiting connections.
-///
-/// Dropping the registration deregisters the socket and leaves it open for its other owners.
-#[allow(unsafe_code)]
-pub fn watch_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: the registration holds a share of the descriptor's owner, so it stays open and the same all along.
-    unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
-}
-
-/// Registers a connection with the event loop of the runtime, for all that it can tell of one, urgent data included.
-#[allow(unsafe_code)]
-pub fn watch_connection(connection: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
-    // SAFETY: the registration holds a share of the descriptor's owner, so it stays open and the same all along.
-    unsafe { AsyncFd::register_with_interest(connection, interest) }.map_err(io::Error::from)
 }
 
 /// Takes one waiting connection from a listener: its socket, non-blocking, and who it is.

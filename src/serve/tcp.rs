@@ -1,15 +1,15 @@
 //! TCP servers: accept clients of one listener, and carry each connection from its first to its last moment.
 //!
-//! A server task owns nothing but its registration with the event loop: the listening socket belongs
-//! to `Listeners`, and outlives the task when it is parked or pointed elsewhere. Connections outlive
-//! both; they are known to [`TcpShared`], which waits for them or ends them when the process stops.
+//! A server owns nothing but the watch that workers keep on its listening socket: that belongs to `Listeners`, and
+//! outlives the server when it is parked. Connections outlive both; they are tasks of the `worker` threads, known to
+//! [`TcpShared`], which waits for them or ends them when the process stops.
 //!
 //! The life of a connection: accepted here, a backend reached in `connect`, bytes moved in `relay`. A client
 //! that is turned away gets a reset, never a clean end of stream, and is counted with the reason.
 //!
 //! # The system calls of a short connection
-//! Open, a request, a response, close; 16 calls, and a share of those that serve many connections under load (of
-//! `epoll_wait`, of the `accept4` that says "nobody waits", of `futex` to wake an idle thread): 16.3 to 17 in all.
+//! Open, a request, a response, close; 14 calls, and a share of those that serve many connections under load (of
+//! `epoll_wait`, of the `accept4` that says "nobody waits").
 //!
 //! | call | why |
 //! |---|---|
@@ -21,35 +21,39 @@
 //! | `recvfrom`, `sendto` | the response |
 //! | `recvfrom`, `shutdown` | the client's end of stream, and passing it on |
 //! | `recvfrom` | the backend's; closing the client's socket passes it on |
-//! | `epoll_ctl` delete, `close`, twice | tokio deregisters each socket that it closes: the floor |
+//! | `close`, twice | takes the socket out of the event loop, too |
 //!
 //! Who closes first keeps the TIME_WAIT: where it is the client, that is this host's port towards the backend, as the
 //! relay passes the end on before the backend's comes. `Sources` in `connect` multiplies those ports.
 
+use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use tokio::io::unix::AsyncFd;
 use tokio::select;
-use tokio::task::JoinHandle;
-use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Level, debug, enabled, warn};
 
 use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
-use crate::serve::lasting::{LastingOptions, Newcomers};
+use crate::serve::lasting::{LastingOptions, set_if_it_lasts};
+use crate::serve::reactor::{Foreign, Unwatched};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
+use crate::serve::worker::{Listening, Pool, Readable, Seat, Worker};
 use crate::serve::{TargetCell, Verdict, socket};
 use crate::stats::DropReason;
 
@@ -66,6 +70,8 @@ pub struct TcpOptions {
     pub keepalive_idle: Duration,
     /// How often it is asked, a third of `keepalive_idle` apart, before it is given up (1..=127). Default 3.
     pub keepalive_probes: u32,
+    /// Threads that carry connections. From `--workers`; default: the CPUs that this process may use.
+    pub workers: NonZeroUsize,
 }
 
 impl Default for TcpOptions {
@@ -76,33 +82,28 @@ impl Default for TcpOptions {
             half_close_timeout: Duration::from_secs(3_600),
             keepalive_idle: Duration::from_secs(60),
             keepalive_probes: 3,
+            workers: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
 }
 
-/// What all TCP servers of a process share: the options, and the connections that are open.
+/// What all TCP servers of a process share: the options, the threads, and the connections that are open.
 #[derive(Debug)]
 pub struct TcpShared {
     options: TcpOptions,
-    newcomers: Newcomers,
+    workers: Pool,
     connections: TaskTracker,
-    abort: CancellationToken,
-    /// The token's state, to be read without its lock at each turn of each connection.
     aborting: AtomicBool,
 }
 
 impl TcpShared {
-    /// No connection yet. Needs a tokio runtime.
-    pub fn new(options: TcpOptions) -> Self {
-        let (newcomers, sweeping) = Newcomers::swept_with(options.lasting.clone());
-        tokio::spawn(sweeping); // Ends with this.
-        Self {
-            options,
-            newcomers,
-            connections: TaskTracker::new(),
-            abort: CancellationToken::new(),
-            aborting: AtomicBool::new(false),
-        }
+    /// Starts the threads. No connection yet.
+    ///
+    /// # Errors
+    /// No thread, descriptor or memory is left.
+    pub fn new(options: TcpOptions) -> io::Result<Self> {
+        let workers = Pool::start(options.workers.get())?;
+        Ok(Self { options, workers, connections: TaskTracker::new(), aborting: AtomicBool::new(false) })
     }
 
     /// Connections that are open or being made.
@@ -119,22 +120,14 @@ impl TcpShared {
     /// Ends all connections by reset, with the reason `drain`, and those that would come.
     pub fn abort_connections(&self) {
         self.aborting.store(true, Ordering::Release); // Pairs with the load in `unless_aborted`.
-        self.abort.cancel();
+        self.workers.wake_all();
     }
 
     /// Runs a connection until its end or until all are aborted, whichever comes first.
-    ///
-    /// The token is polled once, to be woken by it. Polled at each turn, its lock would be everybody's.
     async fn unless_aborted(&self, mut connection: Pin<&mut impl Future<Output = ()>>) {
-        let mut aborted = pin!(self.abort.cancelled());
-        let mut watching = false;
-        poll_fn(|cx| {
-            let late = !watching && aborted.as_mut().poll(cx).is_ready();
-            watching = true;
-            if late || self.aborting.load(Ordering::Acquire) {
-                return Poll::Ready(());
-            }
-            connection.as_mut().poll(cx)
+        poll_fn(|cx| match self.aborting.load(Ordering::Acquire) {
+            true => Poll::Ready(()),
+            false => connection.as_mut().poll(cx),
         })
         .await;
     }
@@ -142,17 +135,13 @@ impl TcpShared {
 
 /// Accepts the clients of one listener. Made and stopped by `Listeners`; dropping it stops it, too.
 #[derive(Debug)]
-pub struct TcpServer {
-    listener: Arc<OwnedFd>,
-    task: JoinHandle<()>,
-    stop: DropGuard,
-}
+pub struct TcpServer(Listening);
 
 impl TcpServer {
-    /// Registers a listening socket (see [`socket::listen_tcp`]) and starts to accept. Needs a tokio runtime.
+    /// Has workers accept from a listening socket (see [`socket::listen_tcp`]).
     ///
     /// # Errors
-    /// The event loop or the socket does not take it: no memory, no descriptor, no listening socket.
+    /// The event loops or the socket do not take it: no memory, no watch, no listening socket.
     pub fn start(
         listener: Arc<OwnedFd>,
         key: ListenKey,
@@ -161,92 +150,85 @@ impl TcpServer {
     ) -> io::Result<Self> {
         let TcpOptions { keepalive_idle, keepalive_probes, .. } = shared.options;
         socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
-        let registration = socket::watch_listener(Arc::clone(&listener))?;
-        let stop = CancellationToken::new();
-        let server = Server { target, place: Arc::new(Place { key, shared }) };
-        let task = tokio::spawn(server.run(registration, stop.clone()));
-        Ok(Self { listener, task, stop: stop.drop_guard() })
+        let server = Arc::new(Server { key, target, shared: Arc::clone(&shared) });
+        let socket = Arc::clone(&listener);
+        let listening = shared.workers.listen(&listener, move |number| Acceptor {
+            listener: Arc::clone(&socket),
+            number,
+            server: Arc::clone(&server),
+            burst: Cell::new(1),
+            pause: RefCell::default(),
+        })?;
+        Ok(Self(listening))
     }
 
-    /// Stops to accept and gives the socket back, deregistered: it may now be parked, handed over or closed.
+    /// Stops to accept and gives the socket back, watched by nobody: it may now be parked, handed over or closed.
     /// Connections go on.
     pub async fn stop(self) -> Arc<OwnedFd> {
-        drop(self.stop);
-        let _ = self.task.await; // Its registration is gone, whether it ended or panicked.
-        self.listener
+        self.0.end().await
     }
 }
 
-/// The accepting task.
+/// What the workers' acceptors of one listener share.
 struct Server {
-    target: TargetCell,
-    place: Arc<Place>,
-}
-
-/// Where connections came in. Each holds a share of it, not a copy.
-struct Place {
     key: ListenKey,
+    target: TargetCell,
     shared: Arc<TcpShared>,
 }
 
-/// Connections that are accepted before other tasks get their turn.
-const BURST: usize = 16;
+/// Accepts on one worker.
+struct Acceptor {
+    listener: Arc<OwnedFd>,
+    number: Foreign,
+    server: Arc<Server>,
+    /// How many are accepted before other tasks get their turn.
+    burst: Cell<u8>,
+    pause: RefCell<Pause>,
+}
 
-impl Server {
-    async fn run(self, registration: AsyncFd<Arc<OwnedFd>>, stop: CancellationToken) {
-        let mut stopped = pin!(stop.cancelled());
-        let mut pause = Pause::default();
-        loop {
-            let readable = select! {
-                biased;
-                () = &mut stopped => return,
-                readable = registration.readable() => readable,
-            };
-            let Ok(mut readable) = readable else { return }; // The runtime is going away.
-            match self.accept_some(registration.get_ref(), &mut pause) {
-                Accepted::All => readable.clear_ready(),
-                Accepted::Burst => tokio::task::yield_now().await,
-                Accepted::Paused(delay) => select! {
-                    biased;
-                    () = &mut stopped => return,
-                    // In a box: each of ten thousand tasks would keep the room for its timer.
-                    () = Box::pin(tokio::time::sleep(delay)) => {}
-                },
-            }
-        }
-    }
+/// The most that are accepted in one go. It begins with one, doubles when so many were there, and halves when not: so
+/// that few calls are made only to hear that nobody waits.
+const BURST: u8 = 16;
 
-    fn accept_some(&self, listener: &OwnedFd, pause: &mut Pause) -> Accepted {
-        for _ in 0..BURST {
-            match socket::accept(listener) {
+impl Readable for Acceptor {
+    fn readable(&self, worker: &Rc<Worker>) {
+        let burst = self.burst.get();
+        for _ in 0..burst {
+            match socket::accept(&self.listener) {
                 Ok((socket, peer)) => {
-                    pause.end();
-                    self.admit(socket, peer);
+                    self.pause.borrow_mut().end();
+                    self.server.admit(worker, socket, peer);
                 }
                 Err(error) => match Refusal::of(&error) {
-                    Refusal::Empty => return Accepted::All,
+                    Refusal::Empty => return self.burst.set((burst / 2).max(1)),
                     Refusal::Gone => {}
                     Refusal::Lack(reason) => {
-                        self.target.load().port.stats.dropped.count(reason);
-                        return Accepted::Paused(self.pause(pause, &error));
+                        self.server.target.load().port.stats.dropped.count(reason);
+                        return self.pause(worker, &error, Some(reason));
                     }
-                    Refusal::Broken => return Accepted::Paused(self.pause(pause, &error)),
+                    Refusal::Broken => return self.pause(worker, &error, None),
                 },
             }
         }
-        Accepted::Burst
+        self.burst.set((burst * 2).min(BURST));
     }
+}
 
-    fn pause(&self, pause: &mut Pause, error: &io::Error) -> Duration {
+impl Acceptor {
+    fn pause(&self, worker: &Rc<Worker>, error: &io::Error, reason: Option<DropReason>) {
+        let mut pause = self.pause.borrow_mut();
         if pause.is_news(Instant::now()) {
-            let service = &self.target.load().port.name;
-            warn!(%service, listen = %self.place.key, %error, "cannot accept, clients wait");
+            let service = &self.server.target.load().port.name;
+            let reason = reason.map(tracing::field::display);
+            warn!(%service, listen = %self.server.key, reason, %error, "cannot accept, clients wait");
         }
-        pause.next()
+        worker.mute(self.number, &self.listener, pause.next());
     }
+}
 
+impl Server {
     /// Gives a client to a task of its own, or turns it away.
-    fn admit(&self, socket: OwnedFd, peer: SocketAddr) {
+    fn admit(&self, worker: &Rc<Worker>, socket: OwnedFd, peer: SocketAddr) {
         let target = self.target.load();
         let port = &target.port;
         port.stats.accepted.increment();
@@ -255,23 +237,26 @@ impl Server {
             Verdict::Reject => return turn_away(&socket, peer, port, DropReason::NoEndpoints),
             Verdict::Drop => return turn_away(&socket, peer, port, DropReason::NoLocalEndpoints),
         };
-        match Stream::new(socket) {
-            Ok(client) => {
-                self.place.shared.connections.spawn(serve(client, peer, balancer, Arc::clone(&self.place)));
-            }
-            Err(_) => port.stats.dropped.count(DropReason::Memory), // The event loop takes no more; closed.
-        }
+        let guest = Guest { socket, peer, listen: self.key };
+        let (shared, open) = (Arc::clone(&self.shared), self.shared.connections.token());
+        self.shared
+            .workers
+            .place(worker, move |seat| serve(guest, balancer, shared, Stay { _open: open, _seat: seat }));
     }
 }
 
-/// How a turn of accepting ended.
-enum Accepted {
-    /// Nobody waits.
-    All,
-    /// There may be more.
-    Burst,
-    /// It does not work now: try again after this time.
-    Paused(Duration),
+/// A client that was let in.
+struct Guest {
+    socket: OwnedFd,
+    peer: SocketAddr,
+    /// Where it came in.
+    listen: ListenKey,
+}
+
+/// Counts a connection for as long as it is there: as an open one, and as its worker's.
+struct Stay {
+    _open: TaskTrackerToken,
+    _seat: Seat,
 }
 
 /// Why accept gave no connection.
@@ -340,28 +325,23 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
 }
 
 /// One connection. Its future is paid for by each open connection: what ends early lives in a box.
-fn serve(
-    client: Stream,
-    peer: SocketAddr,
-    balancer: Arc<Balancer>,
-    place: Arc<Place>,
-) -> impl Future<Output = ()> + Send {
-    let port = Arc::clone(&balancer.port);
-    let waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
-    let reaching = Box::pin(reach(waiting, balancer, Arc::clone(&place.shared)));
-    let named = enabled!(Level::DEBUG).then(|| Box::new(peer)); // Kept for the log alone.
+fn serve(guest: Guest, balancer: Arc<Balancer>, shared: Arc<TcpShared>, stay: Stay) -> impl Future<Output = ()> {
+    let Guest { socket, peer, listen } = guest;
+    let named = enabled!(Level::DEBUG).then(|| Box::new((listen, peer))); // Kept for the log alone.
+    let reaching = Box::pin(reach(socket, peer, balancer, Arc::clone(&shared)));
     async move {
+        let _stay = stay;
         let carry = pin!(async {
             let Some((port, mut connection)) = reaching.await else { return };
-            let reason = connection.relay(&place.shared.options.half_close_timeout).await;
-            let Some(peer) = named else { return };
+            let reason = connection.relay(&shared.options.half_close_timeout).await;
+            let Some((listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
-                service = %port.name, listen = %place.key, client = %peer, backend = %connection.backend().address, %reason,
+                service = %port.name, %listen, client = %peer, backend = %connection.backend().address, %reason,
                 upstream_bytes, downstream_bytes, "connection closed"
             );
         });
-        place.shared.unless_aborted(carry).await;
+        shared.unless_aborted(carry).await;
     }
 }
 
@@ -384,20 +364,30 @@ impl Drop for Waiting {
 
 /// Reaches a backend, unless the client goes away meanwhile.
 async fn reach(
-    mut waiting: Waiting,
+    client: OwnedFd,
+    peer: SocketAddr,
     balancer: Arc<Balancer>,
     shared: Arc<TcpShared>,
 ) -> Option<(Arc<PortState>, Connection)> {
+    let port = Arc::clone(&balancer.port);
+    let client = match Stream::new(client) {
+        Ok(client) => client,
+        Err(Unwatched { socket, .. }) => {
+            turn_away(&socket, peer, &port, DropReason::Memory);
+            return None;
+        }
+    };
+    let mut waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
     let client = waiting.client.as_ref()?;
     let reached = select! {
         biased;
-        reached = dial(&balancer, waiting.peer.ip(), Source::Any, &Preface::None, &shared.options.connect) => reached,
+        reached = dial(&balancer, peer.ip(), Source::Any, &Preface::None, &shared.options.connect) => reached,
         _ = client.broken() => Err(DropReason::ClientAbort),
     };
     match reached {
         Ok(Reached { backend, stream }) => {
             let client = waiting.client.take()?;
-            shared.newcomers.add(&stream);
+            set_if_it_lasts(&stream, shared.options.lasting);
             Some((Arc::clone(&waiting.port), Connection::open(client, stream, backend)))
         }
         Err(reason) => {
@@ -420,9 +410,10 @@ mod tests {
     use crate::serve::Target;
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
-        backend, backends, balancer, black_hole, echo, expect_reset, named, pair, read_all, refusing, registered,
-        reset, soon, until,
+        backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker, pair,
+        read_all, refusing, reset, soon, until,
     };
+    use crate::serve::worker;
     use crate::stats::{CloseReason, ConnectFailure};
 
     /// A listener with its server, on an address of the test's own.
@@ -443,7 +434,7 @@ mod tests {
             let key = ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp };
             let balancer = balancer(backends);
             let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
-            let shared = Arc::new(TcpShared::new(options));
+            let shared = Arc::new(TcpShared::new(options).expect("threads"));
             let listener = Arc::new(socket::listen_tcp(key).expect("a free address"));
             let server =
                 TcpServer::start(listener, key, Arc::clone(&target), Arc::clone(&shared)).expect("a listening socket");
@@ -556,10 +547,13 @@ mod tests {
         ping(&mut before).await;
     }
 
-    /// CPU time of this thread, which is the whole runtime of a test.
-    fn cpu_time() -> Duration {
-        let times = std::fs::read_to_string("/proc/thread-self/schedstat").expect("procfs");
-        Duration::from_nanos(times.split(' ').next().expect("a first word").parse().expect("a number"))
+    /// CPU time of all workers.
+    fn cpu_time(shared: &TcpShared) -> Duration {
+        let of_a_worker = || {
+            let times = std::fs::read_to_string("/proc/thread-self/schedstat").expect("procfs");
+            Duration::from_nanos(times.split(' ').next().expect("a first word").parse().expect("a number"))
+        };
+        shared.workers.ask(of_a_worker).into_iter().sum()
     }
 
     #[tokio::test]
@@ -569,15 +563,15 @@ mod tests {
         let listener = server.stop().await;
         socket::park_tcp(&listener).expect("a listener");
 
-        let begin = cpu_time();
+        let begin = cpu_time(&shared);
         tokio::time::sleep(window).await; // Nothing to wait for: that nothing happens is the point.
-        let parked = cpu_time() - begin;
+        let parked = cpu_time(&shared) - begin;
         socket::revive_tcp(&listener).expect("a parked listener");
-        let _server = TcpServer::start(listener, key, target, shared).expect("revived");
+        let _server = TcpServer::start(listener, key, target, Arc::clone(&shared)).expect("revived");
         ping(&mut soon(TcpStream::connect(key.address)).await.expect("a listener")).await;
-        let begin = cpu_time();
+        let begin = cpu_time(&shared);
         tokio::time::sleep(window).await;
-        let revived = cpu_time() - begin;
+        let revived = cpu_time(&shared) - begin;
 
         assert!(parked < window / 10 && revived < window / 10, "{parked:?} parked, {revived:?} revived");
     }
@@ -588,9 +582,9 @@ mod tests {
         let port = &served.balancer.port;
 
         served.target.store(Arc::new(both_sides(port, Verdict::Reject)));
-        expect_reset(&mut served.connect().await).await;
+        expect_turned_away(served.key.address).await;
         served.target.store(Arc::new(both_sides(port, Verdict::Drop)));
-        expect_reset(&mut served.connect().await).await;
+        expect_turned_away(served.key.address).await;
         served.target.store(Arc::new(serving(&served.balancer)));
 
         assert_eq!(served.ask().await, "one");
@@ -666,7 +660,7 @@ mod tests {
         let served = Served::with_options("127.83.0.10:7300", &backends([silent]), quick());
         let begin = Instant::now();
 
-        expect_reset(&mut served.connect().await).await;
+        expect_turned_away(served.key.address).await;
 
         assert!(begin.elapsed() >= quick().connect.steps.iter().sum());
         assert_eq!(served.dropped(DropReason::EjectedAll), 1);
@@ -780,16 +774,29 @@ mod tests {
         assert!(answers.iter().all(|answer| answer == "one"));
     }
 
-    #[tokio::test]
-    async fn given_a_connection_when_its_future_is_measured_then_it_is_small() {
-        let (_far, client) = pair().await;
-        let peer = client.peer_addr().expect("a connection");
-        let key = ListenKey::new(IpAddr::from([127, 0, 0, 1]), 80, Protocol::Tcp);
-        let shared = Arc::new(TcpShared::new(TcpOptions::default()));
+    #[test]
+    fn given_a_connection_when_its_future_is_measured_then_it_is_small() {
+        on_worker(async {
+            let (_far, client) = pair().await;
+            let peer = client.peer_addr().expect("a connection");
+            let socket = client.into_std().expect("a registered socket").into();
+            let listen = ListenKey::new(IpAddr::from([127, 0, 0, 1]), 80, Protocol::Tcp);
+            let shared = Arc::new(TcpShared::new(TcpOptions::default()).expect("threads"));
+            let (here, open) = (worker::current(), shared.connections.token());
+            let (told, size) = std::sync::mpsc::channel();
+            let options = Arc::clone(&shared);
 
-        let connection = serve(registered(client), peer, balancer(&[]), Arc::new(Place { key, shared }));
+            shared.workers.place(&here, move |seat| {
+                let guest = Guest { socket, peer, listen };
+                let stay = Stay { _open: open, _seat: seat };
+                let connection = serve(guest, balancer(&[]), options, stay);
+                told.send(size_of_val(&connection)).expect("the test");
+                connection
+            });
 
-        assert!(size_of_val(&connection) <= 768, "{} bytes", size_of_val(&connection));
+            let size = size.recv().expect("a size");
+            assert!(size <= 512, "{size} bytes");
+        });
     }
 
     /// T177: a client without an address is one that is gone (`socket::accept`).
