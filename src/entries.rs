@@ -110,7 +110,7 @@ impl<'a> Entries<'a> {
 
     fn open_load_balancer_ips(&mut self) {
         for ip in &self.service.load_balancer_ips {
-            match self.refusal_of_family(*ip).or_else(|| self.refusal_of_guarded(*ip)) {
+            match self.refusal_of_family(*ip) {
                 Some((reason, why)) => self.refuse(reason, format!("load-balancer IP {ip} is not served: {why}")),
                 None => self.open_ports(ListenerKind::LoadBalancerIp, *ip, false),
             }
@@ -162,12 +162,6 @@ impl<'a> Entries<'a> {
         }
         let allowed = self.options.allowed_external_cidrs.iter().any(|net| net.contains(&ip));
         (!allowed).then(|| ("external_ip", format!("allow it with --allowed-external-cidrs {}", IpNet::from(ip))))
-    }
-
-    /// Until listeners can filter by source, an address that is not for everybody is for nobody.
-    fn refusal_of_guarded(&self, ip: IpAddr) -> Option<Refusal> {
-        let guarded = self.service.source_ranges.iter().any(|net| Family::of(net.addr()) == Family::of(ip));
-        guarded.then(|| ("denied_address", "spec.loadBalancerSourceRanges cannot be enforced yet".into()))
     }
 
     fn refuse(&mut self, reason: &'static str, message: String) {
@@ -322,19 +316,6 @@ mod tests {
         service.load_balancer_ips = vec![ip("198.51.100.1")];
 
         assert_eq!(listed(&service, &node())[1..], ["loadBalancerIP 198.51.100.1:80/TCP"]);
-    }
-
-    #[test]
-    fn given_source_ranges_of_its_family_when_opened_then_a_load_balancer_ip_is_closed_rather_than_open_to_all() {
-        let mut service = web();
-        service.load_balancer_ips = vec![ip("198.51.100.1")];
-        service.source_ranges = vec!["2001:db8::/32".parse().expect("a net")];
-        assert_eq!(reasons(&service, &node()), Vec::<String>::new());
-
-        service.source_ranges.push("203.0.113.0/25".parse().expect("a net"));
-
-        assert_eq!(listed(&service, &node()).len(), 1);
-        assert_eq!(reasons(&service, &node()), ["denied_address"]);
     }
 
     #[test]

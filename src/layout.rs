@@ -3,8 +3,10 @@
 //! Pure data. Who decides what a layout holds is `plan`; who carries steps out is `serve`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoints::Usable;
@@ -102,6 +104,12 @@ pub struct Listener {
     pub allocated: bool,
     /// Where its traffic goes.
     pub target: Target,
+    /// Who may come at all; all others, pods and this node too, get no answer. Empty: everybody.
+    ///
+    /// From `spec.loadBalancerSourceRanges`, of the listener's family, for load-balancer addresses only. Where a
+    /// range holds an address of this node, the listener's own is there, too: it is what a program on this node has
+    /// as its source.
+    pub source_ranges: Arc<[IpNet]>,
     /// How its datagrams are served; what the flags say for TCP.
     pub udp: UdpSettings,
 }
@@ -295,10 +303,9 @@ mod tests {
                 let service = ObjectName::new("default", format!("web-{owner}"));
                 let port = ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp };
                 let kind = ListenerKind::ClusterIp;
-                (
-                    key,
-                    Listener { port, kind, allocated, target: Target { outside, inside }, udp: UdpSettings::default() },
-                )
+                let target = Target { outside, inside };
+                let (source_ranges, udp) = (Arc::default(), UdpSettings::default());
+                (key, Listener { port, kind, allocated, target, source_ranges, udp })
             },
         )
     }

@@ -84,6 +84,7 @@ pub mod remedy;
 pub mod scaffold;
 pub mod serve;
 mod service_plan;
+mod source_ranges;
 pub mod stats;
 pub mod status;
 pub mod timestamp;

@@ -409,6 +409,20 @@ mod tests {
     }
 
     #[test]
+    fn t111_given_source_ranges_when_they_change_then_the_load_balancer_ip_alone_is_pointed_anew() {
+        let mut control = Control::new();
+        let balanced = Service { load_balancer_ips: vec![[198, 51, 100, 1].into()], ..web().node_port(30000) };
+        control.batch([put(&balanced)]);
+        let source_ranges = vec!["203.0.113.0/24".parse().expect("a net")];
+
+        let steps = control.batch([put(&Service { source_ranges: source_ranges.clone(), ..balanced })]);
+
+        let [Step::Point(key, listener)] = steps.as_slice() else { panic!("not one point: {steps:?}") };
+        assert_eq!((key.to_string().as_str(), listener.kind), ("198.51.100.1:80/TCP", ListenerKind::LoadBalancerIp));
+        assert_eq!(*listener.source_ranges, *source_ranges);
+    }
+
+    #[test]
     fn t029_given_two_services_on_one_node_port_when_planned_then_the_older_has_it_and_the_other_takes_over() {
         let mut control = Control::new();
         let service = |name: &str, host: u8, created: &str| {

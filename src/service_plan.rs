@@ -14,6 +14,7 @@ use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, Traffic
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
 use crate::plan::PlanOptions;
 use crate::problem::Problem;
+use crate::source_ranges::SourceRanges;
 use crate::udp_settings::UdpSettings;
 
 /// What is planned for one Service.
@@ -80,7 +81,8 @@ impl ServicePlan {
             let slices = slices.iter().map(AsRef::as_ref);
             endpoints::usable(service, &service.ports[port], family, external, slices, &options.node)
         });
-        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets));
+        let source_ranges = SourceRanges { service, node_addresses: &options.node_addresses };
+        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &source_ranges));
         plan.wanted = layout.into();
         plan
     }
@@ -122,6 +124,7 @@ fn listen(
     service: &Service,
     entries: &[Entry],
     targets: &BTreeMap<(usize, Family), Targets>,
+    source_ranges: &SourceRanges<'_>,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
     let udp_settings = UdpSettings::of(service, &mut problems);
@@ -137,7 +140,9 @@ fn listen(
                 let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
                 let target = targets.of_kind(entry.kind);
                 let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
-                let listener = Listener { port, kind: entry.kind, allocated: entry.allocated, target, udp };
+                let source_ranges = source_ranges.at(entry.key.address.ip());
+                let (kind, allocated) = (entry.kind, entry.allocated);
+                let listener = Listener { port, kind, allocated, target, source_ranges, udp };
                 layout.listeners.insert(entry.key, listener);
             }
         }

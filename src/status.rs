@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Model, Service, ServicePort};
@@ -156,6 +157,9 @@ pub struct ListenerReport {
     pub outside: Side,
     /// For this node and its pods.
     pub inside: Side,
+    /// Who may come at all; left out where everybody may.
+    #[serde(rename = "sourceRanges", default, skip_serializing_if = "Vec::is_empty")]
+    pub source_ranges: Vec<IpNet>,
     /// Whether it is bound; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<ListenerState>,
@@ -169,6 +173,7 @@ impl ListenerReport {
             allocated: listener.allocated,
             outside: listener.target.outside,
             inside: listener.target.inside,
+            source_ranges: listener.source_ranges.to_vec(),
             state: None,
         }
     }

@@ -129,6 +129,7 @@ mod tests {
             kind: ListenerKind::ClusterIp,
             allocated: false,
             target: Target { outside: side, inside: side },
+            source_ranges: Default::default(),
             udp: Default::default(),
         }
     }

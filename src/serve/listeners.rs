@@ -280,6 +280,7 @@ impl Listeners {
     }
 
     fn open(&self, key: ListenKey, wanted: &Listener, target: &TargetCell) -> io::Result<Socket> {
+        refuse_guarded(wanted)?;
         match (key.protocol, wanted.target.parked()) {
             (Protocol::Tcp, parked) => {
                 let listener = Arc::new(socket::listen_tcp(key)?);
@@ -335,6 +336,7 @@ impl Listeners {
         wanted: &Listener,
         target: &TargetCell,
     ) -> io::Result<Socket> {
+        refuse_guarded(wanted)?;
         match (socket, wanted.target.parked()) {
             (Socket::Tcp(listener, server), true) => {
                 server.stop().await; // A parked socket that is still registered makes its event loop spin.
@@ -412,6 +414,14 @@ impl Listeners {
     /// connects to it.
     fn inside_of(&self, address: IpAddr) -> Arc<[IpNet]> {
         self.inside.iter().copied().chain([address.into()]).collect()
+    }
+}
+
+/// An address that is not for everybody is for nobody until sockets filter by source.
+fn refuse_guarded(wanted: &Listener) -> io::Result<()> {
+    match wanted.source_ranges.is_empty() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::Unsupported, "source ranges are not enforced yet")),
     }
 }
 

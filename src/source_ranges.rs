@@ -1,0 +1,85 @@
+//! Who may reach the load-balancer addresses of a Service.
+//!
+//! Only the question of who is allowed is answered here; how others are kept out is up to `serve`.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::model::Service;
+use crate::name::Family;
+
+/// The `spec.loadBalancerSourceRanges` of a Service, seen from this node.
+pub(crate) struct SourceRanges<'a> {
+    /// Whose ranges they are.
+    pub(crate) service: &'a Service,
+    /// All addresses of this node.
+    pub(crate) node_addresses: &'a [IpAddr],
+}
+
+impl SourceRanges<'_> {
+    /// The sources that are let in at an address; empty lets everybody in.
+    ///
+    /// A list without a range of the address's family says nothing about that family. What is not a
+    /// load-balancer address is open, whatever the ranges say; one that is an external IP, too, is not.
+    pub(crate) fn at(&self, listen: IpAddr) -> Arc<[IpNet]> {
+        if !self.service.load_balancer_ips.contains(&listen) {
+            return Arc::default();
+        }
+        let of_family = |net: &&IpNet| Family::of(net.addr()) == Family::of(listen);
+        let mut ranges: Vec<_> = self.service.source_ranges.iter().filter(of_family).copied().collect();
+        if self.node_addresses.iter().any(|own| ranges.iter().any(|net| net.contains(own))) {
+            ranges.push(listen.into()); // The source of a program on this node that connects to it.
+        }
+        IpNet::aggregate(&ranges).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    /// The ranges at an address of a balancer that has `198.51.100.1` and `2001:db8:1::1`, on node `192.0.2.1`.
+    fn allowed(ranges: &[&str], listen: &str) -> Vec<String> {
+        let service = Service {
+            load_balancer_ips: vec![ip("198.51.100.1"), ip("2001:db8:1::1")],
+            external_ips: vec![ip("203.0.113.1"), ip("198.51.100.1")],
+            source_ranges: ranges.iter().map(|net| net.parse().expect("a net")).collect(),
+            ..Service::new("default/web").cluster_ip([10, 96, 0, 10])
+        };
+        let ranges = SourceRanges { service: &service, node_addresses: &[ip("192.0.2.1")] };
+        ranges.at(ip(listen)).iter().map(IpNet::to_string).collect()
+    }
+
+    #[test]
+    fn t024_given_ranges_of_both_families_when_asked_then_each_address_has_those_of_its_own() {
+        let both = ["203.0.113.0/25", "2001:db8::/64"];
+
+        assert_eq!(allowed(&both, "198.51.100.1"), ["203.0.113.0/25"]);
+        assert_eq!(allowed(&both, "2001:db8:1::1"), ["2001:db8::/64"]);
+        assert_eq!(allowed(&both[..1], "2001:db8:1::1"), [] as [&str; 0], "nothing is said about IPv6");
+    }
+
+    #[test]
+    fn t108_t109_given_ranges_when_asked_for_other_addresses_then_everybody_is_let_in() {
+        for other in ["10.96.0.10", "192.0.2.1", "203.0.113.1"] {
+            assert_eq!(allowed(&["10.0.0.0/24"], other), [] as [&str; 0]);
+        }
+    }
+
+    #[test]
+    fn t110_given_a_range_with_the_node_when_asked_then_the_address_itself_is_a_source_too() {
+        assert_eq!(allowed(&["192.0.2.0/24"], "198.51.100.1"), ["192.0.2.0/24", "198.51.100.1/32"]);
+        assert_eq!(allowed(&["192.0.2.128/25"], "198.51.100.1"), ["192.0.2.128/25"]);
+    }
+
+    #[test]
+    fn given_ranges_that_overlap_when_asked_then_the_wider_one_is_left() {
+        assert_eq!(allowed(&["10.0.0.0/8", "10.1.0.0/16", "10.0.0.0/8"], "198.51.100.1"), ["10.0.0.0/8"]);
+    }
+}
