@@ -23,6 +23,11 @@ impl Node {
         self.name.as_deref().filter(|name| !name.is_empty())
     }
 
+    /// True for an endpoint on this node.
+    pub(crate) fn has(&self, endpoint: &Endpoint) -> bool {
+        endpoint.node.is_some() && endpoint.node.as_deref() == self.known_name()
+    }
+
     fn known_zone(&self) -> Option<&str> {
         self.zone.as_deref().filter(|zone| !zone.is_empty())
     }
@@ -150,7 +155,7 @@ fn merge<'a>(
             candidates.extend(slice.endpoints.iter().map(|endpoint| Candidate {
                 address: SocketAddr::new(endpoint.address, number),
                 endpoint,
-                local: endpoint.node.is_some() && endpoint.node.as_deref() == node.known_name(),
+                local: node.has(endpoint),
             }));
         }
     }

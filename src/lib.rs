@@ -65,6 +65,7 @@ pub mod endpoints;
 mod entries;
 mod findings;
 pub mod frozen;
+mod health_check;
 pub mod host;
 mod journal;
 mod layout;

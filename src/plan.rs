@@ -16,6 +16,7 @@ use crate::endpoints::Node;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
 
+pub use crate::health_check::HealthCheck;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
 pub use crate::service_plan::{ServicePlan, Wanted};

@@ -52,6 +52,11 @@ impl Problem {
             severity: Severity::Error,
         }
     }
+
+    /// Worth knowing; nothing is wrong. `object` is printed as kind and name.
+    pub fn note(object: impl fmt::Display, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { severity: Severity::Note, ..Self::error(object, reason, message) }
+    }
 }
 
 /// `web.yaml:3:5: Service default/web: message`, as compilers say it; without the place where it is not known.

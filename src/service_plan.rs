@@ -9,6 +9,7 @@ use crate::admission;
 use crate::endpoints::{self, Selection, Usable};
 use crate::entries::{Entries, Entry};
 use crate::frozen::Frozen;
+use crate::health_check::HealthCheck;
 use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Target, Verdict};
 use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, TrafficPolicy};
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
@@ -24,6 +25,8 @@ pub struct ServicePlan {
     pub skipped: Option<&'static str>,
     /// Its listeners and balancers, before conflicts with other Services are settled.
     pub wanted: Wanted,
+    /// What the health checks of a load balancer are to be told; `None` where it is not to ask.
+    pub health_check: Option<HealthCheck>,
     /// What is wrong with it by itself.
     pub problems: Vec<Problem>,
     /// The addresses that it does not get, since another Service has them.
@@ -76,6 +79,9 @@ impl ServicePlan {
         }
         let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
         plan.problems.extend(refused);
+        let (health_check, missing) = HealthCheck::of(service, slices.iter().map(AsRef::as_ref), &options.node);
+        plan.health_check = health_check;
+        plan.problems.extend(missing);
         let mut layout = Layout::default();
         let targets = choose_backends(&mut layout, service, &entries.list, |port, family, external| {
             let slices = slices.iter().map(AsRef::as_ref);

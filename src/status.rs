@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Model, Service, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
-use crate::plan::{Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
+use crate::plan::{HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
 use crate::serve::balancer::{Backend, PortState};
 
 /// All Services and all problems: the document that `check -o json` prints.
@@ -60,6 +60,9 @@ pub struct ServiceReport {
     /// Session affinity timeout in seconds; `null` without affinity.
     #[serde(rename = "affinitySeconds")]
     pub affinity_seconds: Option<u64>,
+    /// What the health checks of a load balancer are to be told; left out where it is not to ask.
+    #[serde(rename = "healthCheck", default, skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
     /// One for each entry of `spec.ports`.
     pub ports: Vec<PortReport>,
 }
@@ -74,6 +77,7 @@ impl ServiceReport {
             kind: service.kind.as_str().into(),
             skipped: planned.and_then(|planned| planned.skipped).map(Cow::Borrowed),
             affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
+            health_check: planned.and_then(|planned| planned.health_check),
             ports: ports.collect(),
         }
     }
