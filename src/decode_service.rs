@@ -13,6 +13,7 @@ use serde::de::{IgnoredAny, MapAccess};
 
 use crate::decode::Identity;
 use crate::findings::{Findings, closest, is_name, name_rule, parse_cidr, parse_ip};
+use crate::hints::Preference;
 use crate::locate::At;
 use crate::model::{ClusterIps, DEFAULT_AFFINITY_TIMEOUT, Service, ServiceKind, ServicePort, TrafficPolicy};
 use crate::name::{Family, Protocol};
@@ -155,7 +156,7 @@ pub(crate) fn service(
         allocate_node_ports: found
             .flag(at.key("allocateLoadBalancerNodePorts"), &spec.allocate_node_ports)
             .unwrap_or(true),
-        traffic_distribution: found.text(at.key("trafficDistribution"), &spec.traffic_distribution),
+        traffic_distribution: traffic_distribution(found, at.key("trafficDistribution"), &spec.traffic_distribution),
         has_selector: found.object(at.key("selector"), &spec.selector).is_some_and(|selector| selector.any),
         annotations,
     })
@@ -421,6 +422,17 @@ fn source_ranges(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Vec<I
         }
     }
     ranges
+}
+
+/// Other words than Kubernetes' own may mean something to those who write hints.
+fn traffic_distribution(found: &mut Findings, at: At<'_>, value: &Scalar) -> Option<Arc<str>> {
+    let text = found.text(at, value).filter(|text| !text.is_empty())?;
+    let words = Preference::WORDS.map(|(word, _)| word);
+    if !words.contains(&&*text) {
+        let near = closest(&text, words.into_iter()).map_or(String::new(), |near| format!(", did you mean {near}?"));
+        found.warn(at, "decode", format!("{value} has no effect here{near}"));
+    }
+    Some(text)
 }
 
 fn affinity_timeout(found: &mut Findings, at: At<'_>, spec: &Spec) -> Option<Duration> {

@@ -66,6 +66,7 @@ mod entries;
 mod findings;
 pub mod frozen;
 mod health_check;
+mod hints;
 pub mod host;
 mod journal;
 mod layout;

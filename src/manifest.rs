@@ -22,6 +22,7 @@ use crate::allocate::{self, Ranges};
 use crate::control::Message;
 use crate::decode::{Content, Entry, Kind, decode};
 use crate::findings::MAX_FINDINGS;
+use crate::hints;
 use crate::model::{ClusterIps, Event, Objects, Service, ServiceKind};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
@@ -233,6 +234,7 @@ impl Source {
             }
         }
         let mut told = allocate::fill(&mut reading.objects.services, &self.ranges);
+        hints::write(&reading.objects.services, &mut reading.objects.slices);
         told.extend(unfed(&reading.objects).into_iter().map(|service| scaffold::missing_slice(service)));
         reading.places = places
             .iter()
