@@ -19,6 +19,7 @@ use crate::locate::{At, Wanted, locate};
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
+use crate::rejections::Rejections;
 use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fields};
 
 /// Kinds that are named in the note about objects that nobody reads.
@@ -39,6 +40,8 @@ pub struct Decoded {
     pub problems: Vec<Problem>,
     /// True where nothing had to be left out because of an error.
     pub whole: bool,
+    /// How much was left out because of errors: objects, and documents in which none could be read.
+    pub rejections: Rejections,
 }
 
 /// One object, and where it came from.
@@ -282,6 +285,7 @@ impl<'f> Reading<'f> {
         self.decoded.objects.extend(part.decoded.objects);
         self.decoded.problems.extend(part.decoded.problems);
         self.decoded.whole &= part.decoded.whole;
+        self.decoded.rejections.add(part.decoded.rejections);
         self.untold += part.untold;
         part.others.into_iter().for_each(|(kind, count)| *self.others.entry(kind).or_default() += count);
     }
@@ -311,16 +315,23 @@ impl<'f> Reading<'f> {
             Object::Absent => return,
             Object::Fields(raw, unknown) => (raw, unknown),
             Object::Wrong(value) => {
+                self.reject(None);
                 return found
                     .error(at, format!("{value} where an object with apiVersion, kind and metadata is wanted"));
             }
         };
+        let errors = found.errors();
         match sort(found, at, raw, slot.kind) {
+            _ if found.errors() > errors => self.reject(None),
             None => {}
             Some(Sort::Other(kind)) => *self.others.entry(kind).or_default() += 1,
             Some(Sort::List(kind)) => {
                 let at = at.key("items");
-                for (index, item) in found.list(at, &raw.items).iter().enumerate() {
+                let items = found.list(at, &raw.items);
+                if found.errors() > errors {
+                    self.reject(None);
+                }
+                for (index, item) in items.iter().enumerate() {
                     let slot = Slot { line: slot.line, item: Some(index), kind };
                     self.manifest(found, At::Object(&at.index(index)), item, slot);
                 }
@@ -343,7 +354,7 @@ impl<'f> Reading<'f> {
         let known: Vec<&str> = ["apiVersion", "kind", "metadata"].iter().chain(kind.fields()).copied().collect();
         unknown.iter().for_each(|key| found.unknown(at, key, &known));
         raw.present().filter(|key| !known.contains(key)).for_each(|key| found.unknown(at, key, &known));
-        let Some(identity) = identity else { return };
+        let Some(identity) = identity else { return self.reject(Some(kind)) };
         let name = identity.name.clone();
         let content = match kind {
             Kind::Service => decode_service::service(found, at, identity, &raw.spec, &raw.status)
@@ -359,11 +370,18 @@ impl<'f> Reading<'f> {
                 Some(Content::Slices(slices.into_iter().map(Arc::new).collect()))
             }
         };
-        if let Some(content) = content
-            && found.errors() == errors
-        {
-            self.decoded.objects.push(Entry { kind, name, line: slot.line, item: slot.item, content });
+        match content {
+            _ if found.errors() > errors => self.reject(Some(kind)),
+            Some(content) => {
+                self.decoded.objects.push(Entry { kind, name, line: slot.line, item: slot.item, content });
+            }
+            None => {}
         }
+    }
+
+    /// Counts an object that is left out because of an error.
+    fn reject(&mut self, kind: Option<Kind>) {
+        self.decoded.rejections.count(kind.map(Kind::as_str), "decode");
     }
 
     /// Finds the places of what was found in a document.
@@ -391,11 +409,13 @@ impl<'f> Reading<'f> {
     }
 
     fn broken(&mut self, document: Document<'_>, error: SyntaxError) {
+        self.reject(None);
         let line = document.line + error.line.map_or(0, |line| line.saturating_sub(1));
         self.problem(Some(line), error.column, format!("cannot be read: {error}"), Severity::Error, "decode");
     }
 
     fn foreign(&mut self, sound: &[u8]) {
+        self.reject(None);
         let line = 1 + sound.iter().filter(|byte| **byte == b'\n').count() as u64;
         let column = sound.iter().rev().take_while(|byte| **byte != b'\n').count() as u64 + 1;
         let text = "not UTF-8 text; save the file as UTF-8".to_owned();
@@ -785,6 +805,19 @@ mod tests {
         assert_eq!(decoded.problems.last().map(|last| &*last.message), Some("500 more findings in this file"));
     }
 
+    #[test]
+    fn f4_given_objects_that_are_rejected_when_read_then_each_is_counted_with_its_kind() {
+        let bad = SERVICE.replace("80", "eighty");
+        let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: web-1}\n";
+
+        let decoded = read(&[&bad, SERVICE, slice, "kind: 5\n", "items: [\n", "5\n", &bad].join("---\n"));
+
+        assert_eq!(
+            decoded.rejections.iter().collect::<Vec<_>>(),
+            [("EndpointSlice", "decode", 1), ("Service", "decode", 2), ("unknown", "decode", 3)]
+        );
+    }
+
     const SAMPLE: &str = include_str!("../tests/manifests/every_field.yaml");
 
     #[test]
@@ -825,6 +858,7 @@ mod tests {
             let errors = decoded.problems.iter().filter(|problem| problem.severity == Severity::Error);
             prop_assert!(errors.clone().all(|problem| problem.line.is_some()));
             prop_assert_eq!(errors.count() == 0, decoded.whole);
+            prop_assert_eq!(decoded.rejections.is_empty(), decoded.whole);
         }
 
         #[test]

@@ -82,6 +82,7 @@ pub mod overview;
 pub mod peer;
 pub mod plan;
 mod problem;
+pub mod rejections;
 pub mod remedy;
 pub mod scaffold;
 pub mod serve;

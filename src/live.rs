@@ -171,6 +171,7 @@ pub(crate) mod sample {
     use crate::model::{ClusterIps, Endpoint, Service, Slice};
     use crate::name::{Protocol, ServicePortName};
     use crate::plan::{PlanOptions, ServicePlan};
+    use crate::rejections::Rejections;
     use crate::serve::balancer::PortState;
     use crate::status::PortCounters;
 
@@ -179,6 +180,8 @@ pub(crate) mod sample {
         let services = [web(), dns(), headless()].map(|service| (service.service.name.clone(), Arc::new(service)));
         let failed = ListenerState::Failed { reason: "in_use".into(), message: "address in use; ask ss".into() };
         let key = ListenKey { address: "127.0.0.1:30080".parse().expect("an address"), protocol: Protocol::Tcp };
+        let mut rejections = Rejections::default();
+        rejections.count(Some("Service"), "decode");
         Status {
             revision: 7,
             synced: true,
@@ -189,7 +192,12 @@ pub(crate) mod sample {
                 problem("Service default/web", "field_unknown", Severity::Warning),
                 problem("Service default/dns", "no_slices", Severity::Note),
             ]),
-            source: SourceStatus { kind: "static".into(), last_reload_successful: true, config_revision: 3 },
+            source: SourceStatus {
+                kind: "static".into(),
+                last_reload_successful: true,
+                config_revision: 3,
+                rejections,
+            },
         }
     }
 
@@ -309,10 +317,9 @@ mod tests {
 
         assert_eq!(serde_json::to_string(&back).expect("JSON"), text);
         assert_eq!((back.revision, back.pid), (7, std::process::id()));
-        assert!(
-            text.contains(r#""source":{"kind":"static","lastReloadSuccessful":true,"configRevision":3}"#),
-            "{text}"
-        );
+        let source =
+            r#"{"kind":"static","lastReloadSuccessful":true,"configRevision":3,"rejections":{"Service":{"decode":1}}}"#;
+        assert!(text.contains(&format!(r#""source":{source}"#)), "{text}");
         assert!(text.contains(r#""state":{"is":"parked"}"#), "{text}");
     }
 

@@ -26,6 +26,7 @@ use crate::hints;
 use crate::model::{ClusterIps, Event, Objects, Service, ServiceKind};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
+use crate::rejections::Rejections;
 use crate::scaffold;
 use crate::status::SourceStatus;
 use crate::watch::{Interest, Settling, Sign, Watch};
@@ -79,6 +80,8 @@ pub struct Reading {
     pub problems: Vec<Problem>,
     /// Files and folders of which not all is in use.
     pub failed: Vec<String>,
+    /// What was rejected since the start.
+    pub rejections: Rejections,
     /// File and line of each Service.
     places: HashMap<ObjectName, (String, u64)>,
 }
@@ -107,6 +110,8 @@ pub fn read(inputs: Vec<Input>, ranges: Ranges) -> Reading {
 pub struct Source {
     inputs: Vec<Tracked>,
     ranges: Ranges,
+    /// Since the start: what was mended counts on.
+    rejections: Rejections,
 }
 
 /// What a refresh found.
@@ -139,6 +144,8 @@ struct File {
     /// True where the file says something else now, that cannot be used.
     failed: bool,
     problems: Vec<Problem>,
+    /// What was rejected and is not counted yet.
+    rejections: Rejections,
 }
 
 /// Why a file or folder could not be read.
@@ -192,19 +199,22 @@ impl Source {
                 tracked.push(Tracked { input, files: BTreeMap::new(), problem: None });
             }
         }
-        Self { inputs: tracked, ranges }
+        Self { inputs: tracked, ranges, rejections: Rejections::default() }
     }
 
     /// Looks at all files again, except those that `settling` says are being written.
     fn refresh(&mut self, settling: &Settling) -> Changed {
         let mut changed = Changed::default();
         self.inputs.iter_mut().for_each(|tracked| tracked.refresh(settling, &mut changed));
+        for file in self.inputs.iter_mut().flat_map(|tracked| tracked.files.values_mut()) {
+            self.rejections.add(std::mem::take(&mut file.rejections));
+        }
         changed
     }
 
     /// Merges what is in use: of two objects of one name the first counts.
     pub fn reading(&self) -> Reading {
-        let mut reading = Reading::default();
+        let mut reading = Reading { rejections: self.rejections.clone(), ..Reading::default() };
         let mut derived = Vec::new();
         let mut places = HashMap::new();
         let mut seen = HashSet::new();
@@ -361,7 +371,9 @@ impl File {
                 }
             }
             Err(error) => {
-                self.fingerprint = None;
+                if self.fingerprint.take().is_some() || !self.failed {
+                    self.rejections.count(None, error.reason());
+                }
                 self.fail(vec![error.problem(&name, self.entries.len())], changed);
             }
         }
@@ -371,9 +383,11 @@ impl File {
         // Editors and shells empty a file before they write it.
         if bytes.iter().all(u8::is_ascii_whitespace) {
             let problem = ReadError::Empty.problem(name, self.entries.len());
+            self.rejections.count(None, ReadError::Empty.reason());
             return self.fail(vec![problem], changed);
         }
         let mut decoded = decode(bytes, name);
+        self.rejections.add(std::mem::take(&mut decoded.rejections));
         if !decoded.whole && self.whole {
             let text =
                 format!("rejected; its last good objects ({}) stay in use until it is mended", self.entries.len());
@@ -397,6 +411,7 @@ impl File {
             whole: decoded.whole,
             failed: false,
             problems: decoded.problems,
+            rejections: std::mem::take(&mut self.rejections),
         };
     }
 
@@ -628,12 +643,15 @@ impl Report {
         refreshed: Refreshed,
         unwatched: Option<Problem>,
     ) -> Result<(), mpsc::error::SendError<Message>> {
-        let Some((changed, Reading { objects, mut problems, failed, .. })) = refreshed else { return Ok(()) };
+        let Some((changed, Reading { objects, mut problems, failed, rejections, .. })) = refreshed else {
+            return Ok(());
+        };
         problems.extend(unwatched);
         let mut status = self.status.clone();
         status.kind = "static".into();
         status.last_reload_successful = failed.is_empty();
         status.config_revision += u64::from(changed.objects);
+        status.rejections = rejections;
         let revision = status.config_revision;
         if changed.objects {
             let (services, slices) = (objects.services.len(), objects.slices.len());
@@ -714,6 +732,25 @@ mod tests {
         assert_eq!(names(&reading.objects), ["a", "b", "c"]);
         assert!(reading.problems.is_empty() && reading.failed.is_empty(), "{:?}", reading.problems);
         assert!(reading.objects.services.iter().all(|service| service.cluster_ips.allocated()));
+    }
+
+    #[test]
+    fn f4_f20_given_files_that_are_wrong_when_read_again_and_again_then_each_version_is_counted_once() {
+        let folder = folder(&[("a.yaml", &service("a")), ("b.yaml", "kind: [")]);
+        let mut source = source(&[folder.path().into()]);
+        let mut counted = |text: Option<&str>| {
+            text.into_iter().for_each(|text| put(&folder, "a.yaml", text));
+            let rejections = refresh(&mut source).1.rejections;
+            rejections.iter().map(|(kind, reason, count)| format!("{kind} {reason} {count}")).collect::<Vec<_>>()
+        };
+
+        assert_eq!(counted(None), ["unknown decode 1"]);
+        assert_eq!(counted(None), ["unknown decode 1"]);
+        let wrong = service("a").replace("80", "x");
+        assert_eq!(counted(Some(&wrong)), ["Service decode 1", "unknown decode 1"]);
+        assert_eq!(counted(Some("")), ["Service decode 1", "unknown decode 2"]);
+        assert_eq!(counted(Some(&service("a"))), ["Service decode 1", "unknown decode 2"], "what is mended counts on");
+        assert_eq!(counted(Some(&wrong)), ["Service decode 2", "unknown decode 2"]);
     }
 
     #[test]

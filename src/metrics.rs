@@ -74,6 +74,7 @@ metrics! {
     Ready = Gauge "kuberelay_ready" [] "1 while nothing keeps the process from being ready.";
     ReloadSuccessful = Gauge "kuberelay_config_last_reload_successful" [] "1 where the last read of the manifests was taken whole.";
     ConfigRevision = Gauge "kuberelay_config_revision" [] "How many different states of the manifests were taken.";
+    ObjectsRejected = Counter "kuberelay_objects_rejected_total" ["kind", "reason"] "Objects that were not taken from the source, by kind (unknown where it could not be read) and reason; each of their versions once.";
     Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";
     ListenerFailures = Gauge "kuberelay_listener_failures" ["reason"] "Listeners that cannot be bound now, by reason.";
     ServiceBackends = Gauge "kuberelay_service_backends" ["namespace", "service", "port", "protocol", "state"] "Backends that get new traffic (ready), or only keep what they have (draining).";
@@ -108,6 +109,10 @@ pub fn render(status: &Status, ready: bool) -> String {
     page.sample(Id::Ready, "", u8::from(ready));
     page.sample(Id::ReloadSuccessful, "", u8::from(status.source.last_reload_successful));
     page.sample(Id::ConfigRevision, "", status.source.config_revision);
+    for (kind, reason, count) in status.source.rejections.iter() {
+        let labels = format!("{},{}", label("kind", kind), label("reason", reason));
+        page.sample(Id::ObjectsRejected, &labels, count);
+    }
     page.listeners(status);
     for service in status.services.values() {
         page.service(service);
@@ -389,6 +394,7 @@ mod tests {
             "kuberelay_ready 0\n",
             "kuberelay_config_last_reload_successful 1\n",
             "kuberelay_config_revision 3\n",
+            "kuberelay_objects_rejected_total{kind=\"Service\",reason=\"decode\"} 1\n",
         ] {
             assert!(text.contains(line), "{line} not in\n{text}");
         }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::{Model, Service, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
 use crate::plan::{HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
+use crate::rejections::Rejections;
 use crate::serve::balancer::{Backend, PortState};
 
 /// All Services and all problems: the document that `check -o json` prints.
@@ -273,6 +274,9 @@ pub struct SourceStatus {
     pub last_reload_successful: bool,
     /// How many different states were taken.
     pub config_revision: u64,
+    /// How many versions of objects were rejected since the start, by kind and reason.
+    #[serde(default, skip_serializing_if = "Rejections::is_empty")]
+    pub rejections: Rejections,
 }
 
 /// One Service of a running relay: what its report is made of when somebody asks.
