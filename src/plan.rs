@@ -94,9 +94,11 @@ impl Plan {
         }
         self.touched.extend(self.claimants(&keys));
         self.touched.extend(dirty.iter().cloned());
+        let steps = diff(&before, &self.part(dirty, &keys));
+        self.report_loops(dirty, &turned(&steps));
         self.report_conflicts();
         self.report_unmet(options);
-        diff(&before, &self.part(dirty, &keys))
+        steps
     }
 
     /// The plan of one Service; `None` where there is no such object.
@@ -117,7 +119,7 @@ impl Plan {
     /// All that is wrong, by Service.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let troubled = self.troubled.iter().filter_map(|name| self.services.get(name));
-        troubled.flat_map(|plan| plan.problems.iter().chain(&plan.conflicts)).chain(&self.unmet)
+        troubled.flat_map(|plan| plan.own_problems()).chain(&self.unmet)
     }
 
     /// The Services whose plan or standing the last [`update`](Self::update) looked at: whose reports to make anew.
@@ -166,6 +168,21 @@ impl Plan {
         self.services.insert(name.clone(), Arc::new(plan));
     }
 
+    /// Looks at the backends of the dirty Services and, where listeners came or went, for those among all backends.
+    fn report_loops(&mut self, dirty: &BTreeSet<ObjectName>, turned: &BTreeSet<ListenKey>) {
+        let met = |plan: &ServicePlan| !turned.is_empty() && plan.backends().any(|key| turned.contains(&key));
+        let concerned = |(name, plan): &(&ObjectName, &Arc<ServicePlan>)| dirty.contains(*name) || met(plan);
+        let names: Vec<_> = self.services.iter().filter(concerned).map(|(name, _)| name.clone()).collect();
+        for name in names {
+            let Some(plan) = self.services.get_mut(&name) else { continue };
+            let loops = loops(&name, plan, &self.claims);
+            if plan.loops != loops {
+                Arc::make_mut(plan).loops = loops;
+                self.touched.insert(name);
+            }
+        }
+    }
+
     fn report_conflicts(&mut self) {
         for name in &self.touched {
             self.troubled.remove(name);
@@ -177,7 +194,7 @@ impl Plan {
                 let plan = Arc::make_mut(plan);
                 (plan.lost, plan.conflicts) = (keys, conflicts);
             }
-            if !plan.problems.is_empty() || !plan.conflicts.is_empty() {
+            if plan.own_problems().next().is_some() {
                 self.troubled.insert(name.clone());
             }
         }
@@ -199,6 +216,25 @@ impl Plan {
 fn plan_of(model: &Model, name: &ObjectName, options: &PlanOptions) -> Option<ServicePlan> {
     let service = model.service(name)?;
     Some(ServicePlan::of(service, model.slices(name).map(AsRef::as_ref), options))
+}
+
+/// The keys that are opened or closed.
+fn turned(steps: &[Step]) -> BTreeSet<ListenKey> {
+    let key = |step: &Step| match step {
+        Step::Bind(key, _) | Step::Unbind(key) => Some(*key),
+        _ => None,
+    };
+    steps.iter().filter_map(key).collect()
+}
+
+/// One problem for each backend that is a listener of this process.
+fn loops(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Problem> {
+    let own: BTreeSet<_> = plan.backends().filter_map(|key| Some((key, claims.winner(&key)?))).collect();
+    let problem = |(key, owner)| {
+        let message = format!("endpoint {key} is not used: this relay listens there itself, for Service {owner}");
+        Problem::error(format_args!("Service {name}"), "loop", message)
+    };
+    own.into_iter().map(problem).collect()
 }
 
 /// What an older Service has taken from this one, by port and rival.
@@ -578,6 +614,39 @@ mod tests {
 
         assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/web:http"));
         assert_eq!(control.at("[::1]:30000").as_deref(), Some("default/web:http"));
+    }
+
+    #[test]
+    fn given_a_backend_that_is_a_listener_of_ours_when_planned_then_it_is_a_problem_as_long_as_both_are_there() {
+        let mut control = Control::new();
+        let front = Service::new("default/front").cluster_ip([10, 96, 0, 20]).port("http", 8000);
+        let calls_itself = slice("web-1", &[1]).endpoint(Endpoint::new([10, 96, 0, 20]));
+
+        control.batch([put(&web()), put_slice(&calls_itself)]);
+        assert_eq!(control.problems(), [] as [&str; 0]);
+        control.batch([put(&front)]);
+
+        let said =
+            "endpoint 10.96.0.20:8000/TCP is not used: this relay listens there itself, for Service default/front";
+        assert_eq!(control.problems(), [format!("Service default/web: {said}")]);
+        assert!(control.plan.touched().contains(&web().name), "its report is to be made anew");
+        control.batch([put_slice(&slice("web-1", &[1]))]);
+        assert_eq!(control.problems(), [] as [&str; 0]);
+        control.batch([put_slice(&calls_itself)]);
+        assert_eq!(control.problems().len(), 1);
+        control.batch([delete(&front)]);
+        assert_eq!(control.problems(), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn given_a_listener_of_the_other_protocol_when_a_backend_has_its_number_then_it_is_no_loop() {
+        let mut control = Control::new();
+        let front = Service::new("default/front").cluster_ip([10, 96, 0, 20]).udp_port("quic", 8000);
+
+        let there = slice("web-1", &[]).endpoint(Endpoint::new([10, 96, 0, 20]));
+        control.batch([put(&front), put(&web()), put_slice(&there)]);
+
+        assert_eq!(control.problems(), [] as [&str; 0]);
     }
 
     /// A few Services that meet in addresses, numbers and ages, and come and go.

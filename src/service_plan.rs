@@ -31,6 +31,8 @@ pub struct ServicePlan {
     pub problems: Vec<Problem>,
     /// The addresses that it does not get, since another Service has them.
     pub conflicts: Vec<Problem>,
+    /// The backends that are listeners of this process: they get nothing, as it would come back.
+    pub loops: Vec<Problem>,
     /// Those of the wanted listeners that it does not get.
     pub(crate) lost: Box<[ListenKey]>,
     /// From `metadata.creationTimestamp`: its rank among claimants.
@@ -62,6 +64,19 @@ impl ServicePlan {
     pub fn balancers(&self, port: &ServicePort) -> impl Iterator<Item = (&BalancerKey, &Backends)> {
         let of_port = |key: &BalancerKey| key.port.port == port.name && key.port.protocol == port.protocol;
         self.wanted.balancers.iter().filter(move |(key, _)| of_port(key))
+    }
+
+    /// All that is wrong with it, by itself and among the others.
+    pub fn own_problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.iter().chain(&self.conflicts).chain(&self.loops)
+    }
+
+    /// Where its backends listen; one may be there twice.
+    pub(crate) fn backends(&self) -> impl Iterator<Item = ListenKey> {
+        self.wanted.balancers.iter().flat_map(|(key, backends)| {
+            let protocol = key.port.protocol;
+            backends.usable.serving.iter().map(move |endpoint| ListenKey { address: endpoint.address, protocol })
+        })
     }
 
     /// Plans one Service from its slices.
