@@ -346,6 +346,23 @@ mod tests {
     }
 
     #[test]
+    fn t105_given_the_addresses_that_node_ports_are_served_on_when_opened_then_there_is_no_other() {
+        let service = web().cluster_ip(ip("fd00::10")).node_port(30000);
+        let on = |addresses: &[&str]| {
+            let node_port_addresses = addresses.iter().map(|address| ip(address)).collect();
+            listed(&service, &PlanOptions { node_port_addresses, ..node() })[2..].to_vec()
+        };
+
+        assert_eq!(on(&["192.0.2.1"]), ["nodePort 192.0.2.1:30000/TCP"]);
+        assert_eq!(
+            on(&["192.0.2.1", "198.51.100.1", "2001:db8::1"]),
+            ["192.0.2.1:30000/TCP", "198.51.100.1:30000/TCP", "[2001:db8::1]:30000/TCP"]
+                .map(|at| format!("nodePort {at}"))
+        );
+        assert_eq!(on(&[]), [] as [&str; 0], "none is no error");
+    }
+
+    #[test]
     fn given_a_port_without_node_port_when_opened_then_only_the_others_are_on_the_node() {
         let mut service = web().port("https", 443).node_port(30443);
         service.ports.push(ServicePort::new("plain", Protocol::Tcp, 8080));

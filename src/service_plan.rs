@@ -386,6 +386,17 @@ mod tests {
     }
 
     #[test]
+    fn t106_given_any_policies_when_this_node_uses_its_own_node_port_then_every_endpoint_is_there_for_it() {
+        for (internal, external) in [(CLUSTER, CLUSTER), (LOCAL, LOCAL), (CLUSTER, LOCAL), (LOCAL, CLUSTER)] {
+            let endpoints = vec![ready(1, HERE), ready(2, ELSEWHERE)];
+
+            let [_, _, from_inside] = verdicts(&web(internal, external), endpoints);
+
+            assert_eq!(from_inside, "1 2");
+        }
+    }
+
+    #[test]
     fn t116_t117_t118_t119_given_terminating_endpoints_when_judged_then_each_scope_falls_back_by_itself() {
         let service = web(CLUSTER, LOCAL);
         let all = vec![ready(1, HERE), ready(2, HERE), ending(3, HERE), ready(4, ELSEWHERE)];
