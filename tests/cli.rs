@@ -436,7 +436,7 @@ mod run {
     }
 
     #[test]
-    fn given_an_open_connection_when_sigterm_comes_then_it_may_end_by_itself_and_the_code_is_0() {
+    fn t157_given_an_open_connection_when_sigterm_comes_then_it_may_end_by_itself_and_the_code_is_0() {
         let site = Site::new(45);
         let backend = TcpListener::bind(site.backend(1)).expect("the test's own address is free");
         let (_folder, path) = folder_with(&Manifest::new(site).tcp().endpoints([site.backend(1)]).to_string());
@@ -454,6 +454,30 @@ mod run {
         client.read_to_string(&mut answer).expect("a clean end");
         assert_eq!(answer, "bye");
         drop(client);
+        assert!(running.end().success());
+    }
+
+    #[test]
+    fn t157_given_a_connection_that_does_not_end_when_the_drain_is_over_then_it_is_reset_and_the_code_is_0() {
+        let site = Site::new(48);
+        let backend = TcpListener::bind(site.backend(1)).expect("the test's own address is free");
+        let (_folder, path) = folder_with(&Manifest::new(site).tcp().endpoints([site.backend(1)]).to_string());
+        let mut command = run_command(&[&path]);
+        command.args(["--drain-timeout", "1s"]);
+        let running = Running::start(command);
+        let mut client = connect_until_accepted(site.service());
+        let (mut upstream, _) = backend.accept().expect("the relay connects");
+        drop(backend);
+
+        running.signal(rustix::process::Signal::TERM);
+        until_refused(site.service());
+        upstream.write_all(b"still here").expect("the connection is open");
+        client.read_exact(&mut [0; 10]).expect("it goes on meanwhile");
+
+        for mut end in [client, upstream] {
+            let error = end.read(&mut [0]).expect_err("not a clean end");
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
         assert!(running.end().success());
     }
 

@@ -1,6 +1,7 @@
 //! The relay from end to end: manifests in, connections and datagrams through, over real sockets on loopback.
 
 mod limits;
+mod listeners;
 mod manifests;
 mod rollout;
 mod tcp;

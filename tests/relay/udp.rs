@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use kube_relay::control::RelayOptions;
 use kube_relay::serve::flow::IdleTimes;
-use kube_relay::stats::CloseReason;
+use kube_relay::stats::{CloseReason, DropReason, ServiceStats};
+use kube_relay::status::Status;
 
 use crate::support::backend::{Backend, Talk, Talker};
 use crate::support::client::{self, Caller};
 use crate::support::manifest::Manifest;
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, service_of};
 use crate::support::site::Site;
 use crate::support::{full, skip};
 
@@ -156,6 +157,33 @@ async fn t186_given_a_pod_is_replaced_when_its_client_keeps_its_port_then_the_ne
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t186_given_policies_local_when_a_pod_is_replaced_then_the_next_datagram_reaches_the_new_one() {
+    let site = Site::new(86);
+    let _running = [Talker::named(site.backend(1)).await, Talker::named(site.backend(2)).await];
+    let manifest = Manifest::new(site).udp().node_port().local_to("here");
+    let mut options = RelayOptions::default();
+    options.plan.node.name = Some("here".into());
+    let relay = Relay::start_with(site, manifest.clone().endpoints([site.backend(1)]), options).await;
+    let callers = [Caller::new(site.service()).await, Caller::new(site.node_port()).await];
+    for caller in &callers {
+        assert_eq!(caller.ask().await.backend, site.backend(1));
+    }
+
+    relay.edit(manifest.endpoints([site.backend(2)]));
+    relay.until("the new pod", |status| local_picks(status) == [site.backend(2).to_string()]).await;
+
+    for caller in &callers {
+        assert_eq!(caller.ask_until_answered().await.backend, site.backend(2));
+    }
+}
+
+/// The addresses that traffic under policy Local may go to.
+fn local_picks(status: &Status) -> Vec<String> {
+    let ports = service_of(status, "web").map(|service| service.report().ports).unwrap_or_default();
+    ports.into_iter().filter_map(|port| port.backends.local).flatten().collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t187_given_an_endpoint_that_is_not_ready_when_it_becomes_so_then_a_client_that_sends_is_served() {
     let site = Site::new(187);
     let _backend = Talker::named(site.backend(1)).await;
@@ -192,6 +220,34 @@ async fn f17_given_a_one_way_sender_when_the_service_goes_to_zero_and_back_then_
 
     relay.until("the datagram", |_| new.has_received(b"to the new pod")).await;
     assert!(!gone.has_received(b"to the new pod"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f17_given_two_services_that_are_each_others_endpoint_when_a_client_sends_then_the_loop_ends() {
+    let site = Site::new(18);
+    let [one, other] = [site.backend(1), site.backend(2)];
+    let at_backends = |text: Manifest| text.to_string().replacen("port: 8080", &format!("port: {}", one.port()), 1);
+    let first = at_backends(Manifest::new(site).named("one").cluster_ip(one.ip()).udp().endpoints([other]));
+    let second = at_backends(Manifest::new(site).named("other").cluster_ip(other.ip()).udp().endpoints([one]));
+    let relay = Relay::start(site, format!("{first}---\n{second}")).await;
+
+    for service in [one, other] {
+        Caller::new(service).await.send(b"round and round").await.expect("somebody listens");
+    }
+
+    for name in ["one", "other"] {
+        let dropped = |status: &Status| {
+            states(status, name, |stats| DropReason::ALL.iter().map(|reason| stats.dropped.get(*reason)).sum())
+        };
+        relay.until("one datagram to be dropped", |status| dropped(status) == 1).await;
+        assert_eq!(states(&relay.status(), name, |stats| stats.accepted.get()), 0, "{name} has passed it on");
+    }
+}
+
+/// A sum over the ports of a Service.
+fn states(status: &Status, service: &str, number: impl Fn(&ServiceStats) -> u64) -> u64 {
+    let ports = &service_of(status, service).expect("the Service is known").ports;
+    ports.iter().filter_map(|port| port.state.as_ref()).map(|state| number(&state.stats)).sum()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -249,7 +305,7 @@ async fn t195_given_500_queries_a_second_from_new_ports_when_relayed_then_none_i
     let _backend = Talker::named(site.backend(1)).await;
     let relay = Relay::start(site, Manifest::new(site).udp().endpoints([site.backend(1)])).await;
     let backend = relay.backend("web", site.backend(1));
-    let queries = if full() { 30_000 } else { 500 };
+    let queries = if full() { 30_000 } else { 2_500 };
     let mut pace = tokio::time::interval(Duration::from_millis(2));
     let mut most = 0;
 

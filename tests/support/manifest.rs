@@ -12,6 +12,8 @@ pub struct Manifest {
     cluster_ip: IpAddr,
     protocols: Vec<&'static str>,
     node_port: bool,
+    external_ips: Vec<IpAddr>,
+    local_to: Option<&'static str>,
     affinity_seconds: Option<u32>,
     annotations: Vec<(&'static str, &'static str)>,
     endpoints: Vec<IpAddr>,
@@ -26,6 +28,8 @@ impl Manifest {
             cluster_ip: site.cluster_ip(),
             protocols: Vec::new(),
             node_port: false,
+            external_ips: Vec::new(),
+            local_to: None,
             affinity_seconds: None,
             annotations: Vec::new(),
             endpoints: Vec::new(),
@@ -60,6 +64,18 @@ impl Manifest {
     /// Makes it a NodePort Service.
     pub fn node_port(mut self) -> Self {
         self.node_port = true;
+        self
+    }
+
+    /// Adds external IPs.
+    pub fn external_ips(mut self, ips: impl IntoIterator<Item = IpAddr>) -> Self {
+        self.external_ips.extend(ips);
+        self
+    }
+
+    /// Both traffic policies Local, and all endpoints on this node.
+    pub fn local_to(mut self, node: &'static str) -> Self {
+        self.local_to = Some(node);
         self
     }
 
@@ -109,6 +125,12 @@ impl Manifest {
         if self.node_port {
             writeln!(f, "  type: NodePort")?;
         }
+        if !self.external_ips.is_empty() {
+            writeln!(f, "  externalIPs: {:?}", self.external_ips.iter().map(ToString::to_string).collect::<Vec<_>>())?;
+        }
+        if self.local_to.is_some() {
+            writeln!(f, "  internalTrafficPolicy: Local\n  externalTrafficPolicy: Local")?;
+        }
         if let Some(seconds) = self.affinity_seconds {
             writeln!(f, "  sessionAffinity: ClientIP")?;
             writeln!(f, "  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}")?;
@@ -136,12 +158,21 @@ impl Manifest {
         }
         writeln!(f, "endpoints:")?;
         for ip in &self.endpoints {
-            writeln!(f, "  - addresses: [\"{ip}\"]")?;
+            self.endpoint(f, ip)?;
         }
         for ip in &self.unready {
-            writeln!(f, "  - addresses: [\"{ip}\"]\n    conditions: {{ready: false}}")?;
+            self.endpoint(f, ip)?;
+            writeln!(f, "    conditions: {{ready: false}}")?;
         }
         Ok(())
+    }
+
+    fn endpoint(&self, f: &mut fmt::Formatter<'_>, ip: &IpAddr) -> fmt::Result {
+        writeln!(f, "  - addresses: [\"{ip}\"]")?;
+        match self.local_to {
+            Some(node) => writeln!(f, "    nodeName: {node}"),
+            None => Ok(()),
+        }
     }
 }
 
