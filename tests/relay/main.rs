@@ -1,5 +1,7 @@
 //! The relay from end to end: manifests in, connections and datagrams through, over real sockets on loopback.
 
+mod idle;
+mod lack;
 mod limits;
 mod listeners;
 mod manifests;

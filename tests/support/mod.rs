@@ -5,7 +5,9 @@
 pub mod backend;
 pub mod client;
 pub mod manifest;
+pub mod program;
 pub mod relay;
+pub mod seen;
 pub mod site;
 
 use std::future::Future;

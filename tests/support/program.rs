@@ -1,0 +1,87 @@
+//! kube-relay as a program beside the test: for what belongs to a process, its memory, limits and rights.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
+
+use super::site::Site;
+use super::{DEADLINE, seen};
+
+/// A running `kube-relay run`. Killed when dropped.
+pub struct Program {
+    child: Child,
+    admin: SocketAddr,
+}
+
+impl Program {
+    /// Starts it with a manifest and waits until it serves. `prepare` may change how it is started.
+    pub async fn start(site: Site, manifest: impl Display, prepare: impl FnOnce(&mut Command)) -> Self {
+        let admin = SocketAddr::new(site.client(9), 10249);
+        // By descriptor: whoever it runs as may be kept out of the folders above it.
+        let binary = File::open(env!("CARGO_BIN_EXE_kube-relay")).expect("cargo has built it");
+        let mut command = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()));
+        command.args(["run", "-f", "-", "--healthz-bind-address", "none", "--log-level", "error"]);
+        command.args(["--nodeport-addresses", &format!("{}/32", site.node_ip())]);
+        command.args(["--metrics-bind-address", &admin.to_string()]).env_clear().stdin(Stdio::piped());
+        prepare(&mut command);
+        let mut child = command.spawn().expect("the program starts");
+        let mut stdin = child.stdin.take().expect("standard input is a pipe");
+        stdin.write_all(manifest.to_string().as_bytes()).expect("the program reads its input");
+        drop(stdin);
+        let program = Self { child, admin };
+        program.until("it to be ready", |program| seen::page(program.admin, "/readyz").is_ok()).await;
+        program
+    }
+
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A sum at `/metrics`, over all series with these labels.
+    pub fn metric(&self, metric: &str, labels: &[&str]) -> u64 {
+        seen::sum(&seen::page(self.admin, "/metrics").expect("it answers"), metric, labels)
+    }
+
+    /// Leaves it so many descriptors, those that it has among them.
+    pub fn limit_descriptors(&self, limit: u64) {
+        let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).expect("our own child can be limited");
+    }
+
+    /// How much of one processor it takes while nobody does anything.
+    pub async fn busy(&self, span: Duration) -> f64 {
+        let (start, before) = (Instant::now(), seen::run_time(self.pid()));
+        tokio::time::sleep(span).await;
+        (seen::run_time(self.pid()) - before).as_secs_f64() / start.elapsed().as_secs_f64()
+    }
+
+    /// Waits for a condition that only looking tells.
+    pub async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + DEADLINE;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "waited {DEADLINE:?} for {what}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // It may have ended by itself.
+        let _ = self.child.wait();
+    }
+}
+
+/// Takes as many descriptors for this process as it may have, and tells how many.
+pub fn raise_descriptors() -> u64 {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // As many as before are fine, too.
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
