@@ -35,16 +35,28 @@ fn passes((name, case): &Case) -> bool {
 }
 
 /// Isolates the process, or says why that cannot be and how the program is to end.
-///
-/// Under `KUBE_RELAY_TEST=full` a skip is a failure, unless `KUBE_RELAY_MAY_SKIP` (a comma list) names `rig`.
 fn isolated() -> Result<(), ExitCode> {
     let Err(reason) = isolate() else { return Ok(()) };
-    let full = env::var("KUBE_RELAY_TEST").is_ok_and(|form| form == "full");
-    let expected = env::var("KUBE_RELAY_MAY_SKIP").is_ok_and(|skips| skips.split(',').any(|skip| skip == "rig"));
-    if full && !expected {
+    if full() && !may_skip("rig") {
         println!("failed: {reason}; if that is expected here, set KUBE_RELAY_MAY_SKIP=rig");
         return Err(ExitCode::FAILURE);
     }
     println!("skipped: {reason}");
     Err(ExitCode::SUCCESS)
+}
+
+/// Says why a test proves nothing here. Under `KUBE_RELAY_TEST=full` that is a failure, unless `KUBE_RELAY_MAY_SKIP`
+/// (a comma list) names the word.
+pub(crate) fn skip(word: &str, reason: &str) {
+    assert!(!full() || may_skip(word), "skipped ({word}): {reason}");
+    println!("skipped ({word}): {reason}");
+}
+
+/// True where the long forms are asked for: `KUBE_RELAY_TEST=full`.
+pub(crate) fn full() -> bool {
+    env::var("KUBE_RELAY_TEST").is_ok_and(|form| form == "full")
+}
+
+fn may_skip(word: &str) -> bool {
+    env::var("KUBE_RELAY_MAY_SKIP").is_ok_and(|words| words.split(',').any(|known| known == word))
 }

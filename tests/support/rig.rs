@@ -25,7 +25,7 @@ use kube_relay::name::Family;
 
 #[allow(unused_imports)] // as above
 pub(crate) use self::{
-    cases::{Case, run},
+    cases::{Case, full, run, skip},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::Process,
 };

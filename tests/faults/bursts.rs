@@ -1,0 +1,179 @@
+//! Short connections at a high rate, and what there is of source ports.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use crate::rig::{Namespace, full};
+use crate::stage::{PODS, Stage, until};
+use crate::workload::{Ask, Backend, Bulk, MESSAGE_BYTES};
+
+/// Short connections, each opened when its time has come.
+const A_SECOND: u32 = 2_000;
+const SECONDS: u32 = 60;
+const SHORT_SECONDS: u32 = 2;
+/// Threads of the client. Each has one connection at a time: as many as these may be slow at once.
+const AT_ONCE: u32 = 32;
+
+/// Longer than any of the steps in which a backend is reached.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The client closes first, so that each connection leaves a port of the node in TIME_WAIT: 40,000 for each backend in the
+/// long form, where there are 28,232. With one address the kernel searches ever longer for a free one, and the rate
+/// falls; three have enough of them.
+pub(crate) fn none_fails() {
+    let count = A_SECOND * if full() { SECONDS } else { SHORT_SECONDS };
+    for sources in [1, 3] {
+        let stage = Stage::build();
+        let _backends = backends(&stage);
+        // The client's own ports last for half a minute.
+        stage.client().sysctl("net/ipv4/ip_local_port_range", "10000 65535").expect("the namespace is ours");
+        stage.client().sysctl("net/ipv4/tcp_tw_reuse", "1").expect("the namespace is ours");
+        let relay = stage.relay(&stage.backends(), &upstream_sources(&stage, sources));
+
+        let burst = Burst::run(stage.client(), stage.service(), count);
+
+        let waiting = time_wait(stage.node());
+        println!("{sources} source addresses: {burst}; TIME_WAIT on the node: {waiting} ({} %)", waiting * 100 / count);
+        let failed = relay.metric("kuberelay_connect_failures_total", &[]);
+        assert_eq!((burst.failures, failed, relay.dropped(None)), (Vec::new(), 0, 0));
+        let closed = || relay.metric("kuberelay_closed_total", &[r#"reason="finished""#]);
+        until("all to be counted", || (closed() == u64::from(count)).then_some(()));
+        for backend in stage.backends() {
+            let label = format!(r#"backend="{backend}""#);
+            let share = u64::from(count / u32::from(PODS));
+            assert!((share..=share + 1).contains(&relay.metric("kuberelay_connections_total", &[&label])), "{backend}");
+        }
+    }
+}
+
+/// Flags for so many addresses of the node; none for one, which the kernel chooses.
+fn upstream_sources(stage: &Stage, count: u8) -> Vec<String> {
+    const FIRST: u8 = 100;
+    let numbers = if count > 1 { FIRST..FIRST + count } else { 0..0 };
+    let address = |number| stage.rig.vip(0, number).expect("the address is added").v4;
+    numbers.map(|number| format!("--upstream-source={}", address(number))).collect()
+}
+
+pub(crate) fn ports_of_each_backend_are_used() {
+    const PORTS: u32 = 100;
+    let stage = Stage::build();
+    let _backends = backends(&stage);
+    let range = format!("40000 {}", 40000 + PORTS - 1);
+    stage.node().sysctl("net/ipv4/ip_local_port_range", &range).expect("the namespace is ours");
+    let relay = stage.relay(&stage.backends(), &[]);
+
+    let ask = || stage.client().run(|| exchange(stage.service()));
+    let mut open: Vec<_> = (0..PORTS * u32::from(PODS)).map(|_| ask().expect("there is a port")).collect();
+    let begin = Instant::now();
+    let late = ask().expect_err("there is no port").kind();
+    let took = begin.elapsed();
+
+    println!("{} connections over {PORTS} ports; one more was told after {took:?}", open.len());
+    assert_eq!(late, io::ErrorKind::ConnectionReset);
+    assert!(took < Duration::from_millis(50), "after {took:?}");
+    assert_eq!((relay.dropped(Some("local_ports")), relay.dropped(None)), (1, 1));
+    message(&mut open[0]).expect("an open connection goes on");
+    // Who resets leaves no TIME_WAIT behind: the port serves the next client at once.
+    let reset = open.pop().expect("many are open");
+    SockRef::from(&reset).set_linger(Some(Duration::ZERO)).expect("an option");
+    drop(reset);
+    until("its port to be free", || ask().ok());
+}
+
+/// A backend in each pod.
+fn backends(stage: &Stage) -> Vec<Backend> {
+    let (bulk, numbers) = (Arc::new(Bulk::default()), 0..PODS);
+    let start = |number| Backend::start(stage.pod(number), &[stage.backend(number)], &bulk).expect("a backend starts");
+    numbers.map(start).collect()
+}
+
+/// What became of many short connections.
+struct Burst {
+    count: u32,
+    failures: Vec<String>,
+    took: Duration,
+    /// How long the slowest one had to wait for its answer.
+    slowest: Duration,
+}
+
+impl Burst {
+    /// Opens one after the other at an even rate, however long each takes.
+    fn run(client: &Namespace, service: SocketAddr, count: u32) -> Self {
+        let (next, begin) = (Arc::new(AtomicU32::new(0)), Instant::now());
+        let work = move |next: Arc<AtomicU32>| {
+            let (mut failures, mut slowest) = (Vec::new(), Duration::ZERO);
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return (failures, slowest);
+                }
+                thread::sleep(
+                    (begin + Duration::from_secs(1) * number / A_SECOND).saturating_duration_since(Instant::now()),
+                );
+                let start = Instant::now();
+                if let Err(error) = exchange(service) {
+                    failures.push(format!("{number}: {error}"));
+                }
+                slowest = slowest.max(start.elapsed());
+            }
+        };
+        let start = |_| {
+            client
+                .thread({
+                    let next = Arc::clone(&next);
+                    move || work(next)
+                })
+                .expect("a thread starts")
+        };
+        let threads: Vec<_> = (0..AT_ONCE).map(start).collect();
+        let mut burst = Self { count, failures: Vec::new(), took: Duration::ZERO, slowest: Duration::ZERO };
+        for thread in threads {
+            let (failures, slowest) = thread.join().expect("a client does not panic");
+            burst.failures.extend(failures);
+            burst.slowest = burst.slowest.max(slowest);
+        }
+        burst.took = begin.elapsed();
+        burst
+    }
+}
+
+impl std::fmt::Display for Burst {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let rate = f64::from(self.count) / self.took.as_secs_f64();
+        write!(
+            f,
+            "{} connections, {rate:.0}/s, {} failed, the slowest took {:?}",
+            self.count,
+            self.failures.len(),
+            self.slowest
+        )
+    }
+}
+
+/// Opens a connection and asks once.
+fn exchange(service: SocketAddr) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&service, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    message(&mut stream)?;
+    Ok(stream)
+}
+
+fn message(stream: &mut TcpStream) -> io::Result<()> {
+    stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
+    stream.read_exact(&mut [0; MESSAGE_BYTES])
+}
+
+/// Connections in TIME_WAIT in a namespace.
+fn time_wait(inside: &Namespace) -> u32 {
+    let text = inside.run(|| fs::read_to_string("/proc/thread-self/net/sockstat")).expect("procfs");
+    let tcp = text.lines().find(|line| line.starts_with("TCP:")).expect("a line for TCP");
+    let mut words = tcp.split_whitespace().skip_while(|word| *word != "tw").skip(1);
+    words.next().and_then(|count| count.parse().ok()).expect("a number behind it")
+}

@@ -1,0 +1,259 @@
+//! More datagrams than a link takes, and from more sources than there is room for.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use kube_relay::serve::udp::flow_limit_of_host;
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+
+use crate::rig::{Namespace, full, skip};
+use crate::seen;
+use crate::stage::{PODS, Relay, Stage, until};
+
+const DATAGRAM_BYTES: usize = 1_200;
+/// How long an answer may take that is not lost.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The queue to the backend is long, and the socket's buffer fills first; or it is short, and the kernel drops.
+pub(crate) fn queue_is_full() {
+    const BURST: u64 = 5_000;
+    for (queue, told) in [("10mb", true), ("6kb", false)] {
+        let stage = Stage::build();
+        let backend = Echo::start(stage.pod(0), stage.backend(0));
+        let relay = stage.relay(&[backend.address], &[]);
+        let mut caller = Caller::new(stage.client(), stage.service());
+        assert!(caller.ask(), "the backend answers");
+        // The cable to a pod is named after the pod, in its node.
+        let slow = ["qdisc", "replace", "dev", stage.pod(0).name(), "root", "tbf", "rate", "40mbit", "burst", "4kb"];
+        if let Err(reason) = tc(stage.node(), &[&slow[..], &["limit", queue]].concat()) {
+            return skip("tc", &reason);
+        }
+
+        for _ in 0..BURST {
+            caller.socket.send(&[0; DATAGRAM_BYTES]).expect("the client's own link is fast");
+        }
+        let sent = || relay.metric("kuberelay_datagrams_total", &[r#"direction="upstream""#]);
+        until("all to be sent or counted as lost", || (sent() + relay.dropped(None) == BURST + 1).then_some(()));
+
+        let dropped = relay.dropped(Some("memory"));
+        println!("queue of {queue}: {} left, {dropped} were dropped, {} arrived", sent(), backend.received());
+        assert_eq!((dropped > 0, relay.dropped(None)), (told, dropped));
+        if told {
+            until("all that left to arrive", || (backend.received() == sent()).then_some(()));
+        } else {
+            assert!(backend.received() < sent(), "the queue is too long");
+        }
+        // The link is as slow as before, but nobody else is on it.
+        until("an answer on the same flow", || caller.ask().then_some(()));
+        assert_eq!(relay.metric("kuberelay_flows_total", &[]), 1);
+        assert_eq!(backend.sources(), 1, "the flow has kept its port");
+    }
+}
+
+/// `tc` inside a namespace, or why it does not do it.
+fn tc(inside: &Namespace, arguments: &[&str]) -> Result<(), String> {
+    let run = || Command::new("tc").args(arguments).output();
+    match inside.run(run) {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!("tc {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())),
+        Err(error) => Err(format!("tc: {error}")),
+    }
+}
+
+pub(crate) fn sources_are_spoofed() {
+    const CALLERS: u64 = 20;
+    const BYTES_MORE: u64 = 64 << 20;
+    let sources = if full() { 1_000_000 } else { 100_000 };
+    let stage = Stage::build();
+    let backends: Vec<_> = (0..PODS).map(|number| Echo::start(stage.pod(number), stage.backend(number))).collect();
+    let relay = stage.relay(&stage.backends(), &[]);
+    let limit = flow_limit_of_host(1) as u64;
+    let over = Arc::new(AtomicBool::new(false));
+    let callers: Vec<_> = (0..CALLERS).map(|_| established(&stage, Arc::clone(&over))).collect();
+    until("their flows", || (flows(&relay) == CALLERS).then_some(()));
+    let before = seen::private_bytes(relay.pid());
+
+    let begin = Instant::now();
+    let service = stage.service();
+    let flood = stage.client().thread(move || sweep(service, sources)).expect("a thread starts");
+    let (mut most_flows, mut most_bytes) = (0, 0);
+    while !flood.is_finished() {
+        most_flows = most_flows.max(flows(&relay));
+        most_bytes = most_bytes.max(seen::private_bytes(relay.pid()));
+        thread::sleep(Duration::from_millis(100));
+    }
+    flood.join().expect("it does not panic").expect("all are sent");
+    let took = begin.elapsed();
+    over.store(true, Ordering::Relaxed);
+    let (asked, lost) = callers
+        .into_iter()
+        .map(|caller| caller.join().expect("it does not panic"))
+        .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+
+    println!(
+        "{sources} sources in {took:?}: {} flows begun, {most_flows} at once (limit {limit}), {} datagrams dropped, {} KiB more memory; established flows lost {lost} of {asked}",
+        relay.metric("kuberelay_flows_total", &[]),
+        relay.dropped(None),
+        most_bytes.saturating_sub(before) / 1024,
+    );
+    assert!(most_flows <= limit, "{most_flows} flows, {limit} are allowed");
+    assert!(most_bytes <= before + BYTES_MORE, "{before} bytes before, {most_bytes} at most");
+    assert!(lost * 100 < asked, "{lost} of {asked} lost");
+    if full() {
+        until("only the established flows to be left", || (flows(&relay) <= CALLERS).then_some(()));
+    }
+    drop(backends);
+}
+
+fn flows(relay: &Relay<'_>) -> u64 {
+    relay.metric("kuberelay_active_flows", &[])
+}
+
+/// A client with a flow of its own that asks 50 times a second until it is over. How often it asked, and how many
+/// answers did not come.
+fn established(stage: &Stage, over: Arc<AtomicBool>) -> JoinHandle<(u64, u64)> {
+    let mut caller = Caller::new(stage.client(), stage.service());
+    let asking = move || {
+        let (mut asked, mut lost) = (0, 0);
+        while !over.load(Ordering::Relaxed) {
+            asked += 1;
+            lost += u64::from(!caller.ask());
+            thread::sleep(Duration::from_millis(20));
+        }
+        (asked, lost)
+    };
+    thread::spawn(asking)
+}
+
+/// Sends a datagram from each of so many addresses that are nobody's, at an even rate.
+fn sweep(service: SocketAddr, sources: u32) -> io::Result<()> {
+    const A_MILLISECOND: u32 = 25;
+    const FIRST: u32 = u32::from_be_bytes([11, 0, 0, 1]);
+    let (IpAddr::V4(to), port) = (service.ip(), service.port()) else { return Err(io::ErrorKind::Unsupported.into()) };
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    let (address, begin) = (SockAddr::from(SocketAddr::new(to.into(), 0)), Instant::now());
+    for number in 0..sources {
+        if number % A_MILLISECOND == 0 {
+            let due = begin + Duration::from_millis((number / A_MILLISECOND).into());
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        socket.send_to(&packet(Ipv4Addr::from(FIRST + number), to, port), &address)?;
+    }
+    Ok(())
+}
+
+/// An IPv4 packet with a UDP datagram of no bytes. The kernel fills in length and checksum of the outer one; the inner
+/// one has none, which is allowed.
+fn packet(source: Ipv4Addr, to: Ipv4Addr, port: u16) -> [u8; 28] {
+    const VERSION_AND_WORDS: u8 = 0x45;
+    const LIFETIME: u8 = 64;
+    const UDP: u8 = 17;
+    const UDP_HEADER_BYTES: u16 = 8;
+    const SOURCE_PORT: u16 = 5_353;
+    let mut packet = [0; 28];
+    packet[0] = VERSION_AND_WORDS;
+    packet[8] = LIFETIME;
+    packet[9] = UDP;
+    packet[12..16].copy_from_slice(&source.octets());
+    packet[16..20].copy_from_slice(&to.octets());
+    packet[20..22].copy_from_slice(&SOURCE_PORT.to_be_bytes());
+    packet[22..24].copy_from_slice(&port.to_be_bytes());
+    packet[24..26].copy_from_slice(&UDP_HEADER_BYTES.to_be_bytes());
+    packet
+}
+
+/// A client with one socket that numbers its questions.
+struct Caller {
+    socket: UdpSocket,
+    number: u64,
+}
+
+impl Caller {
+    fn new(inside: &Namespace, service: SocketAddr) -> Self {
+        let socket = inside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("a port is free");
+        inside.run(|| socket.connect(service)).expect("there is a route");
+        socket.set_read_timeout(Some(PATIENCE)).expect("an option");
+        Self { socket, number: 0 }
+    }
+
+    /// True where the answer came in time.
+    fn ask(&mut self) -> bool {
+        self.number += 1;
+        let question = self.number.to_be_bytes();
+        let _ = self.socket.send(&question); // An error tells of an earlier one.
+        let (deadline, mut answer) = (Instant::now() + PATIENCE, [0; DATAGRAM_BYTES]);
+        while Instant::now() < deadline {
+            match self.socket.recv(&mut answer) {
+                Ok(length) if answer[..length] == question => return true,
+                _ => {}
+            }
+        }
+        false
+    }
+}
+
+/// A UDP backend that gives small datagrams back, and counts. Ends when dropped.
+struct Echo {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    received: AtomicU64,
+    sources: Mutex<BTreeSet<SocketAddr>>,
+    stop: AtomicBool,
+}
+
+impl Echo {
+    fn start(inside: &Namespace, address: SocketAddr) -> Self {
+        let socket = inside.run(|| UdpSocket::bind(address)).expect("the pod is ours");
+        let _ = SockRef::from(&socket).set_recv_buffer_size(4 << 20); // Less will do, too.
+        socket.set_read_timeout(Some(Duration::from_millis(50))).expect("an option");
+        let shared = Arc::<Shared>::default();
+        let thread = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.serve(&socket)
+        });
+        Self { address, shared, thread: Some(thread) }
+    }
+
+    fn received(&self) -> u64 {
+        self.shared.received.load(Ordering::Relaxed)
+    }
+
+    /// How many sources it has met.
+    fn sources(&self) -> usize {
+        self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+impl Shared {
+    fn serve(&self, socket: &UdpSocket) {
+        let mut buffer = [0; DATAGRAM_BYTES];
+        while !self.stop.load(Ordering::Relaxed) {
+            let Ok((length, source)) = socket.recv_from(&mut buffer) else { continue };
+            self.received.fetch_add(1, Ordering::Relaxed);
+            self.sources.lock().unwrap_or_else(PoisonError::into_inner).insert(source);
+            if length < DATAGRAM_BYTES {
+                let _ = socket.send_to(&buffer[..length], source); // Whoever is gone needs no answer.
+            }
+        }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! kube-relay in a network of its own, under loads and faults that need one, and with the programs that people use.
+//!
+//! Needs namespaces (no root where the kernel gives them to everyone); skips with the reason otherwise.
+
+mod bursts;
+mod floods;
+mod programs;
+mod stage;
+
+#[path = "../support/rig.rs"]
+mod rig;
+#[path = "../support/seen.rs"]
+#[allow(dead_code)] // as is the next: others use more of it
+mod seen;
+#[path = "../support/workload.rs"]
+#[allow(dead_code)]
+mod workload;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rig::run(&[
+        ("f27_given_2000_short_connections_a_second_when_relayed_then_none_fails", bursts::none_fails),
+        (
+            "f15_given_all_source_ports_to_three_backends_in_use_when_one_more_comes_then_it_is_told_at_once",
+            bursts::ports_of_each_backend_are_used,
+        ),
+        (
+            "f16_given_a_full_queue_to_the_backend_when_sent_to_then_the_lost_are_counted_and_the_flow_lives",
+            floods::queue_is_full,
+        ),
+        (
+            "f18_given_a_sweep_of_spoofed_sources_when_they_flood_then_flows_are_bounded_and_others_served",
+            floods::sources_are_spoofed,
+        ),
+        ("given_iperf3_when_it_measures_through_the_relay_then_both_directions_move", programs::iperf3),
+        ("given_wrk_and_nginx_when_relayed_then_no_request_fails", programs::wrk),
+        ("given_dnsperf_and_a_dns_server_when_relayed_then_no_query_is_lost", programs::dnsperf),
+    ])
+}
