@@ -12,11 +12,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use kube_relay::name::Family;
+use kube_relay::name::{Family, Protocol};
+use kube_relay::serve::mmsg::connect_udp;
 
 use crate::measure::cpus;
 use crate::rig::{DualAddress, Namespace, Process};
-use crate::stage::{DESCRIPTORS_PER_CONNECTION, DNAT_NODE, PORT, PROXY_NODE, Stage, version};
+use crate::stage::{DESCRIPTORS_PER_CONNECTION, DNAT_NODE, PORT, PROXY_NODE, Stage, TRAINS_PORT, version};
 use crate::workload::{Ask, MESSAGE_BYTES};
 
 /// How long a peer has until it answers.
@@ -35,9 +36,9 @@ pub(crate) enum PeerKind {
     Haproxy,
     /// HAProxy at its best for bulk: forced splice, pipes of 1 MiB.
     HaproxyBest,
-    /// nginx stream as shipped.
+    /// nginx stream as shipped; for UDP with `reuseport`, as several workers need it.
     Nginx,
-    /// nginx stream with 256 KiB buffers and `reuseport`.
+    /// nginx stream with `reuseport` and larger buffers: of its own for TCP, of its listening socket for UDP.
     NginxBest,
 }
 
@@ -49,6 +50,11 @@ impl PeerKind {
     /// False where nothing but the kernel forwards.
     pub(crate) fn is_proxy(self) -> bool {
         !matches!(self, Self::Direct | Self::Nft)
+    }
+
+    /// False where it knows nothing of a protocol.
+    pub(crate) fn speaks(self, protocol: Protocol) -> bool {
+        protocol == Protocol::Tcp || !matches!(self, Self::Haproxy | Self::HaproxyBest)
     }
 
     /// The number of its virtual address.
@@ -86,6 +92,7 @@ impl fmt::Display for PeerKind {
 pub(crate) struct Peer {
     /// Who it is.
     pub(crate) kind: PeerKind,
+    protocol: Protocol,
     _process: Option<Process>,
     pids: Vec<u32>,
     v4: Vec<SocketAddr>,
@@ -111,22 +118,23 @@ pub(crate) enum Absence {
 
 impl Peer {
     /// Starts a peer on a virtual address and waits until it answers there.
-    pub(crate) fn start(kind: PeerKind, stage: &Stage, vip: u8) -> Result<Self, Absence> {
+    pub(crate) fn start(kind: PeerKind, protocol: Protocol, stage: &Stage, vip: u8) -> Result<Self, Absence> {
         if kind == PeerKind::Direct {
             let (v4, v6) = (stage.pods(PROXY_NODE, Family::V4), stage.pods(PROXY_NODE, Family::V6));
-            return Ok(Self { kind, _process: None, pids: Vec::new(), v4, v6 });
+            return Ok(Self { kind, protocol, _process: None, pids: Vec::new(), v4, v6 });
         }
-        let setting = Setting::new(kind, stage, vip).map_err(Absence::Failed)?;
+        let setting = Setting::new(kind, protocol, stage, vip).map_err(Absence::Failed)?;
         let (mut process, log) = setting.launch()?;
         let target = SocketAddr::new(setting.vip.v4, PORT);
         if kind == PeerKind::Nft {
             loaded(&mut process, &log)?;
         }
         let running = if kind == PeerKind::Nft { None } else { Some(&mut process) };
-        answers(stage.rig.client(), target, running, &log)?;
+        answers(stage.rig.client(), (protocol, target), running, &log)?;
         let process = kind.is_proxy().then_some(process);
         let pids = process.as_ref().map(Process::pids).unwrap_or_default();
-        Ok(Self { kind, _process: process, pids, v4: vec![target], v6: vec![SocketAddr::new(setting.vip.v6, PORT)] })
+        let (v4, v6) = (vec![target], vec![SocketAddr::new(setting.vip.v6, PORT)]);
+        Ok(Self { kind, protocol, _process: process, pids, v4, v6 })
     }
 
     /// The processes that do its work; none where the kernel does it.
@@ -151,7 +159,9 @@ impl Peer {
             PeerKind::KubeRelay => version(Path::new(KUBE_RELAY), "--version"),
             PeerKind::Haproxy => format!("{}; mode tcp, splice-auto", of("haproxy")),
             PeerKind::HaproxyBest => "splice-request, splice-response, tune.pipesize 1048576".into(),
+            PeerKind::Nginx if self.protocol == Protocol::Udp => format!("{}; stream, reuseport", of("nginx")),
             PeerKind::Nginx => format!("{}; stream", of("nginx")),
+            PeerKind::NginxBest if self.protocol == Protocol::Udp => "reuseport, rcvbuf 4m, sndbuf 4m".into(),
             PeerKind::NginxBest => "proxy_buffer_size 256k, reuseport".into(),
         }
     }
@@ -163,6 +173,7 @@ pub(crate) const KUBE_RELAY: &str = env!("CARGO_BIN_EXE_kube-relay");
 /// What a configuration is made of.
 struct Setting<'a> {
     kind: PeerKind,
+    protocol: Protocol,
     stage: &'a Stage,
     vip: DualAddress,
     /// A prefix for its files.
@@ -170,9 +181,9 @@ struct Setting<'a> {
 }
 
 impl<'a> Setting<'a> {
-    fn new(kind: PeerKind, stage: &'a Stage, vip_number: u8) -> io::Result<Self> {
+    fn new(kind: PeerKind, protocol: Protocol, stage: &'a Stage, vip_number: u8) -> io::Result<Self> {
         let vip = stage.rig.vip(kind.node(), vip_number)?;
-        Ok(Self { kind, stage, vip, files: stage.folder().join(format!("{kind}-{vip_number}")) })
+        Ok(Self { kind, protocol, stage, vip, files: stage.folder().join(format!("{kind}-{vip_number}")) })
     }
 
     /// Starts the program; its output goes to the file that is returned.
@@ -206,6 +217,10 @@ impl<'a> Setting<'a> {
         self.stage.rig.families()
     }
 
+    fn ports(&self) -> &'static [u16] {
+        if self.protocol == Protocol::Udp { &[PORT, TRAINS_PORT] } else { &[PORT] }
+    }
+
     fn listen(&self, family: Family) -> SocketAddr {
         SocketAddr::new(self.vip.of(family), PORT)
     }
@@ -214,9 +229,12 @@ impl<'a> Setting<'a> {
         let dnat = |family: Family| {
             let (ip, pods) = (if family == Family::V4 { "ip" } else { "ip6" }, self.pods(family));
             let map: Vec<_> = pods.iter().enumerate().map(|(i, pod)| format!("{i} : {}", pod.ip())).collect();
+            let ports: Vec<_> = self.ports().iter().map(u16::to_string).collect();
             format!(
-                "    {ip} daddr {} tcp dport {PORT} dnat {ip} to numgen inc mod {} map {{ {} }}",
+                "    {ip} daddr {} {} dport {{ {} }} dnat {ip} to numgen inc mod {} map {{ {} }}",
                 self.vip.of(family),
+                self.protocol.to_string().to_lowercase(),
+                ports.join(", "),
                 pods.len(),
                 map.join(", ")
             )
@@ -246,7 +264,12 @@ impl<'a> Setting<'a> {
 
     fn nginx(&self) -> String {
         let best = self.kind == PeerKind::NginxBest;
-        let (reuseport, buffer) = if best { (" reuseport", "    proxy_buffer_size 256k;\n") } else { ("", "") };
+        let (listening, proxying) = match (self.protocol, best) {
+            (Protocol::Udp, true) => (" udp reuseport rcvbuf=4m sndbuf=4m", "    proxy_timeout 60s;\n"),
+            (Protocol::Udp, false) => (" udp reuseport", "    proxy_timeout 60s;\n"),
+            (_, true) => (" reuseport", "    proxy_buffer_size 256k;\n"),
+            (_, false) => ("", ""),
+        };
         let mut text = format!(
             "{}user root;\ndaemon off;\nworker_processes {};\npid {};\nerror_log stderr crit;\nevents {{\n  \
              worker_connections {};\n}}\nstream {{\n",
@@ -255,15 +278,18 @@ impl<'a> Setting<'a> {
             self.files.with_extension("pid").display(),
             self.stage.fitting(20_000, 1),
         );
-        for &family in self.families() {
-            let _ = writeln!(text, "  upstream {family:?} {{");
-            for pod in self.pods(family) {
+        for (family, port) in
+            self.families().iter().flat_map(|family| self.ports().iter().map(move |port| (family, port)))
+        {
+            let _ = writeln!(text, "  upstream {family:?}_{port} {{");
+            for mut pod in self.pods(*family) {
+                pod.set_port(*port);
                 let _ = writeln!(text, "    server {pod};");
             }
-            let listen = self.listen(family);
+            let listen = SocketAddr::new(self.vip.of(*family), *port);
             let _ = write!(
                 text,
-                "  }}\n  server {{\n    listen {listen}{reuseport};\n    proxy_pass {family:?};\n{buffer}  }}\n"
+                "  }}\n  server {{\n    listen {listen}{listening};\n    proxy_pass {family:?}_{port};\n{proxying}  }}\n"
             );
         }
         text + "}\n"
@@ -271,8 +297,9 @@ impl<'a> Setting<'a> {
 
     fn manifest(&self) -> String {
         let ips: Vec<_> = self.families().iter().map(|&family| self.vip.of(family)).collect();
-        let mut items = vec![service("versus", &ips, &["TCP"])];
-        items.extend(self.families().iter().map(|&family| slice("versus", &self.pods(family), &["TCP"])));
+        let ports: Vec<_> = self.ports().iter().map(|&port| (self.protocol, port)).collect();
+        let mut items = vec![service("versus", &ips, &ports)];
+        items.extend(self.families().iter().map(|&family| slice("versus", &self.pods(family), &ports)));
         list(items)
     }
 }
@@ -281,21 +308,21 @@ impl<'a> Setting<'a> {
 pub(crate) const RELAY_FLAGS: [&str; 6] =
     ["--nodeport-addresses", "localhost", "--metrics-bind-address", "none", "--healthz-bind-address", "none"];
 
-/// A Service with one port number for each of the protocols.
-pub(crate) fn service(name: &str, ips: &[IpAddr], protocols: &[&str]) -> serde_json::Value {
+/// A Service with these ports.
+pub(crate) fn service(name: &str, ips: &[IpAddr], of: &[(Protocol, u16)]) -> serde_json::Value {
     let families: Vec<_> = ips.iter().map(|&ip| Family::of(ip)).collect();
     serde_json::json!({
         "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "default" },
         "spec": {
             "clusterIP": ips.first(), "clusterIPs": ips, "ipFamilies": families,
             "ipFamilyPolicy": if ips.len() > 1 { "PreferDualStack" } else { "SingleStack" },
-            "ports": ports(protocols),
+            "ports": ports(of),
         },
     })
 }
 
 /// The EndpointSlice of one family for it.
-pub(crate) fn slice(service: &str, backends: &[SocketAddr], protocols: &[&str]) -> serde_json::Value {
+pub(crate) fn slice(service: &str, backends: &[SocketAddr], of: &[(Protocol, u16)]) -> serde_json::Value {
     let family = backends.first().map_or(Family::V4, |backend| Family::of(backend.ip()));
     let endpoints: Vec<_> = backends.iter().map(|backend| serde_json::json!({ "addresses": [backend.ip()] })).collect();
     serde_json::json!({
@@ -304,14 +331,17 @@ pub(crate) fn slice(service: &str, backends: &[SocketAddr], protocols: &[&str]) 
             "name": format!("{service}-{}", family.to_string().to_lowercase()), "namespace": "default",
             "labels": { "kubernetes.io/service-name": service },
         },
-        "addressType": family, "endpoints": endpoints, "ports": ports(protocols),
+        "addressType": family, "endpoints": endpoints, "ports": ports(of),
     })
 }
 
-fn ports(protocols: &[&str]) -> Vec<serde_json::Value> {
-    let port =
-        |protocol: &&str| serde_json::json!({ "name": protocol.to_lowercase(), "port": PORT, "protocol": protocol });
-    protocols.iter().map(port).collect()
+fn ports(of: &[(Protocol, u16)]) -> Vec<serde_json::Value> {
+    let port = |&(protocol, port): &(Protocol, u16)| {
+        let protocol = protocol.to_string();
+        let name = format!("{}-{port}", protocol.to_lowercase());
+        serde_json::json!({ "name": name, "port": port, "protocol": protocol })
+    };
+    of.iter().map(port).collect()
 }
 
 /// One document with all of them.
@@ -354,12 +384,13 @@ fn loaded(process: &mut Process, log: &Path) -> Result<(), Absence> {
 /// Waits until a message is answered, as long as the program runs.
 fn answers(
     client: &Namespace,
-    target: SocketAddr,
+    (protocol, target): (Protocol, SocketAddr),
     mut process: Option<&mut Process>,
     log: &Path,
 ) -> Result<(), Absence> {
     let deadline = Instant::now() + PATIENCE;
     loop {
+        let exchange = if protocol == Protocol::Udp { exchange_datagrams } else { exchange };
         let Err(error) = client.run(|| exchange(target)) else { return Ok(()) };
         if let Some(process) = process.as_deref_mut()
             && let Some(status) = process.ended().map_err(Absence::Failed)?
@@ -378,6 +409,14 @@ fn exchange(target: SocketAddr) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
     stream.read_exact(&mut [0; MESSAGE_BYTES])
+}
+
+fn exchange_datagrams(target: SocketAddr) -> io::Result<()> {
+    let socket = connect_udp(target)?;
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+    socket.send(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
+    socket.recv(&mut [0; MESSAGE_BYTES]).map(drop)
 }
 
 /// The end of what a program has printed, on one line.

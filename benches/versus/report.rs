@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use crate::measure::Quartiles;
 use crate::peers::{Absence, PeerKind};
-use crate::rows::{Against, Metric, Row, Side, Target, Work, Workload};
+use crate::rows::{Against, Metric, Pattern, Row, Side, Target, Work, Workload};
 
 /// Fewer paired rounds give no verdict.
 const ROUNDS_FOR_A_VERDICT: usize = 11;
@@ -298,6 +298,23 @@ fn columns(work: Work) -> Vec<Column> {
         ],
         Work::Traffic(Workload::ShortConnections { .. }) => exchanges("conn/s", "CPU µs/conn", "all CPU µs/conn"),
         Work::Traffic(Workload::PingPong { .. }) => exchanges("req/s", "CPU µs/req", "all CPU µs/req"),
+        Work::Datagrams(load) => {
+            let lost = column(Metric::Lost, "lost %", "lost", 1e2, false);
+            let mut columns = match load.pattern {
+                Pattern::OneWay => exchanges("delivered/s", "CPU µs/datagram", "all CPU µs/datagram"),
+                Pattern::LossFree => exchanges("loss-free exchanges/s", "CPU µs/exchange", "all CPU µs/exchange"),
+                _ => exchanges("exchanges/s", "CPU µs/exchange", "all CPU µs/exchange"),
+            };
+            if load.pattern == Pattern::OneWay {
+                columns.truncate(3); // nothing comes back whose time could be taken
+            }
+            columns.push(lost);
+            columns
+        }
+        Work::Flows(_) => vec![
+            column(Metric::FlowMemory, "bytes/flow", "bytes", 1.0, true),
+            column(Metric::UserMemory, "user MB", "MB", 1e-6, false),
+        ],
         Work::Idle(_) => vec![
             column(Metric::ConnectionMemory, "KiB/connection", "KiB", 1.0 / 1024.0, true),
             column(Metric::UserMemory, "user MB", "MB", 1e-6, false),

@@ -1,6 +1,6 @@
 //! The rows of the table: what is done, what is measured, and what kube-relay is held to.
 //!
-//! How it is done is in `load` and `scale`, how it is judged and printed in `report`.
+//! How it is done is in `load`, `datagrams` and `scale`, how it is judged and printed in `report`.
 
 use kube_relay::name::Family;
 
@@ -28,6 +28,10 @@ pub(crate) enum Work {
     Idle(u32),
     /// So many Services configured.
     Services(u32),
+    /// Datagrams for a while.
+    Datagrams(Datagrams),
+    /// So many UDP flows, or as many as the machine's limits allow.
+    Flows(u32),
 }
 
 /// Load of one kind.
@@ -41,6 +45,32 @@ pub(crate) enum Workload {
     PingPong { connections: usize },
 }
 
+/// Load of datagrams of one size over some flows, each of which is a client's socket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Datagrams {
+    /// Payload of each.
+    pub(crate) bytes: usize,
+    /// How many flows.
+    pub(crate) flows: usize,
+    /// When they are sent.
+    pub(crate) pattern: Pattern,
+}
+
+/// When datagrams are sent, and what becomes of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pattern {
+    /// What comes back is sent again, with so many outstanding over all flows.
+    Window(usize),
+    /// The same between ends which join datagrams themselves (UDP_SEGMENT, UDP_GRO), as QUIC does.
+    Trains(usize),
+    /// So many a second, one by one; each comes back.
+    Paced(u32),
+    /// The highest rate at which nearly all come back, searched for.
+    LossFree,
+    /// As many as the sender can; none comes back.
+    OneWay,
+}
+
 /// Seen from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -49,7 +79,8 @@ pub(crate) enum Direction {
     Both,
 }
 
-/// What is measured; the unit of work is a GB (10^9 bytes), a connection or a request, as the row has it.
+/// What is measured; the unit of work is a GB (10^9 bytes), a connection, a request, an exchange of datagrams or a
+/// delivered datagram, as the row has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Metric {
     /// Units per second.
@@ -62,8 +93,12 @@ pub(crate) enum Metric {
     LatencyMedian,
     /// 99th percentile of it.
     LatencyP99,
+    /// Datagrams that did not arrive, of all that were sent (0..=1).
+    Lost,
     /// Private memory per connection, in bytes.
     ConnectionMemory,
+    /// Private memory per UDP flow, in bytes.
+    FlowMemory,
     /// From exec until every port answers, in seconds.
     StartUp,
     /// Run time per second with nothing to do, in seconds.
@@ -76,13 +111,15 @@ pub(crate) enum Metric {
 
 impl Metric {
     /// All of them, in the order of the JSON lines.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Rate,
         Self::ProxyCpu,
         Self::AllCpu,
         Self::LatencyMedian,
         Self::LatencyP99,
+        Self::Lost,
         Self::ConnectionMemory,
+        Self::FlowMemory,
         Self::StartUp,
         Self::IdleCpu,
         Self::UserMemory,
@@ -97,7 +134,9 @@ impl Metric {
             Self::AllCpu => "all_cpu_per_unit_seconds",
             Self::LatencyMedian => "latency_p50_seconds",
             Self::LatencyP99 => "latency_p99_seconds",
+            Self::Lost => "lost_share",
             Self::ConnectionMemory => "memory_per_connection_bytes",
+            Self::FlowMemory => "memory_per_flow_bytes",
             Self::StartUp => "start_up_seconds",
             Self::IdleCpu => "idle_cpu_per_second_seconds",
             Self::UserMemory => "user_memory_bytes",
@@ -143,6 +182,8 @@ const NGINX: &[PeerKind] = &[PeerKind::Nginx];
 const NFT: &[PeerKind] = &[PeerKind::Nft];
 /// As shipped: what forces splice for bulk costs 20–30 % here.
 const HAPROXY_OR_NGINX: &[PeerKind] = &[PeerKind::Haproxy, PeerKind::Nginx];
+/// Larger socket buffers help it in some rows and not in others.
+const ANY_NGINX: &[PeerKind] = &[PeerKind::Nginx, PeerKind::NginxBest];
 
 /// The rows for TCP.
 pub(crate) fn tcp() -> Vec<Row> {
@@ -158,6 +199,76 @@ pub(crate) fn tcp() -> Vec<Row> {
     rows.push(idle());
     rows.extend([1, 100, 1_000, 10_000].map(services));
     rows
+}
+
+/// The rows for UDP.
+pub(crate) fn udp() -> Vec<Row> {
+    let mut rows: Vec<Row> = [64, 1200]
+        .into_iter()
+        .flat_map(|bytes| [1, 64, 1000].map(|flows| window(bytes, flows, WINDOW.max(flows))))
+        .collect();
+    rows.push(window(64, 64, 64));
+    rows.push(trains());
+    rows.push(paced());
+    for (bytes, flows, outstanding) in [(64, 64, WINDOW), (1200, 64, WINDOW), (64, 64, 64)] {
+        let v4 = window(bytes, flows, outstanding);
+        rows.push(Row { id: format!("{}-v6", v4.id), family: Family::V6, targets: Vec::new(), ..v4 });
+    }
+    rows.extend([64, 1200].map(loss_free));
+    rows.push(flood());
+    rows.push(flows());
+    rows
+}
+
+/// Datagrams outstanding over all flows, where there are not more flows.
+const WINDOW: usize = 256;
+
+fn window(bytes: usize, flows: usize, outstanding: usize) -> Row {
+    let [rate, cpu] = [Metric::Rate, Metric::ProxyCpu];
+    let targets = match (bytes, flows, outstanding) {
+        (64, 1, _) => vec![at_least(rate, ANY_NGINX, 1.6), at_most(cpu, ANY_NGINX, 0.35)],
+        (64, 64, 64) => vec![at_least(rate, ANY_NGINX, 1.15), at_most(cpu, ANY_NGINX, 0.80).goal(0.65)],
+        (64, 64, _) => vec![at_least(rate, ANY_NGINX, 1.3), at_most(cpu, ANY_NGINX, 0.55)],
+        (64, 1000, _) => {
+            vec![at_least(rate, ANY_NGINX, 1.1), at_most(cpu, ANY_NGINX, 0.80).goal(0.65), absolute(Metric::Lost, 0.0)]
+        }
+        _ => Vec::new(),
+    };
+    let id = if flows == outstanding && flows < WINDOW { "one-each" } else { "window" };
+    datagrams(&format!("{id}-{bytes}-{flows}"), bytes, flows, Pattern::Window(outstanding), targets)
+}
+
+fn trains() -> Row {
+    let targets = vec![at_least(Metric::Rate, ANY_NGINX, 10.0), at_most(Metric::ProxyCpu, ANY_NGINX, 0.10)];
+    datagrams("trains-1200-16", 1200, 16, Pattern::Trains(512), targets)
+}
+
+fn paced() -> Row {
+    let targets = vec![at_most(Metric::ProxyCpu, ANY_NGINX, 1.00).goal(0.85), absolute(Metric::Lost, 0.0)];
+    datagrams("paced-64-16", 64, 16, Pattern::Paced(20_000), targets)
+}
+
+fn loss_free(bytes: usize) -> Row {
+    let targets = vec![at_least(Metric::Rate, ANY_NGINX, 1.8), at_least(Metric::Rate, NFT, 0.80)];
+    datagrams(&format!("lossfree-{bytes}-16"), bytes, 16, Pattern::LossFree, targets)
+}
+
+fn flood() -> Row {
+    let targets = vec![
+        at_least(Metric::Rate, ANY_NGINX, 2.0),
+        at_least(Metric::Rate, NFT, 1.0),
+        at_most(Metric::ProxyCpu, ANY_NGINX, 0.40),
+    ];
+    datagrams("flood-64-16", 64, 16, Pattern::OneWay, targets)
+}
+
+fn flows() -> Row {
+    let targets = vec![absolute(Metric::FlowMemory, 1024.0)];
+    Row { id: "flows-16000".into(), work: Work::Flows(16_000), family: Family::V4, targets }
+}
+
+fn datagrams(id: &str, bytes: usize, flows: usize, pattern: Pattern, targets: Vec<Target>) -> Row {
+    Row { id: id.into(), work: Work::Datagrams(Datagrams { bytes, flows, pattern }), family: Family::V4, targets }
 }
 
 fn bulk(direction: Direction, streams: usize) -> Row {

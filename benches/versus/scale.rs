@@ -1,15 +1,15 @@
-//! Rows about much of something: idle connections, and configured Services.
+//! Rows about much of something: idle connections, UDP flows, and configured Services.
 //!
 //! Each starts a process of its own, so that nothing that ran before is in its memory.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kube_relay::name::Family;
+use kube_relay::name::{Family, Protocol};
 
 use crate::load::{Span, open};
 use crate::measure::{Memory, Reading};
@@ -29,7 +29,7 @@ const IDLE_WINDOWS: u32 = 2;
 /// Private memory for each connection that has exchanged one message and does nothing now.
 pub(crate) fn idle(wanted: u32, kind: PeerKind, stage: &Stage) -> io::Result<Outcome> {
     let count = stage.fitting(wanted + STILL_CLOSING, DESCRIPTORS_PER_CONNECTION) - STILL_CLOSING;
-    let peer = Peer::start(kind, stage, kind.second_vip()).map_err(io::Error::other)?;
+    let peer = Peer::start(kind, Protocol::Tcp, stage, kind.second_vip()).map_err(io::Error::other)?;
     let before = Memory::of(peer.pids());
     let mut streams = open(stage.rig.client(), peer.targets(Family::V4), count as usize)?;
     streams.iter_mut().try_for_each(exchange)?;
@@ -39,6 +39,37 @@ pub(crate) fn idle(wanted: u32, kind: PeerKind, stage: &Stage) -> io::Result<Out
     outcome.set(Metric::ConnectionMemory, Some(grown_bytes as f64 / f64::from(count)));
     outcome.set(Metric::UserMemory, Some(after.private_bytes as f64));
     Ok(outcome)
+}
+
+/// Private memory for each flow that has had one exchange, with as many flows as the peer takes.
+pub(crate) fn flows(wanted: u32, kind: PeerKind, stage: &Stage) -> io::Result<Outcome> {
+    let peer = Peer::start(kind, Protocol::Udp, stage, kind.second_vip()).map_err(io::Error::other)?;
+    let target = *peer.targets(Family::V4).first().ok_or_else(|| io::Error::other("no target"))?;
+    let (before, descriptors) = (Memory::of(peer.pids()), descriptors(peer.pids()));
+    let flows = 0..stage.fitting(wanted, 1);
+    stage.rig.client().run(|| flows.map(|_| stage.next_source()).try_for_each(|source| begin_flow(source, target)))?;
+    let (after, flows) = (Memory::of(peer.pids()), self::descriptors(peer.pids()).saturating_sub(descriptors));
+    let grown_bytes = after.private_bytes.saturating_sub(before.private_bytes);
+    let mut outcome = Outcome::at_scale(flows, false);
+    outcome.set(Metric::FlowMemory, (flows > 0).then(|| grown_bytes as f64 / f64::from(flows)));
+    outcome.set(Metric::UserMemory, Some(after.private_bytes as f64));
+    Ok(outcome)
+}
+
+/// One exchange of a client that goes away: the proxy does not know. A flow that is not answered is one, too.
+fn begin_flow(source: Ipv4Addr, target: SocketAddr) -> io::Result<()> {
+    let client = UdpSocket::bind((source, 0))?;
+    client.connect(target)?;
+    client.set_read_timeout(Some(Duration::from_millis(200)))?;
+    client.send(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
+    let _ = client.recv(&mut [0; MESSAGE_BYTES]);
+    Ok(())
+}
+
+/// Open descriptors of some processes: each flow has one.
+fn descriptors(pids: &[u32]) -> u32 {
+    let open = |pid: &u32| fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
+    pids.iter().map(open).sum::<usize>() as u32
 }
 
 fn exchange(stream: &mut TcpStream) -> io::Result<()> {
@@ -91,10 +122,10 @@ pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Out
 
 /// Services with a TCP and a UDP port, each on a loopback address of its own.
 fn manifest(count: u32, backends: &[SocketAddr]) -> String {
-    const PROTOCOLS: [&str; 2] = ["TCP", "UDP"];
+    const PORTS: [(Protocol, u16); 2] = [(Protocol::Tcp, PORT), (Protocol::Udp, PORT)];
     let objects = (0..count).flat_map(|number| {
         let name = format!("s{number:05}");
-        [service(&name, &[cluster_ip(number).into()], &PROTOCOLS), slice(&name, backends, &PROTOCOLS)]
+        [service(&name, &[cluster_ip(number).into()], &PORTS), slice(&name, backends, &PORTS)]
     });
     list(objects.collect())
 }

@@ -4,16 +4,18 @@
 //! otherwise burden everybody else's packets.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kube_relay::name::Family;
 use rustix::process::{Resource, Rlimit};
 use tempfile::TempDir;
 
+use crate::echo::Echo;
 use crate::measure::cpus;
 use crate::peers::Peer;
 use crate::rig::{Namespace, Rig, Shape};
@@ -25,8 +27,14 @@ pub(crate) const PROXY_NODE: usize = 0;
 pub(crate) const DNAT_NODE: usize = 1;
 /// Every listener and backend has it.
 pub(crate) const PORT: u16 = 7000;
+/// UDP backends whose ends join datagrams have it.
+pub(crate) const TRAINS_PORT: u16 = 7001;
 /// A proxied connection has two, and HAProxy reckons with half a pipe beside them.
 pub(crate) const DESCRIPTORS_PER_CONNECTION: u64 = 3;
+/// Addresses that the client has beside its own.
+const SOURCES: u32 = 1 << 16;
+/// Nothing for so long means that nothing will come.
+const QUIET: Duration = Duration::from_millis(5);
 /// Descriptors for everything that is not a connection.
 const SPARE_DESCRIPTORS: u64 = 300;
 
@@ -35,10 +43,14 @@ const SPARE_DESCRIPTORS: u64 = 300;
 pub(crate) struct Stage {
     // In this order they are dropped: backends before the namespaces that they are in.
     _backends: Vec<Backend>,
+    _echoes: Vec<Echo>,
+    swallowed: Arc<AtomicU64>,
     /// What the backends' bulk threads have done.
     pub(crate) bulk: Arc<Bulk>,
     /// The network.
     pub(crate) rig: Rig,
+    first_source: Ipv4Addr,
+    sources_taken: AtomicU32,
     folder: TempDir,
     descriptors: u64,
     congestion_control: &'static str,
@@ -56,9 +68,22 @@ impl Stage {
         }
         let congestion_control = if isolated { unpaced(&rig)? } else { "the host's congestion control" };
         let bulk = Arc::new(Bulk::default());
-        let pods = [PROXY_NODE, DNAT_NODE].into_iter().flat_map(|node| rig.pods(node));
-        let backends = pods.map(|pod| backend(pod, &rig, &bulk)).collect::<io::Result<_>>()?;
-        Ok(Self { _backends: backends, bulk, rig, folder: TempDir::new()?, descriptors, congestion_control })
+        let pods = || [PROXY_NODE, DNAT_NODE].into_iter().flat_map(|node| rig.pods(node));
+        let backends = pods().map(|pod| backend(pod, &rig, &bulk)).collect::<io::Result<_>>()?;
+        let swallowed = Arc::default();
+        let echoes = pods().map(|pod| Echo::start(pod, rig.families(), &swallowed)).collect::<io::Result<_>>()?;
+        Ok(Self {
+            _backends: backends,
+            _echoes: echoes,
+            swallowed,
+            bulk,
+            first_source: rig.many_sources()?,
+            sources_taken: AtomicU32::new(0),
+            rig,
+            folder: TempDir::new()?,
+            descriptors,
+            congestion_control,
+        })
     }
 
     /// Where the pods of a node answer.
@@ -80,6 +105,27 @@ impl Stage {
     /// Waits until no stream of the row before is alive.
     pub(crate) fn settle(&self) -> io::Result<()> {
         wait_until(Duration::from_secs(5), || Ok(self.bulk.threads() == 0))
+    }
+
+    /// An address of the client that nobody has used for long: proxies bound the flows of one address.
+    pub(crate) fn next_source(&self) -> Ipv4Addr {
+        let number = self.sources_taken.fetch_add(1, Ordering::Relaxed) % SOURCES;
+        Ipv4Addr::from_bits(self.first_source.to_bits() + number)
+    }
+
+    /// Datagrams that asked for no answer and have reached a backend.
+    pub(crate) fn swallowed(&self) -> u64 {
+        self.swallowed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until no datagram of the row before is under way to a backend.
+    pub(crate) fn drained(&self) -> io::Result<()> {
+        let mut before = None;
+        wait_until(Duration::from_secs(5), || {
+            std::thread::sleep(QUIET);
+            let now = Some(self.swallowed());
+            Ok(std::mem::replace(&mut before, now) == now)
+        })
     }
 
     /// The lines above the table: date, machine, limits, versions.

@@ -146,6 +146,16 @@ impl Rig {
         Ok(vip)
     }
 
+    /// Makes 65,536 IPv4 addresses local to the client, and says which is the first.
+    pub(crate) fn many_sources(&self) -> io::Result<Ipv4Addr> {
+        if self.on_loopback {
+            return Ok(Ipv4Addr::new(127, 83, 0, 0));
+        }
+        let first = Ipv4Addr::new(10, 83, 0, 0);
+        links::address(&self.client, "lo", first.into(), 16)?; // on loopback the whole prefix is local
+        Ok(first)
+    }
+
     /// How many network devices a part has.
     pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
         links::devices(namespace)
