@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use crate::echo::{send, socket};
 use crate::load::Span;
-use crate::measure::{Cost, Reading, cpus, percentile};
+use crate::measure::{Cost, Reading, percentile};
 use crate::peers::Peer;
 use crate::report::Outcome;
 use crate::rows::{Datagrams, Metric, Pattern};
@@ -92,30 +92,17 @@ impl Progress {
 }
 
 impl Run<'_> {
+    /// One thread plays all clients: it has less to wake than several, and is not the limit.
     fn closed_loop(&self, outstanding: usize) -> io::Result<Outcome> {
         let progress = Progress::default();
-        let threads = cpus().min(self.load.flows);
         let each = (outstanding / self.load.flows).max(1);
+        let flows = self.stage.rig.client().run(|| self.flows())?;
         thread::scope(|scope| {
-            let players: Vec<_> = (0..threads)
-                .map(|thread| {
-                    let progress = &progress;
-                    scope.spawn(move || {
-                        self.stage.rig.client().enter()?;
-                        let flows = self.flows((thread..self.load.flows).step_by(threads))?;
-                        Player::new(flows, each).play(progress)
-                    })
-                })
-                .collect();
+            let player = scope.spawn(|| Player::new(flows, each).play(&progress));
             let observed = self.observe(&progress, || progress.moved());
-            let mut scores = Vec::new();
-            for player in players {
-                scores.push(player.join().expect("players do not panic")?);
-            }
+            let score = player.join().expect("players do not panic")?;
             let (moved, cost) = observed?;
-            let lost = scores.iter().map(|score| score.lost).sum();
-            let latencies = scores.into_iter().flat_map(|score| score.latencies).collect();
-            Ok(self.outcome(moved, lost, cost.elapsed, &cost, latencies))
+            Ok(self.outcome(moved, score.lost, cost.elapsed, &cost, score.latencies))
         })
     }
 
@@ -173,7 +160,7 @@ impl Run<'_> {
 
     fn flood(&self) -> io::Result<Outcome> {
         let progress = Progress::default();
-        let flows = self.stage.rig.client().run(|| self.flows(0..self.load.flows))?;
+        let flows = self.stage.rig.client().run(|| self.flows())?;
         thread::scope(|scope| {
             scope.spawn(|| pour(&flows, &progress));
             let sent_before = AtomicU64::new(0);
@@ -208,13 +195,13 @@ impl Run<'_> {
     fn alone(&self, work: impl FnOnce(&mut Pacer) -> io::Result<Outcome> + Send) -> io::Result<Outcome> {
         self.stage.rig.client().run(|| {
             let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1)); // waits are short
-            work(&mut Pacer { flows: self.flows(0..self.load.flows)?, probe: 0 })
+            work(&mut Pacer { flows: self.flows()?, probe: 0 })
         })
     }
 
     /// Flows of the calling thread, which is inside the client.
-    fn flows(&self, numbers: impl Iterator<Item = usize>) -> io::Result<Flows> {
-        let targets = numbers.map(|number| self.targets[number % self.targets.len()]);
+    fn flows(&self) -> io::Result<Flows> {
+        let targets = self.targets.iter().copied().cycle().take(self.load.flows);
         let sockets = targets.map(|target| connect(self.source, target)).collect::<io::Result<_>>()?;
         Flows::new(sockets, self.load.bytes, matches!(self.load.pattern, Pattern::Trains(_)))
     }
@@ -259,11 +246,13 @@ fn read_numbers(datagram: &[u8]) -> Option<(usize, u32)> {
     Some((number(4)? as usize, number(8)?))
 }
 
-/// Some clients of one thread.
+/// The clients.
 struct Flows {
     sockets: Vec<UdpSocket>,
     epoll: OwnedFd,
     batch: Batch,
+    /// Slots that a receive fills at most: each that is asked for costs a little.
+    most: usize,
     bytes: usize,
 }
 
@@ -276,7 +265,13 @@ impl Flows {
                 receive_trains(socket)?;
             }
         }
-        Ok(Self { sockets, epoll, batch: if joins { Batch::default() } else { Batch::without_joining() }, bytes })
+        Ok(Self {
+            sockets,
+            epoll,
+            batch: if joins { Batch::default() } else { Batch::without_joining() },
+            most: BATCH,
+            bytes,
+        })
     }
 
     /// Takes what has come back, waiting for it up to a time: a batch from each flow that has something.
@@ -292,7 +287,7 @@ impl Flows {
         };
         for event in events {
             let socket = &self.sockets[event.data.u64() as usize];
-            let Ok(received) = self.batch.receive(socket.as_fd(), BATCH) else { continue };
+            let Ok(received) = self.batch.receive(socket.as_fd(), self.most) else { continue };
             let (mut kept, mut count) = ([0; BATCH], 0);
             for slot in 0..received {
                 let datagrams = self.batch.payload(slot).chunks(self.bytes);
@@ -343,7 +338,8 @@ struct Score {
 }
 
 impl Player {
-    fn new(flows: Flows, each: usize) -> Self {
+    fn new(mut flows: Flows, each: usize) -> Self {
+        flows.most = each.min(BATCH);
         let since = Instant::now() - STALL; // none is sent yet: all of them look lost
         let number = |number: usize| Outstanding { flow: number / each, generation: 0, since };
         let outstanding = (0..flows.sockets.len() * each).map(number).collect();
