@@ -123,7 +123,7 @@ impl Listeners {
         }
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.forget(port));
-        self.finish();
+        self.finish().await;
     }
 
     /// Why a listener that should run does not: the error of the last try.
@@ -152,12 +152,12 @@ impl Listeners {
             consume_budget().await;
             self.bind(key, wanted, Some(waited), now);
         }
-        self.finish();
+        self.finish().await;
     }
 
-    /// What ends each batch of changes.
-    fn finish(&mut self) {
-        self.udp.flush();
+    /// What ends each batch of changes. What is told of it afterwards is so: the next datagram goes by the new tables.
+    async fn finish(&mut self) {
+        self.udp.settle().await;
         self.mark_own_backends();
     }
 

@@ -43,6 +43,8 @@ pub(super) enum Command {
     Sweep(ListenKey),
     /// The listener's flows live as long as this from now on.
     SetIdle(ListenKey, IdleTimes),
+    /// Tell that all earlier commands are carried out.
+    Tell(oneshot::Sender<()>),
     /// A listener of this process, of any shard, is open: its address is no client.
     Opened(SocketAddr),
     /// A listener of this process, of any shard, is closed.
@@ -388,6 +390,7 @@ impl Shard {
                 }
                 Ok(Command::Sweep(key)) => self.sweep(&key),
                 Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
+                Ok(Command::Tell(settled)) => drop(settled.send(())), // nobody may wait for it
                 Ok(Command::Opened(address)) => self.table.add_own_address(address),
                 Ok(Command::Closed(address)) => self.table.remove_own_address(address),
                 #[cfg(test)]

@@ -107,6 +107,8 @@ struct Handle {
     wake: Arc<OwnedFd>,
     /// True where commands were queued since the shard was woken last.
     queued: AtomicBool,
+    /// True where commands were queued since [`UdpShards::settle`].
+    unsettled: AtomicBool,
     /// Resolves when the shard's thread has closed its sockets.
     ended: oneshot::Receiver<()>,
 }
@@ -153,6 +155,17 @@ impl UdpShards {
     /// Has the shards carry out all that they were told.
     pub fn flush(&self) {
         self.shards.iter().for_each(Handle::flush);
+    }
+
+    /// Has the shards carry out all that they were told, and resolves when they have: datagrams that come later are
+    /// treated by the tables and listeners of now. Does not wait where nothing was told since the last time.
+    pub fn settle(&self) -> impl Future<Output = ()> + Send + use<> {
+        let settling: Vec<_> = self.shards.iter().filter_map(Handle::settle).collect();
+        async move {
+            for settled in settling {
+                let _ = settled.await; // a shard that has ended treats no datagram
+            }
+        }
     }
 
     /// Closes a listener, its flows and its sockets. Done whether or not the future is awaited; when it resolves,
@@ -224,13 +237,20 @@ impl Handle {
             shard.run();
             drop(end);
         })?;
-        Ok(Self { commands: Some(commands), wake, queued: AtomicBool::new(false), ended })
+        Ok(Self {
+            commands: Some(commands),
+            wake,
+            queued: AtomicBool::new(false),
+            unsettled: AtomicBool::new(false),
+            ended,
+        })
     }
 
     fn queue(&self, command: Command) {
         if let Some(commands) = &self.commands {
             let _ = commands.send(command); // fails only where the shard has ended
-            self.queued.store(true, Ordering::Relaxed); // `control` alone reads and writes it
+            self.queued.store(true, Ordering::Relaxed); // `control` alone reads and writes these
+            self.unsettled.store(true, Ordering::Relaxed);
         }
     }
 
@@ -238,6 +258,17 @@ impl Handle {
         if self.queued.swap(false, Ordering::Relaxed) {
             self.wake();
         }
+    }
+
+    fn settle(&self) -> Option<oneshot::Receiver<()>> {
+        if !self.unsettled.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (settled, is_settled) = oneshot::channel();
+        self.queue(Command::Tell(settled));
+        self.unsettled.store(false, Ordering::Relaxed);
+        self.flush();
+        Some(is_settled)
     }
 
     fn end(&mut self) {
@@ -332,13 +363,7 @@ pub(super) mod tests {
 
         /// Waits until all commands so far are carried out.
         fn obeyed(&self) {
-            for shard in &self.shards.shards {
-                let (done, is_done) = oneshot::channel();
-                let nobody = ListenKey::new(self.key.address.ip(), 1, Protocol::Udp);
-                shard.queue(Command::Remove(nobody, done));
-                shard.flush();
-                wait(is_done).expect("the shard runs");
-            }
+            wait(self.shards.settle());
         }
 
         fn client(&self) -> UdpSocket {
