@@ -86,11 +86,13 @@ struct Listener {
     overflow: u32,
 }
 
-/// A slot of the batch. Sorted, those of one listener are together, in them those of one flow, in the order of their
-/// arrival.
+/// A slot of the batch. Sorted, those of one listener are together, in them those for one backend, in them those of one
+/// flow, in the order of their arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Outgoing {
     listener: ListenerId,
+    /// The backend's id; 0 for answers. A pod of this node wakes once for what comes to it without a pause.
+    backend: u32,
     flow: FlowId,
     slot: u8,
 }
@@ -185,7 +187,10 @@ impl Shard {
         for slot in 0..received {
             let datagrams = self.batch.datagrams(slot) as u64;
             let flow = self.batch.peer(slot).and_then(|client| self.admit(&visit, client, datagrams));
-            self.order.extend(flow.map(|flow| Outgoing { listener: visit.listener, flow, slot: slot as u8 }));
+            self.order.extend(flow.map(|flow| {
+                let backend = self.table.choice(flow).map_or(0, |choice| choice.backend.id);
+                Outgoing { listener: visit.listener, backend, flow, slot: slot as u8 }
+            }));
         }
         let mut order = mem::take(&mut self.order);
         order.sort_unstable();
@@ -326,7 +331,7 @@ impl Shard {
         let Some((listener, client)) = self.table.on_reply(flow, now) else { return };
         for slot in self.batch.count() - received..self.batch.count() {
             self.batch.set_peer(slot, client);
-            self.order.push(Outgoing { listener, flow, slot: slot as u8 });
+            self.order.push(Outgoing { listener, backend: 0, flow, slot: slot as u8 });
         }
     }
 
