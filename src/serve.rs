@@ -5,6 +5,7 @@
 
 pub mod affinity;
 pub mod balancer;
+mod bound;
 pub mod connect;
 mod direction;
 mod failures;
@@ -15,6 +16,7 @@ pub mod listeners;
 pub mod mmsg;
 mod outbound;
 mod pipe;
+mod ports;
 mod reactor;
 mod relay;
 #[cfg(test)]

@@ -1,0 +1,164 @@
+//! The ServicePorts that run: each with its balancers, its backends and the keys of its listeners.
+//!
+//! What a table holds is decided in `plan`; where listeners lead is set in `listeners`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tracing::warn;
+
+use crate::endpoints::UsableEndpoint;
+use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
+use crate::plan::Backends;
+use crate::serve::balancer::{Backend, Balancer, PortState, Table};
+use crate::stats::DropReason;
+
+/// All ServicePorts that have a balancer. Owned by `Listeners`, by value.
+#[derive(Debug, Default)]
+pub(super) struct Ports(BTreeMap<ServicePortName, Port>);
+
+/// A ServicePort's state, its balancers, its backends and its listeners. There are tens of thousands, most with one of
+/// each: hence plain lists without room to spare.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) state: Arc<PortState>,
+    /// One for each family and scope that is asked for.
+    balancers: Vec<Arc<Balancer>>,
+    /// By address.
+    backends: Vec<Arc<Backend>>,
+    pub(super) listeners: Vec<ListenKey>,
+    next_backend: u32,
+}
+
+impl Ports {
+    pub(super) fn get(&self, name: &ServicePortName) -> Option<&Port> {
+        self.0.get(name)
+    }
+
+    /// Stores a balancer's table; makes the balancer where it is new.
+    pub(super) fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
+        let port = self.0.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
+        port.state.affinity.set_timeout(wanted.affinity_timeout);
+        let table = port.table(wanted);
+        match port.balancer(key.family, key.scope) {
+            Some(balancer) => balancer.swap(table),
+            None => {
+                let balancer = Balancer::new(key, Arc::clone(&port.state), table);
+                push(&mut port.balancers, Arc::new(balancer));
+            }
+        }
+    }
+
+    /// No listener needs this balancer any more.
+    pub(super) fn retire(&mut self, key: &BalancerKey) {
+        if let Some(port) = self.0.get_mut(&key.port) {
+            port.balancers.retain(|balancer| balancer.key != *key);
+        }
+    }
+
+    /// Drops the backends that no table of the ServicePort names any more (connections keep theirs alive), and the
+    /// ServicePort without balancers.
+    pub(super) fn forget(&mut self, name: &ServicePortName) {
+        let Some(port) = self.0.get_mut(name) else { return };
+        if port.balancers.is_empty() {
+            self.0.remove(name);
+            return;
+        }
+        let tables: Vec<_> = port.balancers.iter().map(|balancer| balancer.table()).collect();
+        port.backends.retain(|backend| tables.iter().any(|table| table.serves(backend)));
+        port.backends.shrink_to_fit();
+    }
+
+    /// The listener leads to this ServicePort from now on.
+    pub(super) fn own(&mut self, name: &ServicePortName, key: ListenKey) {
+        if let Some(port) = self.0.get_mut(name) {
+            push(&mut port.listeners, key);
+        }
+    }
+
+    /// The listener leads there no more.
+    pub(super) fn disown(&mut self, name: &ServicePortName, key: &ListenKey) {
+        if let Some(port) = self.0.get_mut(name) {
+            port.listeners.retain(|own| own != key);
+        }
+    }
+
+    /// No listener leads anywhere any more.
+    pub(super) fn disown_all(&mut self) {
+        self.0.values_mut().for_each(|port| port.listeners.clear());
+    }
+
+    /// Marks the backends that are listeners of this process, and those that are no more, among those whose keys have
+    /// `turned`: one walk over all backends, as nobody keeps an index for what should never be.
+    pub(super) fn mark_own_backends(&self, turned: &BTreeSet<ListenKey>, is_listener: impl Fn(&ListenKey) -> bool) {
+        for (name, port) in &self.0 {
+            for backend in &port.backends {
+                let address = backend.address;
+                let key = ListenKey { address, protocol: name.protocol };
+                if !turned.contains(&key) {
+                    continue;
+                }
+                let own = is_listener(&key);
+                if own && !backend.is_own() {
+                    warn!(service = %name, backend = %address, reason = %DropReason::Loop, "backend is a listener of this relay: not used");
+                }
+                backend.set_own(own);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl Port {
+    fn new(name: ServicePortName) -> Self {
+        Self {
+            state: Arc::new(PortState::new(name)),
+            balancers: Vec::new(),
+            backends: Vec::new(),
+            listeners: Vec::new(),
+            next_backend: 0,
+        }
+    }
+
+    pub(super) fn balancer(&self, family: Family, scope: Scope) -> Option<&Arc<Balancer>> {
+        self.balancers.iter().find(|balancer| (balancer.key.family, balancer.key.scope) == (family, scope))
+    }
+
+    pub(super) fn known_backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {
+        self.backends.get(self.place_of(address).ok()?)
+    }
+
+    fn place_of(&self, address: SocketAddr) -> Result<usize, usize> {
+        self.backends.binary_search_by_key(&address, |backend| backend.address)
+    }
+
+    /// A table of the planned endpoints: a backend that is known keeps its counters and its id.
+    fn table(&mut self, wanted: &Backends) -> Table {
+        let picks = wanted.usable.picks.iter().map(|endpoint| self.backend(endpoint)).collect();
+        let serving: Vec<_> = wanted.usable.serving.iter().map(|endpoint| self.backend(endpoint)).collect();
+        Table::new(picks, &serving)
+    }
+
+    fn backend(&mut self, endpoint: &UsableEndpoint) -> Arc<Backend> {
+        let place = match self.place_of(endpoint.address) {
+            Ok(place) => place,
+            Err(place) => {
+                self.next_backend = self.next_backend.wrapping_add(1);
+                self.backends.insert(place, Arc::new(Backend::new(self.next_backend, endpoint.address)));
+                place
+            }
+        };
+        Arc::clone(&self.backends[place])
+    }
+}
+
+/// Adds to a list that will hardly grow again: `Vec::push` alone would make room for four.
+fn push<T>(list: &mut Vec<T>, item: T) {
+    list.reserve_exact(1);
+    list.push(item);
+}
