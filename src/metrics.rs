@@ -91,6 +91,7 @@ metrics! {
     ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
+    FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
     OpenFds = Gauge "process_open_fds" [] "Open file descriptors.";
     MaxFds = Gauge "process_max_fds" [] "Limit of open file descriptors.";
@@ -118,6 +119,7 @@ pub fn render(status: &Status, ready: bool) -> String {
         page.service(service);
     }
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
+    page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
     page.process(&collector::collect());
     page.text()
 }

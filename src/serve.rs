@@ -3,6 +3,7 @@
 //! No lock, no look-up by name, no allocation per datagram, no await while choosing. What should run
 //! is decided in `plan`; [`Listeners`] carries the steps out and is owned by `control`.
 
+mod address_set;
 pub mod affinity;
 pub mod balancer;
 mod bound;
@@ -10,6 +11,7 @@ pub mod connect;
 mod direction;
 mod failures;
 mod fault;
+mod filter;
 pub mod flow;
 pub mod lasting;
 pub mod listeners;
@@ -43,6 +45,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::serve::balancer::{Balancer, PortState};
+use crate::stats::DropReason;
 
 pub use listeners::Listeners;
 
@@ -68,12 +71,39 @@ pub struct Target {
     pub inside: Verdict,
     /// What counts as inside; empty where the two sides are the same.
     pub inside_of: Arc<[IpNet]>,
+    /// Who may come at all, on either side; empty: everybody. Others get no answer.
+    pub source_ranges: Arc<[IpNet]>,
 }
 
 impl Target {
     /// The verdict for a source address.
+    ///
+    /// What the listener's filter lets through is judged once more: it may have been on its way when the target
+    /// changed, and not every kernel takes filters from everybody.
     pub fn judge(&self, client: IpAddr) -> &Verdict {
+        if !self.admits(client) {
+            return &Verdict::Drop;
+        }
         if self.inside_of.iter().any(|net| net.contains(&client)) { &self.inside } else { &self.outside }
+    }
+
+    /// The balancer for a source address, or why there is none.
+    pub fn balancer_for(&self, client: IpAddr) -> Result<&Arc<Balancer>, DropReason> {
+        match self.judge(client) {
+            Verdict::Serve(balancer) => Ok(balancer),
+            Verdict::Reject => Err(DropReason::NoEndpoints),
+            Verdict::Drop if self.admits(client) => Err(DropReason::NoLocalEndpoints),
+            Verdict::Drop => Err(DropReason::DeniedAddress),
+        }
+    }
+
+    /// What the listener's filter drops for, as far as one word can tell.
+    fn reason_of_silence(&self) -> DropReason {
+        if self.source_ranges.is_empty() { DropReason::NoLocalEndpoints } else { DropReason::DeniedAddress }
+    }
+
+    fn admits(&self, client: IpAddr) -> bool {
+        self.source_ranges.is_empty() || self.source_ranges.iter().any(|net| net.contains(&client))
     }
 }
 

@@ -229,13 +229,15 @@ pub struct ServiceStats {
 }
 
 /// What happened in this process as a whole.
-pub static PROCESS: ProcessStats = ProcessStats { splice_fallbacks: Counter::new() };
+pub static PROCESS: ProcessStats = ProcessStats { splice_fallbacks: Counter::new(), filter_fallbacks: Counter::new() };
 
 /// See [`PROCESS`].
 #[derive(Debug)]
 pub struct ProcessStats {
     /// Directions of bulky connections that were copied, as the kernel gave no pipe that is of use for splice(2).
     pub splice_fallbacks: Counter,
+    /// Filters of listeners that the kernel did not take, or that would be too long: sources are judged by the process.
+    pub filter_fallbacks: Counter,
 }
 
 /// What one backend carried. Lives as long as the backend, over all swaps of tables.

@@ -61,7 +61,7 @@ impl Listeners {
             closed: false,
             ports: Ports::default(),
             inside,
-            servers: Servers { tcp, udp },
+            servers: Servers::new(tcp, udp),
         }
     }
 
@@ -172,7 +172,7 @@ impl Listeners {
     fn sweep(&self, key: &BalancerKey) {
         let Some(port) = self.ports.get(&key.port) else { return };
         for listener in port.listeners.iter().filter(|listener| Family::of(listener.address.ip()) == key.family) {
-            if let Some(Running { bound: Bound::Udp(server), .. }) = self.listeners.get(listener) {
+            if let Some(Running { bound: Bound::Udp { server, .. }, .. }) = self.listeners.get(listener) {
                 self.servers.udp.sweep(*server);
             }
         }
@@ -244,7 +244,13 @@ impl Listeners {
         };
         let plan::Target { outside, inside } = &wanted.target;
         let inside_of = if outside == inside { Arc::from([]) } else { self.inside_of(key.address.ip()) };
-        Some(Target { port: Arc::clone(&port.state), outside: verdict(outside)?, inside: verdict(inside)?, inside_of })
+        Some(Target {
+            port: Arc::clone(&port.state),
+            outside: verdict(outside)?,
+            inside: verdict(inside)?,
+            inside_of,
+            source_ranges: Arc::clone(&wanted.source_ranges),
+        })
     }
 
     /// What counts as inside at this address: its own, too, as that is the source of a program on this node that

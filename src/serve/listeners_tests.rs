@@ -10,6 +10,7 @@ use super::*;
 use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
 use crate::name::ObjectName;
 use crate::plan::{Plan, PlanOptions};
+use crate::serve::filter::tests::kernel_takes_filters;
 use crate::serve::scripted::{LOOPBACK, expect_turned_away, named, read_all, soon, until};
 use crate::serve::socket;
 use crate::serve::tcp::TcpOptions;
@@ -260,7 +261,8 @@ async fn given_a_parked_socket_that_cannot_be_revived_when_retried_then_another_
     bench.take([put(&web)]).await;
     let not_a_socket = fs::File::open("/dev/null").expect("a file");
     let running = bench.listeners.listeners.get_mut(&tcp_key(7)).expect("parked");
-    running.bound = Bound::ParkedTcp(Arc::new(not_a_socket.into()));
+    let Bound::ParkedTcp(bound) = &mut running.bound else { panic!("not parked") };
+    bound.socket = Arc::new(not_a_socket.into());
 
     bench.take([endpoints(&web, &[named("one").await])]).await;
     assert!(bench.listeners.failure(&tcp_key(7)).is_some());
@@ -324,21 +326,46 @@ async fn given_a_local_policy_when_a_program_here_connects_to_the_listeners_own_
     let node_port = ListenKey::new(ip(12), 30000, Protocol::Tcp);
     bench.take([put(&web), endpoints(&web, &[named("elsewhere").await])]).await;
 
-    let from = |source: IpAddr| async move {
-        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
-        socket.bind(SocketAddr::new(source, 0)).expect("a source");
-        let mut stream = match soon(socket.connect(node_port.address)).await {
-            Ok(stream) => stream,
-            Err(reset) => return (Vec::new(), Err(reset)),
-        };
-        let _ = stream.shutdown().await;
-        read_all(&mut stream).await
-    };
-
-    assert_eq!(from(ip(12)).await.0, b"elsewhere", "the source of a program that names none, at a routed address");
-    from(ip(13)).await.1.expect_err("outside: dropped");
+    assert_eq!(
+        ask_from(ip(12), node_port).await.expect("served"),
+        "elsewhere",
+        "the source of a program that names none, at a routed address"
+    );
+    ask_from(ip(13), node_port).await.expect_err("outside: dropped");
+    // Where the kernel drops what comes, nobody counts it.
     let port = bench.listeners.listeners[&node_port].target.load_full();
-    assert_eq!(port.port.stats.dropped.get(DropReason::NoLocalEndpoints), 1);
+    assert_eq!(port.port.stats.dropped.get(DropReason::NoLocalEndpoints), u64::from(!kernel_takes_filters()));
+}
+
+/// Who answers a client with this source; an error where it hears nothing for a while, or a reset.
+async fn ask_from(source: IpAddr, key: ListenKey) -> io::Result<String> {
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::new(source, 0))?;
+    let mut stream = tokio::time::timeout(Duration::from_millis(200), socket.connect(key.address)).await??;
+    stream.shutdown().await?;
+    let (name, outcome) = read_all(&mut stream).await;
+    outcome.map(|()| String::from_utf8_lossy(&name).into_owned())
+}
+
+#[tokio::test]
+async fn given_a_filter_that_is_not_taken_when_a_target_needs_none_then_what_is_served_is_heard() {
+    let (mut bench, web) = (Bench::new(), web("default/web", 25));
+    let ranges =
+        |nets: &[IpNet]| Service { load_balancer_ips: vec![ip(26)], source_ranges: nets.to_vec(), ..web.clone() };
+    let balanced = ListenKey { address: SocketAddr::new(ip(26), 7400), ..tcp_key(25) };
+    let far = (0..1_100).map(|number: u32| IpAddr::from((number * 3_900_001).to_be_bytes()).into());
+    let too_many: Vec<IpNet> = far.collect();
+    let before = crate::stats::PROCESS.filter_fallbacks.get();
+
+    bench.take([put(&ranges(&[ip(27).into()])), endpoints(&web, &[named("one").await])]).await;
+    ask_from(ip(28), balanced).await.expect_err("not in the range");
+    bench.take([put(&ranges(&[too_many, vec![ip(28).into()]].concat()))]).await;
+
+    // The filter of before is gone, and the process judges.
+    assert_eq!(ask_from(ip(28), balanced).await.expect("in a range"), "one");
+    let error = ask_from(ip(27), balanced).await.expect_err("in none any more");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    assert!(crate::stats::PROCESS.filter_fallbacks.get() > before);
 }
 
 #[tokio::test]

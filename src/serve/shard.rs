@@ -24,13 +24,15 @@ use tracing::{debug, error, warn};
 use crate::name::ListenKey;
 use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
+use crate::serve::filter::Filter;
 use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, receive_trains};
 use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
+use crate::serve::socket::dropped_packets;
 use crate::serve::upstream::{OwnSources, Upstreams};
 use crate::serve::{Target, TargetCell, Verdict};
-use crate::stats::{CloseReason, DropReason};
+use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats};
 
 /// What the control side asks of a shard. Obeyed in the order of sending.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub(super) enum Command {
     SetIdle(ListenKey, IdleTimes),
     /// Tell that all earlier commands are carried out.
     Tell(oneshot::Sender<()>),
+    /// The kernel is to drop what this does not pass; `None`: nothing.
+    SetFilter(ListenKey, Option<Arc<Filter>>),
     /// A listener of this process, of any shard, is open: its address is no client.
     Opened(SocketAddr),
     /// A listener of this process, of any shard, is closed.
@@ -82,8 +86,25 @@ struct Listener {
     socket: UdpSocket,
     target: TargetCell,
     idle: IdleTimes,
-    /// How many datagrams the kernel had dropped at this socket when it last said so.
-    overflow: u32,
+    losses: Losses,
+}
+
+/// What the kernel drops at a listener's socket. It tells one number for what its filter drops and for what finds no
+/// room: where there is a filter, all of it is taken for the filter's.
+#[derive(Clone, Copy, Debug)]
+struct Losses {
+    /// How many datagrams it had dropped when it last said so.
+    counted: u32,
+    reason: DropReason,
+}
+
+impl Losses {
+    const NONE: Self = Self { counted: 0, reason: DropReason::Memory };
+
+    fn count(&mut self, dropped: u32, stats: &ServiceStats) {
+        let lost = dropped.wrapping_sub(mem::replace(&mut self.counted, dropped));
+        stats.dropped.add(self.reason, u64::from(lost));
+    }
 }
 
 /// A slot of the batch. Sorted, those of one listener are together, in them those for one backend, in them those of one
@@ -179,9 +200,8 @@ impl Shard {
             Err(error) => return debug!(listen = %listener.key, %error, "nothing received"),
         };
         let target = listener.target.load_full(); // one moment for the whole batch
-        if let Some(overflow) = self.batch.overflow() {
-            let lost = overflow.wrapping_sub(mem::replace(&mut listener.overflow, overflow));
-            target.port.stats.dropped.add(DropReason::Memory, u64::from(lost));
+        if let Some(dropped) = self.batch.overflow() {
+            listener.losses.count(dropped, &target.port.stats);
         }
         let visit = Visit { listener: listener.id, key: listener.key, target, now };
         for slot in 0..received {
@@ -396,6 +416,7 @@ impl Shard {
                 Ok(Command::Sweep(key)) => self.sweep(&key),
                 Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
                 Ok(Command::Tell(settled)) => drop(settled.send(())), // nobody may wait for it
+                Ok(Command::SetFilter(key, filter)) => self.set_filter(&key, filter.as_deref()),
                 Ok(Command::Opened(address)) => self.table.add_own_address(address),
                 Ok(Command::Closed(address)) => self.table.remove_own_address(address),
                 #[cfg(test)]
@@ -411,7 +432,7 @@ impl Shard {
     fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes) {
         self.remove(&key); // one socket for each key
         self.prefer_trains(&socket);
-        self.listen(key, socket, target, idle, 0);
+        self.listen(key, socket, target, idle, Losses::NONE);
     }
 
     /// Asks for trains where they are wanted. A kernel that has none hands over single datagrams, which do as well.
@@ -421,7 +442,7 @@ impl Shard {
         }
     }
 
-    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes, overflow: u32) {
+    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes, losses: Losses) {
         let id = self.table.add_listener(idle);
         let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
         if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
@@ -431,7 +452,7 @@ impl Shard {
         if self.listeners.len() <= id.index() {
             self.listeners.resize_with(id.index() + 1, || None);
         }
-        self.listeners[id.index()] = Some(Listener { id, key, socket, target, idle, overflow });
+        self.listeners[id.index()] = Some(Listener { id, key, socket, target, idle, losses });
         self.keys.insert(key, id);
     }
 
@@ -451,6 +472,26 @@ impl Shard {
         if let Some(Some(listener)) = self.listeners.get_mut(id.index()) {
             listener.idle = idle;
         }
+    }
+
+    /// What the kernel has dropped up to now is counted for the filter that the socket had.
+    fn set_filter(&mut self, key: &ListenKey, filter: Option<&Filter>) {
+        let Some(id) = self.keys.get(key) else { return };
+        let Some(Some(listener)) = self.listeners.get_mut(id.index()) else { return };
+        let target = listener.target.load();
+        if let Ok(dropped) = dropped_packets(&listener.socket) {
+            listener.losses.count(dropped, &target.port.stats);
+        }
+        let attached = filter.map_or(Ok(false), |filter| filter.attach(&listener.socket).map(|()| true));
+        let attached = attached.unwrap_or_else(|error| {
+            PROCESS.filter_fallbacks.increment();
+            debug!(listen = %key, %error, "no filter: each datagram is judged here");
+            false
+        });
+        if !attached && let Err(error) = Filter::detach(&listener.socket) {
+            warn!(listen = %key, %error, "a filter stays that should go: some senders may be unheard");
+        }
+        listener.losses.reason = if attached { target.reason_of_silence() } else { DropReason::Memory };
     }
 
     fn sweep(&mut self, key: &ListenKey) {
@@ -477,7 +518,7 @@ impl Shard {
         self.table.reset(CloseReason::Panic, rand::random(), Instant::now());
         for listener in mem::take(&mut self.listeners).into_iter().flatten() {
             let _ = epoll::delete(&self.epoll, &listener.socket); // its index may be another one now
-            self.listen(listener.key, listener.socket, listener.target, listener.idle, listener.overflow);
+            self.listen(listener.key, listener.socket, listener.target, listener.idle, listener.losses);
         }
         let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
     }
@@ -494,14 +535,9 @@ struct Visit {
 /// Chooses a backend for a client. *Port unreachable* towards one side of a listener cannot be told by a socket that
 /// serves the other side, so that side's datagrams are dropped and counted.
 fn choose(target: &Target, client: IpAddr, tried: &Tried, now: Instant) -> Result<Choice, DropReason> {
-    match target.judge(client) {
-        Verdict::Serve(balancer) => {
-            let backend = balancer.pick(client, tried, now).ok_or(DropReason::NoEndpoints)?;
-            Ok(Choice { backend, port: Arc::clone(&balancer.port) })
-        }
-        Verdict::Reject => Err(DropReason::NoEndpoints),
-        Verdict::Drop => Err(DropReason::NoLocalEndpoints),
-    }
+    let balancer = target.balancer_for(client)?;
+    let backend = balancer.pick(client, tried, now).ok_or(DropReason::NoEndpoints)?;
+    Ok(Choice { backend, port: Arc::clone(&balancer.port) })
 }
 
 fn slots_of<'a>(run: &[Outgoing], slots: &'a mut [u8; BATCH]) -> &'a [u8] {

@@ -465,7 +465,13 @@ mod tests {
     }
 
     fn both_sides(port: &Arc<PortState>, verdict: Verdict) -> Target {
-        Target { port: Arc::clone(port), outside: verdict.clone(), inside: verdict, inside_of: Arc::new([]) }
+        Target {
+            port: Arc::clone(port),
+            outside: verdict.clone(),
+            inside: verdict,
+            inside_of: Arc::new([]),
+            source_ranges: Arc::new([]),
+        }
     }
 
     /// Sends a byte and waits until it comes back.

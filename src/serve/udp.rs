@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use crate::name::ListenKey;
 use crate::plan::UdpSettings;
 use crate::serve::TargetCell;
+use crate::serve::filter::Filter;
 use crate::serve::flow::IdleTimes;
 pub use crate::serve::mmsg::{bind_udp, bind_udp_group, hold_udp};
 use crate::serve::room::FlowLimits;
@@ -201,6 +202,13 @@ impl UdpShards {
     pub fn set_idle(&self, server: UdpServer, settings: &UdpSettings) {
         let idle = self.options.idle(settings);
         self.shards_of(server).for_each(|shard| shard.queue(Command::SetIdle(server.key, idle)));
+    }
+
+    /// Has the kernel drop what the filter does not pass, or everything come; until that is done, and where the kernel
+    /// takes no filter, shards judge each datagram by the target.
+    pub(super) fn set_filter(&self, server: UdpServer, filter: Option<Filter>) {
+        let filter = filter.map(Arc::new);
+        self.shards_of(server).for_each(|shard| shard.queue(Command::SetFilter(server.key, filter.clone())));
     }
 
     /// Closes everything. When the future resolves, all addresses are free.
@@ -391,7 +399,9 @@ pub(super) mod tests {
     /// Both sides served by one balancer.
     pub(in crate::serve) fn target_of(balancer: &Arc<Balancer>) -> Target {
         let verdict = Verdict::Serve(Arc::clone(balancer));
-        Target { port: Arc::clone(&balancer.port), outside: verdict.clone(), inside: verdict, inside_of: [].into() }
+        let port = Arc::clone(&balancer.port);
+        let (inside_of, source_ranges) = (Arc::from([]), Arc::from([]));
+        Target { port, outside: verdict.clone(), inside: verdict, inside_of, source_ranges }
     }
 
     fn table(backends: &[&Arc<Backend>]) -> Table {
@@ -693,7 +703,8 @@ pub(super) mod tests {
         let service = Service::start("127.18.1.14:5300", &[]);
         let port = Arc::clone(&service.balancer.port);
         let inside_of = ["127.18.7.0/24".parse().expect("a network")].into();
-        let target = Target { port, outside: Verdict::Drop, inside: Verdict::Reject, inside_of };
+        let target =
+            Target { port, outside: Verdict::Drop, inside: Verdict::Reject, inside_of, source_ranges: [].into() };
         service.target.store(Arc::new(target));
         let inside = plain(SocketAddr::from(([127, 18, 7, 1], 0)));
 
