@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kube_relay::name::Family;
 use socket2::SockRef;
 
-use crate::rig::{Namespace, full};
+use crate::rig::{FAMILIES, Namespace, full};
 use crate::stage::{PODS, Stage, until};
 use crate::workload::{Ask, Backend, Bulk, MESSAGE_BYTES};
 
@@ -26,18 +27,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The client closes first, so that each connection leaves a port of the node in TIME_WAIT: 40,000 for each backend in the
 /// long form, where there are 28,232. With one address the kernel searches ever longer for a free one, and the rate
-/// falls; three have enough of them.
+/// falls; four have enough of them.
 pub(crate) fn none_fails() {
     let count = A_SECOND * if full() { SECONDS } else { SHORT_SECONDS };
-    for sources in [1, 3] {
+    for sources in [1, 4] {
         let stage = Stage::build();
         let _backends = backends(&stage);
         // The client's own ports last for half a minute.
         stage.client().sysctl("net/ipv4/ip_local_port_range", "10000 65535").expect("the namespace is ours");
         stage.client().sysctl("net/ipv4/tcp_tw_reuse", "1").expect("the namespace is ours");
-        let relay = stage.relay(&stage.backends(), &upstream_sources(&stage, sources));
+        let relay = stage.relay(&stage.backends(Family::V4), &upstream_sources(&stage, sources));
 
-        let burst = Burst::run(stage.client(), stage.service(), count);
+        let burst = Burst::run(stage.client(), stage.service(Family::V4), count);
 
         let waiting = time_wait(stage.node());
         println!("{sources} source addresses: {burst}; TIME_WAIT on the node: {waiting} ({} %)", waiting * 100 / count);
@@ -45,7 +46,7 @@ pub(crate) fn none_fails() {
         assert_eq!((burst.failures, failed, relay.dropped(None)), (Vec::new(), 0, 0));
         let closed = || relay.metric("kuberelay_closed_total", &[r#"reason="finished""#]);
         until("all to be counted", || (closed() == u64::from(count)).then_some(()));
-        for backend in stage.backends() {
+        for backend in stage.backends(Family::V4) {
             let label = format!(r#"backend="{backend}""#);
             let share = u64::from(count / u32::from(PODS));
             assert!((share..=share + 1).contains(&relay.metric("kuberelay_connections_total", &[&label])), "{backend}");
@@ -67,9 +68,9 @@ pub(crate) fn ports_of_each_backend_are_used() {
     let _backends = backends(&stage);
     let range = format!("40000 {}", 40000 + PORTS - 1);
     stage.node().sysctl("net/ipv4/ip_local_port_range", &range).expect("the namespace is ours");
-    let relay = stage.relay(&stage.backends(), &[]);
+    let relay = stage.relay(&stage.backends(Family::V4), &[]);
 
-    let ask = || stage.client().run(|| exchange(stage.service()));
+    let ask = || stage.client().run(|| exchange(stage.service(Family::V4)));
     let mut open: Vec<_> = (0..PORTS * u32::from(PODS)).map(|_| ask().expect("there is a port")).collect();
     let begin = Instant::now();
     let late = ask().expect_err("there is no port").kind();
@@ -87,10 +88,13 @@ pub(crate) fn ports_of_each_backend_are_used() {
     until("its port to be free", || ask().ok());
 }
 
-/// A backend in each pod.
-fn backends(stage: &Stage) -> Vec<Backend> {
+/// A backend in each pod, at both its addresses.
+pub(crate) fn backends(stage: &Stage) -> Vec<Backend> {
     let (bulk, numbers) = (Arc::new(Bulk::default()), 0..PODS);
-    let start = |number| Backend::start(stage.pod(number), &[stage.backend(number)], &bulk).expect("a backend starts");
+    let start = |number| {
+        let addresses = FAMILIES.map(|family| stage.backend(number, family));
+        Backend::start(stage.pod(number), &addresses, &bulk).expect("a backend starts")
+    };
     numbers.map(start).collect()
 }
 
@@ -158,7 +162,7 @@ impl std::fmt::Display for Burst {
 }
 
 /// Opens a connection and asks once.
-fn exchange(service: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) fn exchange(service: SocketAddr) -> io::Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&service, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     message(&mut stream)?;

@@ -3,6 +3,7 @@
 //! Needs namespaces (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
 mod bursts;
+mod families;
 mod floods;
 mod programs;
 mod stage;
@@ -20,6 +21,10 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     rig::run(&[
+        (
+            "t178_given_services_of_both_families_when_clients_come_then_each_reaches_a_backend_of_its_family",
+            families::each_reaches_its_own,
+        ),
         ("f27_given_2000_short_connections_a_second_when_relayed_then_none_fails", bursts::none_fails),
         (
             "f15_given_all_source_ports_to_three_backends_in_use_when_one_more_comes_then_it_is_told_at_once",

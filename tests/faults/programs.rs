@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kube_relay::name::Family;
+
 use crate::rig::{Namespace, Process, full, skip};
 use crate::stage::{PODS, PORT, Stage, until};
 
@@ -21,12 +23,12 @@ pub(crate) fn iperf3() {
     let mut server = Command::new(&program);
     server.args(["--server", "--port", &PORT.to_string()]);
     let _server = stage.start(stage.pod(0), server);
-    listening(stage.pod(0), stage.backend(0));
-    let relay = stage.relay(&[stage.backend(0)], &[]);
+    listening(stage.pod(0), stage.backend(0, Family::V4));
+    let relay = stage.relay(&[stage.backend(0, Family::V4)], &[]);
 
     for direction in [None, Some("--reverse"), Some("--bidir")] {
         let mut client = Command::new(&program);
-        client.args(["--client", &stage.service().ip().to_string(), "--port", &PORT.to_string()]);
+        client.args(["--client", &stage.service(Family::V4).ip().to_string(), "--port", &PORT.to_string()]);
         client.args(["--time", &span(), "--parallel", "4", "--json"]).args(direction);
         let report: serde_json::Value = serde_json::from_str(&output(stage.client(), client)).expect("it speaks JSON");
         let received = ["sum_received", "sum_received_bidir_reverse"].map(|sum| &report["end"][sum]["bits_per_second"]);
@@ -46,12 +48,12 @@ pub(crate) fn wrk() {
     };
     let stage = Stage::build();
     let _servers: Vec<_> = (0..PODS).map(|number| serve_http(&stage, number, &nginx)).collect();
-    let relay = stage.relay(&stage.backends(), &[]);
+    let relay = stage.relay(&stage.backends(Family::V4), &[]);
 
     let mut client = Command::new(wrk);
     client.args(["--threads", "2", "--connections", "60", "--latency", "--duration", &span()]);
     let said = output(stage.client(), {
-        client.arg(format!("http://{}/", stage.service()));
+        client.arg(format!("http://{}/", stage.service(Family::V4)));
         client
     });
 
@@ -63,7 +65,7 @@ pub(crate) fn wrk() {
     assert!(said.contains("requests in"), "{said}");
     assert!(!said.contains("Socket errors") && !said.contains("Non-2xx"), "{said}");
     assert_eq!((relay.dropped(None), relay.metric("kuberelay_connect_failures_total", &[])), (0, 0));
-    for backend in stage.backends() {
+    for backend in stage.backends(Family::V4) {
         let label = format!(r#"backend="{backend}""#);
         assert!(relay.metric("kuberelay_connections_total", &[&label]) > 0, "{backend} has got none");
     }
@@ -77,12 +79,12 @@ fn serve_http(stage: &Stage, number: u8, nginx: &Path) -> Process {
         "user root;\ndaemon off;\nworker_processes 1;\npid {};\nerror_log stderr crit;\nevents {{}}\nhttp {{\n  \
          access_log off;\n  server {{\n    listen {};\n    location / {{ return 200 \"from pod {number}\"; }}\n  }}\n}}\n",
         pid.display(),
-        stage.backend(number),
+        stage.backend(number, Family::V4),
     );
     let mut command = Command::new(nginx);
     command.args(["-e", "stderr", "-c"]).arg(stage.file(&format!("nginx-{number}.conf"), &configuration));
     let server = stage.start(stage.pod(number), command);
-    listening(stage.pod(number), stage.backend(number));
+    listening(stage.pod(number), stage.backend(number, Family::V4));
     server
 }
 
@@ -113,14 +115,16 @@ pub(crate) fn dnsperf() {
     };
     for number in 0..PODS {
         until(&format!("a DNS server: {}", stage.said(stage.pod(number))), || {
-            answers_dns(stage.pod(number), stage.backend(number)).then_some(())
+            answers_dns(stage.pod(number), stage.backend(number, Family::V4)).then_some(())
         });
     }
-    let relay = stage.relay(&stage.backends(), &[]);
+    let relay = stage.relay(&stage.backends(Family::V4), &[]);
 
-    let rate =
-        RATES.into_iter().find(|rate| ask(stage.backend(0), *rate).1 == 0).expect("a rate at which none is lost");
-    let (sent, lost) = ask(stage.service(), rate);
+    let rate = RATES
+        .into_iter()
+        .find(|rate| ask(stage.backend(0, Family::V4), *rate).1 == 0)
+        .expect("a rate at which none is lost");
+    let (sent, lost) = ask(stage.service(Family::V4), rate);
 
     println!("{} at {rate} queries/s: {lost} of {sent} lost", program.display());
     assert!(sent > 0);
@@ -138,7 +142,7 @@ fn knot(stage: &Stage, number: u8, program: &Path) -> Command {
          database:\n  storage: {folder}\n\
          zone:\n- domain: example.com\n  file: {folder}/../example.com.zone\n  zonefile-sync: -1\n  journal-content: none\n",
         folder = folder.display(),
-        ip = stage.backend(number).ip(),
+        ip = stage.backend(number, Family::V4).ip(),
     );
     let mut command = Command::new(program);
     command.arg("-c").arg(stage.file(&format!("knot-{number}.conf"), &configuration));
@@ -149,7 +153,7 @@ fn dnsmasq(stage: &Stage, number: u8, program: &Path) -> Command {
     let mut command = Command::new(program);
     command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--group=", "--pid-file="]);
     command.args(["--no-resolv", "--no-hosts", "--bind-interfaces", "--local=/example.com/"]);
-    command.arg(format!("--port={PORT}")).arg(format!("--listen-address={}", stage.backend(number).ip()));
+    command.arg(format!("--port={PORT}")).arg(format!("--listen-address={}", stage.backend(number, Family::V4).ip()));
     command.args(["--host-record=www.example.com,192.0.2.2,2001:db8::2"]);
     command
 }

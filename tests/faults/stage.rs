@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::rig::{Namespace, Process, Rig, Shape};
+use crate::rig::{DualAddress, FAMILIES, Namespace, Process, Rig, Shape};
 use crate::seen;
 
 /// Every Service and every backend has it.
@@ -22,6 +22,9 @@ pub(crate) const PODS: u8 = 3;
 /// How long anything may take that should not take long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Where the Service answers on its node's loopback addresses.
+pub(crate) const NODE_PORT: u16 = 30_000;
+
 /// The number of the one virtual address.
 const VIP: u8 = 10;
 /// Where the relay tells of itself, inside its node.
@@ -30,7 +33,7 @@ const ADMIN: ([u8; 4], u16) = ([127, 0, 0, 1], 10249);
 /// The network, and a folder for what programs want as files.
 pub(crate) struct Stage {
     pub(crate) rig: Rig,
-    service: SocketAddr,
+    vip: DualAddress,
     folder: TempDir,
 }
 
@@ -42,12 +45,12 @@ impl Stage {
         let rig = Rig::build(Shape { nodes: 1, pods_per_node: PODS, router: false }).expect("the rig builds");
         let vip = rig.vip(0, VIP).expect("the address is added");
         let folder = TempDir::new().expect("a folder can be made");
-        Self { rig, service: SocketAddr::new(vip.v4, PORT), folder }
+        Self { rig, vip, folder }
     }
 
     /// Where the client finds the Service.
-    pub(crate) fn service(&self) -> SocketAddr {
-        self.service
+    pub(crate) fn service(&self, family: Family) -> SocketAddr {
+        SocketAddr::new(self.vip.of(family), PORT)
     }
 
     pub(crate) fn client(&self) -> &Namespace {
@@ -63,12 +66,12 @@ impl Stage {
     }
 
     /// Where a pod answers.
-    pub(crate) fn backend(&self, number: u8) -> SocketAddr {
-        SocketAddr::new(self.pod(number).address(Family::V4), PORT)
+    pub(crate) fn backend(&self, number: u8, family: Family) -> SocketAddr {
+        SocketAddr::new(self.pod(number).address(family), PORT)
     }
 
-    pub(crate) fn backends(&self) -> Vec<SocketAddr> {
-        (0..PODS).map(|number| self.backend(number)).collect()
+    pub(crate) fn backends(&self, family: Family) -> Vec<SocketAddr> {
+        (0..PODS).map(|number| self.backend(number, family)).collect()
     }
 
     /// A file with this text.
@@ -94,7 +97,7 @@ impl Stage {
 
     /// Starts kube-relay with a Service for these backends, and waits until it serves. More flags are the test's.
     pub(crate) fn relay(&self, backends: &[SocketAddr], flags: &[String]) -> Relay<'_> {
-        let manifest = self.file("web.json", &manifest(self.service.ip(), backends));
+        let manifest = self.file("web.json", &manifest(self.vip, backends));
         let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
         command.arg("run").arg("-f").arg(manifest).env_clear();
         command.args(["--nodeport-addresses", "localhost", "--healthz-bind-address", "none", "--log-level", "warn"]);
@@ -134,23 +137,32 @@ impl Relay<'_> {
     }
 }
 
-/// A Service with a port of both protocols, and where it leads.
-fn manifest(ip: IpAddr, backends: &[SocketAddr]) -> String {
-    let ports =
-        ["TCP", "UDP"].map(|protocol| json!({"name": protocol.to_lowercase(), "port": PORT, "protocol": protocol}));
-    let endpoints: Vec<_> = backends.iter().map(|backend| json!({"addresses": [backend.ip()]})).collect();
-    json!({"apiVersion": "v1", "kind": "List", "items": [
-        {
-            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
-            "spec": {"clusterIP": ip, "ports": ports},
+/// A Service of both families, with a port of both protocols, and where it leads.
+fn manifest(vip: DualAddress, backends: &[SocketAddr]) -> String {
+    let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": PORT, "protocol": protocol});
+    let ports = ["TCP", "UDP"].map(port);
+    let node_ports = ports.clone().map(|mut port| {
+        port["nodePort"] = NODE_PORT.into();
+        port
+    });
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {
+            "type": "NodePort", "ports": node_ports, "ipFamilyPolicy": "PreferDualStack",
+            "clusterIP": vip.v4, "clusterIPs": [vip.v4, vip.v6], "ipFamilies": FAMILIES,
         },
-        {
+    });
+    let slice = |family: Family| {
+        let of_family = backends.iter().filter(|backend| Family::of(backend.ip()) == family);
+        let endpoints: Vec<_> = of_family.map(|backend| json!({"addresses": [backend.ip()]})).collect();
+        json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
-            "addressType": "IPv4", "endpoints": endpoints, "ports": ports,
-        },
-    ]})
-    .to_string()
+            "metadata": {"name": format!("web-{family}").to_lowercase(), "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": family, "endpoints": endpoints, "ports": ports,
+        })
+    };
+    let [v4, v6] = FAMILIES.map(slice);
+    json!({"apiVersion": "v1", "kind": "List", "items": [service, v4, v6]}).to_string()
 }
 
 /// Waits for a condition that only looking tells.

@@ -7,15 +7,13 @@ use tokio::net::TcpStream;
 
 use crate::support::backend::Backend;
 use crate::support::manifest::Manifest;
-use crate::support::program::{Program, raise_descriptors};
+use crate::support::program::{Descriptors, Program};
 use crate::support::site::Site;
 use crate::support::{client, full, seen};
 
 /// As many as are asked for, in the long form, and fewer where the machine has not so many descriptors.
 const CONNECTIONS: u64 = 10_000;
 const SHORT_CONNECTIONS: u64 = 2_000;
-/// For everything that is not a connection of this test.
-const SPARE_DESCRIPTORS: u64 = 1_000;
 /// User memory of one: a reserve above what a release build needs (1.6 KiB).
 const BYTES_EACH: u64 = 3 * 1024;
 
@@ -24,8 +22,8 @@ async fn t170_given_many_idle_connections_when_they_are_open_then_memory_is_boun
     let site = Site::new(170);
     let _backend = Backend::named(site.backend(1)).await;
     let relay = Program::start(site, Manifest::new(site).tcp().endpoints([site.backend(1)]), |_| ()).await;
-    let fitting = raise_descriptors().saturating_sub(SPARE_DESCRIPTORS) / 2; // Both far ends are in this process.
-    let count = fitting.min(if full() { CONNECTIONS } else { SHORT_CONNECTIONS });
+    let descriptors = Descriptors::take().await;
+    let count = descriptors.fitting(if full() { CONNECTIONS } else { SHORT_CONNECTIONS }, 2); // Both far ends are here.
     let active = |relay: &Program| relay.metric("kuberelay_active_connections", &[]);
     drop(open(site.service(), 50).await); // What is made once for all is made now.
     relay.until("a start without connections", |relay| active(relay) == 0).await;

@@ -16,24 +16,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::backend::Backend;
 use crate::support::manifest::Manifest;
-use crate::support::program::{Program, raise_descriptors};
+use crate::support::program::{Descriptors, Program};
 use crate::support::site::Site;
 use crate::support::{client, full, within};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f14_given_fewer_descriptors_than_clients_when_they_wait_then_nothing_spins_and_new_ones_are_served_again() {
-    const CLIENTS: usize = 3_000;
+    const CLIENTS: u64 = 3_000;
     const DESCRIPTORS: u64 = 1_024;
     let site = Site::new(14);
     let _backend = Backend::named(site.backend(1)).await;
     let relay = Program::start(site, Manifest::new(site).tcp().endpoints([site.backend(1)]), |_| ()).await;
     relay.limit_descriptors(DESCRIPTORS);
-    raise_descriptors();
+    let descriptors = Descriptors::take().await;
+    let count = descriptors.fitting(CLIENTS, 2);
     let mut served = client::connect(site.service()).await.expect("the Service answers");
     client::ask_on(&mut served).await.expect("the backend answers");
 
     let (mut clients, mut reset) = (Vec::new(), 0);
-    for _ in 0..CLIENTS {
+    for _ in 0..count {
         match client::connect(site.service()).await {
             Ok(stream) => clients.push(stream),
             // There was a descriptor for it, but none to reach a backend.
@@ -43,7 +44,7 @@ async fn f14_given_fewer_descriptors_than_clients_when_they_wait_then_nothing_sp
     }
     let busy = relay.busy(Duration::from_secs(1)).await;
 
-    println!("{:.2} % of a processor while {CLIENTS} clients come", busy * 100.0);
+    println!("{:.2} % of a processor while {count} clients come", busy * 100.0);
     assert!(busy < 0.1, "{busy}");
     client::ask_on(&mut served).await.expect("an open connection goes on");
     drop(clients);
@@ -58,8 +59,8 @@ async fn f14_given_fewer_descriptors_than_clients_when_they_wait_then_nothing_sp
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f36_given_more_slow_streams_than_pipes_for_an_ordinary_user_when_relayed_then_all_bytes_arrive_by_copying() {
     let site = Site::new(36);
-    let streams = if full() { 1_000 } else { 150 };
-    raise_descriptors();
+    let descriptors = Descriptors::take().await;
+    let streams = descriptors.fitting(if full() { 1_000 } else { 150 }, 2);
     let go_on = CancellationToken::new();
     let backend = tokio::spawn(pour(site.backend(1)));
     let manifest = Manifest::new(site).tcp().endpoints([site.backend(1)]);

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
+use tokio::sync::{Mutex, MutexGuard};
 
 use super::site::Site;
 use super::{DEADLINE, seen};
@@ -79,9 +80,27 @@ impl Drop for Program {
     }
 }
 
-/// Takes as many descriptors for this process as it may have, and tells how many.
-pub fn raise_descriptors() -> u64 {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // As many as before are fine, too.
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+/// As many descriptors as this process may have, all for one test: those that need thousands take turns.
+pub struct Descriptors {
+    limit: u64,
+    _turn: MutexGuard<'static, ()>,
 }
+
+impl Descriptors {
+    /// Waits for its turn.
+    pub async fn take() -> Self {
+        static TURN: Mutex<()> = Mutex::const_new(());
+        let _turn = TURN.lock().await;
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // As many as before are fine, too.
+        Self { limit: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX), _turn }
+    }
+
+    /// How many connections fit that take so many each, of so many that are wanted.
+    pub fn fitting(&self, wanted: u64, each: u64) -> u64 {
+        wanted.min(self.limit.saturating_sub(SPARE_DESCRIPTORS) / each)
+    }
+}
+
+/// For everything else in this process.
+const SPARE_DESCRIPTORS: u64 = 1_000;
