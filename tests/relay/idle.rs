@@ -17,6 +17,9 @@ const SHORT_CONNECTIONS: u64 = 2_000;
 /// User memory of one: a reserve above what a release build needs (1.6 KiB).
 const BYTES_EACH: u64 = 3 * 1024;
 
+/// Descriptors of the first connections, which may still be closing, and of whoever asks for metrics.
+const FEW: u64 = 100;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t170_given_many_idle_connections_when_they_are_open_then_memory_is_bounded_and_afterwards_all_is_as_before() {
     let site = Site::new(170);
@@ -25,7 +28,7 @@ async fn t170_given_many_idle_connections_when_they_are_open_then_memory_is_boun
     let descriptors = Descriptors::take().await;
     let count = descriptors.fitting(if full() { CONNECTIONS } else { SHORT_CONNECTIONS }, 2); // Both far ends are here.
     let active = |relay: &Program| relay.metric("kuberelay_active_connections", &[]);
-    drop(open(site.service(), 50).await); // What is made once for all is made now.
+    drop(open(site.service(), FEW / 2).await); // What is made once for all is made now.
     relay.until("a start without connections", |relay| active(relay) == 0).await;
     let before = (seen::descriptors(relay.pid()), seen::private_bytes(relay.pid()));
 
@@ -38,8 +41,9 @@ async fn t170_given_many_idle_connections_when_they_are_open_then_memory_is_boun
         println!("{count} idle connections: {each} bytes of user memory each, {:.2} % of a processor", busy * 100.0);
         assert!(each <= BYTES_EACH, "{each} bytes each");
         assert!(busy < 0.01, "{busy}");
-        let descriptors = seen::descriptors(relay.pid()) - before.0;
-        assert_eq!(descriptors as u64, 2 * count, "two sockets each, no pipe");
+        let descriptors = (seen::descriptors(relay.pid()) - before.0) as u64;
+        let sockets = 2 * count - FEW..=2 * count + FEW;
+        assert!(sockets.contains(&descriptors), "{descriptors} descriptors, not two each: no pipe is held");
         peaks.push(seen::private_bytes(relay.pid()));
         drop(connections);
         relay.until("all of them to be closed", |relay| active(relay) == 0).await;
