@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The client closes first, so that each connection leaves a port of the node in TIME_WAIT: 40,000 for each backend in the
 /// long form, where there are 28,232. With one address the kernel searches ever longer for a free one, and the rate
-/// falls; four have enough of them.
+/// falls; with four, each address has 10,000 towards each backend.
 pub(crate) fn none_fails() {
     let count = A_SECOND * if full() { SECONDS } else { SHORT_SECONDS };
     for sources in [1, 4] {
