@@ -99,7 +99,7 @@ impl Suite {
     /// How long a row runs. Datagrams are so small that a shorter time has enough of them.
     fn span(self, quick: bool) -> load::Span {
         let [warm_up, window] = match (self, quick) {
-            (Self::Tcp, false) => [300, 1000],
+            (Self::Tcp, false) => [200, 600],
             (Self::Tcp, true) => [60, 180],
             (Self::Udp, false) => [120, 400],
             (Self::Udp, true) => [60, 180],

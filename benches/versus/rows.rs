@@ -182,8 +182,6 @@ const NGINX: &[PeerKind] = &[PeerKind::Nginx];
 const NFT: &[PeerKind] = &[PeerKind::Nft];
 /// As shipped: what forces splice for bulk costs 20–30 % here.
 const HAPROXY_OR_NGINX: &[PeerKind] = &[PeerKind::Haproxy, PeerKind::Nginx];
-/// Larger socket buffers help it in some rows and not in others.
-const ANY_NGINX: &[PeerKind] = &[PeerKind::Nginx, PeerKind::NginxBest];
 
 /// The rows for TCP.
 pub(crate) fn tcp() -> Vec<Row> {
@@ -226,11 +224,11 @@ const WINDOW: usize = 256;
 fn window(bytes: usize, flows: usize, outstanding: usize) -> Row {
     let [rate, cpu] = [Metric::Rate, Metric::ProxyCpu];
     let targets = match (bytes, flows, outstanding) {
-        (64, 1, _) => vec![at_least(rate, ANY_NGINX, 1.6), at_most(cpu, ANY_NGINX, 0.35)],
-        (64, 64, 64) => vec![at_least(rate, ANY_NGINX, 1.15), at_most(cpu, ANY_NGINX, 0.80).goal(0.65)],
-        (64, 64, _) => vec![at_least(rate, ANY_NGINX, 1.3), at_most(cpu, ANY_NGINX, 0.55)],
+        (64, 1, _) => vec![at_least(rate, NGINX, 1.6), at_most(cpu, NGINX, 0.35)],
+        (64, 64, 64) => vec![at_least(rate, NGINX, 1.15), at_most(cpu, NGINX, 0.80).goal(0.65)],
+        (64, 64, _) => vec![at_least(rate, NGINX, 1.3), at_most(cpu, NGINX, 0.55)],
         (64, 1000, _) => {
-            vec![at_least(rate, ANY_NGINX, 1.1), at_most(cpu, ANY_NGINX, 0.80).goal(0.65), absolute(Metric::Lost, 0.0)]
+            vec![at_least(rate, NGINX, 1.1), at_most(cpu, NGINX, 0.80).goal(0.65), absolute(Metric::Lost, 0.0)]
         }
         _ => Vec::new(),
     };
@@ -239,25 +237,25 @@ fn window(bytes: usize, flows: usize, outstanding: usize) -> Row {
 }
 
 fn trains() -> Row {
-    let targets = vec![at_least(Metric::Rate, ANY_NGINX, 10.0), at_most(Metric::ProxyCpu, ANY_NGINX, 0.10)];
+    let targets = vec![at_least(Metric::Rate, NGINX, 10.0), at_most(Metric::ProxyCpu, NGINX, 0.10)];
     datagrams("trains-1200-16", 1200, 16, Pattern::Trains(512), targets)
 }
 
 fn paced() -> Row {
-    let targets = vec![at_most(Metric::ProxyCpu, ANY_NGINX, 1.00).goal(0.85), absolute(Metric::Lost, 0.0)];
+    let targets = vec![at_most(Metric::ProxyCpu, NGINX, 1.00).goal(0.85), absolute(Metric::Lost, 0.0)];
     datagrams("paced-64-16", 64, 16, Pattern::Paced(20_000), targets)
 }
 
 fn loss_free(bytes: usize) -> Row {
-    let targets = vec![at_least(Metric::Rate, ANY_NGINX, 1.8), at_least(Metric::Rate, NFT, 0.80)];
+    let targets = vec![at_least(Metric::Rate, NGINX, 1.8), at_least(Metric::Rate, NFT, 0.80)];
     datagrams(&format!("lossfree-{bytes}-16"), bytes, 16, Pattern::LossFree, targets)
 }
 
 fn flood() -> Row {
     let targets = vec![
-        at_least(Metric::Rate, ANY_NGINX, 2.0),
+        at_least(Metric::Rate, NGINX, 2.0),
         at_least(Metric::Rate, NFT, 1.0),
-        at_most(Metric::ProxyCpu, ANY_NGINX, 0.40),
+        at_most(Metric::ProxyCpu, NGINX, 0.40),
     ];
     datagrams("flood-64-16", 64, 16, Pattern::OneWay, targets)
 }

@@ -14,7 +14,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -59,7 +58,8 @@ pub enum Source {
 /// The addresses of this node that its connections to backends come from, in turn. From `--upstream-source`.
 ///
 /// One address has about 28,000 ports towards one backend, and each is lost for a minute where this side closed
-/// first; two addresses have twice as many. Clones take turns together.
+/// first; two addresses have twice as many. Each backend has a turn of its own: with one for all, which goes in step with
+/// the backends' turn, each backend would always meet the same address.
 #[derive(Clone, Debug, Default)]
 pub struct Sources(Arc<SourceRing>);
 
@@ -67,21 +67,20 @@ pub struct Sources(Arc<SourceRing>);
 struct SourceRing {
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
-    turn: AtomicUsize,
 }
 
 impl Sources {
     /// Any number of addresses of either family; a family without one leaves the choice to the kernel.
     pub fn new(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let (v4, v6) = addresses.into_iter().partition(IpAddr::is_ipv4);
-        Self(Arc::new(SourceRing { v4, v6, turn: AtomicUsize::new(0) }))
+        Self(Arc::new(SourceRing { v4, v6 }))
     }
 
-    /// Each source once, for connections to an address of this family; the first one is another at each call.
-    fn towards(&self, family: Family) -> impl Iterator<Item = Source> {
-        let SourceRing { v4, v6, turn } = &*self.0;
-        let addresses = if family == Family::V4 { v4 } else { v6 };
-        let first = if addresses.len() > 1 { turn.fetch_add(1, Ordering::Relaxed) % addresses.len() } else { 0 };
+    /// Each source once, for the next connection to a backend that has had so many.
+    fn towards(&self, backend: SocketAddr, connections: u64) -> impl Iterator<Item = Source> {
+        let SourceRing { v4, v6 } = &*self.0;
+        let addresses = if backend.is_ipv4() { v4 } else { v6 };
+        let first = connections.checked_rem(addresses.len() as u64).unwrap_or(0) as usize;
         let (later, sooner) = addresses.split_at(first);
         let any = addresses.is_empty().then_some(Source::Any);
         sooner.iter().chain(later).copied().map(Source::Address).chain(any)
@@ -233,7 +232,7 @@ impl<'a> Ladder<'a> {
         if source != Source::Any {
             return self.attempt_from(source, backend, preface).await;
         }
-        let mut sources = self.options.sources.towards(Family::of(backend.address.ip())).peekable();
+        let mut sources = self.options.sources.towards(backend.address, backend.stats.connections.get()).peekable();
         loop {
             let source = sources.next().unwrap_or_default();
             match self.attempt_from(source, backend, preface).await {
@@ -566,12 +565,13 @@ mod tests {
     fn given_sources_of_both_families_when_asked_then_each_comes_in_turn_and_only_to_its_own() {
         let [one, two] = [[127, 82, 0, 3], [127, 82, 0, 4]].map(IpAddr::from);
         let sources = Sources::new([one, two]);
-        let [first, second, third] = [(); 3].map(|()| sources.clone().towards(Family::V4).collect::<Vec<_>>());
+        let [v4, v6] = ["192.0.2.9:80", "[2001:db8::9]:80"].map(|address| address.parse().expect("an address"));
+        let [first, second, third] = [0, 1, 2].map(|had| sources.towards(v4, had).collect::<Vec<_>>());
 
         assert_eq!(first, [Source::Address(one), Source::Address(two)]);
         assert_eq!(second, [Source::Address(two), Source::Address(one)]);
         assert_eq!(third, first);
-        assert_eq!(sources.towards(Family::V6).collect::<Vec<_>>(), [Source::Any]);
+        assert_eq!(sources.towards(v6, 1).collect::<Vec<_>>(), [Source::Any]);
     }
 
     #[test]
@@ -584,6 +584,7 @@ mod tests {
 
             for address in addresses.into_iter().chain(addresses) {
                 let reached = dial(&web, &options).await.expect("reached");
+                reached.backend.stats.connections.increment(); // As whoever relays it does.
                 assert_eq!(own_address(&reached.stream), address);
             }
         });
