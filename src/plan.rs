@@ -227,11 +227,12 @@ fn turned(steps: &[Step]) -> BTreeSet<ListenKey> {
     steps.iter().filter_map(key).collect()
 }
 
-/// One problem for each backend that is a listener of this process.
+/// One problem for each backend that is a listener of this process. Whose it is is not said: that may change
+/// without a listener that comes or goes.
 fn loops(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Problem> {
-    let own: BTreeSet<_> = plan.backends().filter_map(|key| Some((key, claims.winner(&key)?))).collect();
-    let problem = |(key, owner)| {
-        let message = format!("endpoint {key} is not used: this relay listens there itself, for Service {owner}");
+    let own: BTreeSet<_> = plan.backends().filter(|key| claims.winner(key).is_some()).collect();
+    let problem = |key| {
+        let message = format!("endpoint {key} is not used: this relay listens there itself");
         Problem::error(format_args!("Service {name}"), "loop", message)
     };
     own.into_iter().map(problem).collect()
@@ -626,8 +627,7 @@ mod tests {
         assert_eq!(control.problems(), [] as [&str; 0]);
         control.batch([put(&front)]);
 
-        let said =
-            "endpoint 10.96.0.20:8000/TCP is not used: this relay listens there itself, for Service default/front";
+        let said = "endpoint 10.96.0.20:8000/TCP is not used: this relay listens there itself";
         assert_eq!(control.problems(), [format!("Service default/web: {said}")]);
         assert!(control.plan.touched().contains(&web().name), "its report is to be made anew");
         control.batch([put_slice(&slice("web-1", &[1]))]);
