@@ -1,8 +1,9 @@
 //! The program as people meet it: what it prints, what it says about mistakes, how it ends.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -127,6 +128,28 @@ fn start_backend(address: SocketAddr) {
     thread::spawn(move || listener.incoming().flatten().for_each(answer));
 }
 
+/// The same for datagrams: each is answered with the address.
+fn start_udp_backend(address: SocketAddr) {
+    let socket = UdpSocket::bind(address).expect("the test's own address is free");
+    thread::spawn(move || {
+        let mut payload = [0; 16];
+        while let Ok((_, client)) = socket.recv_from(&mut payload) {
+            // A client that is gone is no news to a backend.
+            let _ = socket.send_to(address.to_string().as_bytes(), client);
+        }
+    });
+}
+
+/// The backend that answers a datagram of a new client.
+fn ask_over_udp(service: SocketAddr) -> SocketAddr {
+    let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port of loopback");
+    client.set_read_timeout(Some(DEADLINE)).expect("a time above zero");
+    client.send_to(b"who", service).expect("loopback takes it");
+    let mut answer = [0; 64];
+    let length = client.recv(&mut answer).expect("an answer");
+    String::from_utf8_lossy(&answer[..length]).parse().expect("an address")
+}
+
 /// The backend that answers, once somebody listens.
 fn ask_until_answered(service: SocketAddr) -> SocketAddr {
     let deadline = Instant::now() + DEADLINE;
@@ -165,7 +188,7 @@ mod check {
 
     #[test]
     fn given_each_example_when_checked_then_a_person_can_read_what_would_be_served() {
-        for name in ["external-db", "nodeport", "scale", "sticky", "whoami"] {
+        for name in ["dns", "external-db", "loadbalancer", "nodeport", "scale", "sticky", "whoami"] {
             insta::assert_snapshot!(name, example(name));
         }
     }
@@ -176,6 +199,17 @@ mod check {
 
         let document: serde_json::Value = serde_json::from_str(&said.text).expect("JSON and nothing else");
         insta::assert_json_snapshot!("whoami_for_programs", document);
+        assert_eq!(said.code, Some(0));
+    }
+
+    #[test]
+    fn given_objects_as_an_api_server_sends_them_when_checked_then_all_are_understood() {
+        // Recorded from 1.20: slices of v1beta1, lists that are null, a headless Service with two families.
+        let files = ["services", "endpointslices-v1beta1"].map(|name| format!("tests/manifests/recorded/{name}.json"));
+
+        let said = say(kube_relay(&["check", &files[0], &files[1], "--allowed-external-cidrs", "10.200.2.100/32"]));
+
+        insta::assert_snapshot!("recorded", said.text);
         assert_eq!(said.code, Some(0));
     }
 
@@ -360,6 +394,54 @@ mod run {
 
         running.until_says(&["default/low", ":81", "NET_BIND_SERVICE", "ip_unprivileged_port_start"]);
         assert_eq!(ask_until_answered(site.service()), site.backend(1));
+    }
+
+    #[test]
+    fn given_the_example_of_a_load_balancer_when_run_then_it_answers_at_that_address_and_at_the_cluster_ip() {
+        if !low_ports_are_ours() {
+            return;
+        }
+        let backends: [SocketAddr; 2] = [([127, 244, 4, 1], 80).into(), ([127, 244, 4, 2], 80).into()];
+        backends.into_iter().for_each(start_backend);
+
+        let _running = Running::start(run_command(&["examples/loadbalancer.yaml"]));
+
+        for service in [([127, 0, 90, 1], 82).into(), ([127, 96, 0, 82], 82).into()] {
+            let first = ask_until_answered(service);
+            let second = ask_until_answered(service);
+            assert!(first != second && backends.contains(&first) && backends.contains(&second), "{first} {second}");
+        }
+    }
+
+    #[test]
+    fn given_the_example_of_dns_when_run_then_udp_tcp_and_the_metrics_beside_them_answer() {
+        if !low_ports_are_ours() {
+            return;
+        }
+        let host = |number| Ipv4Addr::new(127, 244, 5, number);
+        for number in [1, 2] {
+            [53, 9153].into_iter().for_each(|port| start_backend((host(number), port).into()));
+            start_udp_backend((host(number), 53).into());
+        }
+
+        let _running = Running::start(run_command(&["examples/dns.yaml"]));
+
+        let service = Ipv4Addr::new(127, 96, 0, 53);
+        for port in [53, 9153] {
+            let answered = [(); 2].map(|()| ask_until_answered((service, port).into()));
+            assert_eq!(BTreeSet::from(answered), [1, 2].map(|number| (host(number), port).into()).into());
+        }
+        let answered = [(); 2].map(|()| ask_over_udp((service, 53).into()));
+        assert_eq!(BTreeSet::from(answered), [1, 2].map(|number| (host(number), 53).into()).into());
+    }
+
+    /// False, with a word of why, for an ordinary user.
+    fn low_ports_are_ours() -> bool {
+        let ours = TcpListener::bind((Ipv4Addr::new(127, 0, 90, 2), 81)).is_ok();
+        if !ours {
+            skip("low_port", "this process may not bind ports below 1024");
+        }
+        ours
     }
 
     #[test]
