@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::name::Scope;
-use crate::plan::{Side, Verdict};
+use crate::plan::{HealthCheck, Side, Verdict};
 use crate::problem::Listed;
 use crate::status::{ListenerReport, ListenerState, PortReport, Report, ScopedBackends, ServiceReport};
 
@@ -32,6 +32,9 @@ impl fmt::Display for ServiceReport {
         write!(f, "{}/{}  {}", self.namespace, self.name, self.kind)?;
         if let Some(seconds) = self.affinity_seconds {
             write!(f, ", ClientIP affinity {seconds} s")?;
+        }
+        if let Some(HealthCheck { port, local_endpoints }) = self.health_check {
+            write!(f, ", health check {port}: {} on this node", counted(local_endpoints, "endpoint"))?;
         }
         if let Some(word) = &self.skipped {
             return writeln!(f, "\n  not served: {word}, {}", meaning(word));
@@ -74,6 +77,10 @@ fn remarks(listener: &ListenerReport) -> String {
         remarks.push(format!("from outside: {}; from this node: {}", words(outside), words(inside)));
     } else if outside != (Side { scope: Scope::Cluster, verdict: Verdict::Serve }) {
         remarks.push(words(outside).to_owned());
+    }
+    if !listener.source_ranges.is_empty() {
+        let ranges: Vec<_> = listener.source_ranges.iter().map(ToString::to_string).collect();
+        remarks.push(format!("only from {}", abridged(&ranges)));
     }
     match &listener.state {
         Some(ListenerState::Failed { message, .. }) => remarks.push(format!("not bound: {message}")),
@@ -217,6 +224,23 @@ mod tests {
 
         1 Service, 2 listeners, 0 problems
         ");
+    }
+
+    #[test]
+    fn given_a_guarded_load_balancer_when_described_then_who_may_come_and_what_health_checks_hear_is_told() {
+        let mut web = Service::new("default/web").cluster_ip([127, 96, 0, 10]).port("http", 80);
+        (web.kind, web.external_policy) = (ServiceKind::LoadBalancer, TrafficPolicy::Local);
+        web.health_check_node_port = Some(31000);
+        web.load_balancer_ips = vec![[198, 51, 100, 1].into()];
+        web.source_ranges = vec!["203.0.113.0/24".parse().expect("a net")];
+
+        let text = described(vec![web], vec![]);
+
+        assert!(
+            text.starts_with("default/web  LoadBalancer, health check 31000: 0 endpoints on this node\n"),
+            "{text}"
+        );
+        assert!(text.contains("198.51.100.1:80  (reject, no backend; only from 203.0.113.0/24)"), "{text}");
     }
 
     #[test]
