@@ -13,10 +13,7 @@ const CASES: std::ops::RangeInclusive<u16> = 1..=151;
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
     (64, 10, "a latency sample for each change needs the histograms of the metrics"),
-    (99, 6, "who answers at a port that is not there is seen at sockets only"),
     (100, 8, "an address that is not allocated is the kernel's matter, and follows from the routes of addresses"),
-    (101, 6, "a backend that calls itself is seen at sockets only"),
-    (102, 6, "a backend that calls itself is seen at sockets only"),
     (103, 6, "the source of a program on the node is seen at sockets only"),
     (104, 8, "a client of another machine needs the routes of addresses"),
     (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
