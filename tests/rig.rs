@@ -4,6 +4,10 @@
 
 #[path = "support/rig.rs"]
 mod rig;
+#[path = "rig/stage.rs"]
+mod stage;
+#[path = "rig/verdicts.rs"]
+mod verdicts;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -17,13 +21,14 @@ use rig::{FAMILIES, Namespace, Rig, Shape};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    rig::run(&[
+    let network: [rig::Case; 5] = [
         ("given_the_full_rig_when_parts_connect_then_they_reach_each_other", parts_reach_each_other),
         ("given_no_router_when_the_client_connects_then_it_reaches_nodes_and_pods", the_client_needs_no_router),
         ("given_a_vip_on_a_node_when_the_client_connects_then_the_node_answers", a_vip_answers),
         ("given_a_child_in_a_node_when_it_is_dropped_then_it_is_gone", a_child_ends_with_its_owner),
         ("given_a_rig_when_it_is_dropped_then_its_cables_are_gone", a_dropped_rig_is_gone),
-    ])
+    ];
+    rig::run(&[&network, verdicts::CASES].concat())
 }
 
 fn parts_reach_each_other() {

@@ -8,6 +8,7 @@ mod manifests;
 mod rollout;
 mod tcp;
 mod udp;
+mod verdicts;
 
 #[path = "../support/mod.rs"]
 mod support;

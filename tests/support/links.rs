@@ -9,13 +9,15 @@ use std::os::fd::AsRawFd;
 use futures_util::TryStreamExt;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
-use netlink_packet_route::route::RouteScope;
+use netlink_packet_route::route::{RouteScope, RouteType};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::namespace::Namespace;
 
 /// Every namespace's loopback device has this index.
 const LOOPBACK: u32 = 1;
+/// The routing table of what is local (`RT_TABLE_LOCAL`).
+const LOCAL_TABLE: u32 = 255;
 
 /// Sets the loopback device up.
 pub(crate) fn loopback_up(namespace: &Namespace) -> io::Result<()> {
@@ -83,6 +85,16 @@ pub(crate) fn route(
             }
         };
         handle.route().add(message).replace().execute().await
+    })
+}
+
+/// Makes a network local, as `ip route add local NETWORK dev lo` does.
+pub(crate) fn local_route(namespace: &Namespace, (network, prefix): (IpAddr, u8)) -> io::Result<()> {
+    ask(namespace, &format!("local route {network}/{prefix}"), async |handle| {
+        let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(network, prefix);
+        let route = route.map_err(|_| rtnetlink::Error::RequestFailed)?.output_interface(LOOPBACK);
+        let route = route.scope(RouteScope::Host).kind(RouteType::Local).table_id(LOCAL_TABLE);
+        handle.route().add(route.build()).replace().execute().await
     })
 }
 

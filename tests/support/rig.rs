@@ -156,6 +156,29 @@ impl Rig {
         Ok(first)
     }
 
+    /// Like [`vip`](Self::vip), but local by a route alone (AnyIP): it is no address of the node then.
+    pub(crate) fn routed_vip(&self, i: usize, number: u8) -> io::Result<DualAddress> {
+        let vip = dual([10, 96, 0, number], [0xfd96, 0, 0, 0, 0, 0, 0, number.into()]);
+        for family in FAMILIES {
+            let network = (vip.of(family), host_prefix(family));
+            self.network_to_node(i, network)?;
+            self.network_local_to_node(i, network)?;
+        }
+        Ok(vip)
+    }
+
+    /// Routes a whole network to node `i` from everywhere.
+    pub(crate) fn network_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
+        let hub = self.router.as_ref().unwrap_or(&self.client);
+        let node = self.node(i);
+        links::route(hub, network, node.name(), Some(node.address(Family::of(network.0))))
+    }
+
+    /// Makes all addresses of a network local to node `i` by one route (AnyIP).
+    pub(crate) fn network_local_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
+        links::local_route(self.node(i), network)
+    }
+
     /// How many network devices a part has.
     pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
         links::devices(namespace)

@@ -1,0 +1,459 @@
+//! A relay on node 0 of the rig, backends in pods, and clients that tell what they met.
+//!
+//! What is asked, and what should come of it, is in the cases (`verdicts`).
+
+use std::fmt::{self, Write as _};
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use kube_relay::name::Family;
+use socket2::SockRef;
+use tempfile::TempDir;
+
+use crate::rig::{DualAddress, FAMILIES, Namespace, Process, Rig};
+
+/// No case waits longer for anything. Reached only where something is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// What hears nothing for so long gets no answer: on these cables an answer takes a thousandth of it.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// The Service's port, and its pods'.
+pub(crate) const PORT: u16 = 80;
+pub(crate) const TCP_BACKEND_PORT: u16 = 8000;
+pub(crate) const UDP_BACKEND_PORT: u16 = 8053;
+pub(crate) const NODE_PORT: u16 = 30_080;
+/// A second port of the Service, of TCP alone.
+pub(crate) const TCP_ONLY_PORT: u16 = 81;
+
+/// How a client reaches the Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    ClusterIp,
+    ExternalIp,
+    LoadBalancerIp,
+    NodePort,
+}
+
+pub(crate) use Entry::{ClusterIp, ExternalIp, LoadBalancerIp, NodePort};
+
+/// All of them.
+pub(crate) const ENTRIES: [Entry; 4] = [ClusterIp, ExternalIp, LoadBalancerIp, NodePort];
+
+/// What became of a question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// A pod answered, and told its name and the source that it saw.
+    Answer { pod: String, source: IpAddr },
+    /// Connection refused, port unreachable.
+    Refused,
+    /// No answer at all.
+    Silence,
+    /// Anything else.
+    Other(String),
+}
+
+impl Outcome {
+    fn of(error: &io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::ConnectionRefused => Self::Refused,
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => Self::Silence,
+            _ => Self::Other(error.to_string()),
+        }
+    }
+
+    /// The pod that answered.
+    pub(crate) fn pod(&self) -> Option<&str> {
+        match self {
+            Self::Answer { pod, .. } => Some(pod),
+            _ => None,
+        }
+    }
+}
+
+/// A relay on node 0 and the virtual addresses that lead there.
+pub(crate) struct Stage {
+    pub(crate) rig: Rig,
+    pub(crate) relay: Process,
+    folder: TempDir,
+    cluster_ip: DualAddress,
+    external_ip: DualAddress,
+    load_balancer_ip: DualAddress,
+}
+
+impl Stage {
+    /// Starts a relay with a Service, node ports on the node's own addresses.
+    pub(crate) fn start(rig: Rig, web: &Web) -> Self {
+        Self::start_with(rig, web, &["--nodeport-addresses", "primary"])
+    }
+
+    /// Starts a relay with more flags.
+    pub(crate) fn start_with(rig: Rig, web: &Web, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let vip = |number| rig.vip(0, number).expect("an address can be added");
+        let [cluster_ip, load_balancer_ip] = [vip(1), vip(3)];
+        // An external IP that is an address of the node is refused.
+        let external_ip = rig.routed_vip(0, 2).expect("a route can be added");
+        let node = rig.node(0);
+        // Otherwise the kernel tells of a closed UDP port once a second.
+        for limit in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
+            node.sysctl(limit, "0").expect("it is ours");
+        }
+        fs::write(folder.path().join("web.yaml"), web.to_string()).expect("the folder can be written");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
+        command.args(["run", "--node-name", "node0", "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
+        command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);
+        command.arg("--node-address").arg(format!("{},{}", node.address(Family::V4), node.address(Family::V6)));
+        command.args(["--log-level", "error"]).args(flags).arg("-f").arg(folder.path());
+        let relay = node.spawn(command).expect("the relay starts");
+        let stage = Self { rig, relay, folder, cluster_ip, external_ip, load_balancer_ip };
+        until("the first state is served", || stage.get("/readyz").is_some_and(|answer| answer.contains(" 200 ")));
+        stage
+    }
+
+    /// Changes the Service, and waits until the relay has done what follows.
+    pub(crate) fn change(&self, web: &Web) {
+        let before = self.revision();
+        let new = self.folder.path().join(".web.yaml.new");
+        fs::write(&new, web.to_string()).expect("the folder can be written");
+        fs::rename(&new, self.folder.path().join("web.yaml")).expect("the folder can be written");
+        until("the change is made", || self.revision() > before);
+    }
+
+    /// As [`change`](Self::change), where it is another state than the last one.
+    pub(crate) fn change_if_other(&self, web: &Web) {
+        let last = fs::read_to_string(self.folder.path().join("web.yaml")).expect("it was written");
+        if last != web.to_string() {
+            self.change(web);
+        }
+    }
+
+    /// Where an entry is.
+    pub(crate) fn at(&self, entry: Entry, family: Family) -> SocketAddr {
+        match entry {
+            ClusterIp => SocketAddr::new(self.cluster_ip.of(family), PORT),
+            ExternalIp => SocketAddr::new(self.external_ip.of(family), PORT),
+            LoadBalancerIp => SocketAddr::new(self.load_balancer_ip.of(family), PORT),
+            NodePort => SocketAddr::new(self.rig.node(0).address(family), NODE_PORT),
+        }
+    }
+
+    /// Asks at an entry in both families, over TCP and UDP, until each outcome is as it should be.
+    pub(crate) fn expect(
+        &self,
+        from: &Namespace,
+        entry: Entry,
+        expected: &str,
+        right: impl Fn(&Outcome) -> bool + Sync,
+    ) {
+        thread::scope(|scope| {
+            for family in FAMILIES {
+                let (to, right) = (self.at(entry, family), &right);
+                scope.spawn(move || expect_at(from, to, ask_tcp, &format!("{entry:?} over TCP {expected}"), right));
+                scope.spawn(move || expect_at(from, to, ask_udp, &format!("{entry:?} over UDP {expected}"), right));
+            }
+        });
+    }
+
+    /// One of these pods answers.
+    pub(crate) fn served(&self, from: &Namespace, entry: Entry, pods: &[&str]) {
+        let right = |outcome: &Outcome| outcome.pod().is_some_and(|pod| pods.contains(&pod));
+        self.expect(from, entry, &format!("is answered by one of {pods:?}"), right);
+    }
+
+    /// The kernel says that nobody is there.
+    pub(crate) fn refused(&self, from: &Namespace, entry: Entry) {
+        self.expect(from, entry, "is refused", |outcome| *outcome == Outcome::Refused);
+    }
+
+    /// Nobody says anything.
+    pub(crate) fn silent(&self, from: &Namespace, entry: Entry) {
+        self.expect(from, entry, "gets no answer", |outcome| *outcome == Outcome::Silence);
+    }
+
+    /// Nanoseconds of CPU that the relay has used.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        let pid = self.relay.pids()[0];
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the relay runs").flatten();
+        let used = threads.filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok());
+        used.filter_map(|text| text.split(' ').next()?.parse().ok()).map(Duration::from_nanos).sum()
+    }
+
+    /// A number from the relay's metrics, summed over series whose text contains `label`.
+    pub(crate) fn metric(&self, name: &str, label: &str) -> u64 {
+        let text = self.get("/metrics").unwrap_or_default();
+        let series = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    /// True where the relay's report names a problem so.
+    pub(crate) fn reports(&self, reason: &str) -> bool {
+        self.get("/status").is_some_and(|status| status.contains(&format!("\"reason\":\"{reason}\"")))
+    }
+
+    fn revision(&self) -> u64 {
+        let status = self.get("/status").unwrap_or_default();
+        let after = status.split("\"revision\":").nth(1).unwrap_or_default();
+        after.split(|byte: char| !byte.is_ascii_digit()).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    }
+
+    fn get(&self, path: &str) -> Option<String> {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let answer = self.rig.node(0).run(|| {
+            let mut stream = TcpStream::connect("127.0.0.1:10249")?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        answer.ok()
+    }
+}
+
+/// Asks at one address until the outcome is right.
+pub(crate) fn expect_at(
+    from: &Namespace,
+    to: SocketAddr,
+    ask: impl Fn(SocketAddr) -> Outcome + Sync,
+    what: &str,
+    right: impl Fn(&Outcome) -> bool,
+) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let outcome = from.run(|| Ok(ask(to))).expect("the namespace is ours");
+        if right(&outcome) {
+            return;
+        }
+        // What is sent while a shard takes a change up may be lost, or heard: it is asked again.
+        assert!(Instant::now() < deadline, "from {from:?}, {to}, {what}: {outcome:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A new connection with one question.
+pub(crate) fn ask_tcp(to: SocketAddr) -> Outcome {
+    let outcome = TcpStream::connect_timeout(&to, SILENCE).and_then(|mut stream| ask_on(&mut stream));
+    outcome.unwrap_or_else(|error| Outcome::of(&error))
+}
+
+/// A question on an open connection.
+pub(crate) fn ask_on(stream: &mut TcpStream) -> io::Result<Outcome> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"?\n")?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    Ok(answer(line.trim_end()))
+}
+
+/// A datagram from a port of its own. Only an answer from where it was sent to counts.
+pub(crate) fn ask_udp(to: SocketAddr) -> Outcome {
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let exchange = || {
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(SILENCE))?;
+        socket.send(b"?")?;
+        let mut buffer = [0; 256];
+        let length = socket.recv(&mut buffer)?;
+        Ok(answer(&String::from_utf8_lossy(&buffer[..length])))
+    };
+    exchange().unwrap_or_else(|error: io::Error| Outcome::of(&error))
+}
+
+fn answer(text: &str) -> Outcome {
+    let parsed = text.split_once(' ').and_then(|(pod, source)| Some((pod.to_owned(), source.parse().ok()?)));
+    match parsed {
+        Some((pod, source)) => Outcome::Answer { pod, source },
+        None => Outcome::Other(format!("answered {text:?}")),
+    }
+}
+
+/// Backends in a pod, of both families and protocols, which tell the pod's name and whom they see. End when dropped.
+pub(crate) struct Backends {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Backends {
+    /// Starts them in some pods of the rig.
+    pub(crate) fn start<'a>(pods: impl IntoIterator<Item = &'a Namespace>) -> Self {
+        let mut backends = Self { stop: Arc::default(), threads: Vec::new() };
+        pods.into_iter().for_each(|pod| backends.start_in(pod));
+        backends
+    }
+
+    fn start_in(&mut self, pod: &Namespace) {
+        for family in FAMILIES {
+            let [tcp, udp] =
+                [TCP_BACKEND_PORT, UDP_BACKEND_PORT].map(|port| SocketAddr::new(pod.address(family), port));
+            let listener = pod.run(|| TcpListener::bind(tcp)).expect("the pod's address is free");
+            let socket = pod.run(|| UdpSocket::bind(udp)).expect("the pod's address is free");
+            let (name, stop) = (pod.name().to_owned(), Arc::clone(&self.stop));
+            self.threads.push(thread::spawn(move || serve_tcp(&listener, &name, &stop)));
+            let (name, stop) = (pod.name().to_owned(), Arc::clone(&self.stop));
+            self.threads.push(thread::spawn(move || serve_udp(&socket, &name, &stop)));
+        }
+    }
+}
+
+impl Drop for Backends {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join(); // A panic has been printed.
+        }
+    }
+}
+
+/// How soon a backend sees that it is to end.
+const TICK: Duration = Duration::from_millis(50);
+
+fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
+    SockRef::from(listener).set_read_timeout(Some(TICK)).expect("an option"); // It limits accept, too.
+    thread::scope(|scope| {
+        while !stop.load(Ordering::Relaxed) {
+            let Ok((stream, peer)) = listener.accept() else { continue };
+            scope.spawn(move || answer_lines(stream, &format!("{name} {}\n", peer.ip()), stop));
+        }
+    });
+}
+
+fn answer_lines(mut stream: TcpStream, line: &str, stop: &AtomicBool) {
+    let mut buffer = [0; 256];
+    stream.set_read_timeout(Some(TICK)).expect("an option");
+    while !stop.load(Ordering::Relaxed) {
+        match stream.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(_) if stream.write_all(line.as_bytes()).is_err() => return,
+            Err(error) if error.kind() != ErrorKind::WouldBlock => return,
+            _ => {}
+        }
+    }
+}
+
+fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
+    let mut buffer = [0; 256];
+    socket.set_read_timeout(Some(TICK)).expect("an option");
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(format!("{name} {}", peer.ip()).as_bytes(), peer);
+        }
+    }
+}
+
+/// The Service `web` and its slices, in both families. Its text is YAML.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Web {
+    /// From `internalTrafficPolicy`; empty: the default.
+    pub(crate) internal_policy: &'static str,
+    /// From `externalTrafficPolicy`; empty: the default.
+    pub(crate) external_policy: &'static str,
+    /// From `loadBalancerSourceRanges`.
+    pub(crate) source_ranges: Vec<String>,
+    /// In the order of the rig.
+    pub(crate) pods: Vec<Pod>,
+    /// More documents.
+    pub(crate) more: String,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug)]
+pub(crate) struct Pod {
+    addresses: DualAddress,
+    node: String,
+    conditions: &'static str,
+}
+
+impl Pod {
+    /// A ready one: pod `j` of node `i`.
+    pub(crate) fn of(rig: &Rig, i: usize, j: usize) -> Self {
+        let pod = rig.pod(i, j);
+        let addresses = DualAddress { v4: pod.address(Family::V4), v6: pod.address(Family::V6) };
+        Self { addresses, node: format!("node{i}"), conditions: "ready: true" }
+    }
+
+    /// Ends, and still serves.
+    pub(crate) fn terminating(self) -> Self {
+        Self { conditions: "ready: false, serving: true, terminating: true", ..self }
+    }
+
+    /// As `ended`, of a Service that publishes pods that are not ready: its slices call them ready.
+    pub(crate) fn published(self) -> Self {
+        Self { conditions: "ready: true, serving: false, terminating: true", ..self }
+    }
+
+    /// Ends, and serves no more.
+    pub(crate) fn ended(self) -> Self {
+        Self { conditions: "ready: false, serving: false, terminating: true", ..self }
+    }
+}
+
+impl Web {
+    /// With these endpoints.
+    pub(crate) fn with(self, pods: impl Into<Vec<Pod>>) -> Self {
+        Self { pods: pods.into(), ..self }
+    }
+}
+
+impl fmt::Display for Web {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  type: LoadBalancer\n")?;
+        f.write_str("  clusterIPs: [10.96.0.1, 'fd96::1']\n  clusterIP: 10.96.0.1\n")?;
+        f.write_str("  ipFamilies: [IPv4, IPv6]\n  ipFamilyPolicy: RequireDualStack\n")?;
+        f.write_str("  externalIPs: [10.96.0.2, 'fd96::2']\n")?;
+        for (field, policy) in [("internal", self.internal_policy), ("external", self.external_policy)] {
+            if !policy.is_empty() {
+                writeln!(f, "  {field}TrafficPolicy: {policy}")?;
+            }
+        }
+        if !self.source_ranges.is_empty() {
+            writeln!(f, "  loadBalancerSourceRanges: ['{}']", self.source_ranges.join("', '"))?;
+        }
+        f.write_str("  ports:\n")?;
+        writeln!(f, "  - {{name: tcp, port: {PORT}, targetPort: {TCP_BACKEND_PORT}, nodePort: {NODE_PORT}}}")?;
+        writeln!(
+            f,
+            "  - {{name: udp, protocol: UDP, port: {PORT}, targetPort: {UDP_BACKEND_PORT}, nodePort: {NODE_PORT}}}"
+        )?;
+        writeln!(f, "  - {{name: only, port: {TCP_ONLY_PORT}, targetPort: {TCP_BACKEND_PORT}}}")?;
+        f.write_str("status: {loadBalancer: {ingress: [{ip: 10.96.0.3}, {ip: 'fd96::3'}]}}\n")?;
+        for family in FAMILIES {
+            self.slice(f, family)?;
+        }
+        f.write_str(&self.more)
+    }
+}
+
+impl Web {
+    fn slice(&self, f: &mut fmt::Formatter<'_>, family: Family) -> fmt::Result {
+        write!(
+            f,
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: web-{}, ",
+            format!("{family}").to_lowercase()
+        )?;
+        writeln!(f, "labels: {{kubernetes.io/service-name: web}}}}\naddressType: {family}\nports:")?;
+        writeln!(f, "- {{name: tcp, port: {TCP_BACKEND_PORT}}}\n- {{name: only, port: {TCP_BACKEND_PORT}}}")?;
+        writeln!(f, "- {{name: udp, protocol: UDP, port: {UDP_BACKEND_PORT}}}\nendpoints:")?;
+        let mut endpoints = String::new();
+        for Pod { addresses, node, conditions } in &self.pods {
+            let address = addresses.of(family);
+            writeln!(endpoints, "- {{addresses: ['{address}'], nodeName: {node}, conditions: {{{conditions}}}}}")?;
+        }
+        f.write_str(&endpoints)
+    }
+}
+
+/// Waits for a condition that no descriptor tells of.
+pub(crate) fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,599 @@
+//! Verdicts under real packets: from clients, pods and the node, to each address of a Service on node 0.
+//!
+//! Cluster and Local sets, fall-backs and ranges are planned in `plan` and its tests; here sockets answer for them.
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube_relay::name::Family;
+
+use crate::rig::{Case, FAMILIES, Namespace, Rig, Shape};
+use crate::stage::{
+    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, LoadBalancerIp, NODE_PORT, NodePort, Outcome, PORT, Pod, Stage,
+    TCP_ONLY_PORT, Web, ask_on, ask_tcp, ask_udp, expect_at,
+};
+
+pub(crate) const CASES: &[Case] = &[
+    (
+        "t093_t094_t095_t125_given_endpoints_that_come_and_go_when_asked_then_all_ways_are_refused_or_served",
+        endpoints_come_and_go,
+    ),
+    (
+        "t096_t097_t098_t099_t103_t104_t106_t126_given_two_pods_when_asked_from_everywhere_then_they_answer",
+        everybody_is_served,
+    ),
+    (
+        "t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local",
+        unallocated_addresses,
+    ),
+    ("t101_t102_t126_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself", hairpin),
+    ("t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused", node_port_addresses),
+    (
+        "t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others",
+        source_ranges,
+    ),
+    ("t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides", source_ranges_and_the_node),
+    ("t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew", source_ranges_change),
+    ("t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody", internal_policy_local),
+    ("t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods", external_policies),
+    ("t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back", terminating_pods),
+    ("t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs", external_ips_of_others),
+    ("t094_given_open_connections_when_verdicts_change_then_each_goes_on", connections_outlive_verdicts),
+    ("given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu", floods_cost_nothing),
+];
+
+/// Two nodes with two pods each; the relay is on node 0.
+fn rig() -> Rig {
+    Rig::build(Shape { nodes: 2, pods_per_node: 2, router: true }).expect("the rig builds")
+}
+
+fn local(rig: &Rig) -> [Pod; 2] {
+    [Pod::of(rig, 0, 0), Pod::of(rig, 0, 1)]
+}
+
+fn remote(rig: &Rig) -> [Pod; 2] {
+    [Pod::of(rig, 1, 0), Pod::of(rig, 1, 1)]
+}
+
+fn backends(rig: &Rig) -> Backends {
+    Backends::start((0..2).flat_map(|i| rig.pods(i)))
+}
+
+const LOCAL: [&str; 2] = ["pod0-0", "pod0-1"];
+const REMOTE: [&str; 2] = ["pod1-0", "pod1-1"];
+
+/// The six ways of T093: who asks, and where.
+fn six_ways(rig: &Rig) -> [(&Namespace, Entry); 6] {
+    let (pod, client) = (rig.pod(0, 1), rig.client());
+    [
+        (pod, ClusterIp),
+        (client, ExternalIp),
+        (pod, NodePort),
+        (client, NodePort),
+        (pod, LoadBalancerIp),
+        (client, LoadBalancerIp),
+    ]
+}
+
+fn endpoints_come_and_go() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let served = Web::default().with([Pod::of(&rig, 0, 0)]);
+    let stage = Stage::start(rig, &Web::default());
+
+    for _ in 0..2 {
+        for (from, entry) in six_ways(&stage.rig) {
+            stage.refused(from, entry);
+        }
+        stage.change(&served);
+        let mut open = connect(&stage, stage.rig.client(), LoadBalancerIp);
+        for (from, entry) in six_ways(&stage.rig) {
+            stage.served(from, entry, &["pod0-0"]);
+        }
+        stage.change(&Web::default());
+        assert_eq!(ask_on(&mut open).expect("it goes on").pod(), Some("pod0-0"));
+    }
+}
+
+fn everybody_is_served() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with([Pod::of(&rig, 0, 0), Pod::of(&rig, 1, 0)]);
+    let stage = Stage::start(rig, &web);
+    let Stage { rig, .. } = &stage;
+
+    for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 1), rig.node(0), rig.node(1)] {
+        for entry in ENTRIES {
+            // Each is reached, in turn: the round robin of a port is one for all ways to it.
+            stage.served(from, entry, &["pod0-0"]);
+            stage.served(from, entry, &["pod1-0"]);
+        }
+    }
+    for family in FAMILIES {
+        let at = |port| SocketAddr::new(stage.at(ClusterIp, family).ip(), port);
+        let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+        expect_at(rig.pod(0, 1), at(TCP_ONLY_PORT), ask_tcp, "a port of TCP alone", |outcome| outcome.pod().is_some());
+        expect_at(rig.pod(0, 1), at(TCP_ONLY_PORT), ask_udp, "a port of TCP alone, over UDP", refused);
+        expect_at(rig.client(), at(7777), ask_tcp, "a port of no Service", refused);
+        let from_node = |outcome: &Outcome| {
+            let Outcome::Answer { source, .. } = outcome else { return false };
+            is_of_node(rig, *source)
+        };
+        expect_at(rig.client(), at(PORT), ask_tcp, "pods see the node", from_node);
+        expect_at(rig.client(), at(PORT), ask_udp, "pods see the node", from_node);
+    }
+}
+
+/// The node's address towards the others, or its end of the cables to its pods.
+fn is_of_node(rig: &Rig, source: IpAddr) -> bool {
+    let ends: [IpAddr; 2] = [[10, 82, 0, 1].into(), "fd82::1".parse().expect("an address")];
+    ends.contains(&source) || FAMILIES.iter().any(|family| rig.node(0).address(*family) == source)
+}
+
+fn unallocated_addresses() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start(rig, &web);
+    let Stage { rig, .. } = &stage;
+    let unallocated: SocketAddr = "10.96.0.77:80".parse().expect("an address");
+    let allocated = stage.at(ClusterIp, Family::V4);
+    rig.network_to_node(0, ("10.96.0.0".parse().expect("an address"), 24)).expect("a route can be added");
+
+    // It goes its normal way: there is none beyond the node.
+    let outcome = rig.client().run(|| Ok(ask_tcp(unallocated))).expect("the namespace is ours");
+    assert!(outcome.pod().is_none() && outcome != Outcome::Refused, "{outcome:?}");
+
+    rig.network_local_to_node(0, ("10.96.0.0".parse().expect("an address"), 24)).expect("a route can be added");
+    for ask in [ask_tcp, ask_udp] {
+        expect_at(rig.client(), unallocated, ask, "nobody's address", |outcome| *outcome == Outcome::Refused);
+        expect_at(rig.client(), allocated, ask, "a cluster IP", |outcome| outcome.pod().is_some());
+    }
+}
+
+fn hairpin() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with([Pod::of(&rig, 0, 0)]);
+    let stage = Stage::start(rig, &web);
+    let Stage { rig, .. } = &stage;
+
+    for entry in ENTRIES {
+        // Answers come from where the question went: both ends are connected sockets.
+        stage.expect(
+            rig.pod(0, 0),
+            entry,
+            "is answered by the asking pod itself, which sees the node",
+            |outcome| matches!(outcome, Outcome::Answer { pod, source } if pod == "pod0-0" && is_of_node(rig, *source)),
+        );
+    }
+}
+
+fn node_port_addresses() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    // A second address of the node: a VIP that no Service has.
+    let second = rig.vip(0, 9).expect("an address can be added");
+    let at = |family| SocketAddr::new(second.of(family), NODE_PORT);
+    let stage = Stage::start(rig, &web);
+    for family in FAMILIES {
+        for ask in [ask_tcp, ask_udp] {
+            expect_at(stage.rig.client(), at(family), ask, "not primary", |outcome| *outcome == Outcome::Refused);
+        }
+    }
+    stage.served(stage.rig.client(), NodePort, &LOCAL);
+    stage.served(stage.rig.node(0), NodePort, &LOCAL);
+    let Stage { rig, relay, .. } = stage;
+    drop(relay);
+
+    let both = ["--nodeport-addresses", "10.81.0.0/24,10.96.0.9/32,fd81::/64,fd96::9/128"];
+    let stage = Stage::start_with(rig, &web, &both);
+
+    stage.served(stage.rig.client(), NodePort, &LOCAL);
+    for family in FAMILIES {
+        for ask in [ask_tcp, ask_udp] {
+            expect_at(stage.rig.client(), at(family), ask, "inside the CIDRs", |outcome| outcome.pod().is_some());
+        }
+    }
+}
+
+fn ranges(of: &[&Namespace]) -> Vec<String> {
+    of.iter().flat_map(|part| FAMILIES.map(|family| part.address(family).to_string())).map(host).collect()
+}
+
+fn host(address: String) -> String {
+    let prefix = if address.contains(':') { 128 } else { 32 };
+    format!("{address}/{prefix}")
+}
+
+fn source_ranges() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web { source_ranges: ranges(&[rig.client(), rig.pod(1, 0)]), ..Web::default() }.with(local(&rig));
+    let stage = Stage::start(rig, &web);
+    let Stage { rig, .. } = &stage;
+
+    for allowed in [rig.client(), rig.pod(1, 0)] {
+        stage.served(allowed, LoadBalancerIp, &LOCAL);
+    }
+    for blocked in [rig.node(1), rig.pod(0, 0), rig.pod(1, 1)] {
+        stage.silent(blocked, LoadBalancerIp);
+        for open in [NodePort, ClusterIp, ExternalIp] {
+            stage.served(blocked, open, &LOCAL);
+        }
+    }
+    // The datagram that is heard next tells how many were not.
+    stage.served(rig.client(), LoadBalancerIp, &LOCAL);
+    assert!(stage.metric("kuberelay_service_dropped_total", "reason=\"denied_address\"") > 0);
+    assert_eq!(stage.metric("kuberelay_filter_fallbacks_total", ""), 0);
+}
+
+fn source_ranges_and_the_node() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let without = Web { source_ranges: ranges(&[rig.client()]), ..Web::default() }.with(local(&rig));
+    let with = Web { source_ranges: ranges(&[rig.client(), rig.node(0)]), ..without.clone() };
+    let stage = Stage::start(rig, &without);
+    let node = stage.rig.node(0);
+    let from_itself = |family| {
+        let to = stage.at(LoadBalancerIp, family);
+        move |_| ask_from(SocketAddr::new(to.ip(), 0), to)
+    };
+
+    stage.silent(node, LoadBalancerIp);
+    for family in FAMILIES {
+        let to = stage.at(LoadBalancerIp, family);
+        expect_at(node, to, from_itself(family), "its own source", |outcome| *outcome == Outcome::Silence);
+    }
+    stage.change(&with);
+    stage.served(node, LoadBalancerIp, &LOCAL);
+    for family in FAMILIES {
+        let (to, source) = (stage.at(LoadBalancerIp, family), stage.rig.node(0).address(family));
+        expect_at(node, to, from_itself(family), "its own source", |outcome| outcome.pod().is_some());
+        let from_node = |_| ask_from(SocketAddr::new(source, 0), to);
+        expect_at(node, to, from_node, "the node's address", |outcome| outcome.pod().is_some());
+    }
+}
+
+/// A new connection from a source address with one question.
+fn ask_from(source: SocketAddr, to: SocketAddr) -> Outcome {
+    let ask = || {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+        socket.bind(&source.into())?;
+        socket.connect_timeout(&to.into(), Duration::from_millis(500))?;
+        ask_on(&mut socket.into())
+    };
+    ask().unwrap_or_else(|error: io::Error| match error.kind() {
+        ErrorKind::TimedOut => Outcome::Silence,
+        _ => Outcome::Other(error.to_string()),
+    })
+}
+
+fn source_ranges_change() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let for_client = Web { source_ranges: ranges(&[rig.client()]), ..Web::default() }.with(local(&rig));
+    let for_pod = Web { source_ranges: ranges(&[rig.pod(1, 0)]), ..for_client.clone() };
+    let for_all = Web { source_ranges: vec![], ..for_client.clone() };
+    let stage = Stage::start(rig, &for_client);
+    let (client, pod) = (stage.rig.client(), stage.rig.pod(1, 0));
+    let mut before = connect(&stage, client, LoadBalancerIp);
+
+    stage.change(&for_pod);
+    stage.silent(client, LoadBalancerIp);
+    stage.served(pod, LoadBalancerIp, &LOCAL);
+    let mut between = connect(&stage, pod, LoadBalancerIp);
+    stage.change(&for_client);
+    stage.silent(pod, LoadBalancerIp);
+    stage.served(client, LoadBalancerIp, &LOCAL);
+    stage.change(&for_all);
+    stage.served(pod, LoadBalancerIp, &LOCAL);
+
+    for open in [&mut before, &mut between] {
+        assert!(ask_on(open).expect("it goes on").pod().is_some());
+    }
+}
+
+fn internal_policy_local() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let by_policy = |internal_policy| Web { internal_policy, ..Web::default() };
+    let [near, far] = [local(&rig), remote(&rig)];
+    let three = [near[0].clone(), far[0].clone(), far[1].clone()];
+    let four = [near.clone(), far.clone()].concat();
+    let stage = Stage::start(rig, &by_policy("Cluster").with(three.clone()));
+    let pod = stage.rig.pod(0, 1);
+
+    for one in ["pod0-0", "pod1-0", "pod1-1"] {
+        stage.served(pod, ClusterIp, &[one]);
+    }
+    stage.change(&by_policy("Local").with(three));
+    for from in [pod, stage.rig.client(), stage.rig.node(0)] {
+        stage.served(from, ClusterIp, &["pod0-0"]);
+        stage.served(from, NodePort, &REMOTE);
+    }
+    stage.change(&by_policy("Local").with(four));
+    for one in LOCAL {
+        stage.served(pod, ClusterIp, &[one]);
+    }
+    stage.change(&by_policy("Local").with(far));
+    for from in [pod, stage.rig.client(), stage.rig.node(0)] {
+        stage.silent(from, ClusterIp);
+        stage.served(from, LoadBalancerIp, &REMOTE);
+    }
+    stage.change(&by_policy("Local"));
+    stage.refused(pod, ClusterIp);
+}
+
+const EXTERNAL: [Entry; 3] = [NodePort, LoadBalancerIp, ExternalIp];
+
+fn external_policies() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let by_policy = |external_policy| Web { external_policy, ..Web::default() };
+    let both = [Pod::of(&rig, 0, 0), Pod::of(&rig, 1, 0)];
+    let far = remote(&rig);
+    let stage = Stage::start(rig, &by_policy("Cluster").with(both.clone()));
+    let Stage { rig, .. } = &stage;
+    let inside = [rig.pod(0, 1), rig.pod(1, 1), rig.node(0)];
+
+    // T115: all seven ways reach both.
+    let ways = EXTERNAL.map(|entry| [(rig.client(), entry), (rig.pod(0, 1), entry)]).concat();
+    for (from, entry) in ways.into_iter().chain([(rig.pod(0, 1), ClusterIp)]) {
+        stage.served(from, entry, &["pod0-0"]);
+        stage.served(from, entry, &["pod1-0"]);
+    }
+
+    stage.change(&by_policy("Local").with(both)); // T113
+    for entry in EXTERNAL {
+        for _ in 0..3 {
+            stage.served(rig.client(), entry, &["pod0-0"]);
+        }
+        for from in inside {
+            stage.served(from, entry, &["pod0-0"]);
+            stage.served(from, entry, &["pod1-0"]);
+        }
+    }
+
+    stage.change(&by_policy("Local").with(far)); // T114
+    for entry in EXTERNAL {
+        stage.silent(rig.client(), entry);
+        stage.silent(rig.node(1), entry);
+        for from in inside {
+            stage.served(from, entry, &REMOTE);
+        }
+    }
+    stage.served(rig.client(), ClusterIp, &REMOTE);
+    stage.change(&by_policy("Local"));
+    for entry in ENTRIES {
+        stage.refused(rig.client(), entry);
+    }
+}
+
+fn terminating_pods() {
+    let rig = Rig::build(Shape { nodes: 2, pods_per_node: 3, router: true }).expect("the rig builds");
+    let _running = backends(&rig);
+    let third = Pod::of(&rig, 0, 2);
+    let web = Web { external_policy: "Local", ..Web::default() };
+    let [[near, near_too], [far, far_too]] = [local(&rig), remote(&rig)];
+    let (client, pod) = ("client", "pod");
+    // Who asks, where, and who answers; nobody is silence.
+    type Way<'a> = (&'a str, Entry, &'a [&'a str]);
+    let cases: [(Vec<Pod>, Vec<Way<'_>>); 6] = [
+        // T116
+        (
+            vec![near.clone(), near_too, third.terminating(), far.clone()],
+            vec![
+                (client, LoadBalancerIp, &LOCAL),
+                (client, LoadBalancerIp, &LOCAL),
+                (client, LoadBalancerIp, &LOCAL),
+                (pod, ClusterIp, &["pod0-0"]),
+                (pod, ClusterIp, &["pod0-1"]),
+                (pod, ClusterIp, &["pod1-0"]),
+            ],
+        ),
+        // T117
+        (
+            vec![near.clone().terminating(), far.clone()],
+            vec![(client, LoadBalancerIp, &["pod0-0"]), (pod, ClusterIp, &["pod1-0"])],
+        ),
+        // T118
+        (vec![near.clone().ended(), far.clone()], vec![(client, LoadBalancerIp, &[]), (pod, ClusterIp, &["pod1-0"])]),
+        // T119
+        (
+            vec![far.clone().terminating(), far_too.ended()],
+            vec![(client, LoadBalancerIp, &[]), (pod, ClusterIp, &["pod1-0"])],
+        ),
+        // T120
+        (vec![near.clone().terminating()], vec![(pod, ClusterIp, &["pod0-0"]), (client, ClusterIp, &["pod0-0"])]),
+        // T121
+        (vec![near.clone().published()], vec![(pod, ClusterIp, &["pod0-0"]), (client, NodePort, &["pod0-0"])]),
+    ];
+    let stage = Stage::start(rig, &web);
+
+    for (pods, ways) in cases {
+        stage.change(&web.clone().with(pods));
+        for (from, entry, answering) in ways {
+            let from = if from == client { stage.rig.client() } else { stage.rig.pod(0, 1) };
+            match answering {
+                [] => stage.silent(from, entry),
+                answering => stage.served(from, entry, answering),
+            }
+        }
+    }
+    stage.change(&web.clone().with([near.clone().ended()])); // T121: no longer published
+    stage.refused(stage.rig.pod(0, 1), ClusterIp);
+    stage.refused(stage.rig.client(), NodePort);
+    stage.change(&web.with([near.published()]));
+    stage.served(stage.rig.pod(0, 1), ClusterIp, &["pod0-0"]);
+}
+
+fn external_ips_of_others() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let node = rig.node(0).address(Family::V4);
+    let sshd = rig.node(0).run(|| std::net::TcpListener::bind((node, 22))).expect("a free port");
+    let slices = |name: &str, pod: &Namespace| {
+        let address = pod.address(Family::V4);
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+             metadata: {{name: {name}-1, labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: IPv4\n\
+             ports: [{{name: '', port: 8000}}]\nendpoints: [{{addresses: ['{address}']}}]\n"
+        )
+    };
+    let service = |name: &str, cluster_ip: &str, external_ip: &str, port: u16| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {cluster_ip}, \
+             externalIPs: [{external_ip}], ports: [{{port: {port}, targetPort: 8000}}]}}\n"
+        )
+    };
+    let more = [
+        service("shares", "10.96.0.11", "10.96.0.2", 8080), // T124: another port
+        slices("shares", rig.pod(0, 1)),
+        service("younger", "10.96.0.12", "10.96.0.2", 8080), // T124: the same one
+        slices("younger", rig.pod(1, 0)),
+        service("takes-ssh", "10.96.0.13", &node.to_string(), 22), // T123
+        slices("takes-ssh", rig.pod(0, 1)),
+        service("takes-dns", "10.96.0.14", "8.8.8.8", 80), // T122
+        slices("takes-dns", rig.pod(0, 1)),
+    ];
+    for number in 11..=14 {
+        rig.vip(0, number).expect("an address can be added");
+    }
+    let web = Web { more: more.concat(), ..Web::default() }.with([Pod::of(&rig, 0, 0)]);
+    let stage = Stage::start(rig, &web);
+    let client = stage.rig.client();
+
+    stage.served(client, ExternalIp, &["pod0-0"]);
+    let shared = SocketAddr::new(stage.at(ExternalIp, Family::V4).ip(), 8080);
+    expect_at(client, shared, ask_tcp, "the first by name", |outcome| outcome.pod() == Some("pod0-1"));
+    assert!(stage.reports("conflict") && stage.reports("external_ip"));
+    let at_node = |port| SocketAddr::new(node, port);
+    client.run(|| TcpStream::connect(at_node(22))).expect("it is there");
+    sshd.accept().expect("it is the one that was there");
+    expect_at(client, at_node(80), ask_tcp, "nobody's port", |outcome| *outcome == Outcome::Refused);
+}
+
+fn connections_outlive_verdicts() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let [near, far] = [local(&rig), remote(&rig)];
+    let client_only = ranges(&[rig.client()]);
+    let pod_only = ranges(&[rig.pod(1, 0)]);
+    let local = Web { external_policy: "Local", internal_policy: "Local", ..Web::default() };
+    let states = [
+        Web::default().with(near.clone()),
+        local.clone().with(far.clone()),
+        Web::default(),
+        local.clone().with(near.clone()),
+        Web { source_ranges: client_only, ..local.clone() }.with(near.clone()),
+        Web { source_ranges: pod_only, ..local.clone() }.with(near.clone()),
+        local.with(far.clone()),
+        Web::default().with(far),
+        Web::default(),
+        Web::default().with(near),
+    ];
+    let stage = Stage::start(rig, &states[0]);
+    let mut open: Vec<TcpStream> = Vec::new();
+
+    for state in &states {
+        stage.change_if_other(state);
+        for entry in ENTRIES {
+            open.extend(try_connect(&stage, stage.rig.client(), entry));
+            open.extend(try_connect(&stage, stage.rig.pod(0, 1), entry));
+        }
+        for stream in &mut open {
+            assert!(ask_on(stream).expect("it goes on").pod().is_some());
+        }
+    }
+
+    assert!(open.len() >= 40, "{} connections", open.len());
+}
+
+/// An open connection that has been answered.
+fn connect(stage: &Stage, from: &Namespace, entry: Entry) -> TcpStream {
+    try_connect(stage, from, entry).expect("it is served")
+}
+
+fn try_connect(stage: &Stage, from: &Namespace, entry: Entry) -> Option<TcpStream> {
+    let to = stage.at(entry, Family::V4);
+    let stream = from.run(|| {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_millis(500))?;
+        ask_on(&mut stream)?;
+        Ok(stream)
+    });
+    stream.ok()
+}
+
+/// How long each flood lasts.
+const FLOOD: Duration = Duration::from_secs(1);
+
+fn floods_cost_nothing() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let [near, far] = [local(&rig), remote(&rig)];
+    let kept_out = ranges(&[rig.node(1)]);
+    let states = [
+        ("parked", Web::default(), LoadBalancerIp),
+        ("parked again", Web::default(), ClusterIp),
+        ("dropping outside", Web { external_policy: "Local", ..Web::default() }.with(far.clone()), LoadBalancerIp),
+        ("dropping on both sides", Web { internal_policy: "Local", ..Web::default() }.with(far), ClusterIp),
+        ("denying", Web { source_ranges: kept_out, ..Web::default() }.with(near.clone()), LoadBalancerIp),
+    ];
+    let served = Web::default().with(near);
+    let stage = Stage::start(rig, &served);
+
+    for (what, web, entry) in states {
+        stage.change(&web);
+        let to = stage.at(entry, Family::V4);
+        for (protocol, used, sent) in [flooded(&stage, "TCP", || syn(to)), flooded(&stage, "UDP", || datagram(to))] {
+            println!("{what}: {sent} {protocol} packets of a flood, {used:?} of CPU in {FLOOD:?}");
+            assert!(sent > 1_000 && used < FLOOD / 100, "{what}, {protocol}: {sent} sent, {used:?}");
+        }
+        stage.change(&served);
+        stage.served(stage.rig.client(), entry, &LOCAL);
+        let (_, used, _) = flooded(&stage, "", || thread::sleep(Duration::from_millis(10)));
+        println!("revived, idle: {used:?} of CPU in {FLOOD:?}");
+        assert!(used < FLOOD / 100, "revived after {what}: {used:?}");
+    }
+}
+
+/// Two threads of the client do it over and over: what the relay used meanwhile, and how often they did it.
+fn flooded<'a>(stage: &Stage, protocol: &'a str, packet: impl Fn() + Sync) -> (&'a str, Duration, u64) {
+    let (ends, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    let client = stage.rig.client();
+    let used = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                client.enter().expect("the namespace is ours");
+                while !ends.load(Ordering::Relaxed) {
+                    packet();
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let before = stage.cpu_time();
+        let end = Instant::now() + FLOOD;
+        thread::sleep(end - Instant::now()); // What is measured is what happens in this time.
+        let used = stage.cpu_time() - before;
+        ends.store(true, Ordering::Relaxed);
+        used
+    });
+    (protocol, used, sent.into_inner())
+}
+
+/// The first packet of a connection; what comes of it is not waited for.
+fn syn(to: SocketAddr) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None);
+    let socket = socket.expect("descriptors are left");
+    let _ = socket.connect(&to.into()); // It is on its way, or refused already.
+}
+
+fn datagram(to: SocketAddr) {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port is free");
+    let _ = socket.send_to(b"flood", to); // Of an earlier one's refusal nobody wants to know.
+}
