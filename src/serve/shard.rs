@@ -101,9 +101,13 @@ struct Losses {
 impl Losses {
     const NONE: Self = Self { counted: 0, reason: DropReason::Memory };
 
+    /// Takes the number that the kernel tells. One that came with a datagram may be older than the last one.
     fn count(&mut self, dropped: u32, stats: &ServiceStats) {
-        let lost = dropped.wrapping_sub(mem::replace(&mut self.counted, dropped));
-        stats.dropped.add(self.reason, u64::from(lost));
+        let lost = dropped.wrapping_sub(self.counted);
+        if lost <= u32::MAX / 2 {
+            self.counted = dropped;
+            stats.dropped.add(self.reason, u64::from(lost));
+        }
     }
 }
 
@@ -575,6 +579,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use arc_swap::ArcSwap;
+    use ipnet::IpNet;
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
@@ -707,6 +712,36 @@ mod tests {
         still.turn();
 
         assert_eq!(lost(&still), before);
+    }
+
+    #[test]
+    fn t107_given_a_filter_that_comes_and_goes_when_datagrams_are_dropped_then_each_is_counted_once_for_its_reason() {
+        let mut still = Still::start([127, 18, 2, 6], &[]);
+        let (key, client, stranger) = (still.key(), still.client(), plain(SocketAddr::from(([127, 18, 2, 7], 0))));
+        let only: IpNet = client.local_addr().expect("bound").ip().into();
+        let guarded = Target { source_ranges: [only].into(), ..target_of(&still.balancer) };
+        let filter = Filter::of_target(&guarded, Family::V4).expect("short");
+        let counted = |still: &Still, reason| still.balancer.port.stats.dropped.get(reason);
+        still.shard.listeners[0].as_ref().expect("a listener").target.store(Arc::new(guarded));
+        client.send(b"waits with an older number").expect("sent");
+
+        still.shard.set_filter(&key, filter.as_ref());
+        for _ in 0..3 {
+            stranger.send_to(b"unheard", still.address).expect("sent");
+        }
+        still.shard.set_filter(&key, filter.as_ref()); // reads the number, and puts the same in its place
+        assert_eq!(counted(&still, DropReason::DeniedAddress), 3);
+        still.turn();
+        stranger.send_to(b"unheard", still.address).expect("sent");
+        client.send(b"brings the number").expect("sent");
+        still.turn();
+        assert_eq!(counted(&still, DropReason::DeniedAddress), 4);
+        still.shard.set_filter(&key, None);
+        stranger.send_to(b"judged by the shard", still.address).expect("sent");
+        still.turn();
+
+        assert_eq!(counted(&still, DropReason::DeniedAddress), 5);
+        assert_eq!(counted(&still, DropReason::Memory), 0);
     }
 
     #[test]
