@@ -2,7 +2,7 @@
 //!
 //! Only the question of who is allowed is answered here; how others are kept out is up to `serve`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -30,7 +30,10 @@ impl SourceRanges<'_> {
         let of_family = |net: &&IpNet| Family::of(net.addr()) == Family::of(listen);
         let mut ranges: Vec<_> = self.service.source_ranges.iter().filter(of_family).copied().collect();
         if self.node_addresses.iter().any(|own| ranges.iter().any(|net| net.contains(own))) {
-            ranges.push(listen.into()); // The source of a program on this node that connects to it.
+            // The source of a program on this node that connects to it; with IPv6, where the address is local by a
+            // route alone, that is ::1.
+            ranges.push(listen.into());
+            ranges.extend(listen.is_ipv6().then(|| IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))));
         }
         IpNet::aggregate(&ranges).into()
     }
@@ -52,7 +55,7 @@ mod tests {
             source_ranges: ranges.iter().map(|net| net.parse().expect("a net")).collect(),
             ..Service::new("default/web").cluster_ip([10, 96, 0, 10])
         };
-        let ranges = SourceRanges { service: &service, node_addresses: &[ip("192.0.2.1")] };
+        let ranges = SourceRanges { service: &service, node_addresses: &[ip("192.0.2.1"), ip("2001:db8:2::1")] };
         ranges.at(ip(listen)).iter().map(IpNet::to_string).collect()
     }
 
@@ -76,6 +79,8 @@ mod tests {
     fn t110_given_a_range_with_the_node_when_asked_then_the_address_itself_is_a_source_too() {
         assert_eq!(allowed(&["192.0.2.0/24"], "198.51.100.1"), ["192.0.2.0/24", "198.51.100.1/32"]);
         assert_eq!(allowed(&["192.0.2.128/25"], "198.51.100.1"), ["192.0.2.128/25"]);
+        let with_loopback = ["::1/128", "2001:db8:1::1/128", "2001:db8:2::/64"];
+        assert_eq!(allowed(&["2001:db8:2::/64"], "2001:db8:1::1"), with_loopback);
     }
 
     #[test]
