@@ -3,10 +3,8 @@
 //! Cluster and Local sets, fall-backs and ranges are planned in `plan` and its tests; here sockets answer for them.
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Duration;
 
 use kube_relay::name::Family;
 
@@ -16,53 +14,40 @@ use crate::stage::{
     TCP_ONLY_PORT, Web, ask_on, ask_tcp, ask_udp, expect_at,
 };
 
-pub(crate) const CASES: &[Case] = &[
-    (
-        "t093_t094_t095_t125_given_endpoints_that_come_and_go_when_asked_then_all_ways_are_refused_or_served",
-        endpoints_come_and_go,
-    ),
-    (
-        "t096_t097_t098_t099_t103_t104_t106_t126_given_two_pods_when_asked_from_everywhere_then_they_answer",
-        everybody_is_served,
-    ),
-    (
-        "t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local",
-        unallocated_addresses,
-    ),
-    ("t101_t102_t126_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself", hairpin),
-    ("t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused", node_port_addresses),
-    (
-        "t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others",
-        source_ranges,
-    ),
-    ("t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides", source_ranges_and_the_node),
-    ("t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew", source_ranges_change),
-    ("t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody", internal_policy_local),
-    ("t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods", external_policies),
-    ("t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back", terminating_pods),
-    ("t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs", external_ips_of_others),
-    ("t094_given_open_connections_when_verdicts_change_then_each_goes_on", connections_outlive_verdicts),
-    ("given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu", floods_cost_nothing),
+pub(crate) const CASES: &[Case] = cases![
+    t093_t094_t095_t125_given_endpoints_that_come_and_go_when_asked_then_all_ways_are_refused_or_served,
+    t096_t097_t098_t099_t103_t104_t106_given_two_pods_when_asked_from_everywhere_then_they_answer,
+    t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local,
+    t101_t102_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself,
+    t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused,
+    t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others,
+    t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides,
+    t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew,
+    t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody,
+    t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods,
+    t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back,
+    t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs,
+    t094_given_open_connections_when_verdicts_change_then_each_goes_on,
 ];
 
 /// Two nodes with two pods each; the relay is on node 0.
-fn rig() -> Rig {
+pub(crate) fn rig() -> Rig {
     Rig::build(Shape { nodes: 2, pods_per_node: 2, router: true }).expect("the rig builds")
 }
 
-fn local(rig: &Rig) -> [Pod; 2] {
+pub(crate) fn local(rig: &Rig) -> [Pod; 2] {
     [Pod::of(rig, 0, 0), Pod::of(rig, 0, 1)]
 }
 
-fn remote(rig: &Rig) -> [Pod; 2] {
+pub(crate) fn remote(rig: &Rig) -> [Pod; 2] {
     [Pod::of(rig, 1, 0), Pod::of(rig, 1, 1)]
 }
 
-fn backends(rig: &Rig) -> Backends {
+pub(crate) fn backends(rig: &Rig) -> Backends {
     Backends::start((0..2).flat_map(|i| rig.pods(i)))
 }
 
-const LOCAL: [&str; 2] = ["pod0-0", "pod0-1"];
+pub(crate) const LOCAL: [&str; 2] = ["pod0-0", "pod0-1"];
 const REMOTE: [&str; 2] = ["pod1-0", "pod1-1"];
 
 /// The six ways of T093: who asks, and where.
@@ -78,7 +63,7 @@ fn six_ways(rig: &Rig) -> [(&Namespace, Entry); 6] {
     ]
 }
 
-fn endpoints_come_and_go() {
+fn t093_t094_t095_t125_given_endpoints_that_come_and_go_when_asked_then_all_ways_are_refused_or_served() {
     let rig = rig();
     let _running = backends(&rig);
     let served = Web::default().with([Pod::of(&rig, 0, 0)]);
@@ -98,7 +83,7 @@ fn endpoints_come_and_go() {
     }
 }
 
-fn everybody_is_served() {
+fn t096_t097_t098_t099_t103_t104_t106_given_two_pods_when_asked_from_everywhere_then_they_answer() {
     let rig = rig();
     let _running = backends(&rig);
     let web = Web::default().with([Pod::of(&rig, 0, 0), Pod::of(&rig, 1, 0)]);
@@ -133,7 +118,7 @@ fn is_of_node(rig: &Rig, source: IpAddr) -> bool {
     ends.contains(&source) || FAMILIES.iter().any(|family| rig.node(0).address(*family) == source)
 }
 
-fn unallocated_addresses() {
+fn t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local() {
     let rig = rig();
     let _running = backends(&rig);
     let web = Web::default().with(local(&rig));
@@ -154,7 +139,7 @@ fn unallocated_addresses() {
     }
 }
 
-fn hairpin() {
+fn t101_t102_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself() {
     let rig = rig();
     let _running = backends(&rig);
     let web = Web::default().with([Pod::of(&rig, 0, 0)]);
@@ -172,7 +157,7 @@ fn hairpin() {
     }
 }
 
-fn node_port_addresses() {
+fn t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused() {
     let rig = rig();
     let _running = backends(&rig);
     let web = Web::default().with(local(&rig));
@@ -201,7 +186,7 @@ fn node_port_addresses() {
     }
 }
 
-fn ranges(of: &[&Namespace]) -> Vec<String> {
+pub(crate) fn ranges(of: &[&Namespace]) -> Vec<String> {
     of.iter().flat_map(|part| FAMILIES.map(|family| part.address(family).to_string())).map(host).collect()
 }
 
@@ -210,7 +195,7 @@ fn host(address: String) -> String {
     format!("{address}/{prefix}")
 }
 
-fn source_ranges() {
+fn t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others() {
     let rig = rig();
     let _running = backends(&rig);
     let web = Web { source_ranges: ranges(&[rig.client(), rig.pod(1, 0)]), ..Web::default() }.with(local(&rig));
@@ -232,7 +217,7 @@ fn source_ranges() {
     assert_eq!(stage.metric("kuberelay_filter_fallbacks_total", ""), 0);
 }
 
-fn source_ranges_and_the_node() {
+fn t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides() {
     let rig = rig();
     let _running = backends(&rig);
     let without = Web { source_ranges: ranges(&[rig.client()]), ..Web::default() }.with(local(&rig));
@@ -273,7 +258,7 @@ fn ask_from(source: SocketAddr, to: SocketAddr) -> Outcome {
     })
 }
 
-fn source_ranges_change() {
+fn t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew() {
     let rig = rig();
     let _running = backends(&rig);
     let for_client = Web { source_ranges: ranges(&[rig.client()]), ..Web::default() }.with(local(&rig));
@@ -298,7 +283,7 @@ fn source_ranges_change() {
     }
 }
 
-fn internal_policy_local() {
+fn t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody() {
     let rig = rig();
     let _running = backends(&rig);
     let by_policy = |internal_policy| Web { internal_policy, ..Web::default() };
@@ -331,7 +316,7 @@ fn internal_policy_local() {
 
 const EXTERNAL: [Entry; 3] = [NodePort, LoadBalancerIp, ExternalIp];
 
-fn external_policies() {
+fn t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods() {
     let rig = rig();
     let _running = backends(&rig);
     let by_policy = |external_policy| Web { external_policy, ..Web::default() };
@@ -374,7 +359,7 @@ fn external_policies() {
     }
 }
 
-fn terminating_pods() {
+fn t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back() {
     let rig = Rig::build(Shape { nodes: 2, pods_per_node: 3, router: true }).expect("the rig builds");
     let _running = backends(&rig);
     let third = Pod::of(&rig, 0, 2);
@@ -432,7 +417,7 @@ fn terminating_pods() {
     stage.served(stage.rig.pod(0, 1), ClusterIp, &["pod0-0"]);
 }
 
-fn external_ips_of_others() {
+fn t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs() {
     let rig = rig();
     let _running = backends(&rig);
     let node = rig.node(0).address(Family::V4);
@@ -478,7 +463,7 @@ fn external_ips_of_others() {
     expect_at(client, at_node(80), ask_tcp, "nobody's port", |outcome| *outcome == Outcome::Refused);
 }
 
-fn connections_outlive_verdicts() {
+fn t094_given_open_connections_when_verdicts_change_then_each_goes_on() {
     let rig = rig();
     let _running = backends(&rig);
     let [near, far] = [local(&rig), remote(&rig)];
@@ -527,73 +512,4 @@ fn try_connect(stage: &Stage, from: &Namespace, entry: Entry) -> Option<TcpStrea
         Ok(stream)
     });
     stream.ok()
-}
-
-/// How long each flood lasts.
-const FLOOD: Duration = Duration::from_secs(1);
-
-fn floods_cost_nothing() {
-    let rig = rig();
-    let _running = backends(&rig);
-    let [near, far] = [local(&rig), remote(&rig)];
-    let kept_out = ranges(&[rig.node(1)]);
-    let states = [
-        ("parked", Web::default(), LoadBalancerIp),
-        ("parked again", Web::default(), ClusterIp),
-        ("dropping outside", Web { external_policy: "Local", ..Web::default() }.with(far.clone()), LoadBalancerIp),
-        ("dropping on both sides", Web { internal_policy: "Local", ..Web::default() }.with(far), ClusterIp),
-        ("denying", Web { source_ranges: kept_out, ..Web::default() }.with(near.clone()), LoadBalancerIp),
-    ];
-    let served = Web::default().with(near);
-    let stage = Stage::start(rig, &served);
-
-    for (what, web, entry) in states {
-        stage.change(&web);
-        let to = stage.at(entry, Family::V4);
-        for (protocol, used, sent) in [flooded(&stage, "TCP", || syn(to)), flooded(&stage, "UDP", || datagram(to))] {
-            println!("{what}: {sent} {protocol} packets of a flood, {used:?} of CPU in {FLOOD:?}");
-            assert!(sent > 1_000 && used < FLOOD / 100, "{what}, {protocol}: {sent} sent, {used:?}");
-        }
-        stage.change(&served);
-        stage.served(stage.rig.client(), entry, &LOCAL);
-        let (_, used, _) = flooded(&stage, "", || thread::sleep(Duration::from_millis(10)));
-        println!("revived, idle: {used:?} of CPU in {FLOOD:?}");
-        assert!(used < FLOOD / 100, "revived after {what}: {used:?}");
-    }
-}
-
-/// Two threads of the client do it over and over: what the relay used meanwhile, and how often they did it.
-fn flooded<'a>(stage: &Stage, protocol: &'a str, packet: impl Fn() + Sync) -> (&'a str, Duration, u64) {
-    let (ends, sent) = (AtomicBool::new(false), AtomicU64::new(0));
-    let client = stage.rig.client();
-    let used = thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                client.enter().expect("the namespace is ours");
-                while !ends.load(Ordering::Relaxed) {
-                    packet();
-                    sent.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        let before = stage.cpu_time();
-        let end = Instant::now() + FLOOD;
-        thread::sleep(end - Instant::now()); // What is measured is what happens in this time.
-        let used = stage.cpu_time() - before;
-        ends.store(true, Ordering::Relaxed);
-        used
-    });
-    (protocol, used, sent.into_inner())
-}
-
-/// The first packet of a connection; what comes of it is not waited for.
-fn syn(to: SocketAddr) {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None);
-    let socket = socket.expect("descriptors are left");
-    let _ = socket.connect(&to.into()); // It is on its way, or refused already.
-}
-
-fn datagram(to: SocketAddr) {
-    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port is free");
-    let _ = socket.send_to(b"flood", to); // Of an earlier one's refusal nobody wants to know.
 }

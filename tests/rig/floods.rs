@@ -1,0 +1,85 @@
+//! What floods cost a relay whose listener gives no answer, or refuses: nothing to speak of.
+//!
+//! How such a listener comes to be is in `verdicts`.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube_relay::name::Family;
+
+use crate::rig::Case;
+use crate::stage::{ClusterIp, LoadBalancerIp, Stage, Web};
+use crate::verdicts::{LOCAL, backends, local, ranges, remote, rig};
+
+pub(crate) const CASES: &[Case] = cases![given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu];
+
+/// How long each flood lasts.
+const FLOOD: Duration = Duration::from_secs(1);
+
+fn given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let [near, far] = [local(&rig), remote(&rig)];
+    let kept_out = ranges(&[rig.node(1)]);
+    let states = [
+        ("parked", Web::default(), LoadBalancerIp),
+        ("parked again", Web::default(), ClusterIp),
+        ("dropping outside", Web { external_policy: "Local", ..Web::default() }.with(far.clone()), LoadBalancerIp),
+        ("dropping on both sides", Web { internal_policy: "Local", ..Web::default() }.with(far), ClusterIp),
+        ("denying", Web { source_ranges: kept_out, ..Web::default() }.with(near.clone()), LoadBalancerIp),
+    ];
+    let served = Web::default().with(near);
+    let stage = Stage::start(rig, &served);
+
+    for (what, web, entry) in states {
+        stage.change(&web);
+        let to = stage.at(entry, Family::V4);
+        for (protocol, used, sent) in [flooded(&stage, "TCP", || syn(to)), flooded(&stage, "UDP", || datagram(to))] {
+            println!("{what}: {sent} {protocol} packets of a flood, {used:?} of CPU in {FLOOD:?}");
+            assert!(sent > 1_000 && used < FLOOD / 100, "{what}, {protocol}: {sent} sent, {used:?}");
+        }
+        stage.change(&served);
+        stage.served(stage.rig.client(), entry, &LOCAL);
+        let (_, used, _) = flooded(&stage, "", || thread::sleep(Duration::from_millis(10)));
+        println!("revived, idle: {used:?} of CPU in {FLOOD:?}");
+        assert!(used < FLOOD / 100, "revived after {what}: {used:?}");
+    }
+}
+
+/// Two threads of the client do it over and over: what the relay used meanwhile, and how often they did it.
+fn flooded<'a>(stage: &Stage, protocol: &'a str, packet: impl Fn() + Sync) -> (&'a str, Duration, u64) {
+    let (ends, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    let client = stage.rig.client();
+    let used = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                client.enter().expect("the namespace is ours");
+                while !ends.load(Ordering::Relaxed) {
+                    packet();
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let before = stage.cpu_time();
+        let end = Instant::now() + FLOOD;
+        thread::sleep(end - Instant::now()); // What is measured is what happens in this time.
+        let used = stage.cpu_time() - before;
+        ends.store(true, Ordering::Relaxed);
+        used
+    });
+    (protocol, used, sent.into_inner())
+}
+
+/// The first packet of a connection; what comes of it is not waited for.
+fn syn(to: SocketAddr) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None);
+    let socket = socket.expect("descriptors are left");
+    let _ = socket.connect(&to.into()); // It is on its way, or refused already.
+}
+
+fn datagram(to: SocketAddr) {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port is free");
+    let _ = socket.send_to(b"flood", to); // Of an earlier one's refusal nobody wants to know.
+}
