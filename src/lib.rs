@@ -7,7 +7,7 @@
 //! ```text
 //! manifest ─ Message ─▶ control: batch ≤ 20 ms ─▶ Model::apply ─▶ Plan::update(dirty Services) ─▶ [Step] ─▶ Listeners::apply
 //! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
-//!                                                                                                           │ Point   → the listener's target
+//!                                                                                                           │ Point   → the listener's target, its socket's filter
 //!                                                                                                           │ Bind    → a socket and its server task
 //!                                                                                                           │ Park    → port held, connects refused
 //!                                                                                                           │ Revive  → the same socket serves again
