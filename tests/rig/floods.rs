@@ -36,20 +36,26 @@ fn given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu() 
     for (what, web, entry) in states {
         stage.change(&web);
         let to = stage.at(entry, Family::V4);
-        for (protocol, used, sent) in [flooded(&stage, "TCP", || syn(to)), flooded(&stage, "UDP", || datagram(to))] {
-            println!("{what}: {sent} {protocol} packets of a flood, {used:?} of CPU in {FLOOD:?}");
-            assert!(sent > 1_000 && used < FLOOD / 100, "{what}, {protocol}: {sent} sent, {used:?}");
-        }
+        assert_cheap(&stage, &format!("{what}, SYNs"), || syn(to));
+        assert_cheap(&stage, &format!("{what}, datagrams"), || datagram(to));
         stage.change(&served);
         stage.served(stage.rig.client(), entry, &LOCAL);
-        let (_, used, _) = flooded(&stage, "", || thread::sleep(Duration::from_millis(10)));
-        println!("revived, idle: {used:?} of CPU in {FLOOD:?}");
-        assert!(used < FLOOD / 100, "revived after {what}: {used:?}");
+        assert_cheap(&stage, &format!("{what}, then revived and idle"), || thread::sleep(Duration::from_micros(100)));
     }
 }
 
+/// The relay uses less than 10 ms of CPU in a second. Who shares the machine may make one second dearer, and no more
+/// than that; a loop that spins makes all of them so.
+fn assert_cheap(stage: &Stage, what: &str, packet: impl Fn() + Sync) {
+    let mut floods = (0..3).map(|_| flooded(stage, &packet)).inspect(|(used, sent)| {
+        println!("{what}: {sent} in {FLOOD:?}, {used:?} of CPU");
+        assert!(*sent > 1_000, "that is no flood");
+    });
+    assert!(floods.any(|(used, _)| used < FLOOD / 100), "{what}: too much CPU");
+}
+
 /// Two threads of the client do it over and over: what the relay used meanwhile, and how often they did it.
-fn flooded<'a>(stage: &Stage, protocol: &'a str, packet: impl Fn() + Sync) -> (&'a str, Duration, u64) {
+fn flooded(stage: &Stage, packet: impl Fn() + Sync) -> (Duration, u64) {
     let (ends, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     let client = stage.rig.client();
     let used = thread::scope(|scope| {
@@ -69,7 +75,7 @@ fn flooded<'a>(stage: &Stage, protocol: &'a str, packet: impl Fn() + Sync) -> (&
         ends.store(true, Ordering::Relaxed);
         used
     });
-    (protocol, used, sent.into_inner())
+    (used, sent.into_inner())
 }
 
 /// The first packet of a connection; what comes of it is not waited for.
