@@ -13,13 +13,8 @@ const CASES: std::ops::RangeInclusive<u16> = 1..=151;
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
     (64, 10, "a latency sample for each change needs the histograms of the metrics"),
-    (100, 8, "an address that is not allocated is the kernel's matter, and follows from the routes of addresses"),
-    (103, 6, "the source of a program on the node is seen at sockets only"),
-    (104, 8, "a client of another machine needs the routes of addresses"),
     (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
-    (146, 6, "pins belong to the balancers"),
     (150, 12, "state that is handed over belongs to the upgrade"),
-    (151, 6, "pins belong to the balancers"),
 ];
 
 #[test]

@@ -54,7 +54,7 @@ use crate::serve::reactor::{Foreign, Unwatched};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
 use crate::serve::worker::{Listening, Pool, Readable, Seat, Worker};
-use crate::serve::{TargetCell, Verdict, socket};
+use crate::serve::{TargetCell, socket};
 use crate::stats::DropReason;
 
 /// How TCP is served.
@@ -232,10 +232,9 @@ impl Server {
         let target = self.target.load();
         let port = &target.port;
         port.stats.accepted.increment();
-        let balancer = match target.judge(peer.ip()) {
-            Verdict::Serve(balancer) => Arc::clone(balancer),
-            Verdict::Reject => return turn_away(&socket, peer, port, DropReason::NoEndpoints),
-            Verdict::Drop => return turn_away(&socket, peer, port, DropReason::NoLocalEndpoints),
+        let balancer = match target.balancer_for(peer.ip()) {
+            Ok(balancer) => Arc::clone(balancer),
+            Err(reason) => return turn_away(&socket, peer, port, reason),
         };
         let guest = Guest { socket, peer, listen: self.key };
         let (shared, open) = (Arc::clone(&self.shared), self.shared.connections.token());
@@ -407,7 +406,7 @@ mod tests {
 
     use super::*;
     use crate::name::Protocol;
-    use crate::serve::Target;
+    use crate::serve::{Target, Verdict};
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
         backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker, pair,
