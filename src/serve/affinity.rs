@@ -19,9 +19,9 @@
 //! same instant may part for once; the later ones agree.
 
 use std::hash::BuildHasher;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -29,6 +29,17 @@ use foldhash::quality::RandomState;
 
 use crate::name::Scope;
 use crate::stats::Counter;
+use word::AtomicU64;
+
+/// The words of the table: under loom, words that try every order of threads (see the `interleavings` at the end).
+#[cfg(not(kube_relay_loom))]
+mod word {
+    pub(super) use std::sync::atomic::AtomicU64;
+}
+#[cfg(kube_relay_loom)]
+mod word {
+    pub(super) use loom::sync::atomic::AtomicU64;
+}
 
 /// How many clients of one ServicePort are remembered at most; beyond, the longest unused go first.
 ///
@@ -36,7 +47,8 @@ use crate::stats::Counter;
 pub const CLIENTS: usize = 1 << 17;
 
 /// Places in a set. With more, a full set has a fairer notion of its oldest; with fewer, a look-up is shorter.
-const WAYS: usize = 8;
+/// Loom tries every order in which they can be read: two have all that many have.
+const WAYS: usize = if cfg!(kube_relay_loom) { 2 } else { 8 };
 
 /// Words of a set: its keys, its pins of scope Cluster, its pins of scope Local.
 const SET_WORDS: usize = 3 * WAYS;
@@ -44,11 +56,19 @@ const SET_WORDS: usize = 3 * WAYS;
 /// The clients of one ServicePort and the backends they stay with, one pin per scope.
 ///
 /// Shared by all server tasks; only `control` switches it on and off.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Affinity {
     pins: ArcSwapOption<Pins>,
+    /// Bits of an IPv6 address that tell one client from another.
+    ipv6_prefix: AtomicU8,
     /// Clients that were forgotten before their time, because the memory was full.
     pub evicted: Counter,
+}
+
+impl Default for Affinity {
+    fn default() -> Self {
+        Self { pins: ArcSwapOption::empty(), ipv6_prefix: AtomicU8::new(128), evicted: Counter::default() }
+    }
 }
 
 impl Affinity {
@@ -64,12 +84,21 @@ impl Affinity {
         }
     }
 
+    /// Sets how many leading bits of an IPv6 address tell one client from another (1..=128, default 128). With fewer,
+    /// a host that changes its address within its network stays the same client. Pins made with another value are
+    /// not found any more, and go as unused ones do.
+    pub fn set_ipv6_prefix(&self, bits: u8) {
+        self.ipv6_prefix.store(bits, Relaxed);
+    }
+
     /// The id of the backend that the client stays with, if its pin is alive. Renews the pin.
     ///
     /// A scope without a pin takes the other scope's, as the pin belongs to the ServicePort; whether
     /// that backend is in the scope's own table is for the caller to see.
     pub fn recall(&self, client: IpAddr, scope: Scope, now: Instant) -> Option<u32> {
-        self.pins.load().as_ref()?.recall(client, scope, now)
+        let pins = self.pins.load();
+        let pins = pins.as_ref()?;
+        pins.recall(pins.key(self.party(client)), scope, now)
     }
 
     /// Pins the client to a backend, in place of the pin `instead_of` that the caller could not use.
@@ -77,8 +106,23 @@ impl Affinity {
     /// Returns the id that counts: another thread may have pinned the client in between.
     pub fn remember(&self, client: IpAddr, scope: Scope, backend: u32, instead_of: Option<u32>, now: Instant) -> u32 {
         match &*self.pins.load() {
-            Some(pins) => pins.remember(client, scope, backend, instead_of, now, &self.evicted),
+            Some(pins) => {
+                let key = pins.key(self.party(client));
+                pins.remember(key, scope, backend, instead_of, now, &self.evicted)
+            }
             None => backend,
+        }
+    }
+
+    /// Who counts as one client: an address, or the IPv6 network that it is in.
+    fn party(&self, client: IpAddr) -> IpAddr {
+        match client.to_canonical() {
+            IpAddr::V6(address) => {
+                let host_bits = 128_u32.saturating_sub(self.ipv6_prefix.load(Relaxed).into());
+                let network = u128::MAX.checked_shl(host_bits).unwrap_or(0);
+                Ipv6Addr::from_bits(address.to_bits() & network).into()
+            }
+            address => address,
         }
     }
 }
@@ -114,8 +158,7 @@ impl Pins {
         self.timeout_seconds.store(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX), Relaxed);
     }
 
-    fn recall(&self, client: IpAddr, scope: Scope, now: Instant) -> Option<u32> {
-        let key = self.key(client);
+    fn recall(&self, key: u64, scope: Scope, now: Instant) -> Option<u32> {
         let moment = self.moment(now);
         let place = self.set(key).find(key)?;
         let cell = place.pin(scope);
@@ -132,14 +175,13 @@ impl Pins {
 
     fn remember(
         &self,
-        client: IpAddr,
+        key: u64,
         scope: Scope,
         backend: u32,
         instead_of: Option<u32>,
         now: Instant,
         evicted: &Counter,
     ) -> u32 {
-        let key = self.key(client);
         let moment = self.moment(now);
         let place = self.set(key).find_or_claim(key, moment, evicted);
         let cell = place.pin(scope);
@@ -159,8 +201,8 @@ impl Pins {
     }
 
     /// What stands for the client: 64 bits of its address, seeded, never 0.
-    fn key(&self, client: IpAddr) -> u64 {
-        self.hasher.hash_one(client.to_canonical()).max(1)
+    fn key(&self, party: IpAddr) -> u64 {
+        self.hasher.hash_one(party).max(1)
     }
 
     fn set(&self, key: u64) -> Set<'_> {
@@ -330,7 +372,7 @@ impl Pin {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(kube_relay_loom)))]
 mod tests {
     use std::net::Ipv4Addr;
     use std::sync::Barrier;
@@ -348,6 +390,11 @@ mod tests {
 
     fn client(number: u32) -> IpAddr {
         Ipv4Addr::from_bits(0x0a00_0000 + number).into()
+    }
+
+    /// What stands for a client in a table of one set: a number that fills all 64 bits.
+    fn key(number: u32) -> u64 {
+        u64::from(number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
     }
 
     /// Pins a client that has no pin that counts.
@@ -468,6 +515,21 @@ mod tests {
     }
 
     #[test]
+    fn t147_given_a_prefix_of_64_bits_when_clients_of_one_network_come_then_they_share_a_pin() {
+        let (affinity, now) = sticky();
+        let [one, two, far] =
+            ["2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"].map(|text| text.parse::<IpAddr>().expect("an address"));
+        affinity.set_ipv6_prefix(64);
+
+        pin(&affinity, one, 7, now);
+        pin(&affinity, client(1), 8, now);
+
+        assert_eq!(affinity.recall(two, Scope::Cluster, now), Some(7));
+        assert_eq!(affinity.recall(far, Scope::Cluster, now), None);
+        assert_eq!(affinity.recall(client(2), Scope::Cluster, now), None, "an IPv4 address is a client of its own");
+    }
+
+    #[test]
     fn given_an_ipv4_client_when_it_comes_as_a_mapped_address_then_it_is_the_same_client() {
         let (affinity, now) = sticky();
         pin(&affinity, "192.0.2.1".parse().expect("an address"), 7, now);
@@ -480,15 +542,15 @@ mod tests {
         let pins = Pins::new(1, TIMEOUT);
         let evicted = Counter::default();
         let now = Instant::now();
-        let remember = |number: u32, at| pins.remember(client(number), Scope::Cluster, number, None, at, &evicted);
+        let remember = |number: u32, at| pins.remember(key(number), Scope::Cluster, number, None, at, &evicted);
         for number in 0..WAYS as u32 {
             remember(number, now + number * SECOND);
         }
-        pins.recall(client(0), Scope::Cluster, now + 10 * SECOND);
+        pins.recall(key(0), Scope::Cluster, now + 10 * SECOND);
 
         remember(100, now + 11 * SECOND);
 
-        let recalled = |number| pins.recall(client(number), Scope::Cluster, now + 12 * SECOND);
+        let recalled = |number| pins.recall(key(number), Scope::Cluster, now + 12 * SECOND);
         assert_eq!(recalled(100), Some(100));
         assert_eq!(recalled(0), Some(0), "used again after the others");
         assert_eq!(recalled(1), None, "the longest unused");
@@ -497,17 +559,22 @@ mod tests {
     }
 
     #[test]
-    fn t149_given_more_clients_than_the_memory_holds_when_they_are_pinned_then_none_fails_and_the_last_is_known() {
-        let pins = Pins::new(16, TIMEOUT);
-        let evicted = Counter::default();
-        let now = Instant::now();
+    fn t149_given_a_million_clients_when_they_are_pinned_then_memory_is_the_cap_and_the_last_ones_are_known() {
+        const MILLION: u32 = 1_000_000;
+        let (affinity, now) = sticky();
+        let bytes = || affinity.pins.load().as_ref().map(|pins| size_of_val(&*pins.words));
+        assert_eq!(bytes(), Some(CLIENTS * 24));
 
-        for number in 0..10_000 {
-            assert_eq!(pins.remember(client(number), Scope::Cluster, number, None, now, &evicted), number);
+        for number in 0..MILLION {
+            assert_eq!(affinity.remember(client(number), Scope::Cluster, number, None, now), number);
         }
 
-        assert_eq!(pins.recall(client(9_999), Scope::Cluster, now), Some(9_999));
-        assert_eq!(evicted.get(), 10_000 - 16 * WAYS as u64);
+        assert_eq!(bytes(), Some(CLIENTS * 24), "3 MiB, whoever comes");
+        assert_eq!(affinity.recall(client(MILLION - 1), Scope::Cluster, now), Some(MILLION - 1));
+        let known = (0..MILLION).filter(|number| affinity.recall(client(*number), Scope::Cluster, now).is_some());
+        let known = known.count() as u64;
+        assert_eq!(known + affinity.evicted.get(), u64::from(MILLION), "each is known, or was counted as it went");
+        assert!(known > CLIENTS as u64 * 99 / 100, "{known}");
     }
 
     #[test]
@@ -516,10 +583,10 @@ mod tests {
         let evicted = Counter::default();
         let now = Instant::now();
         for number in 0..WAYS as u32 {
-            pins.remember(client(number), Scope::Cluster, number, None, now, &evicted);
+            pins.remember(key(number), Scope::Cluster, number, None, now, &evicted);
         }
 
-        pins.remember(client(100), Scope::Cluster, 100, None, now + 2 * TIMEOUT, &evicted);
+        pins.remember(key(100), Scope::Cluster, 100, None, now + 2 * TIMEOUT, &evicted);
 
         assert_eq!(evicted.get(), 0);
     }
@@ -588,13 +655,190 @@ mod tests {
                 scope.spawn(move || {
                     for round in 0..20_000 {
                         let number = (round * 7 + offset) % 32;
-                        pins.remember(client(number), Scope::Cluster, backend_of(number), None, now, evicted);
-                        if let Some(backend) = pins.recall(client(number), Scope::Local, now) {
+                        pins.remember(key(number), Scope::Cluster, backend_of(number), None, now, evicted);
+                        if let Some(backend) = pins.recall(key(number), Scope::Local, now) {
                             assert!((1_000..=1_001).contains(&backend), "{backend}");
                         }
                     }
                 });
             }
         });
+    }
+}
+
+/// Every order in which threads can meet in one set, as loom finds them, with all that relaxed loads may still see.
+///
+/// `RUSTFLAGS="--cfg kube_relay_loom" cargo test --target-dir target/loom --lib interleavings` tries them all, in some
+/// 10 s; with `LOOM_MAX_PREEMPTIONS=3` those with up to three preemptions, in one.
+#[cfg(all(test, kube_relay_loom))]
+mod interleavings {
+    use loom::thread;
+
+    use super::*;
+
+    const FAILED: u32 = 99;
+
+    /// Two of the clients fill the set.
+    const ANN: u64 = 0x1100_0000_0000_0001;
+    const BEN: u64 = 0x2200_0000_0000_0001;
+    const EVE: u64 = 0x3300_0000_0000_0001;
+
+    /// A set of two places that threads share, at one moment.
+    struct Meeting {
+        pins: Pins,
+        evicted: Counter,
+        now: Instant,
+    }
+
+    impl Meeting {
+        fn new() -> Arc<Self> {
+            let pins = Pins::new(1, Duration::from_secs(60));
+            Arc::new(Self { pins, evicted: Counter::default(), now: Instant::now() })
+        }
+
+        fn remember(&self, key: u64, scope: Scope, backend: u32, instead_of: Option<u32>) -> u32 {
+            self.pins.remember(key, scope, backend, instead_of, self.now, &self.evicted)
+        }
+
+        fn recall(&self, key: u64, scope: Scope) -> Option<u32> {
+            self.pins.recall(key, scope, self.now)
+        }
+    }
+
+    /// Runs both at once, in every order, and then the check.
+    fn meet<T: 'static>(
+        prepare: fn(&Meeting),
+        one: fn(&Meeting) -> T,
+        other: fn(&Meeting) -> T,
+        check: fn(&Meeting, T, T),
+    ) {
+        loom::model(move || {
+            let meeting = Meeting::new();
+            prepare(&meeting);
+            let thread = thread::spawn({
+                let meeting = Arc::clone(&meeting);
+                move || one(&meeting)
+            });
+            let of_other = other(&meeting);
+            let of_one = thread.join().expect("no panic");
+            check(&meeting, of_one, of_other);
+        });
+    }
+
+    #[test]
+    fn given_a_new_client_when_two_threads_pin_it_then_they_agree() {
+        meet(
+            |_| {},
+            |meeting| meeting.remember(ANN, Scope::Cluster, 1, None),
+            |meeting| meeting.remember(ANN, Scope::Cluster, 2, None),
+            |meeting, one, other| {
+                assert_eq!(one, other);
+                assert_eq!(meeting.recall(ANN, Scope::Cluster), Some(one));
+            },
+        );
+    }
+
+    #[test]
+    fn given_two_new_clients_when_their_threads_meet_then_each_has_its_own_pin() {
+        meet(
+            |_| {},
+            |meeting| meeting.remember(ANN, Scope::Cluster, 1, None),
+            |meeting| meeting.remember(BEN, Scope::Cluster, 2, None),
+            |meeting, one, other| {
+                assert_eq!((one, other), (1, 2));
+                assert_eq!(meeting.recall(ANN, Scope::Cluster), Some(1));
+                assert_eq!(meeting.recall(BEN, Scope::Cluster), Some(2));
+            },
+        );
+    }
+
+    #[test]
+    fn t140_given_a_pin_that_failed_when_two_threads_move_it_then_one_of_them_decides() {
+        meet(
+            |meeting| {
+                meeting.remember(ANN, Scope::Cluster, FAILED, None);
+            },
+            |meeting| meeting.remember(ANN, Scope::Cluster, 1, Some(FAILED)),
+            |meeting| meeting.remember(ANN, Scope::Cluster, 2, Some(FAILED)),
+            |meeting, one, other| {
+                assert_eq!(one, other);
+                assert_eq!(meeting.recall(ANN, Scope::Cluster), Some(one));
+            },
+        );
+    }
+
+    /// A pin is renewed a second after it was made: that must not put it back where another thread has just moved it.
+    #[test]
+    fn t140_given_a_pin_that_moves_when_another_thread_renews_it_then_the_move_counts() {
+        const LATER: Duration = Duration::from_secs(1);
+        meet(
+            |meeting| {
+                meeting.remember(ANN, Scope::Cluster, FAILED, None);
+            },
+            |meeting| {
+                let (pins, later) = (&meeting.pins, meeting.now + LATER);
+                Some(pins.remember(ANN, Scope::Cluster, 1, Some(FAILED), later, &meeting.evicted))
+            },
+            |meeting| meeting.pins.recall(ANN, Scope::Cluster, meeting.now + LATER),
+            |meeting, moved, renewed| {
+                assert_eq!(moved, Some(1));
+                assert!(matches!(renewed, Some(FAILED | 1)), "{renewed:?}");
+                assert_eq!(meeting.recall(ANN, Scope::Cluster), Some(1));
+            },
+        );
+    }
+
+    /// Each scope decides for itself once it has a pin.
+    #[test]
+    fn t144_given_a_pin_that_moves_when_the_other_scope_takes_it_then_the_move_counts() {
+        meet(
+            |meeting| {
+                meeting.remember(ANN, Scope::Cluster, FAILED, None);
+            },
+            |meeting| Some(meeting.remember(ANN, Scope::Cluster, 1, Some(FAILED))),
+            |meeting| meeting.recall(ANN, Scope::Local),
+            |meeting, moved, taken| {
+                assert_eq!(moved, Some(1));
+                assert!(matches!(taken, Some(FAILED | 1)), "{taken:?}");
+                assert_eq!(meeting.recall(ANN, Scope::Cluster), Some(1));
+                assert_eq!(meeting.recall(ANN, Scope::Local), taken);
+            },
+        );
+    }
+
+    /// A full set: one thread takes Ann's or Ben's place while the other asks for their pins.
+    #[test]
+    fn t148_given_a_full_set_when_a_client_is_evicted_then_nobody_reads_a_pin_of_somebody_else() {
+        meet(
+            |meeting| {
+                meeting.remember(ANN, Scope::Cluster, 1, None);
+                meeting.remember(BEN, Scope::Cluster, 2, None);
+            },
+            |meeting| [Some(meeting.remember(EVE, Scope::Cluster, 3, None)), None],
+            |meeting| [ANN, BEN].map(|key| meeting.recall(key, Scope::Cluster)),
+            |meeting, [eve, _], [ann, ben]| {
+                assert_eq!((eve, meeting.recall(EVE, Scope::Cluster)), (Some(3), Some(3)));
+                assert!(matches!((ann, ben), (Some(1) | None, Some(2) | None)), "{ann:?} {ben:?}");
+                assert_eq!(meeting.evicted.get(), 1);
+            },
+        );
+    }
+
+    /// Two newcomers to a full set: both are let in, and at most one of them is forgotten again at once.
+    #[test]
+    fn t148_given_a_full_set_when_two_clients_come_at_once_then_no_pin_is_mixed_up() {
+        meet(
+            |meeting| {
+                meeting.remember(ANN, Scope::Cluster, 1, None);
+                meeting.remember(BEN, Scope::Cluster, 2, None);
+            },
+            |meeting| meeting.remember(EVE, Scope::Cluster, 3, None),
+            |meeting| meeting.remember(EVE + (1 << 60), Scope::Cluster, 4, None),
+            |meeting, one, other| {
+                assert_eq!((one, other), (3, 4));
+                assert!(matches!(meeting.recall(EVE, Scope::Cluster), Some(3) | None));
+                assert!(matches!(meeting.recall(EVE + (1 << 60), Scope::Cluster), Some(4) | None));
+            },
+        );
     }
 }
