@@ -1,4 +1,4 @@
-//! What choosing a backend costs: `Balancer::pick` on one thread and on two, with and without ClientIP affinity.
+//! What choosing a backend costs: `Balancer::pick` on one thread and on two, for each balance and with ClientIP affinity.
 //!
 //! The baseline beside it is a plain index into a vector: what nobody can beat who hands out an `Arc`. A connection
 //! costs some 70 µs, so anything under 100 ns is lost in it; what must not happen is waiting.
@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use kube_relay::name::{BalancerKey, Family, ObjectName, Protocol, Scope, ServicePortName};
+use kube_relay::plan::Balance;
 use kube_relay::serve::balancer::{Backend, Balancer, PortState, Table, Tried};
 
 const BACKENDS: u8 = 10;
 /// Kubernetes' default for `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
 
-criterion_group!(benches, index, round_robin, client_ip);
+criterion_group!(benches, index, balances, client_ip);
 criterion_main!(benches);
 
 fn index(criterion: &mut Criterion) {
@@ -31,20 +32,22 @@ fn index(criterion: &mut Criterion) {
     });
 }
 
-fn round_robin(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("round robin");
-    for threads in [1, 2] {
-        let balancer = balancer(None);
-        group.bench_function(BenchmarkId::new("threads", threads), |bencher| {
-            bencher.iter_custom(|picks| time(threads, picks, &balancer, |_| Ipv4Addr::LOCALHOST.into()));
-        });
+fn balances(criterion: &mut Criterion) {
+    for balance in Balance::ALL {
+        let mut group = criterion.benchmark_group(balance.as_str());
+        for threads in [1, 2] {
+            let balancer = balancer(balance, None);
+            group.bench_function(BenchmarkId::new("threads", threads), |bencher| {
+                bencher.iter_custom(|picks| time(threads, picks, &balancer, |_| Ipv4Addr::LOCALHOST.into()));
+            });
+        }
     }
 }
 
 fn client_ip(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ClientIP");
     for (threads, clients) in [(1, 1), (1, 10_000), (2, 10_000)] {
-        let balancer = balancer(Some(AFFINITY_TIMEOUT));
+        let balancer = balancer(Balance::RoundRobin, Some(AFFINITY_TIMEOUT));
         let id = BenchmarkId::new(format!("{clients} clients, threads"), threads);
         group.bench_function(id, |bencher| {
             bencher.iter_custom(|picks| time(threads, picks, &balancer, |pick| client(pick % clients)));
@@ -81,11 +84,11 @@ fn backends() -> Vec<Arc<Backend>> {
     (0..BACKENDS).map(|i| Arc::new(Backend::new(i.into(), address(i)))).collect()
 }
 
-fn balancer(affinity: Option<Duration>) -> Balancer {
+fn balancer(balance: Balance, affinity: Option<Duration>) -> Balancer {
     let name =
         ServicePortName { service: ObjectName::parse("default/web"), port: "http".into(), protocol: Protocol::Tcp };
     let key = BalancerKey { port: name.clone(), family: Family::V4, scope: Scope::Cluster };
     let port = Arc::new(PortState::new(name));
     port.affinity.set_timeout(affinity);
-    Balancer::new(key, port, Table::new(backends(), &[]))
+    Balancer::new(key, port, Table::new(backends(), &[]).balanced_by(balance, rand::random()))
 }

@@ -20,8 +20,9 @@ use crate::name::{Family, Protocol};
 use crate::yaml::{Fields, List, Object, Scalar, fields};
 
 /// Annotations of ours, behind `kube-relay.dev/`.
-pub(crate) const ANNOTATIONS: [&str; 9] = [
+pub(crate) const ANNOTATIONS: [&str; 10] = [
     "accept-proxy",
+    "affinity-ipv6-prefix",
     "allow-from",
     "balance",
     "half-close-timeout",
@@ -31,6 +32,9 @@ pub(crate) const ANNOTATIONS: [&str; 9] = [
     "udp-shards",
     "udp-timeout",
 ];
+
+/// Those of [`ANNOTATIONS`] that this version acts on.
+const HEEDED: [&str; 4] = ["affinity-ipv6-prefix", "balance", "udp-shards", "udp-timeout"];
 
 /// What [`ANNOTATIONS`] begin with.
 pub(crate) const PREFIX: &str = "kube-relay.dev/";
@@ -174,7 +178,9 @@ fn annotations(found: &mut Findings, at: At<'_>, identity: &Identity) -> BTreeMa
             continue;
         }
         if let Some(value) = found.text(at.key(key), value) {
-            found.note(at.key(key), "unsupported", "this version does not act on it yet");
+            if !HEEDED.contains(&known) {
+                found.note(at.key(key), "unsupported", "this version does not act on it yet");
+            }
             ours.insert(known.into(), value);
         }
     }

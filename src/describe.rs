@@ -36,6 +36,9 @@ impl fmt::Display for ServiceReport {
         if let Some(HealthCheck { port, local_endpoints }) = self.health_check {
             write!(f, ", health check {port}: {} on this node", counted(local_endpoints, "endpoint"))?;
         }
+        if !self.balance.is_default() {
+            write!(f, ", {}", self.balance)?;
+        }
         if let Some(word) = &self.skipped {
             return writeln!(f, "\n  not served: {word}, {}", meaning(word));
         }
@@ -180,13 +183,14 @@ mod tests {
         whoami.ports[1].node_port_allocated = true;
         let endpoints = with_endpoints(Slice::new("whoami-1", &whoami), 3).port("http", 8000).udp_port("echo", 8000);
         let mysql = allocated(Service::new("mysql").port("", 3306), 11);
-        let mysql = Service { affinity_timeout: Some(Duration::from_secs(10_800)), ..mysql };
+        let annotations = [("balance".into(), "least-connections".into())].into();
+        let mysql = Service { affinity_timeout: Some(Duration::from_secs(10_800)), annotations, ..mysql };
         let alias = Service { kind: ServiceKind::ExternalName, ..Service::new("prod/alias") };
 
         let text = described(vec![whoami, mysql, alias], vec![endpoints]);
 
         insta::assert_snapshot!(text, @r"
-        default/mysql  ClusterIP, ClientIP affinity 10800 s
+        default/mysql  ClusterIP, ClientIP affinity 10800 s, least-connections
           port  3306/TCP
             clusterIP  127.96.0.11:3306  (allocated; reject, no backend)
             → no backends

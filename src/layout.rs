@@ -9,6 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::balancing::Balancing;
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::udp_settings::UdpSettings;
@@ -131,6 +132,8 @@ impl Listener {
 pub struct Backends {
     /// How long a client stays with its backend; `None` without affinity.
     pub affinity_timeout: Option<Duration>,
+    /// How it chooses.
+    pub balancing: Balancing,
     /// Its endpoints.
     pub usable: Usable,
 }
@@ -314,7 +317,7 @@ mod tests {
         let address = ([10, 244, 0, host], 8000).into();
         let endpoint = UsableEndpoint { address, local: false, terminating: false, node: None, zone: None, pod: None };
         let usable = Usable { picks: [endpoint.clone()].into(), serving: [endpoint].into() };
-        Backends { affinity_timeout: None, usable }
+        Backends { usable, ..Backends::default() }
     }
 
     /// Layouts that keep the rule: each side of each listener names a balancer.

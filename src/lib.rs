@@ -53,6 +53,7 @@ compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build i
 pub mod admin;
 mod admission;
 pub mod allocate;
+mod balancing;
 mod claims;
 pub mod cli;
 pub mod config;

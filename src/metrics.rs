@@ -81,6 +81,7 @@ metrics! {
     ServiceAccepted = Counter "kuberelay_service_accepted_total" ["namespace", "service", "port", "protocol"] "Connections accepted from clients, or UDP flows begun.";
     ServiceDropped = Counter "kuberelay_service_dropped_total" ["namespace", "service", "port", "protocol", "reason"] "Connections or datagrams turned away before they reached a backend, by reason.";
     ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
+    AffinityEvictions = Counter "kuberelay_affinity_evictions_total" ["namespace", "service", "port", "protocol"] "Clients that lost their backend before their time, as more came than session affinity remembers.";
     Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend"] "TCP connections established to the backend.";
     ActiveConnections = Gauge "kuberelay_active_connections" ["namespace", "service", "port", "protocol", "backend"] "TCP connections to the backend that are open now.";
     Flows = Counter "kuberelay_flows_total" ["namespace", "service", "port", "protocol", "backend"] "UDP flows begun to the backend.";
@@ -190,6 +191,7 @@ impl Page {
             }
             self.sample(Id::ServiceAccepted, &labels, state.stats.accepted.get());
             self.sample(Id::ServiceRetries, &labels, state.stats.retries.get());
+            self.sample(Id::AffinityEvictions, &labels, state.affinity.evicted.get());
             for reason in DropReason::ALL {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), state.stats.dropped.get(*reason));
             }

@@ -147,6 +147,9 @@ fn describe_service(service: &ServiceReport) -> String {
         Some(seconds) => field(&mut text, "Session Affinity", format!("ClientIP ({seconds}s)")),
         None => field(&mut text, "Session Affinity", "None"),
     }
+    if !service.balance.is_default() {
+        field(&mut text, "Balance", service.balance);
+    }
     for port in &service.ports {
         describe_port(&mut text, port);
     }

@@ -16,6 +16,7 @@ use crate::endpoints::Node;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
 
+pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_check::HealthCheck;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
@@ -273,6 +274,8 @@ fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Vec<Problem> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -560,6 +563,25 @@ mod tests {
 
         assert_eq!(kinds(&steps), "swap");
         assert_eq!(control.plan.touched(), &BTreeSet::from([services[5_000].name.clone()]));
+    }
+
+    #[test]
+    fn t143_given_affinity_or_balance_when_they_change_live_then_tables_are_swapped_and_no_socket_is_touched() {
+        let mut control = Control::new();
+        control.batch([put(&web()), put_slice(&slice("web-1", &[1, 2]))]);
+        let sticky = |seconds| Service { affinity_timeout: Some(Duration::from_secs(seconds)), ..web() };
+        let annotated = |key: &str, value: &str| {
+            let annotations = [(key.into(), value.into())].into();
+            Service { annotations, ..web() }
+        };
+
+        assert_eq!(kinds(&control.batch([put(&sticky(600))])), "swap");
+        assert_eq!(kinds(&control.batch([put(&sticky(60))])), "swap");
+        assert_eq!(kinds(&control.batch([put(&web())])), "swap");
+        assert_eq!(kinds(&control.batch([put(&annotated("balance", "p2c"))])), "swap");
+        assert_eq!(kinds(&control.batch([put(&annotated("balance", "fastest"))])), "swap", "the default");
+        assert_eq!(control.problems().len(), 1);
+        assert_eq!(kinds(&control.batch([put(&annotated("affinity-ipv6-prefix", "64"))])), "swap");
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub mod slab;
 mod sleep;
 pub mod socket;
 mod stream;
+pub mod table;
 pub mod tcp;
 mod train;
 pub mod udp;

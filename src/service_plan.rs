@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::admission;
+use crate::balancing::Balancing;
 use crate::endpoints::{self, Selection, Usable};
 use crate::entries::{Entries, Entry};
 use crate::frozen::Frozen;
@@ -60,6 +61,11 @@ impl ServicePlan {
         self.wanted.listeners.iter().filter(|(key, _)| !self.lost.contains(key))
     }
 
+    /// How the clients of its balancers are spread.
+    pub fn balancing(&self) -> Balancing {
+        self.wanted.balancers.values().next().map(|backends| backends.balancing).unwrap_or_default()
+    }
+
     /// The backends of one of its ports, for each family and scope that is asked for.
     pub fn balancers(&self, port: &ServicePort) -> impl Iterator<Item = (&BalancerKey, &Backends)> {
         let of_port = |key: &BalancerKey| key.port.port == port.name && key.port.protocol == port.protocol;
@@ -98,7 +104,8 @@ impl ServicePlan {
         plan.health_check = health_check;
         plan.problems.extend(missing);
         let mut layout = Layout::default();
-        let targets = choose_backends(&mut layout, service, &entries.list, |port, family, external| {
+        let balancing = Balancing::of(service, &mut plan.problems);
+        let targets = choose_backends(&mut layout, service, balancing, &entries.list, |port, family, external| {
             let slices = slices.iter().map(AsRef::as_ref);
             endpoints::usable(service, &service.ports[port], family, external, slices, &options.node)
         });
@@ -113,6 +120,7 @@ impl ServicePlan {
 fn choose_backends(
     layout: &mut Layout,
     service: &Service,
+    balancing: Balancing,
     entries: &[Entry],
     select: impl Fn(usize, Family, bool) -> Selection,
 ) -> BTreeMap<(usize, Family), Targets> {
@@ -123,17 +131,23 @@ fn choose_backends(
     let chosen = external.into_iter().map(|((port, family), external)| {
         let selection = select(port, family, external);
         let targets = Targets::of(service, &selection);
-        add_balancers(layout, service, port, family, selection);
+        add_balancers(layout, service, balancing, (port, family), selection);
         ((port, family), targets)
     });
     chosen.collect()
 }
 
-fn add_balancers(layout: &mut Layout, service: &Service, port: usize, family: Family, selection: Selection) {
+fn add_balancers(
+    layout: &mut Layout,
+    service: &Service,
+    balancing: Balancing,
+    (port, family): (usize, Family),
+    selection: Selection,
+) {
     for (scope, usable) in [(Scope::Cluster, selection.cluster), (Scope::Local, selection.local)] {
         if let Some(usable) = usable {
             let key = BalancerKey { port: port_name(service, port), family, scope };
-            let backends = Backends { affinity_timeout: service.affinity_timeout, usable };
+            let backends = Backends { affinity_timeout: service.affinity_timeout, balancing, usable };
             layout.balancers.insert(key, backends);
         }
     }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Model, Service, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
-use crate::plan::{HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
+use crate::plan::{Balance, HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
 use crate::rejections::Rejections;
 use crate::serve::balancer::{Backend, PortState};
 
@@ -64,6 +64,9 @@ pub struct ServiceReport {
     /// What the health checks of a load balancer are to be told; left out where it is not to ask.
     #[serde(rename = "healthCheck", default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
+    /// From the annotation `kube-relay.dev/balance`; left out where it is by turns.
+    #[serde(default, skip_serializing_if = "Balance::is_default")]
+    pub balance: Balance,
     /// One for each entry of `spec.ports`.
     pub ports: Vec<PortReport>,
 }
@@ -79,6 +82,7 @@ impl ServiceReport {
             skipped: planned.and_then(|planned| planned.skipped).map(Cow::Borrowed),
             affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
             health_check: planned.and_then(|planned| planned.health_check),
+            balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),
             ports: ports.collect(),
         }
     }

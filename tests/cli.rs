@@ -188,7 +188,9 @@ mod check {
 
     #[test]
     fn given_each_example_when_checked_then_a_person_can_read_what_would_be_served() {
-        for name in ["dns", "external-db", "loadbalancer", "nodeport", "scale", "sticky", "whoami"] {
+        let names =
+            ["dns", "external-db", "least-connections", "loadbalancer", "nodeport", "scale", "sticky", "whoami"];
+        for name in names {
             insta::assert_snapshot!(name, example(name));
         }
     }

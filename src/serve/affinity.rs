@@ -61,7 +61,7 @@ pub struct Affinity {
     pins: ArcSwapOption<Pins>,
     /// Bits of an IPv6 address that tell one client from another.
     ipv6_prefix: AtomicU8,
-    /// Clients that were forgotten before their time, because the memory was full.
+    /// Clients that were forgotten before their time, because the memory was full: `kuberelay_affinity_evictions_total`.
     pub evicted: Counter,
 }
 

@@ -1,6 +1,7 @@
-//! A hot-swapped table of backends, and the pick: exact round robin, session affinity, no waiting.
+//! A hot-swapped table of backends, and the pick: session affinity, turns, no waiting.
 //!
-//! What to put into a table is decided in `plan`; who reaches the picked backend is `connect` and `udp`.
+//! Which backend a turn means is the table's to say (`table`), what to put into it is decided in `plan`; who reaches the
+//! picked backend is `connect` and `udp`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use arc_swap::ArcSwap;
 
 use crate::name::{BalancerKey, ServicePortName};
 use crate::serve::affinity::Affinity;
+pub use crate::serve::table::{Table, Tried};
 use crate::stats::{BackendStats, ServiceStats};
 
 /// One endpoint of one ServicePort. Made by `Listeners`, carried over from table to table and shared by both scopes.
@@ -38,6 +40,11 @@ impl Backend {
         self.own.load(Ordering::Relaxed)
     }
 
+    /// Connections and flows that are open to it now: what it is busy with.
+    pub fn open_count(&self) -> u64 {
+        self.stats.active_connections.get() + self.stats.active_flows.get()
+    }
+
     /// Says whether this process listens there. Known to `Listeners`.
     pub fn set_own(&self, own: bool) {
         self.own.store(own, Ordering::Relaxed);
@@ -59,85 +66,6 @@ impl PortState {
     /// Fresh state for a ServicePort.
     pub fn new(name: ServicePortName) -> Self {
         Self { name, stats: ServiceStats::default(), affinity: Affinity::default() }
-    }
-}
-
-/// The backends of one balancer at one moment. Immutable: a change stores another table.
-#[derive(Debug, Default)]
-pub struct Table {
-    picks: Box<[Arc<Backend>]>,
-    /// Ids of the picks with their places, by id: a pin is found without a walk.
-    by_id: Box<[(u32, usize)]>,
-    serving: Box<[u32]>,
-}
-
-impl Table {
-    /// `picks` may get new traffic; `serving` (a superset of them) keeps what it has.
-    pub fn new(picks: Vec<Arc<Backend>>, serving: &[Arc<Backend>]) -> Self {
-        let mut serving: Vec<u32> = serving.iter().chain(&picks).map(|backend| backend.id).collect();
-        serving.sort_unstable();
-        serving.dedup();
-        let mut by_id: Box<[_]> = picks.iter().enumerate().map(|(place, backend)| (backend.id, place)).collect();
-        by_id.sort_unstable();
-        Self { picks: picks.into_boxed_slice(), by_id, serving: serving.into_boxed_slice() }
-    }
-
-    /// The backends that may get new traffic, in the order of picks.
-    pub fn picks(&self) -> &[Arc<Backend>] {
-        &self.picks
-    }
-
-    /// True where the backend may keep its connections and flows.
-    pub fn serves(&self, backend: &Backend) -> bool {
-        self.serving.binary_search(&backend.id).is_ok()
-    }
-
-    fn pick_by_id(&self, id: u32) -> Option<&Arc<Backend>> {
-        let found = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
-        self.picks.get(self.by_id[found].1).filter(|backend| !backend.is_own())
-    }
-
-    /// The first backend from `start` on that may be tried and was not yet, once around.
-    fn next_untried(&self, start: usize, tried: &Tried) -> Option<&Arc<Backend>> {
-        let count = self.picks.len();
-        let first = start.checked_rem(count)?;
-        let mut around = (0..count).map(|step| &self.picks[(first + step) % count]);
-        around.find(|backend| !tried.contains(backend) && !backend.is_own())
-    }
-}
-
-/// The backends that one connection has tried already.
-///
-/// The usual connection tries one and forgets it; as many as the connect ladder has steps fit in place.
-/// Only where refusals come at once can there be more, and only then is memory taken.
-#[derive(Clone, Debug, Default)]
-pub struct Tried {
-    count: usize,
-    first: [u32; Self::IN_PLACE],
-    more: Vec<u32>,
-}
-
-impl Tried {
-    const IN_PLACE: usize = 4;
-
-    /// Notes a try.
-    pub fn add(&mut self, backend: &Backend) {
-        match self.first.get_mut(self.count) {
-            Some(free) => *free = backend.id,
-            None => self.more.push(backend.id),
-        }
-        self.count += 1;
-    }
-
-    /// True once the backend was tried.
-    pub fn contains(&self, backend: &Backend) -> bool {
-        let in_place = self.count.min(Self::IN_PLACE);
-        self.first[..in_place].contains(&backend.id) || self.more.contains(&backend.id)
-    }
-
-    /// How many were tried.
-    pub fn count(&self) -> usize {
-        self.count
     }
 }
 
@@ -163,7 +91,7 @@ impl Balancer {
     /// Chooses a backend for a client that has not been tried by this connection; `None` when there is none left.
     ///
     /// A client with a live pin gets its backend; after a failed try the pin moves to the next one.
-    /// Everybody else takes the next turn. A retry takes a turn too: otherwise the neighbour of a dead backend
+    /// Everybody else takes the next turn, and what the table has for it. A retry takes a turn too: otherwise the neighbour of a dead backend
     /// would get the dead one's share besides its own.
     pub fn pick(&self, client: IpAddr, tried: &Tried, now: Instant) -> Option<Arc<Backend>> {
         let table = self.table.load(); // one load: everything below belongs to one moment
@@ -176,7 +104,7 @@ impl Balancer {
             return Some(Arc::clone(backend));
         }
         let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
-        let backend = table.next_untried(turn, tried)?;
+        let backend = table.choose(turn, tried)?;
         let kept = affinity.remember(client, self.key.scope, backend.id, pin, now);
         if kept == backend.id {
             return Some(Arc::clone(backend));
@@ -511,20 +439,6 @@ mod tests {
         }
 
         assert_eq!(shares, BTreeMap::from([(1, 150), (3, 150)]));
-    }
-
-    #[test]
-    fn given_more_tries_than_fit_in_place_when_asked_then_all_are_known() {
-        let backends = backends([1, 2, 3, 4, 5, 6, 0]);
-        let mut tried = Tried::default();
-
-        for backend in &backends[..6] {
-            tried.add(backend);
-        }
-
-        assert_eq!(tried.count(), 6);
-        assert!(backends[..6].iter().all(|backend| tried.contains(backend)));
-        assert!(!tried.contains(&backends[6]), "an empty place is not the id 0");
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl Ports {
     pub(super) fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
         let port = self.0.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
         port.state.affinity.set_timeout(wanted.affinity_timeout);
+        port.state.affinity.set_ipv6_prefix(wanted.balancing.ipv6_prefix.get());
         let table = port.table(wanted);
         match port.balancer(key.family, key.scope) {
             Some(balancer) => balancer.swap(table),
@@ -141,7 +142,7 @@ impl Port {
     fn table(&mut self, wanted: &Backends) -> Table {
         let picks = wanted.usable.picks.iter().map(|endpoint| self.backend(endpoint)).collect();
         let serving: Vec<_> = wanted.usable.serving.iter().map(|endpoint| self.backend(endpoint)).collect();
-        Table::new(picks, &serving)
+        Table::new(picks, &serving).balanced_by(wanted.balancing.balance, rand::random())
     }
 
     fn backend(&mut self, endpoint: &UsableEndpoint) -> Arc<Backend> {

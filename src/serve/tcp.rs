@@ -406,13 +406,13 @@ mod tests {
 
     use super::*;
     use crate::name::Protocol;
-    use crate::serve::{Target, Verdict};
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
         backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker, pair,
         read_all, refusing, reset, soon, until,
     };
     use crate::serve::worker;
+    use crate::serve::{Target, Verdict};
     use crate::stats::{CloseReason, ConnectFailure};
 
     /// A listener with its server, on an address of the test's own.

@@ -6,6 +6,7 @@ mod limits;
 mod listeners;
 mod manifests;
 mod rollout;
+mod spread;
 mod tcp;
 mod udp;
 mod verdicts;
