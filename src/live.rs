@@ -104,7 +104,7 @@ impl ServiceStatus {
             }
         }
         for (port, counters) in report.ports.iter_mut().zip(&self.ports) {
-            port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(&state.stats));
+            port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state.stats.so_far()));
             port.backend_traffic =
                 counters.backends.iter().map(|(backend, pod)| BackendTraffic::of(backend, pod)).collect();
         }
@@ -136,7 +136,7 @@ impl BackendTraffic {
             connect_failures,
             closed,
             connect_us: _, // For the connect ladder, not for people.
-        } = &backend.stats;
+        } = backend.stats.so_far();
         Self {
             address: backend.address.to_string(),
             pod: pod.as_deref().map(str::to_owned),

@@ -189,11 +189,12 @@ impl Page {
             if !carried {
                 continue;
             }
-            self.sample(Id::ServiceAccepted, &labels, state.stats.accepted.get());
-            self.sample(Id::ServiceRetries, &labels, state.stats.retries.get());
+            let stats = state.stats.so_far();
+            self.sample(Id::ServiceAccepted, &labels, stats.accepted.get());
+            self.sample(Id::ServiceRetries, &labels, stats.retries.get());
             self.sample(Id::AffinityEvictions, &labels, state.affinity.evicted.get());
             for reason in DropReason::ALL {
-                self.event(Id::ServiceDropped, &labels, reason.as_str(), state.stats.dropped.get(*reason));
+                self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
             }
             for (backend, _) in &counters.backends {
                 self.backend(&labels, port.protocol, backend);
@@ -213,7 +214,7 @@ impl Page {
 
     fn backend(&mut self, port_labels: &str, protocol: Protocol, backend: &Backend) {
         let labels = &format!(r#"{port_labels},backend="{}""#, backend.address);
-        let stats = &backend.stats;
+        let stats = backend.stats.so_far();
         if protocol == Protocol::Udp {
             self.sample(Id::Flows, labels, stats.flows.get());
             self.sample(Id::ActiveFlows, labels, stats.active_flows.get());
@@ -263,11 +264,11 @@ impl Page {
 }
 
 fn has_carried_traffic(counters: &PortCounters) -> bool {
-    let met_clients = counters.state.as_ref().is_some_and(|state| {
-        state.stats.accepted.get() > 0 || DropReason::ALL.iter().any(|reason| state.stats.dropped.get(*reason) > 0)
+    let met_clients = counters.state.as_ref().map(|state| state.stats.so_far()).is_some_and(|stats| {
+        stats.accepted.get() > 0 || DropReason::ALL.iter().any(|reason| stats.dropped.get(*reason) > 0)
     });
-    met_clients
-        || counters.backends.iter().any(|(backend, _)| backend.stats.connections.get() + backend.stats.flows.get() > 0)
+    let mut backends = counters.backends.iter().map(|(backend, _)| backend.stats.so_far());
+    met_clients || backends.any(|stats| stats.connections.get() + stats.flows.get() > 0)
 }
 
 /// The labels that all series of a ServicePort share. Written once for each, as escaping is what costs.

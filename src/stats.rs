@@ -3,6 +3,8 @@
 //! The truth about traffic lives here; `metrics` and `status` only read it. All counters are
 //! `Relaxed`: each is true by itself, and no decision rests on two of them agreeing.
 
+use std::ops::Deref;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -148,6 +150,10 @@ impl Counter {
 pub struct Gauge(AtomicU64);
 
 impl Gauge {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
     /// One more.
     pub fn increment(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
@@ -169,6 +175,10 @@ impl Gauge {
 pub struct Latest(AtomicU64);
 
 impl Latest {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
     /// Replaces the value.
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
@@ -185,6 +195,10 @@ impl Latest {
 pub struct Tally<const N: usize>([Counter; N]);
 
 impl<const N: usize> Tally<N> {
+    const fn new() -> Self {
+        Self([const { Counter::new() }; N])
+    }
+
     /// Counts one event under its word.
     pub fn count(&self, word: impl Into<usize>) {
         self.add(word, 1);
@@ -203,7 +217,7 @@ impl<const N: usize> Tally<N> {
 
 impl<const N: usize> Default for Tally<N> {
     fn default() -> Self {
-        Self(std::array::from_fn(|_| Counter::default()))
+        Self::new()
     }
 }
 
@@ -213,6 +227,35 @@ pub type CloseTally = Tally<{ CloseReason::ALL.len() }>;
 pub type ConnectFailureTally = Tally<{ ConnectFailure::ALL.len() }>;
 /// One counter for each [`DropReason`].
 pub type DropTally = Tally<{ DropReason::ALL.len() }>;
+
+/// Counters that take memory from the first count on. Tens of thousands of backends wait behind the Services of a large
+/// cluster, and most of them carry nothing on one node.
+///
+/// Whoever counts dereferences it, which makes them; whoever only looks asks for [`so_far`](Self::so_far). Of threads that
+/// come at once with the first count of all, one makes them and the others wait for that: once in the life of a backend.
+#[derive(Debug, Default)]
+pub struct OnDemand<T>(OnceLock<Box<T>>);
+
+impl<T: Zeros> OnDemand<T> {
+    /// The counters, all 0 where nothing was counted.
+    pub fn so_far(&self) -> &T {
+        self.0.get().map_or(T::zeros(), Box::as_ref)
+    }
+}
+
+impl<T: Default> Deref for OnDemand<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.get_or_init(Box::default)
+    }
+}
+
+/// Counters that can show what nothing looks like.
+pub trait Zeros: 'static {
+    /// All at 0, for ever: nobody counts here.
+    fn zeros() -> &'static Self;
+}
 
 /// What happened on one ServicePort before a backend was chosen. Shared by its listeners and both scopes.
 ///
@@ -226,6 +269,14 @@ pub struct ServiceStats {
     pub dropped: DropTally,
     /// Tries after a first failed one.
     pub retries: Counter,
+}
+
+impl Zeros for ServiceStats {
+    fn zeros() -> &'static Self {
+        static ZEROS: ServiceStats =
+            ServiceStats { accepted: Counter::new(), dropped: Tally::new(), retries: Counter::new() };
+        &ZEROS
+    }
 }
 
 /// What happened in this process as a whole.
@@ -271,9 +322,50 @@ pub struct BackendStats {
     pub closed: CloseTally,
 }
 
+impl Zeros for BackendStats {
+    fn zeros() -> &'static Self {
+        static ZEROS: BackendStats = BackendStats {
+            connections: Counter::new(),
+            active_connections: Gauge::new(),
+            flows: Counter::new(),
+            active_flows: Gauge::new(),
+            upstream_bytes: Counter::new(),
+            downstream_bytes: Counter::new(),
+            upstream_datagrams: Counter::new(),
+            downstream_datagrams: Counter::new(),
+            connect_us: Latest::new(),
+            connect_failures: Tally::new(),
+            closed: Tally::new(),
+        };
+        &ZEROS
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn given_counters_on_demand_when_only_looked_at_then_they_take_no_memory_and_are_zero() {
+        let stats = OnDemand::<BackendStats>::default();
+
+        assert_eq!((stats.so_far().connections.get(), stats.so_far().closed.get(CloseReason::Reset)), (0, 0));
+        assert!(stats.0.get().is_none());
+    }
+
+    #[test]
+    fn given_counters_on_demand_when_threads_count_first_at_once_then_nothing_is_lost() {
+        let stats = OnDemand::<ServiceStats>::default();
+
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1_000).for_each(|_| stats.accepted.increment()));
+            }
+        });
+
+        assert_eq!(stats.so_far().accepted.get(), 4_000);
+        assert_eq!(ServiceStats::zeros().accepted.get(), 0, "nobody counts there");
+    }
 
     #[test]
     fn given_each_close_reason_when_counted_then_only_its_own_word_moves() {

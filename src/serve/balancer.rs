@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
-use crate::name::{BalancerKey, ServicePortName};
+use crate::name::{BalancerKey, Family, Scope, ServicePortName};
 use crate::serve::affinity::Affinity;
 pub use crate::serve::table::{Table, Tried};
-use crate::stats::{BackendStats, ServiceStats};
+use crate::stats::{BackendStats, OnDemand, ServiceStats};
 
 /// One endpoint of one ServicePort. Made by `Listeners`, carried over from table to table and shared by both scopes.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Backend {
     /// Where it answers.
     pub address: SocketAddr,
     /// What it carried.
-    pub stats: BackendStats,
+    pub stats: OnDemand<BackendStats>,
     /// True while this process itself listens there.
     own: AtomicBool,
 }
@@ -31,7 +31,7 @@ pub struct Backend {
 impl Backend {
     /// A backend that has not carried anything yet.
     pub fn new(id: u32, address: SocketAddr) -> Self {
-        Self { id, address, stats: BackendStats::default(), own: AtomicBool::new(false) }
+        Self { id, address, stats: OnDemand::default(), own: AtomicBool::new(false) }
     }
 
     /// True while this process itself listens there: it is not picked, as each connection would make another one,
@@ -42,7 +42,8 @@ impl Backend {
 
     /// Connections and flows that are open to it now: what it is busy with.
     pub fn open_count(&self) -> u64 {
-        self.stats.active_connections.get() + self.stats.active_flows.get()
+        let stats = self.stats.so_far();
+        stats.active_connections.get() + stats.active_flows.get()
     }
 
     /// Says whether this process listens there. Known to `Listeners`.
@@ -57,7 +58,7 @@ pub struct PortState {
     /// Whose state this is.
     pub name: ServicePortName,
     /// What happened before a backend was chosen.
-    pub stats: ServiceStats,
+    pub stats: OnDemand<ServiceStats>,
     /// Which client stays with which backend.
     pub affinity: Affinity,
 }
@@ -65,17 +66,19 @@ pub struct PortState {
 impl PortState {
     /// Fresh state for a ServicePort.
     pub fn new(name: ServicePortName) -> Self {
-        Self { name, stats: ServiceStats::default(), affinity: Affinity::default() }
+        Self { name, stats: OnDemand::default(), affinity: Affinity::default() }
     }
 }
 
 /// Chooses a backend for one ServicePort, family and scope. Shared by server tasks; `control` swaps its table.
 #[derive(Debug)]
 pub struct Balancer {
-    /// What it chooses for.
-    pub key: BalancerKey,
     /// What it shares with the ServicePort's other balancers.
     pub port: Arc<PortState>,
+    /// The family of its listeners and of its backends.
+    pub family: Family,
+    /// The endpoints that it may use.
+    pub scope: Scope,
     table: ArcSwap<Table>,
     /// Turns since the balancer was made; survives swaps. One for each balancer: shared with those of the other
     /// family or scope, clients that alternate between them would always meet the same half of the backends.
@@ -83,9 +86,16 @@ pub struct Balancer {
 }
 
 impl Balancer {
-    /// A balancer with its first table.
+    /// A balancer with its first table. The key's port is the one whose state is given.
     pub fn new(key: BalancerKey, port: Arc<PortState>, table: Table) -> Self {
-        Self { key, port, table: ArcSwap::from_pointee(table), cursor: AtomicUsize::new(0) }
+        debug_assert_eq!(key.port, port.name);
+        Self {
+            port,
+            family: key.family,
+            scope: key.scope,
+            table: ArcSwap::from_pointee(table),
+            cursor: AtomicUsize::new(0),
+        }
     }
 
     /// Chooses a backend for a client that has not been tried by this connection; `None` when there is none left.
@@ -96,7 +106,7 @@ impl Balancer {
     pub fn pick(&self, client: IpAddr, tried: &Tried, now: Instant) -> Option<Arc<Backend>> {
         let table = self.table.load(); // one load: everything below belongs to one moment
         let affinity = &self.port.affinity;
-        let pin = affinity.recall(client, self.key.scope, now);
+        let pin = affinity.recall(client, self.scope, now);
         let pinned = pin.and_then(|id| table.pick_by_id(id));
         if let Some(backend) = pinned
             && !tried.contains(backend)
@@ -105,7 +115,7 @@ impl Balancer {
         }
         let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
         let backend = table.choose(turn, tried)?;
-        let kept = affinity.remember(client, self.key.scope, backend.id, pin, now);
+        let kept = affinity.remember(client, self.scope, backend.id, pin, now);
         if kept == backend.id {
             return Some(Arc::clone(backend));
         }
@@ -136,7 +146,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::name::{Family, ObjectName, Protocol, Scope};
+    use crate::name::{ObjectName, Protocol};
 
     const TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -54,7 +54,7 @@ impl Ports {
     /// No listener needs this balancer any more.
     pub(super) fn retire(&mut self, key: &BalancerKey) {
         if let Some(port) = self.0.get_mut(&key.port) {
-            port.balancers.retain(|balancer| balancer.key != *key);
+            port.balancers.retain(|balancer| (balancer.family, balancer.scope) != (key.family, key.scope));
         }
     }
 
@@ -127,7 +127,7 @@ impl Port {
     }
 
     pub(super) fn balancer(&self, family: Family, scope: Scope) -> Option<&Arc<Balancer>> {
-        self.balancers.iter().find(|balancer| (balancer.key.family, balancer.key.scope) == (family, scope))
+        self.balancers.iter().find(|balancer| (balancer.family, balancer.scope) == (family, scope))
     }
 
     pub(super) fn known_backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {

@@ -133,7 +133,7 @@ impl Account {
     /// Costs two shared writes at most: once when the connection falls idle and once per budget of a direction, not
     /// for each write.
     fn publish(&mut self) {
-        let BackendStats { upstream_bytes, downstream_bytes, .. } = &self.backend.stats;
+        let BackendStats { upstream_bytes, downstream_bytes, .. } = &*self.backend.stats;
         for (counter, tab) in [(upstream_bytes, &mut self.upstream), (downstream_bytes, &mut self.downstream)] {
             let amount = tab.unpublished();
             if amount > 0 {
