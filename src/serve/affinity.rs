@@ -21,7 +21,7 @@
 use std::hash::BuildHasher;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -59,6 +59,8 @@ const SET_WORDS: usize = 3 * WAYS;
 #[derive(Debug)]
 pub struct Affinity {
     pins: ArcSwapOption<Pins>,
+    /// False where there are no pins: most Services have none, and need not look.
+    on: AtomicBool,
     /// Bits of an IPv6 address that tell one client from another.
     ipv6_prefix: AtomicU8,
     /// Clients that were forgotten before their time, because the memory was full: `kuberelay_affinity_evictions_total`.
@@ -67,7 +69,12 @@ pub struct Affinity {
 
 impl Default for Affinity {
     fn default() -> Self {
-        Self { pins: ArcSwapOption::empty(), ipv6_prefix: AtomicU8::new(128), evicted: Counter::default() }
+        Self {
+            pins: ArcSwapOption::empty(),
+            on: AtomicBool::new(false),
+            ipv6_prefix: AtomicU8::new(128),
+            evicted: Counter::default(),
+        }
     }
 }
 
@@ -77,6 +84,7 @@ impl Affinity {
     /// Pins that are there are judged by the new time at once.
     /// From Service `spec.sessionAffinityConfig.clientIP.timeoutSeconds` (1..=86400, default 10800).
     pub fn set_timeout(&self, timeout: Option<Duration>) {
+        self.on.store(timeout.is_some(), Relaxed); // A pick that is under way may see either.
         let Some(timeout) = timeout else { return self.pins.store(None) };
         match &*self.pins.load() {
             Some(pins) => pins.set_timeout(timeout),
@@ -96,6 +104,9 @@ impl Affinity {
     /// A scope without a pin takes the other scope's, as the pin belongs to the ServicePort; whether
     /// that backend is in the scope's own table is for the caller to see.
     pub fn recall(&self, client: IpAddr, scope: Scope, now: Instant) -> Option<u32> {
+        if !self.on.load(Relaxed) {
+            return None;
+        }
         let pins = self.pins.load();
         let pins = pins.as_ref()?;
         pins.recall(pins.key(self.party(client)), scope, now)
@@ -105,6 +116,9 @@ impl Affinity {
     ///
     /// Returns the id that counts: another thread may have pinned the client in between.
     pub fn remember(&self, client: IpAddr, scope: Scope, backend: u32, instead_of: Option<u32>, now: Instant) -> u32 {
+        if !self.on.load(Relaxed) {
+            return backend;
+        }
         match &*self.pins.load() {
             Some(pins) => {
                 let key = pins.key(self.party(client));
