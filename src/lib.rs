@@ -67,6 +67,7 @@ mod entries;
 mod findings;
 pub mod frozen;
 mod health_check;
+mod heap;
 mod hints;
 pub mod host;
 mod journal;

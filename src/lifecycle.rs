@@ -13,6 +13,7 @@ use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::heap;
 use crate::status::Status;
 
 /// Blocker: the source has not delivered its first complete state.
@@ -91,6 +92,7 @@ pub async fn watch_start(mut status: watch::Receiver<Arc<Status>>, readiness: Re
         (status.services.len(), status.failed.len())
     };
     info!(services, failed_listeners = failed, "ready");
+    heap::give_back(); // The first state is the largest that is ever read at once.
 }
 
 /// What a signal asks for.
