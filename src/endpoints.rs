@@ -42,11 +42,7 @@ pub struct UsableEndpoint {
     pub local: bool,
     /// True where it ends, but still serves.
     pub terminating: bool,
-    /// From `nodeName`.
-    pub node: Option<Arc<str>>,
-    /// From `zone`.
-    pub zone: Option<Arc<str>>,
-    /// From `targetRef.name` of a Pod.
+    /// From `targetRef.name` of a Pod. What else there is to know of it is in its slice.
     pub pod: Option<Arc<str>>,
 }
 
@@ -134,8 +130,6 @@ impl Candidate<'_> {
             address: self.address,
             local: self.local,
             terminating: self.endpoint.terminating,
-            node: self.endpoint.node.clone(),
-            zone: self.endpoint.zone.clone(),
             pod: self.endpoint.pod.clone(),
         }
     }

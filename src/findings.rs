@@ -136,7 +136,8 @@ impl Findings {
     pub(crate) fn text(&mut self, at: At<'_>, value: &Scalar) -> Option<Arc<str>> {
         match value {
             Scalar::Absent | Scalar::Null => None,
-            Scalar::Text(text) => Some(text.clone()),
+            // A copy: shared, each name that is kept would keep the page of the whole document's memory that it is in.
+            Scalar::Text(text) => Some(Arc::from(&**text)),
             Scalar::Flag(_) => {
                 let words = "y, yes and on are true, n, no and off are false";
                 self.error(at, format!("{value} where text is wanted; put it in quotes ({words})"));

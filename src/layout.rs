@@ -315,7 +315,7 @@ mod tests {
 
     fn backends(host: u8) -> Backends {
         let address = ([10, 244, 0, host], 8000).into();
-        let endpoint = UsableEndpoint { address, local: false, terminating: false, node: None, zone: None, pod: None };
+        let endpoint = UsableEndpoint { address, local: false, terminating: false, pod: None };
         let usable = Usable { picks: [endpoint.clone()].into(), serving: [endpoint].into() };
         Backends { usable, ..Backends::default() }
     }
