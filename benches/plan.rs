@@ -136,7 +136,8 @@ fn one_change(count: u16, report: &mut Report) -> Outcome<()> {
         let options = PlanOptions { allow_loopback_endpoints: true, ..PlanOptions::default() };
         let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
         let udp = UdpShards::start(1, UdpOptions::default())?;
-        let mut listeners = Listeners::new(Arc::from([]), Arc::new(TcpShared::new(TcpOptions::default())), udp);
+        let tcp = TcpShared::new(TcpOptions::default()).expect("threads");
+        let mut listeners = Listeners::new(Arc::from([]), Arc::new(tcp), udp);
         model.apply(Event::Replace(objects(count)), &mut dirty);
         listeners.apply(plan.update(&model, &dirty, &options), Instant::now()).await;
         assert_eq!(listeners.bound_count(), usize::from(count));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::frozen::pack;
 use crate::name::{ListenKey, ObjectName};
 
 /// A Service that asks for a key. The least one gets it.
@@ -42,6 +43,11 @@ impl Claims {
         if claimants.is_empty() {
             self.by_key.remove(key);
         }
+    }
+
+    /// Takes no more memory than it needs, after many claims at once.
+    pub(crate) fn pack(&mut self) {
+        pack(&mut self.by_key);
     }
 
     /// The Service that gets the key.

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use crate::frozen::pack;
 use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, Service, ServicePort};
@@ -291,6 +292,9 @@ impl Control {
                     self.status.services.remove(name);
                 }
             }
+        }
+        if self.plan.touched().len() > self.status.services.len() / 2 {
+            pack(&mut self.status.services);
         }
     }
 

@@ -7,6 +7,12 @@ use std::collections::BTreeMap;
 use std::ops::Index;
 use std::slice;
 
+/// Makes an ordered map as small as it can be while it stays one that changes. A map that was filled in the order of its
+/// keys has nodes that are half empty: to be called after thousands of entries came at once.
+pub(crate) fn pack<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+    *map = std::mem::take(map).into_iter().collect();
+}
+
 /// Entries sorted by key, each key once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen<K, V>(Box<[(K, V)]>);
@@ -81,6 +87,16 @@ impl<K, V> From<BTreeMap<K, V>> for Frozen<K, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn given_a_map_when_packed_then_it_says_the_same() {
+        let map: BTreeMap<_, _> = (0..1_000).map(|key| (key, key * key)).collect();
+
+        let mut packed = map.clone();
+        pack(&mut packed);
+
+        assert_eq!(packed, map);
+    }
 
     #[test]
     fn given_a_map_when_frozen_then_it_says_the_same_in_the_same_order() {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::frozen::pack;
 use crate::name::{Family, ObjectName, Protocol};
 
 /// Seconds that a client stays with its backend where a Service asks for ClientIP and says no time.
@@ -430,6 +431,9 @@ impl Model {
         for slice in objects.slices {
             self.apply_slice(slice, dirty);
         }
+        pack(&mut self.services);
+        pack(&mut self.slices);
+        pack(&mut self.owners);
     }
 
     fn apply_service(&mut self, service: Arc<Service>, dirty: &mut BTreeSet<ObjectName>) {

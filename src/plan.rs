@@ -13,6 +13,7 @@ use ipnet::IpNet;
 
 use crate::claims::{Claimant, Claims};
 use crate::endpoints::Node;
+use crate::frozen::pack;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
 
@@ -95,6 +96,10 @@ impl Plan {
         }
         self.touched.extend(self.claimants(&keys));
         self.touched.extend(dirty.iter().cloned());
+        if dirty.len() > self.services.len() / 2 {
+            pack(&mut self.services);
+            self.claims.pack();
+        }
         let steps = diff(&before, &self.part(dirty, &keys));
         self.report_loops(dirty, &turned(&steps));
         self.report_conflicts();

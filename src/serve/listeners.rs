@@ -14,6 +14,7 @@ use futures_util::future::join_all;
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
 
+use crate::frozen::pack;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::plan::{self, Backends, Listener, Side, Step};
 use crate::serve::balancer::{Backend, PortState};
@@ -68,6 +69,7 @@ impl Listeners {
     /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
         let mut changed_ports = BTreeSet::new();
+        let many = steps.len() > self.listeners.len();
         for (count, step) in steps.into_iter().enumerate() {
             consume_budget().await; // Ten thousand binds in one go would keep a worker from its connections.
             if count % FLUSH_AFTER == 0 {
@@ -91,6 +93,10 @@ impl Listeners {
         }
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.ports.forget(port));
+        if many {
+            pack(&mut self.listeners);
+            self.ports.pack();
+        }
         self.finish().await;
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use crate::endpoints::UsableEndpoint;
+use crate::frozen::pack;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::plan::Backends;
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
@@ -107,6 +108,11 @@ impl Ports {
                 backend.set_own(own);
             }
         }
+    }
+
+    /// Gives back the room that a map keeps for more.
+    pub(super) fn pack(&mut self) {
+        pack(&mut self.0);
     }
 
     #[cfg(test)]
