@@ -40,21 +40,25 @@ const EVENTS: usize = 256;
 pub(crate) struct Reactor {
     epoll: Arc<OwnedFd>,
     table: RefCell<Table>,
-    /// Empty between turns.
+    /// Of the last turn.
     events: RefCell<Vec<Event>>,
 }
 
-/// Entries by the number that epoll hands back.
+/// Entries by the number that epoll hands back: the place in the lower half, and above it what tells an entry from
+/// those that were there before. For where others hold the same socket (a child process that has not begun its program),
+/// it goes on telling of itself after it was closed here.
 #[derive(Default)]
 struct Table {
     entries: Vec<Option<Rc<Entry>>>,
     vacant: Vec<u32>,
+    /// Goes round below the bit of foreign ones.
+    last: u32,
 }
 
 /// What is known of a socket.
 struct Entry {
     socket: OwnedFd,
-    index: u32,
+    number: u64,
     ready: Cell<Ready>,
     /// What its task waits for; nothing while it runs.
     wanted: Cell<Ready>,
@@ -116,44 +120,40 @@ impl Reactor {
     /// [`Unwatched`], with the socket.
     pub(crate) fn watch(self: &Rc<Self>, socket: OwnedFd) -> Result<Watched, Unwatched> {
         let mut table = self.table.borrow_mut();
-        let index = table.vacant.last().copied().unwrap_or(table.entries.len() as u32);
-        if let Err(errno) = epoll::add(&self.epoll, &socket, EventData::new_u64(index.into()), CONNECTION) {
+        let number = table.next_number();
+        if let Err(errno) = epoll::add(&self.epoll, &socket, EventData::new_u64(number), CONNECTION) {
             return Err(Unwatched { socket, source: errno.into() });
         }
         let entry = Rc::new(Entry {
             socket,
-            index,
+            number,
             ready: Cell::new(Ready::empty()),
             wanted: Cell::new(Ready::empty()),
             waker: Cell::new(None),
             age: Cell::new(0),
         });
-        match table.vacant.pop() {
-            Some(index) => table.entries[index as usize] = Some(Rc::clone(&entry)),
-            None => table.entries.push(Some(Rc::clone(&entry))),
-        }
+        table.insert(Rc::clone(&entry));
         Ok(Watched { entry, reactor: Rc::clone(self) })
     }
 
     /// Waits for events at most so long (`None`: without end), notes them and wakes whom they concern. Foreign ones go
     /// to `foreign`, which may register sockets.
     pub(crate) fn turn(&self, timeout: Option<&Timespec>, mut foreign: impl FnMut(Foreign)) {
-        let mut events = std::mem::take(&mut *self.events.borrow_mut());
+        let mut events = self.events.borrow_mut();
         events.clear();
         // Interrupted, or out of memory for a moment: the next turn asks again.
-        let _ = epoll::wait(&self.epoll, spare_capacity(&mut events), timeout);
-        for event in &events {
+        let _ = epoll::wait(&self.epoll, spare_capacity(&mut *events), timeout);
+        for event in events.iter() {
             match event.data.u64() {
                 number if number & FOREIGN_BIT != 0 => foreign(Foreign(number & !FOREIGN_BIT)),
-                index => self.note(index as usize, event.flags),
+                number => self.note(number, event.flags),
             }
         }
-        self.events.replace(events);
     }
 
-    fn note(&self, index: usize, said: Ready) {
+    fn note(&self, number: u64, said: Ready) {
         let table = self.table.borrow();
-        if let Some(entry) = table.entries.get(index).and_then(Option::as_ref) {
+        if let Some(entry) = table.get(number) {
             entry.ready.set(entry.ready.get() | said);
             if entry.wanted.get().intersects(said) {
                 entry.wake();
@@ -191,6 +191,35 @@ impl Reactor {
         }
         young
     }
+}
+
+impl Table {
+    fn next_number(&mut self) -> u64 {
+        let place = self.vacant.last().copied().unwrap_or(self.entries.len() as u32);
+        self.last = self.last.wrapping_add(1) & (u32::MAX >> 1);
+        u64::from(self.last) << 32 | u64::from(place)
+    }
+
+    fn get(&self, number: u64) -> Option<&Rc<Entry>> {
+        self.entries.get(place(number))?.as_ref().filter(|entry| entry.number == number)
+    }
+
+    /// At the place of its number, which is the last one given.
+    fn insert(&mut self, entry: Rc<Entry>) {
+        match self.vacant.pop() {
+            Some(place) => self.entries[place as usize] = Some(entry),
+            None => self.entries.push(Some(entry)),
+        }
+    }
+
+    fn remove(&mut self, number: u64) {
+        self.entries[place(number)] = None;
+        self.vacant.push(place(number) as u32);
+    }
+}
+
+fn place(number: u64) -> usize {
+    number as u32 as usize
 }
 
 impl Entry {
@@ -266,10 +295,214 @@ impl fmt::Debug for Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        let mut table = self.reactor.table.borrow_mut();
-        if let Some(entry) = table.entries.get_mut(self.entry.index as usize) {
-            *entry = None;
-            table.vacant.push(self.entry.index);
+        self.reactor.table.borrow_mut().remove(self.entry.number); // The socket is closed after this, nothing borrowed.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    const NO_TIME: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+    /// Counts how often it is rung.
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    impl Bell {
+        fn rung(&self) -> usize {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    fn reactor() -> Rc<Reactor> {
+        Rc::new(Reactor::new().expect("an epoll instance"))
+    }
+
+    fn look(reactor: &Reactor) {
+        reactor.turn(Some(&NO_TIME), |number| panic!("nobody gave {number:?}"));
+    }
+
+    fn watched(reactor: &Rc<Reactor>) -> (UnixStream, Watched) {
+        let (far, near) = UnixStream::pair().expect("sockets");
+        near.set_nonblocking(true).expect("a flag");
+        (far, reactor.watch(near.into()).expect("an epoll instance with room"))
+    }
+
+    fn read(watched: &Watched) -> io::Result<Option<usize>> {
+        watched.attempt(READABLE, |socket| rustix::io::read(socket, &mut [0; 16]))
+    }
+
+    fn is_ready(watched: &Watched, bell: &Arc<Bell>, wanted: Ready) -> bool {
+        let waker = Waker::from(Arc::clone(bell));
+        watched.poll_ready(&mut Context::from_waker(&waker), wanted).is_ready()
+    }
+
+    #[test]
+    fn given_a_socket_when_the_kernel_tells_of_it_then_that_is_noted_until_a_call_finds_it_over() {
+        let (reactor, bell) = (reactor(), Arc::<Bell>::default());
+        let (mut far, near) = watched(&reactor);
+
+        for round in 1..4 {
+            look(&reactor);
+            assert!(!is_ready(&near, &bell, READABLE));
+            far.write_all(b"x").expect("room");
+            look(&reactor);
+
+            assert_eq!(bell.rung(), round);
+            assert!(is_ready(&near, &bell, READABLE));
+            assert_eq!(read(&near).expect("a socket"), Some(1));
+            assert!(is_ready(&near, &bell, READABLE), "nobody has found out that this was all");
+            assert_eq!(read(&near).expect("a socket"), None);
+        }
+    }
+
+    #[test]
+    fn given_a_task_that_waits_for_two_things_when_either_comes_then_it_wakes_once() {
+        let (reactor, bell) = (reactor(), Arc::<Bell>::default());
+        let (mut far, near) = watched(&reactor);
+        assert!(!is_ready(&near, &bell, Ready::ERR));
+        assert!(!is_ready(&near, &bell, READABLE));
+
+        far.write_all(b"x").expect("room");
+        look(&reactor);
+        far.write_all(b"y").expect("room");
+        look(&reactor);
+
+        assert_eq!(bell.rung(), 1, "it has not looked since");
+    }
+
+    #[test]
+    fn given_a_task_that_waits_for_something_else_when_the_kernel_tells_then_it_sleeps_on() {
+        let (reactor, bell) = (reactor(), Arc::<Bell>::default());
+        let (mut far, near) = watched(&reactor);
+        assert!(!is_ready(&near, &bell, Ready::ERR));
+
+        far.write_all(b"x").expect("room");
+        look(&reactor);
+
+        assert_eq!(bell.rung(), 0);
+        assert!(is_ready(&near, &bell, READABLE));
+    }
+
+    #[test]
+    fn given_more_events_than_are_taken_at_once_when_looked_at_twice_then_all_have_come() {
+        let reactor = reactor();
+        let sockets: Vec<_> = (0..EVENTS + 44)
+            .map(|_| {
+                let (mut far, near) = watched(&reactor);
+                far.write_all(b"x").expect("room");
+                let bell = Arc::<Bell>::default();
+                assert!(!is_ready(&near, &bell, READABLE));
+                (far, near, bell)
+            })
+            .collect();
+        let rung = || sockets.iter().map(|(.., bell)| bell.rung()).sum::<usize>();
+
+        look(&reactor);
+        assert_eq!(rung(), EVENTS);
+        look(&reactor);
+
+        assert_eq!(rung(), EVENTS + 44);
+    }
+
+    /// The kernel takes a socket out at its last close, and a copy is not closed here.
+    #[test]
+    fn given_a_place_that_is_used_again_when_a_copy_of_the_last_socket_tells_then_the_next_knows_nothing_of_it() {
+        let reactor = reactor();
+        let (mut far, near) = watched(&reactor);
+        let _copy = near.as_fd().try_clone_to_owned().expect("a descriptor");
+        let last = near.entry.number;
+        drop(near);
+
+        let (_next_far, next) = watched(&reactor);
+        far.write_all(b"x").expect("room");
+        look(&reactor);
+
+        assert_eq!(place(next.entry.number), place(last));
+        assert!(!next.ready().contains(Ready::IN));
+    }
+
+    #[test]
+    fn given_sockets_that_come_and_go_when_counted_then_the_table_is_as_long_as_the_most_at_once() {
+        let reactor = reactor();
+
+        for _ in 0..100 {
+            let _some = [watched(&reactor), watched(&reactor), watched(&reactor)];
+        }
+
+        let table = reactor.table.borrow();
+        assert_eq!((table.entries.len(), table.vacant.len()), (3, 3));
+    }
+
+    #[test]
+    fn given_what_epoll_does_not_take_when_watched_then_it_comes_back_and_no_place_is_lost() {
+        let reactor = reactor();
+        let file = File::open("/proc/self/exe").expect("this program");
+
+        let unwatched = reactor.watch(file.into()).expect_err("a file is always ready");
+
+        assert_eq!(Errno::from_io_error(&unwatched.source), Some(Errno::PERM));
+        rustix::fs::fstat(&unwatched.socket).expect("an open descriptor");
+        let (mut far, near) = watched(&reactor);
+        far.write_all(b"x").expect("room");
+        look(&reactor);
+        assert!(near.ready().contains(Ready::IN));
+    }
+
+    #[test]
+    fn given_tasks_that_wait_when_all_are_woken_or_forgotten_then_their_wakers_ring_or_go() {
+        let (reactor, bell) = (reactor(), Arc::<Bell>::default());
+        let (_far, near) = watched(&reactor);
+        assert!(!is_ready(&near, &bell, READABLE));
+
+        reactor.wake_all();
+        assert_eq!(bell.rung(), 1);
+        reactor.abandon();
+
+        assert_eq!(Arc::strong_count(&bell), 1);
+    }
+
+    #[test]
+    fn given_a_socket_that_others_know_by_a_number_when_it_is_ready_then_they_are_told_the_number() {
+        let reactor = reactor();
+        let number = Foreign(u64::MAX >> 1);
+        let event = eventfd(1, EventfdFlags::CLOEXEC).expect("a descriptor");
+        epoll::add(reactor.epoll(), &event, number.data(), Ready::IN).expect("an epoll instance with room");
+
+        let mut told = Vec::new();
+        reactor.turn(Some(&NO_TIME), |number| told.push(number));
+
+        assert_eq!(told, [number]);
+    }
+
+    #[test]
+    fn given_sockets_whose_age_counts_when_they_grow_older_then_each_is_handed_over_once() {
+        let reactor = reactor();
+        let [(_a, first), (_b, second), (_c, _other)] = [(); 3].map(|()| watched(&reactor));
+        let older = || {
+            let mut aged = 0;
+            (reactor.grow_older(|_| aged += 1), aged)
+        };
+
+        first.count_age();
+        assert_eq!(older(), (1, 0));
+        second.count_age();
+
+        assert_eq!([older(), older(), older()], [(1, 1), (0, 1), (0, 0)]);
     }
 }
