@@ -56,19 +56,27 @@ pub(crate) fn set_if_it_lasts(stream: &Stream, options: LastingOptions) {
 fn look_after(stream: &Stream, options: LastingOptions, interval: Duration) {
     stream.count_age();
     if !LOOKING.replace(true) {
-        worker::current().spawn(look(options, interval));
+        worker::current().spawn(look(options, interval, Looking));
+    }
+}
+
+/// Held by the task that looks, until its end of whatever kind.
+struct Looking;
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        LOOKING.set(false);
     }
 }
 
 /// Each look takes those that the last one found new: they have lasted once to twice the time in between.
-async fn look(options: LastingOptions, interval: Duration) {
+async fn look(options: LastingOptions, interval: Duration, _looking: Looking) {
     loop {
         sleep_until(Instant::now() + interval).await;
         let newcomers = worker::current().grow_older(|socket| {
             let _ = options.set(socket); // A socket that refuses is one that has been reset meanwhile.
         });
         if newcomers == 0 {
-            LOOKING.set(false);
             return;
         }
     }
@@ -109,5 +117,16 @@ mod tests {
             until(|| !LOOKING.get()).await;
             assert!(SockRef::from(&lasting).keepalive().expect("an option"));
         });
+    }
+
+    #[test]
+    fn given_a_task_that_looks_when_it_ends_before_its_time_then_the_next_newcomer_begins_another() {
+        on_worker(async {
+            let (_far, near) = pair().await;
+            look_after(&registered(near), LastingOptions::default(), Duration::from_secs(3_600));
+            assert!(LOOKING.get());
+        });
+
+        assert!(!LOOKING.get(), "its worker has ended on this thread");
     }
 }

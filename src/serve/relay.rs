@@ -835,4 +835,27 @@ mod tests {
         assert_eq!(backend.stats.closed.get(CloseReason::Panic), 1);
         assert_eq!(backend.stats.active_connections.get(), 0);
     }
+
+    #[test]
+    fn given_two_connections_of_a_worker_when_the_task_of_one_panics_then_only_that_is_reset() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            let (mut far, near) = pair().await;
+            let (_other_far, other_near) = pair().await;
+            let connection = Connection::open(registered(near), registered(other_near), Arc::clone(&backend));
+
+            let panicking: Spawned<()> = spawn(async move {
+                let _connection = connection;
+                std::panic::resume_unwind(Box::new("on purpose"))
+            });
+            drop(panicking);
+
+            expect_reset(&mut far).await;
+            assert_eq!(backend.stats.closed.get(CloseReason::Panic), 1);
+            client.write_all(b"x").await.expect("a connection");
+            soon(server.read_exact(&mut [0])).await.expect("what was sent");
+            drop((client, server));
+            soon(relay).await;
+        });
+    }
 }

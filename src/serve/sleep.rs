@@ -42,6 +42,12 @@ impl Timers {
         }
     }
 
+    /// Forgets whom to wake, so that tasks which nobody else could wake come to their end.
+    pub(crate) fn abandon(&self) {
+        let wakers = std::mem::take(&mut self.set.borrow_mut().wakers);
+        drop(wakers); // Their tasks may clear timers now.
+    }
+
     fn pop(&self, now: Instant) -> Option<Waker> {
         let mut set = self.set.borrow_mut();
         let first = set.wakers.first_entry()?;
@@ -154,6 +160,39 @@ mod tests {
         assert!(timers.next() > Some(hour));
         drop(sleep);
 
+        assert_eq!(timers.next(), None);
+    }
+
+    #[test]
+    fn given_a_sleep_when_another_polls_it_then_that_one_is_woken() {
+        let timers = Rc::<Timers>::default();
+        let hour = Instant::now() + Duration::from_secs(3_600);
+        let bells = [(); 2].map(|()| Arc::new(Bell));
+        let mut sleep = timers.until(hour);
+        for bell in &bells {
+            let waker = Waker::from(Arc::clone(bell));
+            assert!(Pin::new(&mut sleep).poll(&mut Context::from_waker(&waker)).is_pending());
+        }
+        assert_eq!(bells.each_ref().map(rung), [true, false], "the first is forgotten");
+
+        timers.fire(hour);
+
+        assert_eq!(bells.each_ref().map(rung), [true, true]);
+        assert_eq!(timers.next(), None);
+    }
+
+    #[test]
+    fn given_timers_when_they_are_abandoned_then_their_wakers_go() {
+        let timers = Rc::<Timers>::default();
+        let bell = Arc::new(Bell);
+        let mut sleep = timers.until(Instant::now() + Duration::from_secs(3_600));
+        let waker = Waker::from(Arc::clone(&bell));
+        assert!(Pin::new(&mut sleep).poll(&mut Context::from_waker(&waker)).is_pending());
+        drop(waker);
+
+        timers.abandon();
+
+        assert!(rung(&bell));
         assert_eq!(timers.next(), None);
     }
 
