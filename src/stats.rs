@@ -117,6 +117,8 @@ words! {
         Loop = "loop",
         /// The process is stopping.
         Drain = "drain",
+        /// The task that was to serve it panicked.
+        Panic = "panic",
     }
 }
 

@@ -35,9 +35,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
-use std::thread::available_parallelism;
+use std::thread::{available_parallelism, panicking};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -150,7 +150,7 @@ impl TcpServer {
     ) -> io::Result<Self> {
         let TcpOptions { keepalive_idle, keepalive_probes, .. } = shared.options;
         socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
-        let server = Arc::new(Server { key, target, shared: Arc::clone(&shared) });
+        let server = Arc::new(Server { key, target, shared: Arc::clone(&shared), lack: News::since(Instant::now()) });
         let socket = Arc::clone(&listener);
         let listening = shared.workers.listen(&listener, move |number| Acceptor {
             listener: Arc::clone(&socket),
@@ -174,6 +174,8 @@ struct Server {
     key: ListenKey,
     target: TargetCell,
     shared: Arc<TcpShared>,
+    /// That it cannot accept: all workers find out at once.
+    lack: News,
 }
 
 /// Accepts on one worker.
@@ -216,13 +218,12 @@ impl Readable for Acceptor {
 
 impl Acceptor {
     fn pause(&self, worker: &Rc<Worker>, error: &io::Error, reason: Option<DropReason>) {
-        let mut pause = self.pause.borrow_mut();
-        if pause.is_news(Instant::now()) {
+        if self.server.lack.is_news(Instant::now()) {
             let service = &self.server.target.load().port.name;
             let reason = reason.map(tracing::field::display);
             warn!(%service, listen = %self.server.key, reason, %error, "cannot accept, clients wait");
         }
-        worker.mute(self.number, &self.listener, pause.next());
+        worker.mute(self.number, &self.listener, self.pause.borrow_mut().next());
     }
 }
 
@@ -236,20 +237,51 @@ impl Server {
             Ok(balancer) => Arc::clone(balancer),
             Err(reason) => return turn_away(&socket, peer, port, reason),
         };
-        let guest = Guest { socket, peer, listen: self.key };
-        let (shared, open) = (Arc::clone(&self.shared), self.shared.connections.token());
+        let guest = Guest::new(socket, peer, &balancer.port);
+        let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
         self.shared
             .workers
-            .place(worker, move |seat| serve(guest, balancer, shared, Stay { _open: open, _seat: seat }));
+            .place(worker, move |seat| serve(guest, listen, balancer, shared, Stay { _open: open, _seat: seat }));
     }
 }
 
-/// A client that was let in.
-struct Guest {
-    socket: OwnedFd,
+/// A client that was let in and has no backend yet, be it on its way to its worker. Dropped, it is turned away.
+struct Guest<S: AsFd> {
+    client: Option<S>,
     peer: SocketAddr,
-    /// Where it came in.
-    listen: ListenKey,
+    port: Arc<PortState>,
+    /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
+    reason: DropReason,
+}
+
+impl Guest<OwnedFd> {
+    fn new(client: OwnedFd, peer: SocketAddr, port: &Arc<PortState>) -> Self {
+        Self { client: Some(client), peer, port: Arc::clone(port), reason: DropReason::Drain }
+    }
+
+    /// Has the worker of this thread watch the client; `None` where the kernel takes no more.
+    fn register(mut self) -> Option<Guest<Stream>> {
+        match Stream::new(self.client.take()?) {
+            Ok(client) => {
+                let port = Arc::clone(&self.port);
+                Some(Guest { client: Some(client), peer: self.peer, port, reason: self.reason })
+            }
+            Err(Unwatched { socket, .. }) => {
+                self.client = Some(socket);
+                self.reason = DropReason::Memory;
+                None
+            }
+        }
+    }
+}
+
+impl<S: AsFd> Drop for Guest<S> {
+    fn drop(&mut self) {
+        if let Some(client) = &self.client {
+            let reason = if panicking() { DropReason::Panic } else { self.reason };
+            turn_away(client, self.peer, &self.port, reason);
+        }
+    }
 }
 
 /// Counts a connection for as long as it is there: as an open one, and as its worker's.
@@ -288,13 +320,11 @@ impl Refusal {
 #[derive(Debug, Default)]
 struct Pause {
     last: Option<Duration>,
-    told: Option<Instant>,
 }
 
 impl Pause {
     const FIRST: Duration = Duration::from_millis(5);
     const LONGEST: Duration = Duration::from_secs(1);
-    const TOLD_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
     fn next(&mut self) -> Duration {
         let next = self.last.map_or(Self::FIRST, |last| (last * 2).min(Self::LONGEST));
@@ -305,14 +335,29 @@ impl Pause {
     fn end(&mut self) {
         self.last = None;
     }
+}
 
-    /// True where it was not told lately: at the limit, pauses and accepts come by turns.
-    fn is_news(&mut self, now: Instant) -> bool {
-        let news = self.told.is_none_or(|told| now.duration_since(told) >= Self::TOLD_AGAIN_AFTER);
-        if news {
-            self.told = Some(now);
-        }
-        news
+/// Something that several workers find out, and that is told by one of them, and by none again for a time: at the
+/// limit, pauses and accepts come by turns.
+struct News {
+    since: Instant,
+    /// Not to be told before, in milliseconds.
+    next_ms: AtomicU64,
+}
+
+impl News {
+    const TOLD_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
+    fn since(since: Instant) -> Self {
+        Self { since, next_ms: AtomicU64::new(0) }
+    }
+
+    fn is_news(&self, now: Instant) -> bool {
+        let now = now.duration_since(self.since);
+        let again = (now + Self::TOLD_AGAIN_AFTER).as_millis() as u64;
+        let next = self.next_ms.load(Ordering::Relaxed);
+        now.as_millis() as u64 >= next
+            && self.next_ms.compare_exchange(next, again, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
@@ -324,10 +369,15 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
 }
 
 /// One connection. Its future is paid for by each open connection: what ends early lives in a box.
-fn serve(guest: Guest, balancer: Arc<Balancer>, shared: Arc<TcpShared>, stay: Stay) -> impl Future<Output = ()> {
-    let Guest { socket, peer, listen } = guest;
-    let named = enabled!(Level::DEBUG).then(|| Box::new((listen, peer))); // Kept for the log alone.
-    let reaching = Box::pin(reach(socket, peer, balancer, Arc::clone(&shared)));
+fn serve(
+    guest: Guest<OwnedFd>,
+    listen: ListenKey,
+    balancer: Arc<Balancer>,
+    shared: Arc<TcpShared>,
+    stay: Stay,
+) -> impl Future<Output = ()> {
+    let named = enabled!(Level::DEBUG).then(|| Box::new((listen, guest.peer))); // Kept for the log alone.
+    let reaching = Box::pin(reach(guest, balancer, Arc::clone(&shared)));
     async move {
         let _stay = stay;
         let carry = pin!(async {
@@ -344,53 +394,27 @@ fn serve(guest: Guest, balancer: Arc<Balancer>, shared: Arc<TcpShared>, stay: St
     }
 }
 
-/// A client whose backend is not reached yet. Dropped, it is turned away.
-struct Waiting {
-    client: Option<Stream>,
-    peer: SocketAddr,
-    port: Arc<PortState>,
-    /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
-    reason: DropReason,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(client) = &self.client {
-            turn_away(client, self.peer, &self.port, self.reason);
-        }
-    }
-}
-
 /// Reaches a backend, unless the client goes away meanwhile.
 async fn reach(
-    client: OwnedFd,
-    peer: SocketAddr,
+    guest: Guest<OwnedFd>,
     balancer: Arc<Balancer>,
     shared: Arc<TcpShared>,
 ) -> Option<(Arc<PortState>, Connection)> {
-    let port = Arc::clone(&balancer.port);
-    let client = match Stream::new(client) {
-        Ok(client) => client,
-        Err(Unwatched { socket, .. }) => {
-            turn_away(&socket, peer, &port, DropReason::Memory);
-            return None;
-        }
-    };
-    let mut waiting = Waiting { client: Some(client), peer, port, reason: DropReason::Drain };
-    let client = waiting.client.as_ref()?;
+    let mut guest = guest.register()?;
+    let (client, source) = (guest.client.as_ref()?, guest.peer.ip());
     let reached = select! {
         biased;
-        reached = dial(&balancer, peer.ip(), Source::Any, &Preface::None, &shared.options.connect) => reached,
+        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect) => reached,
         _ = client.broken() => Err(DropReason::ClientAbort),
     };
     match reached {
         Ok(Reached { backend, stream }) => {
-            let client = waiting.client.take()?;
+            let client = guest.client.take()?;
             set_if_it_lasts(&stream, shared.options.lasting);
-            Some((Arc::clone(&waiting.port), Connection::open(client, stream, backend)))
+            Some((Arc::clone(&guest.port), Connection::open(client, stream, backend)))
         }
         Err(reason) => {
-            waiting.reason = reason;
+            guest.reason = reason;
             None
         }
     }
@@ -399,6 +423,7 @@ async fn reach(
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
+    use std::thread;
 
     use arc_swap::ArcSwap;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -408,8 +433,8 @@ mod tests {
     use crate::name::Protocol;
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
-        backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker, pair,
-        read_all, refusing, reset, soon, until,
+        LOOPBACK, backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker,
+        pair, read_all, refusing, reset, soon, until,
     };
     use crate::serve::worker;
     use crate::serve::{Target, Verdict};
@@ -661,6 +686,11 @@ mod tests {
         TcpOptions { connect, ..TcpOptions::default() }
     }
 
+    fn patient() -> TcpOptions {
+        let connect = ConnectOptions { steps: [Duration::from_secs(3_600); 4], ..ConnectOptions::default() };
+        TcpOptions { connect, ..TcpOptions::default() }
+    }
+
     #[tokio::test]
     async fn t163_given_only_a_black_hole_when_a_client_comes_then_it_is_reset_after_all_steps() {
         let (_held, silent) = black_hole();
@@ -676,11 +706,8 @@ mod tests {
     #[tokio::test]
     async fn t164_given_a_client_stuck_at_a_black_hole_when_others_come_then_they_do_not_wait_for_it() {
         let (_held, silent) = black_hole();
-        let hour = Duration::from_secs(3_600);
-        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
-        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
         let all = backends([silent, named("one").await]);
-        let served = Served::with_options("127.83.0.11:7300", &all, options);
+        let served = Served::with_options("127.83.0.11:7300", &all, patient());
 
         let stuck = served.connect().await;
         until(|| served.balancer.port.stats.accepted.get() == 1).await;
@@ -692,10 +719,7 @@ mod tests {
     #[tokio::test]
     async fn given_a_client_that_resets_while_a_backend_is_dialed_then_the_dial_ends_and_it_is_counted() {
         let (_held, silent) = black_hole();
-        let hour = Duration::from_secs(3_600);
-        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
-        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
-        let served = Served::with_options("127.83.0.12:7300", &backends([silent]), options);
+        let served = Served::with_options("127.83.0.12:7300", &backends([silent]), patient());
         let client = served.connect().await;
         until(|| served.shared.open_connections() == 1).await;
 
@@ -722,10 +746,7 @@ mod tests {
     async fn t166_given_a_client_stuck_at_a_black_hole_when_its_endpoint_is_removed_then_it_is_served_by_another() {
         let (_held, silent) = black_hole();
         let [silent, one] = backends([silent, named("one").await]);
-        let hour = Duration::from_secs(3_600);
-        let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
-        let options = TcpOptions { connect: patient, ..TcpOptions::default() };
-        let served = Served::with_options("127.83.0.14:7300", &[silent], options);
+        let served = Served::with_options("127.83.0.14:7300", &[silent], patient());
         let mut client = served.connect().await;
         until(|| served.balancer.port.stats.accepted.get() == 1).await;
 
@@ -739,9 +760,10 @@ mod tests {
     async fn given_open_connections_when_all_are_aborted_then_peers_see_resets_and_the_drain_ends() {
         let (_held, silent) = black_hole();
         let all = backends([echo().await, silent]);
-        let served = Served::start("127.83.0.15:7300", &all);
-        let (mut relayed, mut dialing) = (served.connect().await, served.connect().await);
+        let served = Served::with_options("127.83.0.15:7300", &all, patient());
+        let mut relayed = served.connect().await;
         ping(&mut relayed).await;
+        let mut dialing = served.connect().await;
         until(|| served.shared.open_connections() == 2).await;
         served.server.stop().await;
 
@@ -752,6 +774,72 @@ mod tests {
         soon(served.shared.drained()).await;
         assert_eq!(all[0].stats.closed.get(CloseReason::Drain), 1);
         assert_eq!(served.balancer.port.stats.dropped.get(DropReason::Drain), 1);
+    }
+
+    /// The first stays, the second is handed to the other worker; none has been polled before.
+    #[test]
+    fn given_clients_on_their_way_to_a_worker_when_all_are_aborted_then_they_are_reset_and_counted() {
+        on_worker(async {
+            let workers = NonZeroUsize::MIN;
+            let shared = Arc::new(TcpShared::new(TcpOptions { workers, ..TcpOptions::default() }).expect("threads"));
+            let balancer = balancer(&[]);
+            let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
+            let key = ListenKey::new(LOOPBACK, 80, Protocol::Tcp);
+            let server = Server { key, target, shared: Arc::clone(&shared), lack: News::since(Instant::now()) };
+            shared.abort_connections();
+
+            let mut clients = [pair().await, pair().await].map(|(client, accepted)| {
+                let peer = accepted.peer_addr().expect("a connection");
+                server.admit(&worker::current(), accepted.into_std().expect("a registered socket").into(), peer);
+                client
+            });
+
+            for client in &mut clients {
+                expect_reset(client).await;
+            }
+
+            soon(shared.drained()).await;
+            assert_eq!(balancer.port.stats.dropped.get(DropReason::Drain), 2);
+        });
+    }
+
+    #[tokio::test]
+    async fn given_a_client_that_no_event_loop_takes_when_served_then_it_is_counted_with_the_reason() {
+        let balancer = balancer(&[]);
+        let shared = Arc::new(TcpShared::new(TcpOptions::default()).expect("threads"));
+        let unwatchable = || std::fs::File::open("/proc/self/exe").expect("this program").into();
+        let counted = Arc::clone(&balancer.port);
+
+        let ended = thread::spawn(move || {
+            on_worker(async move {
+                let guest = Guest::new(unwatchable(), SocketAddr::from((LOOPBACK, 9)), &balancer.port);
+                reach(guest, balancer, shared).await.is_none()
+            })
+        });
+
+        assert!(ended.join().expect("no panic"));
+        assert_eq!(counted.stats.dropped.get(DropReason::Memory), 1);
+    }
+
+    #[tokio::test]
+    async fn given_a_client_without_a_backend_when_its_task_panics_then_it_is_reset_and_counted_as_such() {
+        let (mut client, accepted) = pair().await;
+        let port = Arc::clone(&balancer(&[]).port);
+        let guest = Guest::new(
+            accepted.into_std().expect("a registered socket").into(),
+            SocketAddr::from((LOOPBACK, 9)),
+            &port,
+        );
+
+        let outcome = thread::spawn(move || {
+            let _guest = guest;
+            std::panic::resume_unwind(Box::new("on purpose"));
+        })
+        .join();
+
+        assert!(outcome.is_err());
+        expect_reset(&mut client).await;
+        assert_eq!(port.stats.dropped.get(DropReason::Panic), 1);
     }
 
     #[tokio::test]
@@ -794,9 +882,10 @@ mod tests {
             let options = Arc::clone(&shared);
 
             shared.workers.place(&here, move |seat| {
-                let guest = Guest { socket, peer, listen };
+                let balancer = balancer(&[]);
+                let guest = Guest::new(socket, peer, &balancer.port);
                 let stay = Stay { _open: open, _seat: seat };
-                let connection = serve(guest, balancer(&[]), options, stay);
+                let connection = serve(guest, listen, balancer, options, stay);
                 told.send(size_of_val(&connection)).expect("the test");
                 connection
             });
@@ -832,10 +921,10 @@ mod tests {
 
     #[test]
     fn given_accepts_that_fail_and_succeed_by_turns_when_told_then_it_is_news_every_ten_seconds() {
-        let mut pause = Pause::default();
         let now = Instant::now();
+        let lack = News::since(now);
 
-        let news = [0, 1, 9, 10, 11, 20].map(|second| pause.is_news(now + Duration::from_secs(second)));
+        let news = [0, 1, 9, 10, 11, 20].map(|second| lack.is_news(now + Duration::from_secs(second)));
 
         assert_eq!(news, [true, false, false, true, false, true]);
     }
