@@ -367,7 +367,8 @@ fn classify(error: &io::Error) -> ConnectFailure {
         Errno::CONNRESET | Errno::CONNABORTED | Errno::PIPE => ConnectFailure::Reset,
         Errno::ADDRNOTAVAIL | Errno::ADDRINUSE => ConnectFailure::LocalPorts,
         Errno::MFILE | Errno::NFILE => ConnectFailure::FdLimit,
-        Errno::NOMEM | Errno::NOBUFS => ConnectFailure::Memory,
+        // NOSPC: the event loop takes no more, as the kernel's memory for watches is used up.
+        Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC => ConnectFailure::Memory,
         _ => ConnectFailure::Unreachable, // No route, a prohibiting route or rule, a network or host that is down.
     }
 }
@@ -684,6 +685,7 @@ mod tests {
         assert_eq!(word(Errno::ADDRNOTAVAIL), ConnectFailure::LocalPorts);
         assert_eq!(word(Errno::MFILE), ConnectFailure::FdLimit);
         assert_eq!(word(Errno::NOBUFS), ConnectFailure::Memory);
+        assert_eq!(word(Errno::NOSPC), ConnectFailure::Memory);
     }
 
     /// T168: one backend after the other without a source port is no fault of theirs, and is told as it is.
