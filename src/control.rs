@@ -80,7 +80,8 @@ enum Order {
 }
 
 impl Relay {
-    /// Starts the data plane and the control task on the current tokio runtime. Nothing listens before [`Message::Synced`].
+    /// Starts the data plane on threads of its own, and the control task on the current tokio runtime. Nothing listens
+    /// before [`Message::Synced`].
     ///
     /// # Errors
     /// Where the kernel refuses what every relay needs: descriptors, threads.

@@ -8,7 +8,7 @@
 //! manifest ─ Message ─▶ control: batch ≤ 20 ms ─▶ Model::apply ─▶ Plan::update(dirty Services) ─▶ [Step] ─▶ Listeners::apply
 //! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
 //!                                                                                                           │ Point   → the listener's target, its socket's filter
-//!                                                                                                           │ Bind    → a socket and its server task
+//!                                                                                                           │ Bind    → a socket, and threads that serve it
 //!                                                                                                           │ Park    → port held, connects refused
 //!                                                                                                           │ Revive  → the same socket serves again
 //!                                                                                                           │ Unbind  → closed; open connections go on
@@ -34,6 +34,7 @@
 //! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
 //! | a backend's counters | [`serve::balancer::Backend`], from table to table | atomics |
 //! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
+//! | an open connection | a task of one worker thread, from the first byte to the last | its counters |
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
@@ -41,6 +42,7 @@
 //! # What always holds
 //!
 //! * Sources and tasks never share a lock: messages in, snapshots out. In [`serve`] nothing waits for anything but sockets.
+//! * Traffic has threads of its own: workers for connections, shards for datagrams. The tokio runtime is for the rest.
 //! * A bound listener always has a target, and a target's balancers are always there (see [`plan::diff`] for the order).
 //! * A backend that is a listener of this process is never picked: one connection would make thousands.
 //! * One bad object, file, address or peer hurts nobody else: it becomes a [`plan::Problem`], a failed listener or a

@@ -1,6 +1,7 @@
 //! The data plane: listeners as they run, and the law of this folder.
 //!
-//! No lock, no look-up by name, no allocation per datagram, no await while choosing. What should run
+//! No lock, no look-up by name, no allocation per datagram, no await while choosing. (A connection that goes to
+//! another thread is put in that thread's queue, behind a lock that is held for the push alone.) What should run
 //! is decided in `plan`; [`Listeners`] carries the steps out and is owned by `control`.
 
 mod address_set;
@@ -108,5 +109,5 @@ impl Target {
     }
 }
 
-/// The cell through which `control` points a live listener elsewhere; its server task loads it for each connection.
+/// The cell through which `control` points a live listener elsewhere; whoever accepts loads it for each connection.
 pub type TargetCell = Arc<ArcSwap<Target>>;
