@@ -478,6 +478,11 @@ mod tests {
             String::from_utf8(bytes).expect("a name")
         }
 
+        /// Waits until whoever was accepted has a task (a turn), on its worker (another), that was polled (a third).
+        fn settle(&self) {
+            (0..3).for_each(|_| drop(self.shared.workers.ask(|| ())));
+        }
+
         fn dropped(&self, reason: DropReason) -> u64 {
             self.balancer.port.stats.dropped.get(reason)
         }
@@ -711,6 +716,7 @@ mod tests {
 
         let stuck = served.connect().await;
         until(|| served.balancer.port.stats.accepted.get() == 1).await;
+        served.settle();
 
         assert_eq!(served.ask().await, "one");
         drop(stuck);
