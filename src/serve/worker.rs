@@ -1,7 +1,7 @@
 //! Threads that carry connections: each with an event loop of its own, and the tasks that live on it.
 //!
 //! A connection is a task of one thread from its first byte to its last. So nothing about it is shared, waking it is a push
-//! to a queue, and the processor that has it in its cache keeps it. What is new goes where least is open ([`Pool::pass`]);
+//! to a queue, and the processor that has it in its cache keeps it. What is new goes where least is open ([`Pool::place`]);
 //! that is all the balancing there is, and no thread ever takes from another.
 //!
 //! *Why not the runtime of the control plane.* With tasks that move between threads, each batch of events wakes other
