@@ -175,7 +175,7 @@ fn listen(
                 let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
                 let target = targets.of_kind(entry.kind);
                 let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
-                let source_ranges = source_ranges.at(entry.key.address.ip());
+                let source_ranges = source_ranges.at(entry.key.address.ip(), entry.kind);
                 let (kind, allocated) = (entry.kind, entry.allocated);
                 let listener = Listener { port, kind, allocated, target, source_ranges, udp };
                 layout.listeners.insert(entry.key, listener);

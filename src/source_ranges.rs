@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::layout::ListenerKind;
 use crate::model::Service;
 use crate::name::Family;
 
@@ -22,9 +23,10 @@ impl SourceRanges<'_> {
     /// The sources that are let in at an address; empty lets everybody in.
     ///
     /// A list without a range of the address's family says nothing about that family. What is not a
-    /// load-balancer address is open, whatever the ranges say; one that is an external IP, too, is not.
-    pub(crate) fn at(&self, listen: IpAddr) -> Arc<[IpNet]> {
-        if !self.service.load_balancer_ips.contains(&listen) {
+    /// load-balancer address is open, whatever the ranges say, and so are node ports on it; one that is an external
+    /// IP, too, is not.
+    pub(crate) fn at(&self, listen: IpAddr, kind: ListenerKind) -> Arc<[IpNet]> {
+        if kind == ListenerKind::NodePort || !self.service.load_balancer_ips.contains(&listen) {
             return Arc::default();
         }
         let of_family = |net: &&IpNet| Family::of(net.addr()) == Family::of(listen);
@@ -49,6 +51,10 @@ mod tests {
 
     /// The ranges at an address of a balancer that has `198.51.100.1` and `2001:db8:1::1`, on node `192.0.2.1`.
     fn allowed(ranges: &[&str], listen: &str) -> Vec<String> {
+        allowed_at(ranges, listen, ListenerKind::LoadBalancerIp)
+    }
+
+    fn allowed_at(ranges: &[&str], listen: &str, kind: ListenerKind) -> Vec<String> {
         let service = Service {
             load_balancer_ips: vec![ip("198.51.100.1"), ip("2001:db8:1::1")],
             external_ips: vec![ip("203.0.113.1"), ip("198.51.100.1")],
@@ -56,7 +62,7 @@ mod tests {
             ..Service::new("default/web").cluster_ip([10, 96, 0, 10])
         };
         let ranges = SourceRanges { service: &service, node_addresses: &[ip("192.0.2.1"), ip("2001:db8:2::1")] };
-        ranges.at(ip(listen)).iter().map(IpNet::to_string).collect()
+        ranges.at(ip(listen), kind).iter().map(IpNet::to_string).collect()
     }
 
     #[test]
@@ -73,6 +79,7 @@ mod tests {
         for other in ["10.96.0.10", "192.0.2.1", "203.0.113.1"] {
             assert_eq!(allowed(&["10.0.0.0/24"], other), [] as [&str; 0]);
         }
+        assert_eq!(allowed_at(&["10.0.0.0/24"], "198.51.100.1", ListenerKind::NodePort), [] as [&str; 0]);
     }
 
     #[test]

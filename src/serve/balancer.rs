@@ -143,6 +143,7 @@ impl Balancer {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::atomic::AtomicU32;
     use std::time::Duration;
 
     use super::*;
@@ -280,6 +281,45 @@ mod tests {
             }
             done.store(true, Ordering::Relaxed);
         });
+    }
+
+    /// Backends are numbered as they come: each table has a new one and the one before it.
+    #[test]
+    fn t233_given_threads_that_pick_a_million_times_a_second_when_tables_are_swapped_then_none_gets_a_removed_backend()
+    {
+        const SWAPS: u32 = 300;
+        const PAUSE: Duration = Duration::from_millis(1);
+        let numbered = |number: u32| Arc::new(Backend::new(number, SocketAddr::from(([10, 0, 0, 1], 1))));
+        let web = cluster(&port("web"), &[numbered(0), numbered(1)]);
+        let (oldest, done) = (AtomicU32::new(0), AtomicBool::new(false));
+        let pick_on_and_on = || {
+            let mut picked = 0_u64;
+            while !done.load(Ordering::Relaxed) {
+                let removed_before = oldest.load(Ordering::Acquire);
+                let id = pick(&web, client(1)).expect("a swap never shows an empty table");
+                assert!(id >= removed_before, "backend {id} was removed before {removed_before} was");
+                picked += 1;
+            }
+            picked
+        };
+
+        let began = Instant::now();
+        let picked: u64 = std::thread::scope(|scope| {
+            let pickers = [(); 2].map(|()| scope.spawn(pick_on_and_on));
+            let mut last = numbered(1);
+            for number in 1..=SWAPS {
+                let next = numbered(number + 1);
+                web.swap(table(&[last, Arc::clone(&next)]));
+                oldest.store(number, Ordering::Release);
+                last = next;
+                std::thread::sleep(PAUSE); // The rate of the case.
+            }
+            done.store(true, Ordering::Relaxed);
+            pickers.into_iter().map(|picker| picker.join().expect("no removed backend")).sum()
+        });
+
+        println!("{:.1} million picks a second", picked as f64 / began.elapsed().as_secs_f64() / 1e6);
+        assert!(picked > u64::from(SWAPS), "they were at it all along");
     }
 
     #[test]

@@ -64,7 +64,7 @@ async fn until_in_use(service: SocketAddr, backend: SocketAddr, since: Instant) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn given_clients_without_retry_when_the_manifest_is_edited_20_times_then_no_request_fails() {
+async fn t233_given_clients_without_retry_when_the_manifest_is_edited_20_times_then_no_request_fails() {
     let site = Site::new(20);
     let requests_per_edit = if full() { 1000 } else { 100 };
     let mut backends = Vec::new();
