@@ -8,7 +8,8 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::FalseyValueParser;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::config::{
@@ -17,6 +18,7 @@ use crate::config::{
     DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED,
     PlanConfig, RunConfig, UdpTimeouts,
 };
+use crate::config_file::ConfigFile;
 use crate::endpoints::Node;
 use crate::host::NodePortSelector;
 use crate::lifecycle::ShutdownTimes;
@@ -82,6 +84,9 @@ pub enum Command {
   A Service on one more address of this machine:
     kube-relay run -f web.yaml --expose 0.0.0.0:8080=default/web:http
 
+  With the settings that kubeadm wrote for kube-proxy, but for one:
+    kube-relay run --config config.conf --nodeport-addresses all -f manifests/
+
 Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at once;
          SIGHUP reads the manifests again."
     )]
@@ -100,7 +105,10 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay check manifests/ --node-name worker-1 --zone eu-1a -o json
 
   The addresses that were allocated:
-    kube-relay check web.yaml | grep allocated"
+    kube-relay check web.yaml | grep allocated
+
+  What of kube-proxy's configuration applies here:
+    kube-relay check --config config.conf"
     )]
     Check(Box<CheckArgs>),
 
@@ -149,9 +157,12 @@ pub enum NewCommand {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// File or folder with manifests; `-` reads standard input. Repeat for more
-    #[arg(short = 'f', long = "source", value_name = "PATH", required = true)]
+    #[arg(short = 'f', long = "source", value_name = "PATH", required_unless_present = "config")]
     #[arg(env = "KUBE_RELAY_SOURCE", help_heading = "Source")]
     sources: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigFlag,
 
     #[command(flatten)]
     plan: PlanFlags,
@@ -169,6 +180,19 @@ pub struct RunArgs {
     process: ProcessFlags,
 }
 
+/// The flag that names a configuration file, and what the file says.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Source")]
+pub struct ConfigFlag {
+    /// File with the values of flags: a RelayConfiguration, or kubeadm's KubeProxyConfiguration as it is; flags and environment go before it
+    #[arg(long, value_name = "FILE", env = "KUBE_RELAY_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Set once the file has been read.
+    #[arg(skip)]
+    pub file: Option<ConfigFile>,
+}
+
 /// Our own servers.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Admin servers")]
@@ -184,7 +208,9 @@ struct AdminFlags {
     healthz_bind_address: OrNone<SocketAddr>,
 
     /// Exit where one of these two addresses cannot be bound, instead of trying again every 5 s
-    #[arg(long, env = "KUBE_RELAY_BIND_ADDRESS_HARD_FAIL")]
+    #[arg(long, value_name = "true|false", env = "KUBE_RELAY_BIND_ADDRESS_HARD_FAIL")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
     bind_address_hard_fail: bool,
 }
 
@@ -253,8 +279,11 @@ struct ProcessFlags {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Files or folders with manifests; `-` reads standard input
-    #[arg(value_name = "PATH", required = true)]
+    #[arg(value_name = "PATH", required_unless_present = "config")]
     sources: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigFlag,
 
     /// Form of the answer
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
@@ -467,14 +496,36 @@ pub struct ConfigError {
     pub right: String,
 }
 
+impl RunArgs {
+    /// What the file of `--config` says, if one was named.
+    pub fn config_file(&self) -> Option<&ConfigFile> {
+        self.config.file.as_ref()
+    }
+}
+
+impl CheckArgs {
+    /// What the file of `--config` says, if one was named.
+    pub fn config_file(&self) -> Option<&ConfigFile> {
+        self.config.file.as_ref()
+    }
+}
+
 impl TryFrom<RunArgs> for RunConfig {
     type Error = ConfigError;
 
     fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
-        let RunArgs { sources, plan, admin, upstream, times, process } = args;
+        let RunArgs { sources, config, plan, admin, upstream, times, process } = args;
+        if sources.is_empty() {
+            return Err(ConfigError {
+                flag: "--source",
+                value: String::new(),
+                right: "neither the command line nor the file of --config names one".into(),
+            });
+        }
         let (metrics_address, healthz_address) = admin.checked()?;
         Ok(Self {
             sources: checked_sources(sources)?,
+            kubeconfig: config.file.and_then(|file| file.kubeconfig),
             plan: plan.checked()?,
             metrics_address,
             healthz_address,

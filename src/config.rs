@@ -5,6 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
@@ -52,6 +53,8 @@ pub const DEFAULT_LOG_LEVEL: &str = "info";
 pub struct RunConfig {
     /// Files and folders; `-` is standard input. At least one. From `--source`.
     pub sources: Vec<Input>,
+    /// Credentials and address of an API server. From `clientConnection.kubeconfig` of `--config`.
+    pub kubeconfig: Option<PathBuf>,
     /// What shapes the plan.
     pub plan: PlanConfig,
     /// Where metrics and status are served; `None`: nowhere. A wildcard means each address of this machine.
@@ -88,7 +91,7 @@ pub struct UdpTimeouts {
 /// What `check` works with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckConfig {
-    /// Files and folders; `-` is standard input. At least one.
+    /// Files and folders; `-` is standard input. None where a configuration file alone is checked.
     pub sources: Vec<Input>,
     /// What shapes the plan.
     pub plan: PlanConfig,

@@ -14,8 +14,8 @@ use serde::de::MapAccess;
 
 use crate::decode_endpoints::{self, EndpointPort, RawSlice, SliceEndpoint, Subset};
 use crate::decode_service::{self, PREFIX, Spec, Status};
-use crate::findings::{Finding, Findings, MAX_FINDINGS, closest, is_name, name_rule};
-use crate::locate::{At, Wanted, locate};
+use crate::findings::{self, Finding, Findings, MAX_FINDINGS, closest, is_name, name_rule};
+use crate::locate::At;
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
@@ -384,28 +384,8 @@ impl<'f> Reading<'f> {
         self.decoded.rejections.count(kind.map(Kind::as_str), "decode");
     }
 
-    /// Finds the places of what was found in a document.
     fn tell(&mut self, document: Document<'_>, findings: Vec<Finding>) {
-        if findings.is_empty() {
-            return;
-        }
-        let wanted: Vec<_> =
-            findings.iter().map(|finding| Wanted { path: &finding.path, name: finding.at_name }).collect();
-        let places = locate(document.text, &wanted);
-        let first = self.decoded.problems.len();
-        for (finding, place) in findings.into_iter().zip(places) {
-            self.decoded.problems.push(Problem {
-                object: finding.object.to_string(),
-                file: Some(self.file.to_owned()),
-                line: Some(document.line + place.map_or(0, |place| place.line - 1)),
-                column: place.map(|place| place.column),
-                reason: finding.reason.into(),
-                message: finding.message,
-                severity: finding.severity,
-            });
-        }
-        // Fields were asked for in our order; a person mends from the top down.
-        self.decoded.problems[first..].sort_by_key(|problem| (problem.line, problem.column));
+        self.decoded.problems.extend(findings::located(findings, document, self.file));
     }
 
     fn broken(&mut self, document: Document<'_>, error: SyntaxError) {

@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::locate::{At, Path};
-use crate::plan::Severity;
-use crate::yaml::{Fields, List, Object, Scalar};
+use crate::locate::{At, Path, Wanted, locate};
+use crate::plan::{Problem, Severity};
+use crate::yaml::{Document, Fields, List, Object, Scalar};
 
 /// Findings of one file that are told one by one; more are only counted.
 pub(crate) const MAX_FINDINGS: usize = 1000;
@@ -237,6 +237,28 @@ pub(crate) fn parse_ip(text: &str) -> Option<IpAddr> {
 pub(crate) fn parse_cidr(text: &str) -> Option<IpNet> {
     let (ip, bits) = text.trim().split_once('/')?;
     IpNet::new(parse_ip(ip)?, bits.parse().ok()?).ok().map(|net| net.trunc())
+}
+
+/// What was found in a document of a file, with the places, from the top down.
+pub(crate) fn located(findings: Vec<Finding>, document: Document<'_>, file: &str) -> Vec<Problem> {
+    if findings.is_empty() {
+        return Vec::new();
+    }
+    let wanted: Vec<_> = findings.iter().map(|finding| Wanted { path: &finding.path, name: finding.at_name }).collect();
+    let places = locate(document.text, &wanted);
+    let located = findings.into_iter().zip(places).map(|(finding, place)| Problem {
+        object: finding.object.to_string(),
+        file: Some(file.to_owned()),
+        line: Some(document.line + place.map_or(0, |place| place.line - 1)),
+        column: place.map(|place| place.column),
+        reason: finding.reason.into(),
+        message: finding.message,
+        severity: finding.severity,
+    });
+    let mut problems: Vec<Problem> = located.collect();
+    // Fields were asked for in our order; a person mends from the top down.
+    problems.sort_by_key(|problem| (problem.line, problem.column));
+    problems
 }
 
 /// The known word that somebody probably meant.

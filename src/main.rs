@@ -9,20 +9,21 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 
 use anyhow::{Context, anyhow, bail};
-use clap::Parser;
 use clap::error::ErrorKind;
 use kube_relay::admin::{self, AdminOptions};
 use kube_relay::cli::{
-    CheckArgs, CheckOutput, Cli, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand,
-    NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
+    CheckArgs, CheckOutput, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand, NewServiceArgs,
+    RunArgs, StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig};
+use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
+use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::host::{self, Host};
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
-use kube_relay::plan::Plan;
+use kube_relay::plan::{Plan, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::status::Report;
 use kube_relay::{logs, overview, peer};
@@ -35,9 +36,13 @@ use tracing::{debug, error, info, warn};
 const CONTROL_THREADS: usize = 2;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match flag_defaults::parse(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(StartError::Usage(error)) => return usage(&error),
+        Err(StartError::File(error)) => {
+            eprintln!("{error}");
+            return EXIT_PROBLEMS.into();
+        }
     };
     let outcome = match cli.command {
         Command::Run(args) => run(*args),
@@ -70,11 +75,13 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(args: RunArgs) -> anyhow::Result<u8> {
+    let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
     if let Some(missing) = config.sources.iter().find_map(Input::missing) {
         bail!("{}: no such file or folder", missing.display());
     }
     logs::start(&config.logs);
+    file.iter().for_each(tell_of_file);
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
@@ -86,6 +93,16 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             EXIT_PROBLEMS
         }
     })
+}
+
+/// All that is ignored in one line: each field with its place and reason is for `check`.
+fn tell_of_file(file: &ConfigFile) {
+    let (config, kind) = (&file.path, file.kind);
+    if file.ignored.is_empty() {
+        return info!(config, kind, "configuration taken");
+    }
+    let ignored = file.ignored.join(", ");
+    info!(config, kind, ignored, "configuration taken; `kube-relay check --config` tells more of what is ignored");
 }
 
 /// Honours CPU affinity and the CPU quota of the cgroup, of either version; a part of a CPU does not count, but one is
@@ -169,9 +186,13 @@ async fn read_host() -> Host {
 
 fn check(args: CheckArgs) -> anyhow::Result<u8> {
     let output = args.output;
+    let of_file = args.config_file().map(|file| file.findings.clone()).unwrap_or_default();
     let config = CheckConfig::try_from(args)?;
     let host = on(small_runtime()?, read_host());
-    let report = plan_of(config, &host);
+    let mut report = plan_of(config, &host);
+    let (notes, problems): (Vec<_>, Vec<_>) = of_file.into_iter().partition(|found| found.severity == Severity::Note);
+    report.problems.splice(0..0, problems);
+    report.notes.splice(0..0, notes);
     print(&match output {
         CheckOutput::Text => format!("{report}\n"),
         CheckOutput::Json => serde_json::to_string_pretty(&report)? + "\n",

@@ -47,6 +47,35 @@ fn refuses(arguments: &[&str], code: i32, words: &[&str]) {
     assert_eq!(said.code, Some(code), "{arguments:?}: {}", said.text);
 }
 
+#[test]
+fn given_what_kubeadm_writes_when_checked_then_each_field_without_meaning_is_a_note() {
+    let said = say(kube_relay(&["check", "--config", "tests/configs/kubeadm.conf"]));
+
+    let told = "tests/configs/kubeadm.conf:58:20: KubeProxyConfiguration: nodePortAddresses: none named";
+    assert!(said.text.contains(told), "{}", said.text);
+    assert_eq!(said.code, Some(0), "{}", said.text);
+}
+
+#[test]
+fn given_a_configuration_file_with_mistakes_when_used_then_each_is_told_with_its_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("relay.yaml");
+    let head = "apiVersion: kube-relay.dev/v1alpha1\nkind: RelayConfiguration\n";
+    let path = path.to_str().expect("a path of letters");
+
+    fs::write(path, format!("{head}workers: 0\ndrainTimeout: soon\n")).expect("a file");
+    refuses(&["run", "--config", path, "-f", "x"], 1, &["relay.yaml:3:10: ", "relay.yaml:4:15: ", "1..=1024", "10s"]);
+    refuses(&["check", "--config", path, "examples/whoami.yaml"], 1, &["relay.yaml:3:10: "]);
+    fs::write(path, format!("{head}worker: 1\n")).expect("a file");
+    refuses(
+        &["check", "--config", path, "examples/whoami.yaml"],
+        1,
+        &[":3:1: ", "did you mean workers?", "default/whoami"],
+    );
+    fs::write(path, head).expect("a file");
+    refuses(&["run", "--config", path], 64, &["--source", "--config"]);
+}
+
 /// `run` without admin servers: those have fixed ports, and tests run side by side.
 fn run_command(sources: &[&str]) -> Command {
     let mut arguments = vec!["run", "--metrics-bind-address", "none", "--healthz-bind-address", "none"];
