@@ -66,7 +66,7 @@ async fn run(once: bool) -> Result<()> {
     }
     let relay = start_relay().await?;
     let entries = entries(&relay).await?;
-    let admin = admin::start(AdminOptions::default(), relay.status(), Readiness::default()).await;
+    let admin = admin::start(AdminOptions::default(), relay.status(), Readiness::default(), relay.health()).await;
 
     prove(&entries).await?;
     if once {

@@ -8,7 +8,6 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http_body_util::Full;
@@ -22,13 +21,16 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
+use crate::health::{Checkup, FamilyCheckup, Health};
 use crate::lifecycle::Readiness;
 use crate::live::LiveReport;
-use crate::name::{ListenKey, Protocol};
+use crate::name::{Family, ListenKey, Protocol};
 use crate::remedy::{self, BindFailure};
+use crate::stats::PROCESS;
 use crate::status::Status;
 use crate::timestamp::rfc3339;
 use crate::{metrics, peer};
@@ -111,10 +113,10 @@ pub async fn start(
     options: AdminOptions,
     status: watch::Receiver<Arc<Status>>,
     readiness: Readiness,
+    health: Health,
 ) -> Result<Admin, AdminError> {
     let mut admin = Admin { bound: Vec::new(), _servers: JoinSet::new() };
-    let view = Arc::new(View { readiness, updated_s: AtomicU64::new(now_s()), status });
-    admin._servers.spawn(note_updates(Arc::clone(&view)));
+    let view = Arc::new(View { status, readiness, health });
     let metrics = options.metrics.iter().map(|address| (Surface::Metrics, *address));
     let health = options.health.iter().map(|address| (Surface::Health, *address));
     for (surface, address) in metrics.chain(health) {
@@ -169,8 +171,7 @@ async fn remedy_of(address: SocketAddr, error: &io::Error) -> String {
 struct View {
     status: watch::Receiver<Arc<Status>>,
     readiness: Readiness,
-    /// When the relay last took a change in, in seconds since 1970.
-    updated_s: AtomicU64,
+    health: Health,
 }
 
 impl View {
@@ -178,21 +179,14 @@ impl View {
         Arc::clone(&self.status.borrow())
     }
 
-    /// The control task lives: it holds the other end of the channel.
-    fn is_healthy(&self) -> bool {
-        self.status.has_changed().is_ok()
+    /// A control task that is gone has nothing queued, but does nothing either. It holds the other end of the channel.
+    fn checkup(&self, now: Instant) -> Checkup {
+        let mut checkup = self.health.check(now);
+        if self.status.has_changed().is_err() {
+            checkup.families.iter_mut().for_each(|family| family.healthy = false);
+        }
+        checkup
     }
-}
-
-async fn note_updates(view: Arc<View>) {
-    let mut status = view.status.clone();
-    while status.changed().await.is_ok() {
-        view.updated_s.store(now_s(), Ordering::Relaxed);
-    }
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Connections of one server, oldest first. Dropping it ends them.
@@ -294,31 +288,43 @@ fn is_address_or_localhost(host: &str) -> bool {
 }
 
 fn health(path: &str, view: &View) -> Answer {
-    match path {
-        "/healthz" => health_document(view, true),
-        "/livez" => health_document(view, false),
-        _ => not_found(Surface::Health),
-    }
+    let (answers, with_node) = match path {
+        "/healthz" => (&PROCESS.healthz, true),
+        "/livez" => (&PROCESS.livez, false),
+        _ => return not_found(Surface::Health),
+    };
+    let now = Instant::now();
+    let checkup = view.checkup(now);
+    let fine = checkup.is_healthy() && (checkup.node_eligible || !with_node);
+    let (code, answers) = match fine {
+        true => (StatusCode::OK, &answers.healthy),
+        false => (StatusCode::SERVICE_UNAVAILABLE, &answers.unhealthy),
+    };
+    answers.increment();
+    response(code, "application/json", health_document(&checkup, with_node, now, SystemTime::now()).to_string())
 }
 
-/// kube-proxy's document. The node counts as eligible: a static source knows no Node that could be deleted.
-fn health_document(view: &View, with_node: bool) -> Answer {
-    let healthy = view.is_healthy();
-    let now = SystemTime::now();
+/// kube-proxy's document, at a moment by both clocks.
+fn health_document(checkup: &Checkup, with_node: bool, now: Instant, wall: SystemTime) -> serde_json::Value {
     // "Now" while healthy, as kube-proxy says it: readers take an old time for a stuck proxy.
-    let updated = if healthy { now } else { UNIX_EPOCH + Duration::from_secs(view.updated_s.load(Ordering::Relaxed)) };
-    let family = json!({ "lastUpdated": rfc3339(updated), "healthy": healthy });
+    let told = |healthy: bool, updated: Instant| match healthy {
+        true => rfc3339(wall),
+        false => rfc3339(wall.checked_sub(now.saturating_duration_since(updated)).unwrap_or(UNIX_EPOCH)),
+    };
+    let families = Family::ALL.iter().zip(&checkup.families).map(|(family, FamilyCheckup { healthy, updated })| {
+        let document = json!({ "lastUpdated": told(*healthy, *updated), "healthy": healthy });
+        (family.to_string(), document)
+    });
     let mut document = json!({
-        "lastUpdated": rfc3339(updated),
-        "currentTime": rfc3339(now),
-        "healthy": healthy,
-        "status": { "IPv4": family, "IPv6": family },
+        "lastUpdated": told(checkup.is_healthy(), checkup.updated()),
+        "currentTime": rfc3339(wall),
+        "healthy": checkup.is_healthy(),
+        "status": families.collect::<serde_json::Map<_, _>>(),
     });
     if with_node {
-        document["nodeEligible"] = true.into();
+        document["nodeEligible"] = checkup.node_eligible.into();
     }
-    let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    response(code, "application/json", document.to_string())
+    document
 }
 
 async fn operators(request: &Request<Incoming>, view: Arc<View>) -> Answer {
@@ -388,16 +394,18 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::health;
     use crate::lifecycle::{LISTENERS, SOURCE};
     use crate::live::sample;
 
     const LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-    /// Both surfaces on loopback, and the two things that they read.
+    /// Both surfaces on loopback, and the three things that they read.
     struct Served {
         admin: Admin,
         status: watch::Sender<Arc<Status>>,
         readiness: Readiness,
+        health: Health,
     }
 
     impl Served {
@@ -405,8 +413,9 @@ mod tests {
             let (status, receiver) = watch::channel(Arc::new(sample::status()));
             let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
             let options = AdminOptions { metrics: vec![LOCALHOST], health: vec![LOCALHOST], hard_fail: true };
-            let admin = start(options, receiver, readiness.clone()).await.expect("port 0 is free");
-            Self { admin, status, readiness }
+            let health = Health::new(Instant::now());
+            let admin = start(options, receiver, readiness.clone(), health.clone()).await.expect("port 0 is free");
+            Self { admin, status, readiness, health }
         }
 
         fn address(&self, surface: Surface) -> SocketAddr {
@@ -514,6 +523,57 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn t208_t212_given_work_that_waits_too_long_when_health_is_asked_for_then_both_paths_are_503_and_counted() {
+        let served = Served::start().await;
+        let late = Instant::now().checked_sub(health::TIMEOUT).expect("the machine runs for longer");
+        let before = [&PROCESS.healthz, &PROCESS.livez].map(|answers| answers.unhealthy.get());
+
+        served.health.queued(&[Family::V4], late);
+        let healthz = served.get(Surface::Health, "/healthz").await;
+        let livez = served.get(Surface::Health, "/livez").await;
+
+        for answer in [&healthz, &livez] {
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+            let document: serde_json::Value = serde_json::from_str(body(answer)).expect("JSON");
+            assert_eq!(document["status"]["IPv4"]["healthy"], false);
+            assert_eq!(document["status"]["IPv6"]["healthy"], true);
+        }
+        let after = [&PROCESS.healthz, &PROCESS.livez].map(|answers| answers.unhealthy.get());
+        assert!(before[0] < after[0] && before[1] < after[1], "{before:?} {after:?}");
+        let metrics = served.get(Surface::Metrics, "/metrics").await;
+        assert!(metrics.contains("\nkubeproxy_proxy_healthz_total{code=\"503\"} "), "{metrics}");
+        assert!(metrics.contains("\nkubeproxy_proxy_livez_total{code=\"503\"} "), "{metrics}");
+    }
+
+    #[tokio::test]
+    async fn t211_given_a_node_that_goes_when_health_is_asked_for_then_healthz_is_503_and_livez_stays_200() {
+        let served = Served::start().await;
+
+        served.health.set_node_eligible(false);
+        let healthz = served.get(Surface::Health, "/healthz").await;
+        let livez = served.get(Surface::Health, "/livez").await;
+
+        assert!(healthz.starts_with("HTTP/1.1 503 "), "{healthz}");
+        assert!(healthz.contains(r#""nodeEligible":false"#) && healthz.contains(r#""healthy":true"#), "{healthz}");
+        assert!(livez.starts_with("HTTP/1.1 200 "), "{livez}");
+    }
+
+    #[test]
+    fn t213_given_late_families_when_told_then_the_last_update_is_a_real_one_for_them_alone() {
+        let now = Instant::now();
+        let updated = now.checked_sub(Duration::from_secs(5)).expect("the machine runs for longer");
+        let family = |healthy| FamilyCheckup { healthy, updated };
+        let checkup = Checkup { families: [family(false), family(true)], node_eligible: true };
+
+        let document = health_document(&checkup, true, now, UNIX_EPOCH + Duration::from_secs(65));
+
+        assert_eq!(
+            document.to_string(),
+            r#"{"currentTime":"1970-01-01T00:01:05Z","healthy":false,"lastUpdated":"1970-01-01T00:01:00Z","nodeEligible":true,"status":{"IPv4":{"healthy":false,"lastUpdated":"1970-01-01T00:01:00Z"},"IPv6":{"healthy":true,"lastUpdated":"1970-01-01T00:01:05Z"}}}"#
+        );
+    }
+
+    #[tokio::test]
     async fn given_an_unknown_path_when_asked_for_then_404_lists_what_there_is() {
         let served = Served::start().await;
 
@@ -588,7 +648,8 @@ mod tests {
         let served = Served::start().await;
         let listener = TcpListener::bind(LOCALHOST).await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
-        let view = View { status: served.status.subscribe(), readiness: served.readiness.clone(), updated_s: 0.into() };
+        let (status, readiness, health) = (served.status.subscribe(), served.readiness.clone(), served.health.clone());
+        let view = View { status, readiness, health };
         let mut servers = JoinSet::new();
         servers.spawn(serve(listener, Surface::Metrics, Arc::new(view), Duration::from_millis(20)));
 
@@ -637,7 +698,9 @@ mod tests {
         let address = first.address(Surface::Health);
         let options = AdminOptions { metrics: vec![], health: vec![address], hard_fail: true };
 
-        let error = start(options, first.status.subscribe(), first.readiness.clone()).await.expect_err("taken");
+        let error = start(options, first.status.subscribe(), first.readiness.clone(), first.health.clone())
+            .await
+            .expect_err("taken");
 
         let text = error.to_string();
         assert!(text.contains(&address.to_string()), "{text}");
@@ -651,7 +714,8 @@ mod tests {
         let (_status, receiver) = watch::channel(Arc::new(Status::default()));
         let options = AdminOptions { metrics: vec![LOCALHOST], health, hard_fail: false };
 
-        let admin = start(options, receiver, Readiness::blocked_by(&[])).await.expect("not fatal");
+        let admin =
+            start(options, receiver, Readiness::blocked_by(&[]), Health::new(Instant::now())).await.expect("not fatal");
 
         assert_eq!(admin.bound().len(), 1);
         assert_eq!(admin.bound()[0].0, Surface::Metrics);

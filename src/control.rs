@@ -14,10 +14,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::frozen::pack;
+use crate::health::Health;
 use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, Service, ServicePort};
-use crate::name::{ObjectName, ServicePortName};
+use crate::name::{Family, ObjectName, ServicePortName};
 use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
@@ -70,6 +71,7 @@ pub struct Relay {
     messages: mpsc::Sender<Message>,
     orders: mpsc::Sender<Order>,
     status: watch::Receiver<Arc<Status>>,
+    health: Health,
     tcp: Arc<TcpShared>,
 }
 
@@ -92,8 +94,10 @@ impl Relay {
         let tcp = Arc::new(TcpShared::new(options.tcp)?);
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start(shards, options.udp)?;
+        let health = Health::new(Instant::now());
         let control = Control {
             options: options.plan,
+            health: health.clone(),
             model: Model::default(),
             plan: Plan::default(),
             listeners: Listeners::new(options.inside.into(), Arc::clone(&tcp), udp),
@@ -105,7 +109,7 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, tcp })
+        Ok(Self { messages, orders, status, health, tcp })
     }
 
     /// Where sources send to.
@@ -116,6 +120,11 @@ impl Relay {
     /// Snapshots after each change.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
         self.status.clone()
+    }
+
+    /// How it keeps up, and where a source tells whether the node may get traffic.
+    pub fn health(&self) -> Health {
+        self.health.clone()
     }
 
     /// Resolves when the control task has ended before its time, by a panic: all listeners are closed.
@@ -167,6 +176,8 @@ impl Drainable for Relay {
 /// The state of the control task, owned by value.
 struct Control {
     options: PlanOptions,
+    /// Told before and after all work. One plan serves both families: they are late together.
+    health: Health,
     model: Model,
     plan: Plan,
     listeners: Listeners,
@@ -199,10 +210,14 @@ impl Control {
                 () = at(self.listeners.next_retry().map(Instant::from_std)) => self.retry().await,
                 message = inbox.recv() => {
                     let Some(message) = message else { return };
+                    self.health.queued(&Family::ALL, Instant::now());
                     self.take(message);
                     self.take_batch(&mut inbox, window_end).await;
                     if self.settle().await {
+                        self.health.updated(&Family::ALL, Instant::now());
                         window_end = Instant::now() + BATCH_WINDOW;
+                    } else {
+                        self.health.idle(&Family::ALL);
                     }
                 }
             }
@@ -217,7 +232,9 @@ impl Control {
     }
 
     async fn retry(&mut self) {
+        self.health.queued(&Family::ALL, Instant::now());
         self.listeners.retry(Instant::now().into_std()).await;
+        self.health.idle(&Family::ALL);
         if self.describe_failures() {
             self.publish();
         }

@@ -37,6 +37,7 @@
 //! | an open connection | a task of one worker thread, from the first byte to the last | its counters |
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
+//! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //!
 //! # What always holds
@@ -71,6 +72,7 @@ mod entries;
 mod findings;
 pub mod flag_defaults;
 pub mod frozen;
+pub mod health;
 mod health_check;
 mod heap;
 mod hints;

@@ -120,7 +120,7 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
 
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
     let relay = Relay::start(config.relay_options(&host)).context("cannot start the relay")?;
-    let admin = admin::start(admin_options(&config, &host), relay.status(), readiness.clone()).await?;
+    let admin = admin::start(admin_options(&config, &host), relay.status(), readiness.clone(), relay.health()).await?;
     for (surface, address) in admin.bound() {
         debug!(listen = %address, paths = ?surface.paths(), "admin server listens");
     }

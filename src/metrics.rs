@@ -93,6 +93,8 @@ metrics! {
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
+    Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
+    Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
     OpenFds = Gauge "process_open_fds" [] "Open file descriptors.";
     MaxFds = Gauge "process_max_fds" [] "Limit of open file descriptors.";
@@ -121,6 +123,10 @@ pub fn render(status: &Status, ready: bool) -> String {
     }
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
+    for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
+        page.sample(id, &label("code", "200"), answers.healthy.get());
+        page.sample(id, &label("code", "503"), answers.unhealthy.get());
+    }
     page.process(&collector::collect());
     page.text()
 }
@@ -350,7 +356,9 @@ mod tests {
         let mut names = BTreeSet::new();
         for metric in METRICS {
             assert!(names.insert(metric.name), "{} twice", metric.name);
-            assert!(metric.name.starts_with("kuberelay_") || metric.name.starts_with("process_"), "{}", metric.name);
+            // The names that dashboards for kube-proxy know keep their prefix.
+            let prefixes = ["kuberelay_", "kubeproxy_", "process_"];
+            assert!(prefixes.iter().any(|prefix| metric.name.starts_with(prefix)), "{}", metric.name);
             assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
             assert!(metric.help.ends_with('.') && !metric.help.contains(['\n', '\\']), "{}", metric.name);
         }

@@ -282,7 +282,12 @@ impl Zeros for ServiceStats {
 }
 
 /// What happened in this process as a whole.
-pub static PROCESS: ProcessStats = ProcessStats { splice_fallbacks: Counter::new(), filter_fallbacks: Counter::new() };
+pub static PROCESS: ProcessStats = ProcessStats {
+    splice_fallbacks: Counter::new(),
+    filter_fallbacks: Counter::new(),
+    healthz: HealthAnswers::new(),
+    livez: HealthAnswers::new(),
+};
 
 /// See [`PROCESS`].
 #[derive(Debug)]
@@ -291,6 +296,25 @@ pub struct ProcessStats {
     pub splice_fallbacks: Counter,
     /// Filters of listeners that the kernel did not take, or that would be too long: sources are judged by the process.
     pub filter_fallbacks: Counter,
+    /// Answers of `/healthz` at the health address.
+    pub healthz: HealthAnswers,
+    /// Answers of `/livez` there.
+    pub livez: HealthAnswers,
+}
+
+/// Answers by their code.
+#[derive(Debug)]
+pub struct HealthAnswers {
+    /// 200.
+    pub healthy: Counter,
+    /// 503.
+    pub unhealthy: Counter,
+}
+
+impl HealthAnswers {
+    const fn new() -> Self {
+        Self { healthy: Counter::new(), unhealthy: Counter::new() }
+    }
 }
 
 /// What one backend carried. Lives as long as the backend, over all swaps of tables.
