@@ -1,7 +1,7 @@
 //! The file of `--config`: what it says, as values of flags, and all that is wrong with it, with its place.
 //!
 //! Which field stands for which flag is `config_fields`. The grammar of values is the flags' own: who reads a file passes
-//! a [`Grammar`]. That flags go before the file, and the file before defaults, is `flag_defaults`.
+//! a `Grammar`. That flags go before the file, and the file before defaults, is `flag_defaults`.
 
 use std::collections::BTreeMap;
 use std::fmt;

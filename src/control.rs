@@ -500,6 +500,18 @@ mod tests {
         assert!(now(&relay).problems[0].message.contains("there is no such Service"));
     }
 
+    #[tokio::test]
+    async fn t213_given_a_change_when_it_is_made_true_then_health_knows_when_and_nothing_waits() {
+        let relay = start();
+        let begin = relay.health().check(Instant::now()).updated();
+
+        sync(&relay, vec![], vec![]).await;
+
+        until(|| relay.health().check(Instant::now()).updated() > begin).await;
+        let later = Instant::now() + 2 * crate::health::TIMEOUT;
+        assert!(relay.health().check(later).is_healthy());
+    }
+
     /// Sends one message and waits until it is acted on.
     async fn settle(relay: &Relay, message: Message) -> Duration {
         let (began, next) = (Instant::now(), now(relay).revision + 1);

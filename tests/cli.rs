@@ -57,6 +57,46 @@ fn given_what_kubeadm_writes_when_checked_then_each_field_without_meaning_is_a_n
 }
 
 #[test]
+fn given_a_file_an_environment_and_a_flag_when_checked_then_the_later_ones_override() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("relay.yaml");
+    let fields = "nodePortAddresses: [192.0.2.0/24, '2001:db8::/64']\nsources: [examples/whoami.yaml]\n";
+    fs::write(&path, format!("apiVersion: kube-relay.dev/v1alpha1\nkind: RelayConfiguration\n{fields}"))
+        .expect("a file");
+    let check = |environment: &str, more: &[&str]| {
+        let mut command = kube_relay(&["check", "--config", path.to_str().expect("a path of letters")]);
+        command.args(more).env("KUBE_RELAY_NODEPORT_ADDRESSES", environment);
+        if environment.is_empty() {
+            command.env_remove("KUBE_RELAY_NODEPORT_ADDRESSES");
+        }
+        say(command).text
+    };
+    let on_loopback = "nodePort   127.0.0.1:30000";
+
+    let (file, environment) = (check("", &[]), check("localhost", &[]));
+    let flag = check("localhost", &["--nodeport-addresses", "192.0.2.0/24,2001:db8::/64"]);
+
+    assert!(file.contains("default/whoami") && !file.contains(on_loopback), "{file}");
+    assert!(environment.contains(on_loopback), "{environment}");
+    assert!(!flag.contains(on_loopback), "{flag}");
+}
+
+#[test]
+fn given_kube_proxys_file_with_fields_of_no_use_when_run_then_one_line_names_them_all() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("config.conf");
+    let text = fs::read_to_string("tests/configs/kubeadm.conf").expect("what kubeadm writes");
+    fs::write(&path, text.replace("mode: \"\"", "mode: ipvs").replace("qps: 0", "qps: 5")).expect("a file");
+    let mut command = run_command(&["-"]);
+    command.args(["--config", path.to_str().expect("a path of letters")]);
+
+    let running = Running::start(command);
+
+    running.until_says(&["configuration taken", "clientConnection.qps, mode, nodePortAddresses"]);
+    running.until_says(&["ready"]);
+}
+
+#[test]
 fn given_a_configuration_file_with_mistakes_when_used_then_each_is_told_with_its_place() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("relay.yaml");

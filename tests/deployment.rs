@@ -101,8 +101,8 @@ impl Deployment {
             assert_eq!(documents.len(), 1, "{folder}");
             merge(&mut daemon_set, &documents[0]);
         }
-        let configs = folders.iter().map(|folder| path(folder).join("relay.yaml"));
-        let config = configs.filter(|path| path.exists()).last().expect("the base has one");
+        let mut configs = folders.iter().map(|folder| path(folder).join("relay.yaml"));
+        let config = configs.rfind(|path| path.exists()).expect("the base has one");
         Self { name, daemon_set: typed(&daemon_set), config }
     }
 
