@@ -20,6 +20,7 @@ use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
 use crate::rejections::Rejections;
+use crate::texts::Texts;
 use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fields};
 
 /// Kinds that are named in the note about objects that nobody reads.
@@ -249,12 +250,14 @@ struct Reading<'f> {
     decoded: Decoded,
     others: BTreeMap<String, usize>,
     untold: usize,
+    /// Of all documents so far.
+    texts: Texts,
 }
 
 impl<'f> Reading<'f> {
     fn new(file: &'f str) -> Self {
         let decoded = Decoded { whole: true, ..Decoded::default() };
-        Self { file, decoded, others: BTreeMap::new(), untold: 0 }
+        Self { file, decoded, others: BTreeMap::new(), untold: 0, texts: Texts::default() }
     }
 
     fn text(&mut self, text: &str) {
@@ -302,9 +305,11 @@ impl<'f> Reading<'f> {
 
     fn value(&mut self, document: Document<'_>, value: &Object<Manifest>) {
         let mut found = Findings::new(MAX_FINDINGS.saturating_sub(self.decoded.problems.len()));
+        found.texts = std::mem::take(&mut self.texts);
         self.manifest(&mut found, At::Root, value, Slot { line: document.line, item: None, kind: None });
         self.decoded.whole &= found.errors() == 0;
         self.untold += found.untold;
+        self.texts = found.texts;
         self.tell(document, found.list);
     }
 

@@ -214,7 +214,7 @@ fn cluster_ips(found: &mut Findings, at: At<'_>, spec: &Spec) -> ClusterIps {
     if all == [ClusterIp::Headless] {
         return ClusterIps::Headless;
     }
-    let mut addresses: Vec<IpAddr> = Vec::new();
+    let mut addresses: Vec<IpAddr> = Vec::with_capacity(all.len());
     for (index, ip) in all.iter().enumerate() {
         match ip {
             ClusterIp::Address(ip) if !addresses.iter().any(|other| Family::of(*other) == Family::of(*ip)) => {

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use crate::locate::{At, Path, Wanted, locate};
 use crate::plan::{Problem, Severity};
+use crate::texts::Texts;
 use crate::yaml::{Document, Fields, List, Object, Scalar};
 
 /// Findings of one file that are told one by one; more are only counted.
@@ -48,12 +49,14 @@ pub(crate) struct Findings {
     pub(crate) list: Vec<Finding>,
     /// Findings that no room was left for.
     pub(crate) untold: usize,
+    /// The texts that were asked for. Taken from document to document.
+    pub(crate) texts: Texts,
 }
 
 impl Findings {
     /// Begins with nothing found and `room` for more.
     pub(crate) fn new(room: usize) -> Self {
-        Self { object: "".into(), errors: 0, room, list: Vec::new(), untold: 0 }
+        Self { object: "".into(), errors: 0, room, list: Vec::new(), untold: 0, texts: Texts::default() }
     }
 
     /// What is found from now on belongs to this object.
@@ -137,7 +140,7 @@ impl Findings {
         match value {
             Scalar::Absent | Scalar::Null => None,
             // A copy: shared, each name that is kept would keep the page of the whole document's memory that it is in.
-            Scalar::Text(text) => Some(Arc::from(&**text)),
+            Scalar::Text(text) => Some(self.texts.share(text)),
             Scalar::Flag(_) => {
                 let words = "y, yes and on are true, n, no and off are false";
                 self.error(at, format!("{value} where text is wanted; put it in quotes ({words})"));

@@ -99,6 +99,7 @@ mod service_plan;
 mod source_ranges;
 pub mod stats;
 pub mod status;
+mod texts;
 pub mod timestamp;
 mod udp_settings;
 pub mod value;
