@@ -85,8 +85,7 @@ fn backends() -> Vec<Arc<Backend>> {
 }
 
 fn balancer(balance: Balance, affinity: Option<Duration>) -> Balancer {
-    let name =
-        ServicePortName { service: ObjectName::parse("default/web"), port: "http".into(), protocol: Protocol::Tcp };
+    let name = ServicePortName::new(ObjectName::parse("default/web"), "http", Protocol::Tcp);
     let key = BalancerKey { port: name.clone(), family: Family::V4, scope: Scope::Cluster };
     let port = Arc::new(PortState::new(name));
     port.affinity.set_timeout(affinity);

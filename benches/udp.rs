@@ -264,7 +264,7 @@ impl Relay {
         let before = threads()?;
         let shards = UdpShards::start(1, options)?;
         let thread = threads()?.into_iter().find(|thread| !before.contains(thread)).ok_or(io::ErrorKind::NotFound)?;
-        let name = ServicePortName { service: ObjectName::parse("echo"), port: "udp".into(), protocol: Protocol::Udp };
+        let name = ServicePortName::new(ObjectName::parse("echo"), "udp", Protocol::Udp);
         let port = Arc::new(PortState::new(name.clone()));
         let backend = Arc::new(Backend::new(1, backend));
         let key = BalancerKey { port: name, family: Family::V4, scope: Scope::Cluster };

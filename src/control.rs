@@ -319,7 +319,7 @@ impl Control {
     /// Where the counters of one ServicePort are.
     fn counters(&self, service: &Service, plan: &ServicePlan, port: &ServicePort) -> PortCounters {
         let (service, protocol) = (service.name.clone(), port.protocol);
-        let name = ServicePortName { service, port: Arc::clone(&port.name), protocol };
+        let name = ServicePortName::new(service, Arc::clone(&port.name), protocol);
         let state = self.listeners.port(&name).cloned();
         let endpoints: BTreeMap<_, _> = plan
             .balancers(port)

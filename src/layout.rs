@@ -304,7 +304,7 @@ mod tests {
                 let address = if v6 { format!("[fd00::{host}]:80") } else { format!("10.96.0.{host}:80") };
                 let key = ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp };
                 let service = ObjectName::new("default", format!("web-{owner}"));
-                let port = ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp };
+                let port = ServicePortName::new(service, "http", Protocol::Tcp);
                 let kind = ListenerKind::ClusterIp;
                 let target = Target { outside, inside };
                 let (source_ranges, udp) = (Arc::default(), UdpSettings::default());

@@ -257,7 +257,7 @@ pub(crate) mod sample {
 
     fn state(service: &str, port: &str, protocol: Protocol) -> Arc<PortState> {
         let service = ObjectName::new("default", service);
-        Arc::new(PortState::new(ServicePortName { service, port: port.into(), protocol }))
+        Arc::new(PortState::new(ServicePortName::new(service, port, protocol)))
     }
 
     fn problem(object: &str, reason: &'static str, severity: Severity) -> Problem {

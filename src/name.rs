@@ -2,15 +2,23 @@
 //!
 //! Only names live here. What an object says is in `model`, what follows from it in `plan`.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize, Serializer};
 
 /// `namespace/name` of an object, as `kubectl` and kube-proxy print it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectName {
+///
+/// Model, plan, listeners and status all know ten thousand of them: a name is one pointer to what they share.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ObjectName(Arc<NamespacedName>);
+
+/// The halves of an [`ObjectName`]. By namespace, then by name.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct NamespacedName {
     /// From `metadata.namespace`; `default` where a manifest names none.
     pub namespace: Arc<str>,
     /// From `metadata.name`.
@@ -20,7 +28,7 @@ pub struct ObjectName {
 impl ObjectName {
     /// Builds a name from its two halves.
     pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self(Arc::new(NamespacedName { namespace: namespace.into(), name: name.into() }))
     }
 
     /// Reads `namespace/name`, or `name` alone in namespace `default`.
@@ -29,6 +37,38 @@ impl ObjectName {
             Some((namespace, name)) => Self::new(namespace, name),
             None => Self::new("default", text),
         }
+    }
+}
+
+impl Ord for NamespacedName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        cmp_shared(&self.namespace, &other.namespace).then_with(|| self.name.cmp(&other.name))
+    }
+}
+
+impl PartialOrd for NamespacedName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Deref for ObjectName {
+    type Target = NamespacedName;
+
+    fn deref(&self) -> &NamespacedName {
+        &self.0
+    }
+}
+
+impl Ord for ObjectName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        cmp_shared(&self.0, &other.0)
+    }
+}
+
+impl PartialOrd for ObjectName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -104,17 +144,54 @@ impl fmt::Display for Family {
     }
 }
 
-/// One entry of `Service.spec.ports`, printed as kube-proxy prints it: `namespace/name:port`.
+/// One entry of `Service.spec.ports`, printed as kube-proxy prints it: `namespace/name:port`. One pointer, as
+/// [`ObjectName`] is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ServicePortName(Arc<PortOfService>);
+
+/// The parts of a [`ServicePortName`].
 ///
 /// The protocol is part of the identity, since TCP and UDP may share a name and a number.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServicePortName {
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortOfService {
     /// The Service.
     pub service: ObjectName,
     /// From `spec.ports[].name`; empty is legal for a single port.
     pub port: Arc<str>,
     /// From `spec.ports[].protocol`.
     pub protocol: Protocol,
+}
+
+impl ServicePortName {
+    /// Builds a name from its parts.
+    pub fn new(service: ObjectName, port: impl Into<Arc<str>>, protocol: Protocol) -> Self {
+        Self(Arc::new(PortOfService { service, port: port.into(), protocol }))
+    }
+}
+
+impl Deref for ServicePortName {
+    type Target = PortOfService;
+
+    fn deref(&self) -> &PortOfService {
+        &self.0
+    }
+}
+
+impl Ord for ServicePortName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        cmp_shared(&self.0, &other.0)
+    }
+}
+
+impl PartialOrd for ServicePortName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// The order of what two pointers lead to: nearly always one and the same, where they are equal.
+fn cmp_shared<T: Ord + ?Sized>(one: &Arc<T>, other: &Arc<T>) -> Ordering {
+    if Arc::ptr_eq(one, other) { Ordering::Equal } else { one.cmp(other) }
 }
 
 impl fmt::Display for ServicePortName {
@@ -195,11 +272,23 @@ mod tests {
     #[test]
     fn given_a_port_without_a_name_when_printed_then_no_colon_is_left_behind() {
         let service = ObjectName::parse("default/web");
-        let named = ServicePortName { service: service.clone(), port: "http".into(), protocol: Protocol::Tcp };
-        let unnamed = ServicePortName { service, port: "".into(), protocol: Protocol::Tcp };
+        let named = ServicePortName::new(service.clone(), "http", Protocol::Tcp);
+        let unnamed = ServicePortName::new(service, "", Protocol::Tcp);
 
         assert_eq!(named.to_string(), "default/web:http");
         assert_eq!(unnamed.to_string(), "default/web");
+    }
+
+    #[test]
+    fn given_names_that_share_what_they_say_or_not_when_compared_then_only_what_they_say_counts() {
+        let [one, same] = [(); 2].map(|()| ObjectName::new("a", "web"));
+        let shared = ObjectName::new(Arc::clone(&one.namespace), "zoo");
+        let port = |service: &ObjectName, name| ServicePortName::new(service.clone(), name, Protocol::Tcp);
+
+        assert_eq!((one.cmp(&same), one.cmp(&one.clone())), (Ordering::Equal, Ordering::Equal));
+        assert!(one < shared && shared < ObjectName::new("a-b", "db"), "the namespace comes first");
+        assert_eq!(port(&one, "http").cmp(&port(&same, "http")), Ordering::Equal);
+        assert!(port(&one, "https") > port(&same, "http") && port(&one, "https") < port(&shared, "http"));
     }
 
     #[test]

@@ -214,7 +214,7 @@ fn skip_word(service: &Service, options: &PlanOptions) -> Option<&'static str> {
 
 fn port_name(service: &Service, port: usize) -> ServicePortName {
     let port = &service.ports[port];
-    ServicePortName { service: service.name.clone(), port: Arc::clone(&port.name), protocol: port.protocol }
+    ServicePortName::new(service.name.clone(), Arc::clone(&port.name), port.protocol)
 }
 
 /// Where the listeners of one port and family lead.

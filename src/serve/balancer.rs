@@ -153,7 +153,7 @@ mod tests {
 
     fn port(name: &str) -> Arc<PortState> {
         let service = ObjectName::new("default", name);
-        Arc::new(PortState::new(ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp }))
+        Arc::new(PortState::new(ServicePortName::new(service, "http", Protocol::Tcp)))
     }
 
     fn sticky_port(name: &str) -> Arc<PortState> {

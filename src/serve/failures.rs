@@ -125,7 +125,7 @@ mod tests {
     fn listener(service: &str) -> Listener {
         let side = Side { scope: Scope::Cluster, verdict: Verdict::Serve };
         Listener {
-            port: ServicePortName { service: ObjectName::parse(service), port: "http".into(), protocol: Protocol::Tcp },
+            port: ServicePortName::new(ObjectName::parse(service), "http", Protocol::Tcp),
             kind: ListenerKind::ClusterIp,
             allocated: false,
             target: Target { outside: side, inside: side },

@@ -64,7 +64,7 @@ struct Shadow {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let now = Instant::now();
-        let name = ServicePortName { service: ObjectName::parse("web"), port: "".into(), protocol: Protocol::Udp };
+        let name = ServicePortName::new(ObjectName::parse("web"), "", Protocol::Udp);
         let limits = FlowLimits::split(FLOWS, 2).next().expect("two shards"); // the other shard stays empty
         let backends = (0..5).map(|id| {
             let address = SocketAddr::from(([10, 0, 0, id as u8], 53));

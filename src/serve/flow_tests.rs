@@ -18,7 +18,7 @@ impl Bench {
         let limits = FlowLimits::split(flows, 1).next().expect("one shard");
         let mut table = FlowTable::new(limits, 1, now);
         let listener = table.add_listener(IdleTimes::default());
-        let name = ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
+        let name = ServicePortName::new(ObjectName::parse("dns"), "dns", Protocol::Udp);
         Self { table, listener, now, port: Arc::new(PortState::new(name)), closed: Vec::new() }
     }
 

@@ -58,7 +58,7 @@ impl Bench {
     fn backend(&self, service: &Service, address: SocketAddr) -> Arc<Backend> {
         let port = &service.ports[0];
         let (service, port, protocol) = (service.name.clone(), Arc::clone(&port.name), port.protocol);
-        let found = self.listeners.backend(&ServicePortName { service, port, protocol }, address);
+        let found = self.listeners.backend(&ServicePortName::new(service, port, protocol), address);
         Arc::clone(found.expect("a backend"))
     }
 }

@@ -185,7 +185,7 @@ pub(crate) fn backends<const N: usize>(addresses: [SocketAddr; N]) -> [Arc<Backe
 /// A balancer over backends.
 pub(crate) fn balancer(backends: &[Arc<Backend>]) -> Arc<Balancer> {
     let service = ObjectName::new("default", "web");
-    let name = ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp };
+    let name = ServicePortName::new(service, "http", Protocol::Tcp);
     let port = Arc::new(PortState::new(name.clone()));
     let key = BalancerKey { port: name, family: Family::V4, scope: Scope::Cluster };
     Arc::new(Balancer::new(key, port, Table::new(backends.to_vec(), &[])))

@@ -391,7 +391,7 @@ pub(super) mod tests {
 
     /// A balancer of a Service of its own.
     pub(in crate::serve) fn balancer(family: Family, backends: &[&Arc<Backend>]) -> Arc<Balancer> {
-        let port = ServicePortName { service: ObjectName::parse("dns"), port: "dns".into(), protocol: Protocol::Udp };
+        let port = ServicePortName::new(ObjectName::parse("dns"), "dns", Protocol::Udp);
         let state = Arc::new(PortState::new(port.clone()));
         Arc::new(Balancer::new(BalancerKey { port, family, scope: Scope::Cluster }, state, table(backends)))
     }
