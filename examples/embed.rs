@@ -34,5 +34,5 @@ async fn main() -> anyhow::Result<()> {
 
 fn find(status: &Status, address: SocketAddr) -> Option<&Backend> {
     let mut backends = status.services.values().flat_map(|service| &service.ports).flat_map(|port| &port.backends);
-    backends.find(|(backend, _)| backend.address == address).map(|(backend, _)| &**backend)
+    backends.find(|backend| backend.address == address).map(AsRef::as_ref)
 }

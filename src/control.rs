@@ -2,7 +2,7 @@
 //!
 //! What the steps do to sockets is in `serve`; where events come from is in the sources (`manifest`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ use crate::frozen::pack;
 use crate::health::Health;
 use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
-use crate::model::{Event, Model, Service, ServicePort};
-use crate::name::{Family, ObjectName, ServicePortName};
+use crate::model::{Event, Model, ServicePort};
+use crate::name::{BalancerKey, Family, ObjectName};
 use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
@@ -302,7 +302,7 @@ impl Control {
         for name in self.plan.touched() {
             match (self.model.service(name), self.plan.service(name)) {
                 (Some(service), Some(plan)) => {
-                    let ports = service.ports.iter().map(|port| self.counters(service, plan, port)).collect();
+                    let ports = service.ports.iter().map(|port| self.counters(plan, port)).collect();
                     let (service, plan) = (Arc::clone(service), Arc::clone(plan));
                     self.status.services.insert(name.clone(), Arc::new(ServiceStatus { service, plan, ports }));
                 }
@@ -317,20 +317,14 @@ impl Control {
     }
 
     /// Where the counters of one ServicePort are.
-    fn counters(&self, service: &Service, plan: &ServicePlan, port: &ServicePort) -> PortCounters {
-        let (service, protocol) = (service.name.clone(), port.protocol);
-        let name = ServicePortName::new(service, Arc::clone(&port.name), protocol);
-        let state = self.listeners.port(&name).cloned();
-        let endpoints: BTreeMap<_, _> = plan
-            .balancers(port)
-            .flat_map(|(_, wanted)| &*wanted.usable.serving)
-            .map(|endpoint| (endpoint.address, endpoint.pod.clone()))
-            .collect();
-        let backends = endpoints
-            .into_iter()
-            .filter_map(|(address, pod)| Some((Arc::clone(self.listeners.backend(&name, address)?), pod)))
-            .collect();
-        PortCounters { state, backends }
+    fn counters(&self, plan: &ServicePlan, port: &ServicePort) -> PortCounters {
+        let Some((BalancerKey { port: name, .. }, _)) = plan.balancers(port).next() else {
+            return PortCounters::default();
+        };
+        let state = self.listeners.port(name).cloned();
+        let addresses: BTreeSet<_> = plan.endpoints(port).map(|endpoint| endpoint.address).collect();
+        let known = |address| self.listeners.backend(name, address).cloned();
+        PortCounters { state, backends: addresses.into_iter().filter_map(known).collect() }
     }
 
     /// Renews the snapshot's list of failed listeners; true where it changed. Logs who joined it and who left it, not
@@ -401,7 +395,7 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
-    use crate::model::{Endpoint, Objects, Slice};
+    use crate::model::{Endpoint, Objects, Service, Slice};
     use crate::name::{ListenKey, Protocol};
     use crate::plan::Expose;
     use crate::serve::scripted::{named, read_all, soon, until};

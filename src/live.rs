@@ -103,10 +103,13 @@ impl ServiceStatus {
                 listener.state = Some(status.listener_state(&key, &target));
             }
         }
-        for (port, counters) in report.ports.iter_mut().zip(&self.ports) {
+        for ((port, counters), of) in report.ports.iter_mut().zip(&self.ports).zip(&self.service.ports) {
             port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state.stats.so_far()));
-            port.backend_traffic =
-                counters.backends.iter().map(|(backend, pod)| BackendTraffic::of(backend, pod)).collect();
+            let pods: BTreeMap<_, _> = self.plan.endpoints(of).map(|known| (known.address, &known.pod)).collect();
+            let traffic = |backend: &Arc<Backend>| {
+                BackendTraffic::of(backend, pods.get(&backend.address).and_then(|pod| pod.as_deref()))
+            };
+            port.backend_traffic = counters.backends.iter().map(traffic).collect();
         }
         report
     }
@@ -123,7 +126,7 @@ impl PortTraffic {
 }
 
 impl BackendTraffic {
-    fn of(backend: &Backend, pod: &Option<Arc<str>>) -> Self {
+    fn of(backend: &Backend, pod: Option<&str>) -> Self {
         let BackendStats {
             connections,
             active_connections,
@@ -139,7 +142,7 @@ impl BackendTraffic {
         } = backend.stats.so_far();
         Self {
             address: backend.address.to_string(),
-            pod: pod.as_deref().map(str::to_owned),
+            pod: pod.map(str::to_owned),
             connections: connections.get(),
             active_connections: active_connections.get(),
             flows: flows.get(),
@@ -217,9 +220,9 @@ pub(crate) mod sample {
         let mut web = Service::new("web").port("http", 80).node_port(30080);
         web.ports[0].target_port = Some("8000".into());
         web.ports[0].node_port_allocated = true;
-        let endpoints = vec![Endpoint::new([10, 244, 0, 2]), Endpoint::new([10, 244, 0, 3])];
-        let [first, second] = backends;
-        let backends = [(first, Some("web-1".into())), (second, None)].into();
+        let mut endpoints = vec![Endpoint::new([10, 244, 0, 2]), Endpoint::new([10, 244, 0, 3])];
+        endpoints[0].pod = Some("web-1".into());
+        let backends = backends.into();
         service(allocated(web, 10), endpoints, [PortCounters { state: Some(state), backends }].into())
     }
 
@@ -295,7 +298,7 @@ mod tests {
     fn given_a_running_relay_when_reported_then_counters_are_read_now_and_zero_reasons_are_left_out() {
         let status = sample::status();
         let web = &status.services[&ObjectName::parse("default/web")];
-        web.ports[0].backends[0].0.stats.connections.increment();
+        web.ports[0].backends[0].stats.connections.increment();
 
         let report = status.report();
 

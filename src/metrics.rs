@@ -202,7 +202,7 @@ impl Page {
             for reason in DropReason::ALL {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
             }
-            for (backend, _) in &counters.backends {
+            for backend in &counters.backends {
                 self.backend(&labels, port.protocol, backend);
             }
         }
@@ -212,7 +212,7 @@ impl Page {
         let picks = plan.balancers(port).flat_map(|(_, backends)| &*backends.usable.picks);
         let picks: BTreeSet<SocketAddr> = picks.map(|endpoint| endpoint.address).collect();
         let is_ready = |backend: &Backend| picks.contains(&backend.address);
-        let ready = counters.backends.iter().filter(|(backend, _)| is_ready(backend)).count();
+        let ready = counters.backends.iter().filter(|backend| is_ready(backend)).count();
         let draining = counters.backends.len() - ready;
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="ready""#), ready);
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="draining""#), draining);
@@ -273,7 +273,7 @@ fn has_carried_traffic(counters: &PortCounters) -> bool {
     let met_clients = counters.state.as_ref().map(|state| state.stats.so_far()).is_some_and(|stats| {
         stats.accepted.get() > 0 || DropReason::ALL.iter().any(|reason| stats.dropped.get(*reason) > 0)
     });
-    let mut backends = counters.backends.iter().map(|(backend, _)| backend.stats.so_far());
+    let mut backends = counters.backends.iter().map(|backend| backend.stats.so_far());
     met_clients || backends.any(|stats| stats.connections.get() + stats.flows.get() > 0)
 }
 

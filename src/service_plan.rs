@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::admission;
 use crate::balancing::Balancing;
-use crate::endpoints::{self, Selection, Usable};
+use crate::endpoints::{self, Selection, Usable, UsableEndpoint};
 use crate::entries::{Entries, Entry};
 use crate::frozen::Frozen;
 use crate::health_check::HealthCheck;
@@ -72,6 +72,11 @@ impl ServicePlan {
         self.wanted.balancers.iter().filter(move |(key, _)| of_port(key))
     }
 
+    /// The endpoints of one of its ports that keep what they have, of all families and scopes; one may be there twice.
+    pub(crate) fn endpoints(&self, port: &ServicePort) -> impl Iterator<Item = &UsableEndpoint> {
+        self.balancers(port).flat_map(|(_, backends)| &*backends.usable.serving)
+    }
+
     /// All that is wrong with it, by itself and among the others.
     pub fn own_problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.iter().chain(&self.conflicts).chain(&self.loops)
@@ -130,8 +135,8 @@ fn choose_backends(
     }
     let chosen = external.into_iter().map(|((port, family), external)| {
         let selection = select(port, family, external);
-        let targets = Targets::of(service, &selection);
-        add_balancers(layout, service, balancing, (port, family), selection);
+        let targets = Targets::of(service, port_name(service, port), &selection);
+        add_balancers(layout, service, balancing, (&targets.port, family), selection);
         ((port, family), targets)
     });
     chosen.collect()
@@ -141,12 +146,15 @@ fn add_balancers(
     layout: &mut Layout,
     service: &Service,
     balancing: Balancing,
-    (port, family): (usize, Family),
+    (port, family): (&ServicePortName, Family),
     selection: Selection,
 ) {
     for (scope, usable) in [(Scope::Cluster, selection.cluster), (Scope::Local, selection.local)] {
         if let Some(usable) = usable {
-            let key = BalancerKey { port: port_name(service, port), family, scope };
+            let key = BalancerKey { port: port.clone(), family, scope };
+            // The same number over TCP and UDP has the same endpoints: both are one list.
+            let known = layout.balancers.values().map(|known| &known.usable).find(|known| **known == usable);
+            let usable = known.cloned().unwrap_or(usable);
             let backends = Backends { affinity_timeout: service.affinity_timeout, balancing, usable };
             layout.balancers.insert(key, backends);
         }
@@ -165,18 +173,18 @@ fn listen(
     let udp_settings = UdpSettings::of(service, &mut problems);
     let mut taken = BTreeSet::new();
     for entry in entries {
-        let port = port_name(service, entry.port);
+        let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
+        let port = &targets.port;
         match layout.listeners.get(&entry.key) {
             // Two ways to one port are none too many: a load-balancer IP may be an external IP, too.
-            Some(first) if first.port == port => {}
+            Some(first) if first.port == *port => {}
             // Said once, on however many node addresses it happens.
             Some(first) => drop(taken.insert((entry.kind, entry.port, first.kind, first.port.port.clone()))),
             None => {
-                let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
                 let target = targets.of_kind(entry.kind);
                 let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
                 let source_ranges = source_ranges.at(entry.key.address.ip(), entry.kind);
-                let (kind, allocated) = (entry.kind, entry.allocated);
+                let (port, kind, allocated) = (port.clone(), entry.kind, entry.allocated);
                 let listener = Listener { port, kind, allocated, target, source_ranges, udp };
                 layout.listeners.insert(entry.key, listener);
             }
@@ -218,8 +226,9 @@ fn port_name(service: &Service, port: usize) -> ServicePortName {
 }
 
 /// Where the listeners of one port and family lead.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Targets {
+    port: ServicePortName,
     /// At the cluster IP.
     internal: Target,
     /// At all other addresses.
@@ -227,12 +236,13 @@ struct Targets {
 }
 
 impl Targets {
-    fn of(service: &Service, selection: &Selection) -> Self {
+    fn of(service: &Service, port: ServicePortName, selection: &Selection) -> Self {
         let internal = judge(selection, scope_of(service.internal_policy));
         let external = judge(selection, scope_of(service.external_policy));
         // This node and its pods need no second hop and no source address: they may use every endpoint.
         let from_inside = judge(selection, Scope::Cluster);
         Self {
+            port,
             internal: Target { outside: internal, inside: internal },
             external: Target { outside: external, inside: from_inside },
         }

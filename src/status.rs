@@ -294,16 +294,13 @@ pub struct ServiceStatus {
     pub ports: Box<[PortCounters]>,
 }
 
-/// A backend, and the name of its pod where a slice says it.
-pub type NamedBackend = (Arc<Backend>, Option<Arc<str>>);
-
 /// Where the counters of one ServicePort are.
 #[derive(Clone, Debug, Default)]
 pub struct PortCounters {
     /// Counters of the ServicePort; `None` where nothing of it is served.
     pub state: Option<Arc<PortState>>,
-    /// Its backends of both scopes and families, with the pod's name.
-    pub backends: Box<[NamedBackend]>,
+    /// Its backends of both scopes and families, by address.
+    pub backends: Box<[Arc<Backend>]>,
 }
 
 #[cfg(test)]

@@ -249,7 +249,7 @@ impl Listeners {
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
-        let inside_of = if outside == inside { Arc::from([]) } else { self.inside_of(key.address.ip()) };
+        let inside_of = if outside == inside { Arc::default() } else { self.inside_of(key.address.ip()) };
         Some(Target {
             port: Arc::clone(&port.state),
             outside: verdict(outside)?,
