@@ -174,11 +174,13 @@ impl Plan {
         self.services.insert(name.clone(), Arc::new(plan));
     }
 
-    /// Looks at the backends of the dirty Services and, where listeners came or went, for those among all backends.
+    /// Looks at the backends of the dirty Services; at those of all only where listeners came or went.
     fn report_loops(&mut self, dirty: &BTreeSet<ObjectName>, turned: &BTreeSet<ListenKey>) {
-        let met = |plan: &ServicePlan| !turned.is_empty() && plan.backends().any(|key| turned.contains(&key));
-        let concerned = |(name, plan): &(&ObjectName, &Arc<ServicePlan>)| dirty.contains(*name) || met(plan);
-        let names: Vec<_> = self.services.iter().filter(concerned).map(|(name, _)| name.clone()).collect();
+        let met = |plan: &ServicePlan| plan.backends().any(|key| turned.contains(&key));
+        let mut names = dirty.clone();
+        if !turned.is_empty() {
+            names.extend(self.services.iter().filter(|(_, plan)| met(plan)).map(|(name, _)| name.clone()));
+        }
         for name in names {
             let Some(plan) = self.services.get_mut(&name) else { continue };
             let loops = loops(&name, plan, &self.claims);
