@@ -88,6 +88,7 @@ pub mod metrics;
 pub mod model;
 pub mod name;
 pub mod overview;
+pub mod panics;
 pub mod peer;
 pub mod plan;
 mod problem;

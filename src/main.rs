@@ -26,7 +26,7 @@ use kube_relay::model::{Event, Model};
 use kube_relay::plan::{Plan, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::status::Report;
-use kube_relay::{logs, overview, peer};
+use kube_relay::{logs, overview, panics, peer};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -81,6 +81,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
         bail!("{}: no such file or folder", missing.display());
     }
     logs::start(&config.logs);
+    panics::log_and_count();
     file.iter().for_each(tell_of_file);
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
@@ -132,7 +133,7 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let times = tokio::select! {
         times = end(&mut signals, &reload, config.shutdown) => times,
         // Whoever supervises this process starts another one, which serves.
-        () = relay.ended() => bail!("the control task has panicked, nothing is served any more: please report it"),
+        () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
     };
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;

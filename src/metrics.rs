@@ -93,6 +93,7 @@ metrics! {
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
+    Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
     Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
@@ -123,6 +124,7 @@ pub fn render(status: &Status, ready: bool) -> String {
     }
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
+    page.sample(Id::Panics, "", PROCESS.panics.get());
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());

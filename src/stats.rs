@@ -285,6 +285,7 @@ impl Zeros for ServiceStats {
 pub static PROCESS: ProcessStats = ProcessStats {
     splice_fallbacks: Counter::new(),
     filter_fallbacks: Counter::new(),
+    panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
 };
@@ -296,6 +297,8 @@ pub struct ProcessStats {
     pub splice_fallbacks: Counter,
     /// Filters of listeners that the kernel did not take, or that would be too long: sources are judged by the process.
     pub filter_fallbacks: Counter,
+    /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
+    pub panics: Counter,
     /// Answers of `/healthz` at the health address.
     pub healthz: HealthAnswers,
     /// Answers of `/livez` there.
