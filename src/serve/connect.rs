@@ -22,9 +22,9 @@ use tracing::debug;
 
 use crate::name::Family;
 use crate::serve::balancer::{Backend, Balancer, Tried};
+use crate::serve::deadline::{before, within_a_turn};
 use crate::serve::socket;
 use crate::serve::stream::Stream;
-use crate::serve::worker;
 use crate::stats::{ConnectFailure, DropReason};
 
 /// How backends are connected to.
@@ -250,7 +250,7 @@ impl<'a> Ladder<'a> {
         let begin = Instant::now();
         let mut connecting = pin!(connect(backend, source, preface));
         // A backend nearby answers that fast, and then no timer has to be set and cleared.
-        let outcome = match worker::within_a_turn(connecting.as_mut()).await {
+        let outcome = match within_a_turn(connecting.as_mut()).await {
             Some(outcome) => outcome,
             None => self.outlast(connecting, backend, begin).await?,
         };
@@ -272,7 +272,7 @@ impl<'a> Ladder<'a> {
         let until = (begin + self.patience(backend)).min(self.end);
         loop {
             let look = (Instant::now() + Self::LOOK).min(until);
-            match worker::before(look, connecting.as_mut()).await {
+            match before(look, connecting.as_mut()).await {
                 Some(outcome) => return Ok(outcome),
                 None if !self.balancer.serves(backend) => return Err(Missed::Left),
                 None if Instant::now() >= until => {

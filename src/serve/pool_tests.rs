@@ -1,9 +1,14 @@
 //! Workers, case by case: orders and tasks, panics, placement, listeners, the end.
 
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::task::Poll;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::unbounded_channel;
 use tokio_util::sync::CancellationToken;
@@ -12,6 +17,7 @@ use super::*;
 use crate::serve::reactor::Ready;
 use crate::serve::scripted::{DEADLINE, soon};
 use crate::serve::socket;
+use crate::serve::worker::{sleep_until, watch, watch_listener};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -33,7 +39,7 @@ fn begin<F: Future<Output = ()> + 'static>(mailbox: &Mailbox, task: impl FnOnce(
 }
 
 fn loads(pool: &Pool) -> Vec<usize> {
-    pool.workers.iter().map(|mailbox| mailbox.load.load(Ordering::Relaxed)).collect()
+    pool.workers.iter().map(|mailbox| mailbox.load()).collect()
 }
 
 // ---- Orders and tasks ----
@@ -341,7 +347,7 @@ fn given_a_muted_listener_when_it_ends_then_nobody_holds_it_and_nobody_watches_i
     });
     heard(&told);
     assert_eq!(Arc::strong_count(&listener), 1);
-    watch_listener(&pool.workers[0].epoll, &listener, Foreign(99)).expect("watched by nobody");
+    watch_listener(pool.workers[0].epoll(), &listener, Foreign(99)).expect("watched by nobody");
 }
 
 #[test]
@@ -449,7 +455,7 @@ fn given_a_task_whose_worker_has_ended_when_another_thread_wakes_it_then_nothing
     });
     heard(&told);
     drop(pool);
-    while mailbox.orders.lock().expect("no panic").0.is_some() {
+    while !mailbox.is_closed() {
         thread::yield_now();
     }
 

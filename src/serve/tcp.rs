@@ -50,10 +50,12 @@ use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
 use crate::serve::lasting::{LastingOptions, set_if_it_lasts};
+use crate::serve::mailbox::Seat;
+use crate::serve::pool::{Listening, Pool};
 use crate::serve::reactor::{Foreign, Unwatched};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
-use crate::serve::worker::{Listening, Pool, Readable, Seat, Worker};
+use crate::serve::worker::{Readable, Worker};
 use crate::serve::{TargetCell, socket};
 use crate::stats::DropReason;
 
