@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +16,9 @@ use crate::load::{Span, open};
 use crate::measure::{Memory, Reading};
 use crate::peers::{KUBE_RELAY, Peer, PeerKind, RELAY_FLAGS, last_words, list, service, slice, start};
 use crate::report::Outcome;
+use crate::rig::Process;
 use crate::rows::Metric;
+
 use crate::stage::{DESCRIPTORS_PER_CONNECTION, PORT, PROXY_NODE, Stage};
 use crate::workload::{Ask, MESSAGE_BYTES};
 
@@ -90,20 +93,7 @@ pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Out
 
     let started = Instant::now();
     let mut relay = start(command, stage.rig.node(PROXY_NODE), &log)?;
-    let last = SocketAddr::new(cluster_ip(count - 1).into(), PORT);
-    loop {
-        if let Some(status) = relay.ended()? {
-            return Err(io::Error::other(format!("{status}: {}", last_words(&log))));
-        }
-        if stage.rig.node(PROXY_NODE).run(|| Ok(TcpStream::connect(last).is_ok() && bound()? >= 2 * count))? {
-            break;
-        }
-        if started.elapsed() > START_PATIENCE {
-            let bound = stage.rig.node(PROXY_NODE).run(bound)?;
-            return Err(io::Error::other(format!("{bound} of {} sockets bound; {}", 2 * count, last_words(&log))));
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
+    stage.rig.node(PROXY_NODE).run(|| all_bound(&mut relay, count, started, &log))?;
     let start_up = started.elapsed();
 
     thread::sleep(span.warm_up);
@@ -118,6 +108,21 @@ pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Out
     outcome.set(Metric::UserMemory, Some(memory.private_bytes as f64));
     outcome.set(Metric::ResidentMemory, Some(memory.resident_bytes as f64));
     Ok(outcome)
+}
+
+/// Waits until all Services' sockets are bound, in the calling thread's namespace and at little cost to who binds them.
+fn all_bound(relay: &mut Process, count: u32, since: Instant, log: &Path) -> io::Result<()> {
+    let last = SocketAddr::new(cluster_ip(count - 1).into(), PORT);
+    while !(TcpStream::connect(last).is_ok() && bound()? >= 2 * count) {
+        if let Some(status) = relay.ended()? {
+            return Err(io::Error::other(format!("{status}: {}", last_words(log))));
+        }
+        if since.elapsed() > START_PATIENCE {
+            return Err(io::Error::other(format!("{} of {} sockets bound; {}", bound()?, 2 * count, last_words(log))));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Services with a TCP and a UDP port, each on a loopback address of its own.
