@@ -221,7 +221,7 @@ fn slice(number: u16, endpoints: u8) -> Slice {
 
 /// The same Service's slice with another number of endpoints.
 fn resized(number: u16, endpoints: u8) -> Event {
-    Event::ApplySlice(Box::new(slice(number, endpoints)))
+    Event::ApplySlice(Arc::new(slice(number, endpoints)))
 }
 
 fn cluster_ip(number: u16) -> Ipv4Addr {

@@ -1,5 +1,6 @@
 //! The library in a program of its own: one Service built in code, its endpoint swapped, its counters printed.
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use kube_relay::control::{Message, Relay, RelayOptions};
 use kube_relay::model::{Endpoint, Event, Service, Slice};
@@ -13,7 +14,7 @@ async fn main() -> anyhow::Result<()> {
     let relay = Relay::start(RelayOptions { plan, ..RelayOptions::default() })?;
     let (messages, mut status) = (relay.messages(), relay.status());
     let web = Service::new("default/web").cluster_ip([127, 96, 0, 20]).port("http", 8080);
-    messages.send(Message::Event(Event::ApplyService(Box::new(web.clone())))).await?;
+    messages.send(Message::Event(Event::ApplyService(Arc::new(web.clone())))).await?;
     messages.send(Message::Synced).await?; // What was said so far is carried out now, later changes at once.
 
     for name in ["blue", "green"] {
@@ -22,7 +23,7 @@ async fn main() -> anyhow::Result<()> {
         tokio::spawn(async move { listener.accept().await?.0.write_all(name.as_bytes()).await });
 
         let slice = Slice::new("web-1", &web).port("http", address.port()).endpoint(Endpoint::new(address.ip()));
-        messages.send(Message::Event(Event::ApplySlice(Box::new(slice)))).await?; // In place of the one before.
+        messages.send(Message::Event(Event::ApplySlice(Arc::new(slice)))).await?; // In place of the one before.
         let status = status.wait_for(|status| find(status, address).is_some()).await?.clone();
         let mut answer = String::new();
         TcpStream::connect("127.96.0.20:8080").await?.read_to_string(&mut answer).await?;

@@ -432,11 +432,11 @@ mod tests {
     }
 
     fn put(service: Service) -> Message {
-        Message::Event(Event::ApplyService(Box::new(service)))
+        Message::Event(Event::ApplyService(Arc::new(service)))
     }
 
     fn put_slice(slice: Slice) -> Message {
-        Message::Event(Event::ApplySlice(Box::new(slice)))
+        Message::Event(Event::ApplySlice(Arc::new(slice)))
     }
 
     fn delete(service: &Service) -> Message {

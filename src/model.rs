@@ -345,11 +345,11 @@ pub enum Event {
     /// All objects that the source has now: what is not among them is gone.
     Replace(Objects),
     /// One Service was added or changed.
-    ApplyService(Box<Service>),
+    ApplyService(Arc<Service>),
     /// One Service is gone.
     DeleteService(ObjectName),
     /// One slice was added or changed.
-    ApplySlice(Box<Slice>),
+    ApplySlice(Arc<Slice>),
     /// One slice is gone.
     DeleteSlice(SliceName),
 }
@@ -387,13 +387,13 @@ impl Model {
     pub fn apply(&mut self, event: Event, dirty: &mut BTreeSet<ObjectName>) {
         match event {
             Event::Replace(objects) => self.replace(objects, dirty),
-            Event::ApplyService(service) => self.apply_service(service.into(), dirty),
+            Event::ApplyService(service) => self.apply_service(service, dirty),
             Event::DeleteService(name) => {
                 if self.services.remove(&name).is_some() {
                     dirty.insert(name);
                 }
             }
-            Event::ApplySlice(slice) => self.apply_slice(slice.into(), dirty),
+            Event::ApplySlice(slice) => self.apply_slice(slice, dirty),
             Event::DeleteSlice(name) => self.delete_slice(&name, dirty),
         }
     }
@@ -503,7 +503,7 @@ mod tests {
     }
 
     fn apply(model: &mut Model, slice: Slice) -> Vec<String> {
-        touched(model, Event::ApplySlice(Box::new(slice)))
+        touched(model, Event::ApplySlice(Arc::new(slice)))
     }
 
     fn hosts(model: &Model, service: &str) -> Vec<String> {
@@ -514,10 +514,10 @@ mod tests {
     #[test]
     fn t009_given_a_service_when_the_same_comes_again_then_nothing_is_touched() {
         let mut model = Model::default();
-        assert_eq!(touched(&mut model, Event::ApplyService(Box::new(web()))), ["default/web"]);
+        assert_eq!(touched(&mut model, Event::ApplyService(Arc::new(web()))), ["default/web"]);
 
-        assert!(touched(&mut model, Event::ApplyService(Box::new(web()))).is_empty());
-        assert_eq!(touched(&mut model, Event::ApplyService(Box::new(web().port("https", 443)))), ["default/web"]);
+        assert!(touched(&mut model, Event::ApplyService(Arc::new(web()))).is_empty());
+        assert_eq!(touched(&mut model, Event::ApplyService(Arc::new(web().port("https", 443)))), ["default/web"]);
     }
 
     #[test]
@@ -538,7 +538,7 @@ mod tests {
         assert_eq!(apply(&mut model, slice("web-1", "default/web", &[1])), ["default/web"]);
         assert!(model.service(&web().name).is_none());
 
-        touched(&mut model, Event::ApplyService(Box::new(web())));
+        touched(&mut model, Event::ApplyService(Arc::new(web())));
 
         assert_eq!(hosts(&model, "default/web"), ["10.0.0.1"]);
     }

@@ -343,11 +343,11 @@ mod tests {
     }
 
     fn put(service: &Service) -> Event {
-        Event::ApplyService(Box::new(service.clone()))
+        Event::ApplyService(Arc::new(service.clone()))
     }
 
     fn put_slice(slice: &Slice) -> Event {
-        Event::ApplySlice(Box::new(slice.clone()))
+        Event::ApplySlice(Arc::new(slice.clone()))
     }
 
     fn delete(service: &Service) -> Event {

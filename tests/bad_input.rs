@@ -3,6 +3,7 @@
 //! A few thousand mutations; with `KUBE_RELAY_TEST=full` a hundred thousand.
 
 use std::fs;
+use std::sync::Arc;
 
 use kube_relay::allocate::Ranges;
 use kube_relay::decode::{Decoded, decode};
@@ -188,10 +189,10 @@ fn planned(decoded: Decoded) -> Vec<Value> {
     for entry in decoded.objects {
         match entry.content {
             kube_relay::decode::Content::Service(service) => {
-                model.apply(Event::ApplyService(Box::new((*service).clone())), &mut dirty);
+                model.apply(Event::ApplyService(service), &mut dirty);
             }
             kube_relay::decode::Content::Slices(slices) => slices.iter().for_each(|slice| {
-                model.apply(Event::ApplySlice(Box::new((**slice).clone())), &mut dirty);
+                model.apply(Event::ApplySlice(Arc::clone(slice)), &mut dirty);
             }),
         }
     }

@@ -60,8 +60,8 @@ async fn round(relay: &Relay, site: Site) {
     let with_backend = slice.clone().endpoint(Endpoint::new(backend.ip()));
 
     let slice_name = slice.name.clone();
-    let put = |slice| Message::Event(Event::ApplySlice(Box::new(slice)));
-    send(relay, [Message::Event(Event::ApplyService(Box::new(service.clone()))), put(with_backend)]).await;
+    let put = |slice| Message::Event(Event::ApplySlice(Arc::new(slice)));
+    send(relay, [Message::Event(Event::ApplyService(Arc::new(service.clone()))), put(with_backend)]).await;
     until(relay, "the Service to be served", |status| serves(status, backend)).await;
     assert_eq!(client::ask(site.service()).await.expect("the backend answers"), backend);
     assert_eq!(client::Caller::new(site.service()).await.ask_until_answered().await.backend, backend);

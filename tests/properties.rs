@@ -157,8 +157,8 @@ fn hint(one: &'static str, other: &'static str) -> impl Strategy<Value = Vec<&'s
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        4 => service().prop_map(|service| Event::ApplyService(Box::new(service))),
-        4 => slice().prop_map(|slice| Event::ApplySlice(Box::new(slice))),
+        4 => service().prop_map(|service| Event::ApplyService(Arc::new(service))),
+        4 => slice().prop_map(|slice| Event::ApplySlice(Arc::new(slice))),
         1 => service().prop_map(|service| Event::DeleteService(service.name)),
         1 => slice().prop_map(|slice| Event::DeleteSlice(slice.name)),
     ]
@@ -170,8 +170,8 @@ fn shuffled() -> impl Strategy<Value = (Vec<Event>, Vec<Event>)> {
         let (mut known, mut names) = (BTreeSet::new(), BTreeSet::new());
         let services = services.into_iter().filter(move |service| known.insert(service.name.clone()));
         let slices = slices.into_iter().filter(move |slice| names.insert(slice.name.clone()));
-        let services = services.map(|service| Event::ApplyService(Box::new(service)));
-        services.chain(slices.map(|slice| Event::ApplySlice(Box::new(slice)))).collect::<Vec<_>>()
+        let services = services.map(|service| Event::ApplyService(Arc::new(service)));
+        services.chain(slices.map(|slice| Event::ApplySlice(Arc::new(slice)))).collect::<Vec<_>>()
     });
     objects.prop_flat_map(|events| (Just(events.clone()), Just(events).prop_shuffle()))
 }
@@ -193,9 +193,9 @@ proptest! {
         }
 
         let mut anew = Relay::default();
-        let mut events: Vec<_> = relay.model.services().map(|service| Event::ApplyService(Box::new((**service).clone()))).collect();
+        let mut events: Vec<_> = relay.model.services().map(|service| Event::ApplyService(Arc::clone(service))).collect();
         for service in NAMES.map(ObjectName::parse) {
-            events.extend(relay.model.slices(&service).map(|slice| Event::ApplySlice(Box::new((**slice).clone()))));
+            events.extend(relay.model.slices(&service).map(|slice| Event::ApplySlice(Arc::clone(slice))));
         }
         anew.batch(events)?;
 

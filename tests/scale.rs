@@ -109,5 +109,5 @@ fn slice(number: u16, endpoints: u8) -> Slice {
 
 /// The same Service's slice with another number of endpoints.
 fn resized(number: u16, endpoints: u8) -> Message {
-    Message::Event(Event::ApplySlice(Box::new(slice(number, endpoints))))
+    Message::Event(Event::ApplySlice(Arc::new(slice(number, endpoints))))
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UdpSocket as AsyncUdpSocket};
@@ -84,7 +85,7 @@ fn dns(name: &str, number: u8) -> Service {
 }
 
 fn put(service: &Service) -> Event {
-    Event::ApplyService(Box::new(service.clone()))
+    Event::ApplyService(Arc::new(service.clone()))
 }
 
 fn delete(service: &Service) -> Event {
@@ -102,7 +103,7 @@ fn endpoints(service: &Service, backends: &[SocketAddr]) -> Event {
         };
     }
     let slice = backends.iter().fold(slice, |slice, backend| slice.endpoint(Endpoint::new(backend.ip())));
-    Event::ApplySlice(Box::new(slice))
+    Event::ApplySlice(Arc::new(slice))
 }
 
 async fn ask(key: ListenKey) -> String {
