@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
+use crate::contact::Contact;
 use crate::health::{Checkup, FamilyCheckup, Health};
 use crate::lifecycle::Readiness;
 use crate::live::LiveReport;
@@ -340,7 +341,10 @@ async fn operators(request: &Request<Incoming>, view: Arc<View>) -> Answer {
                 Some(Err(_)) | None => failed(),
             }
         }
-        "/readyz" => readyz(&view.readiness, request.uri().query().is_some_and(|query| query.starts_with("verbose"))),
+        "/readyz" => {
+            let verbose = request.uri().query().is_some_and(|query| query.starts_with("verbose"));
+            readyz(&view.readiness, &view.snapshot().contact, verbose)
+        }
         "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
         "/proxyMode" => text(StatusCode::OK, "userspace"),
         _ => not_found(Surface::Metrics),
@@ -352,10 +356,16 @@ async fn off_the_workers<T: Send + 'static>(render: impl FnOnce() -> T + Send + 
     tokio::task::spawn_blocking(render).await.ok()
 }
 
-fn readyz(readiness: &Readiness, verbose: bool) -> Answer {
+/// A relay without its API server goes on with what it knows: degraded, and ready all the same. To take every node out of
+/// service as the API server goes away would make of an outage nobody feels one that everybody feels.
+fn readyz(readiness: &Readiness, contact: &Contact, verbose: bool) -> Answer {
     let ready = readiness.is_ready();
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let away = contact.report().filter(|report| !report.connected);
+    let degraded = away
+        .map(|report| format!("[~]source degraded: the API server was last heard {:.0} s ago\n", report.age_seconds));
     let body = match (verbose, ready) {
+        (false, true) if degraded.is_some() => "ok (degraded: source)\n".to_owned(),
         (false, true) => "ok".to_owned(),
         (false, false) => format!("not ready: {}\n", readiness.blockers().join(", ")),
         (true, _) => {
@@ -364,7 +374,7 @@ fn readyz(readiness: &Readiness, verbose: bool) -> Answer {
                 false => format!("[-]{name} not yet\n"),
             });
             let sum = if ready { "passed" } else { "failed" };
-            lines.collect::<String>() + "readyz check " + sum + "\n"
+            lines.collect::<String>() + &degraded.unwrap_or_default() + "readyz check " + sum + "\n"
         }
     };
     text(code, body)

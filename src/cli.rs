@@ -12,11 +12,13 @@ use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
+#[cfg(feature = "kubernetes")]
+use crate::api_client::ApiOptions;
 use crate::config::{
-    CheckConfig, DEFAULT_DRAIN_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS,
-    DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY,
-    DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED,
-    PlanConfig, RunConfig, UdpTimeouts,
+    CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_DRAIN_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS,
+    DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE,
+    DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED,
+    DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig, SourceConfig, UdpTimeouts,
 };
 use crate::config_file::ConfigFile;
 use crate::endpoints::Node;
@@ -157,9 +159,18 @@ pub enum NewCommand {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// File or folder with manifests; `-` reads standard input. Repeat for more
-    #[arg(short = 'f', long = "source", value_name = "PATH", required_unless_present = "config")]
+    #[arg(short = 'f', long = "source", value_name = "PATH")]
+    #[cfg_attr(not(feature = "kubernetes"), arg(required_unless_present = "config"))]
+    #[cfg_attr(
+        feature = "kubernetes",
+        arg(required_unless_present_any = ["config", "kubeconfig", "master", "kubernetes_service_host"])
+    )]
     #[arg(env = "KUBE_RELAY_SOURCE", help_heading = "Source")]
     sources: Vec<PathBuf>,
+
+    #[cfg(feature = "kubernetes")]
+    #[command(flatten)]
+    api: ApiFlags,
 
     #[command(flatten)]
     pub(crate) config: ConfigFlag,
@@ -191,6 +202,24 @@ pub struct ConfigFlag {
     /// Set once the file has been read.
     #[arg(skip)]
     pub file: Option<ConfigFile>,
+}
+
+/// An API server as the source.
+#[cfg(feature = "kubernetes")]
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Source")]
+struct ApiFlags {
+    /// Take Services from the API server that this kubeconfig names [default: in a pod, its cluster's]
+    #[arg(long, value_name = "FILE", env = "KUBE_RELAY_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+
+    /// Address of the API server, in place of the one that the kubeconfig or the pod's environment names
+    #[arg(long, value_name = "URL", env = "KUBE_RELAY_MASTER")]
+    master: Option<String>,
+
+    /// Set in each pod.
+    #[arg(long, hide = true, env = "KUBERNETES_SERVICE_HOST")]
+    kubernetes_service_host: Option<String>,
 }
 
 /// Our own servers.
@@ -227,10 +256,9 @@ struct UpstreamFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Times")]
 struct TimeFlags {
-    /// Time between "not ready" and no longer accepting after SIGTERM, for load balancers to notice
+    /// Time between "not ready" and no longer accepting after SIGTERM, for load balancers to notice [default: 0s; 5s with an API server]
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_SHUTDOWN_DELAY")]
-    #[arg(default_value_t = Time(DEFAULT_SHUTDOWN_DELAY))]
-    shutdown_delay: Time,
+    shutdown_delay: Option<Time>,
 
     /// Time that open connections get to end by themselves after SIGTERM; the rest is reset
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_DRAIN_TIMEOUT")]
@@ -307,9 +335,8 @@ struct PlanFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Addresses")]
 struct AddressFlags {
-    /// Where node ports are served: primary (this node's main addresses), localhost, all, and CIDRs of interface addresses
+    /// Where node ports are served: primary (this node's main addresses), localhost, all, and CIDRs of interface addresses [default: localhost] with an API server: primary,localhost
     #[arg(long, value_name = "LIST", env = "KUBE_RELAY_NODEPORT_ADDRESSES", value_delimiter = ',')]
-    #[arg(default_values_t = [DEFAULT_NODE_PORT_ADDRESSES])]
     nodeport_addresses: Vec<NodePortSelector>,
 
     /// Serve a port of a Service on one more address: 0.0.0.0:8080=default/web:http. Repeat for more
@@ -496,6 +523,19 @@ pub struct ConfigError {
     pub right: String,
 }
 
+impl Command {
+    /// The flags that a file must not set beside this line, as it would name a second source: files and an API server
+    /// are one choice.
+    pub(crate) fn overridden_sources(&self) -> &'static [&'static str] {
+        match self {
+            Self::Run(args) if !args.sources.is_empty() => &["kubeconfig", "master"],
+            #[cfg(feature = "kubernetes")]
+            Self::Run(args) if args.api.options() != ApiOptions::default() => &["sources"],
+            _ => &[],
+        }
+    }
+}
+
 impl RunArgs {
     /// What the file of `--config` says, if one was named.
     pub fn config_file(&self) -> Option<&ConfigFile> {
@@ -514,24 +554,25 @@ impl TryFrom<RunArgs> for RunConfig {
     type Error = ConfigError;
 
     fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
-        let RunArgs { sources, config, plan, admin, upstream, times, process } = args;
-        if sources.is_empty() {
-            return Err(ConfigError {
-                flag: "--source",
-                value: String::new(),
-                right: "neither the command line nor the file of --config names one".into(),
-            });
-        }
+        let RunArgs { sources, plan, admin, upstream, times, process, .. } = args;
+        #[cfg(feature = "kubernetes")]
+        let source = args.api.checked(sources)?;
+        #[cfg(not(feature = "kubernetes"))]
+        let source = SourceConfig::Manifests(manifests(sources)?);
+        let cluster = source.is_cluster();
         let (metrics_address, healthz_address) = admin.checked()?;
+        let delay = if cluster { CLUSTER_SHUTDOWN_DELAY } else { DEFAULT_SHUTDOWN_DELAY };
         Ok(Self {
-            sources: checked_sources(sources)?,
-            kubeconfig: config.file.and_then(|file| file.kubeconfig),
-            plan: plan.checked()?,
+            source,
+            plan: plan.checked(cluster)?,
             metrics_address,
             healthz_address,
             bind_address_hard_fail: admin.bind_address_hard_fail,
             upstream_sources: upstream.upstream_source,
-            shutdown: ShutdownTimes { delay: times.shutdown_delay.0, drain_timeout: times.drain_timeout.0 },
+            shutdown: ShutdownTimes {
+                delay: times.shutdown_delay.map_or(delay, |time| time.0),
+                drain_timeout: times.drain_timeout.0,
+            },
             udp_timeouts: UdpTimeouts {
                 unreplied: positive("--udp-timeout-unreplied", times.udp_timeout_unreplied)?,
                 answered: positive("--udp-timeout-answered", times.udp_timeout_answered)?,
@@ -548,7 +589,33 @@ impl TryFrom<CheckArgs> for CheckConfig {
     type Error = ConfigError;
 
     fn try_from(args: CheckArgs) -> Result<Self, ConfigError> {
-        Ok(Self { sources: checked_sources(args.sources)?, plan: args.plan.checked()? })
+        Ok(Self { sources: checked_sources(args.sources)?, plan: args.plan.checked(false)? })
+    }
+}
+
+#[cfg(feature = "kubernetes")]
+impl ApiFlags {
+    /// Manifests come before the cluster that a pod happens to run in, but not before one that somebody names.
+    fn checked(self, sources: Vec<PathBuf>) -> Result<SourceConfig, ConfigError> {
+        let options = self.options();
+        let (named, in_pod) = (options != ApiOptions::default(), non_empty(self.kubernetes_service_host).is_some());
+        match sources.first() {
+            None if named || in_pod => Ok(SourceConfig::Api(options)),
+            Some(source) if named => Err(ConfigError {
+                flag: "--source",
+                value: source.display().to_string(),
+                right: "--kubeconfig or --master is given, too: Services come from files or from an API server".into(),
+            }),
+            _ => Ok(SourceConfig::Manifests(manifests(sources)?)),
+        }
+    }
+
+    /// An empty environment variable means that there is none.
+    fn options(&self) -> ApiOptions {
+        ApiOptions {
+            kubeconfig: self.kubeconfig.clone().filter(|path| !path.as_os_str().is_empty()),
+            master: non_empty(self.master.clone()),
+        }
     }
 }
 
@@ -570,10 +637,16 @@ impl AdminFlags {
 }
 
 impl PlanFlags {
-    fn checked(self) -> Result<PlanConfig, ConfigError> {
+    /// `cluster`: the objects are those of an API server.
+    fn checked(self, cluster: bool) -> Result<PlanConfig, ConfigError> {
         let Self { addresses, node } = self;
+        let node_port_addresses = match addresses.nodeport_addresses {
+            none if none.is_empty() && cluster => CLUSTER_NODE_PORT_ADDRESSES.to_vec(),
+            none if none.is_empty() => vec![DEFAULT_NODE_PORT_ADDRESSES],
+            some => some,
+        };
         Ok(PlanConfig {
-            node_port_addresses: addresses.nodeport_addresses,
+            node_port_addresses,
             expose: addresses.expose,
             allowed_external_cidrs: addresses.allowed_external_cidrs,
             service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
@@ -582,6 +655,7 @@ impl PlanFlags {
             proxy_name: non_empty(node.proxy_name),
             node: Node { name: non_empty(node.node_name).map(Into::into), zone: non_empty(node.zone).map(Into::into) },
             node_addresses: node.node_address.into_iter().map(specified).collect::<Result<_, _>>()?,
+            allow_loopback_endpoints: !cluster,
         })
     }
 }
@@ -596,6 +670,18 @@ fn specified(ip: IpAddr) -> Result<IpAddr, ConfigError> {
         return Ok(ip);
     }
     Err(ConfigError { flag: "--node-address", value: ip.to_string(), right: "write an address of this node".into() })
+}
+
+/// What `run` reads: something at least.
+fn manifests(sources: Vec<PathBuf>) -> Result<Vec<Input>, ConfigError> {
+    if sources.is_empty() {
+        return Err(ConfigError {
+            flag: "--source",
+            value: String::new(),
+            right: "neither the command line nor the file of --config names one".into(),
+        });
+    }
+    checked_sources(sources)
 }
 
 /// Standard input can be read once.
@@ -653,7 +739,7 @@ mod tests {
     fn given_only_a_source_when_parsed_then_each_default_is_the_documented_constant() {
         let config = run_fine("kube-relay run -f web.yaml");
 
-        assert_eq!(config.sources, [Input::from("web.yaml")]);
+        assert_eq!(config.source, SourceConfig::Manifests(vec![Input::from("web.yaml")]));
         assert_eq!(config.metrics_address, Some(DEFAULT_METRICS_ADDRESS));
         assert_eq!(config.healthz_address, Some(DEFAULT_HEALTHZ_ADDRESS));
         assert!(!config.bind_address_hard_fail);
@@ -670,6 +756,32 @@ mod tests {
         assert_eq!(config.plan.node, Node::default());
     }
 
+    #[cfg(feature = "kubernetes")]
+    #[test]
+    fn given_an_api_server_when_parsed_then_a_cluster_is_served_and_loopback_endpoints_are_not() {
+        let config = run_fine("kube-relay run --kubeconfig k --master https://10.0.0.1:6443");
+
+        let options = ApiOptions { kubeconfig: Some("k".into()), master: Some("https://10.0.0.1:6443".into()) };
+        assert_eq!(config.source, SourceConfig::Api(options));
+        assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
+        assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
+        assert!(!config.plan.allow_loopback_endpoints);
+    }
+
+    #[cfg(feature = "kubernetes")]
+    #[test]
+    fn given_a_pod_when_parsed_then_its_cluster_is_the_source_unless_files_are_given() {
+        let pod = "kube-relay run --kubernetes-service-host 10.96.0.1";
+
+        assert_eq!(run_fine(pod).source, SourceConfig::Api(ApiOptions::default()));
+        assert_eq!(
+            run_fine(&format!("{pod} -f web.yaml")).source,
+            SourceConfig::Manifests(vec![Input::from("web.yaml")])
+        );
+        let both = run("kube-relay run -f web.yaml --kubeconfig k").expect_err("two sources");
+        assert!(both.to_string().contains("'web.yaml' for '--source'"), "{both}");
+    }
+
     #[test]
     fn t215_given_no_flags_when_parsed_then_metrics_are_on_loopback_only() {
         assert!(run_fine("kube-relay run -f x").metrics_address.is_some_and(|address| address.ip().is_loopback()));
@@ -683,7 +795,7 @@ mod tests {
              --hostname-override worker-1 --zone eu-1a",
         );
 
-        assert_eq!(config.sources, [Input::from("a"), Input::Stdin]);
+        assert_eq!(config.source, SourceConfig::Manifests(vec![Input::from("a"), Input::Stdin]));
         let selectors: Vec<String> = config.plan.node_port_addresses.iter().map(ToString::to_string).collect();
         assert_eq!(selectors, ["primary", "10.0.0.0/8", "localhost"]);
         assert_eq!(config.plan.node_addresses.len(), 2);

@@ -5,12 +5,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::allocate::{ClusterIpRange, NodePortRange, Ranges};
+#[cfg(feature = "kubernetes")]
+use crate::api_client::ApiOptions;
 use crate::control::RelayOptions;
 use crate::endpoints::Node;
 use crate::host::{Host, NodePortSelector, node_port_addresses};
@@ -29,12 +30,16 @@ pub const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4A
 pub const DEFAULT_HEALTHZ_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
 /// `--nodeport-addresses` with a static source: nobody else can reach a laptop by accident.
 pub const DEFAULT_NODE_PORT_ADDRESSES: NodePortSelector = NodePortSelector::Localhost;
+/// `--nodeport-addresses` with an API server.
+pub const CLUSTER_NODE_PORT_ADDRESSES: [NodePortSelector; 2] = [NodePortSelector::Primary, NodePortSelector::Localhost];
 /// `--service-cluster-ip-range`: inside 127.0.0.0/8, so that addresses need no root.
 pub const DEFAULT_SERVICE_RANGE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 96, 0, 0), 16);
 /// `--service-node-port-range`: the API server's.
 pub const DEFAULT_NODE_PORT_RANGE: RangeInclusive<u16> = 30000..=32767;
 /// `--shutdown-delay` with a static source: no load balancer watches it.
 pub const DEFAULT_SHUTDOWN_DELAY: Duration = Duration::ZERO;
+/// `--shutdown-delay` with an API server: load balancers look at `/healthz` every few seconds.
+pub const CLUSTER_SHUTDOWN_DELAY: Duration = Duration::from_secs(5);
 /// `--drain-timeout`.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// `--udp-timeout-unreplied`: a flow that no backend has answered.
@@ -51,10 +56,8 @@ pub const DEFAULT_LOG_LEVEL: &str = "info";
 /// What `run` works with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunConfig {
-    /// Files and folders; `-` is standard input. At least one. From `--source`.
-    pub sources: Vec<Input>,
-    /// Credentials and address of an API server. From `clientConnection.kubeconfig` of `--config`.
-    pub kubeconfig: Option<PathBuf>,
+    /// Where Services come from.
+    pub source: SourceConfig,
     /// What shapes the plan.
     pub plan: PlanConfig,
     /// Where metrics and status are served; `None`: nowhere. A wildcard means each address of this machine.
@@ -75,6 +78,23 @@ pub struct RunConfig {
     pub logs: LogOptions,
     /// Worker threads (1..=1024); `None`: as many as this process may use processors.
     pub workers: Option<usize>,
+}
+
+/// Where Services come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// Files and folders; `-` is standard input. At least one. From `--source`.
+    Manifests(Vec<Input>),
+    /// An API server. From `--kubeconfig`, `--master` and the environment of a pod.
+    #[cfg(feature = "kubernetes")]
+    Api(ApiOptions),
+}
+
+impl SourceConfig {
+    /// True where a whole cluster is served, not what one person wrote: more addresses, and more caution.
+    pub fn is_cluster(&self) -> bool {
+        !matches!(self, Self::Manifests(_))
+    }
 }
 
 /// Idle times of UDP flows.
@@ -118,6 +138,9 @@ pub struct PlanConfig {
     pub node: Node,
     /// The addresses that this node goes by; may be empty. From `--node-address`.
     pub node_addresses: Vec<IpAddr>,
+    /// True where a backend may be on loopback: whoever writes endpoints into a cluster must not reach what listens
+    /// there (CVE-2021-25737).
+    pub allow_loopback_endpoints: bool,
 }
 
 impl RunConfig {
@@ -152,7 +175,7 @@ impl PlanConfig {
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
             node_addresses: self.addresses_of(host),
-            allow_loopback_endpoints: true, // only the API source must not (CVE-2021-25737)
+            allow_loopback_endpoints: self.allow_loopback_endpoints,
         }
     }
 
@@ -201,6 +224,7 @@ mod tests {
             proxy_name: None,
             node: Node::default(),
             node_addresses: vec![],
+            allow_loopback_endpoints: true,
         }
     }
 

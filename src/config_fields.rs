@@ -74,8 +74,6 @@ pub(crate) enum Form {
     Address(u16),
     /// An IP; a wildcard says nothing.
     NodeAddress,
-    /// The path of a kubeconfig file.
-    Kubeconfig,
     /// kube-proxy's `mode`: there is one here.
     Mode,
 }
@@ -85,7 +83,10 @@ const HEALTHZ: Form = Form::Address(crate::config::DEFAULT_HEALTHZ_ADDRESS.port(
 
 const RELAY: &[Field] = &[
     field("sources", Form::List, &["sources"]),
-    field("clientConnection.kubeconfig", Form::Kubeconfig, &[]),
+    #[cfg(feature = "kubernetes")]
+    field("clientConnection.kubeconfig", Form::Text, &["kubeconfig"]),
+    #[cfg(feature = "kubernetes")]
+    field("master", Form::Text, &["master"]),
     field("metricsBindAddress", METRICS, &["metrics_bind_address"]),
     field("healthzBindAddress", HEALTHZ, &["healthz_bind_address"]),
     field("bindAddressHardFail", Form::Switch, &["bind_address_hard_fail"]),
@@ -115,7 +116,8 @@ const KUBE_PROXY: &[Field] = &[
     // Not a listener's address in spite of its name: the one that the node goes by.
     field("bindAddress", Form::NodeAddress, &["node_address"]),
     field("bindAddressHardFail", Form::Switch, &["bind_address_hard_fail"]),
-    field("clientConnection.kubeconfig", Form::Kubeconfig, &[]),
+    #[cfg(feature = "kubernetes")]
+    field("clientConnection.kubeconfig", Form::Text, &["kubeconfig"]),
     field("clusterCIDR", Form::List, &["cluster_cidr"]),
     // Times of conntrack entries: without an answer, and of a flow that goes on.
     field("conntrack.udpTimeout", Form::Text, &["udp_timeout_unreplied", "udp_timeout_answered"]),

@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::de::MapAccess;
 use serde_json::Value;
@@ -36,8 +36,6 @@ pub struct ConfigFile {
     pub kind: &'static str,
     /// Values by flag, the flags by their names in `cli`.
     pub(crate) values: BTreeMap<&'static str, Vec<String>>,
-    /// From `clientConnection.kubeconfig`.
-    pub kubeconfig: Option<PathBuf>,
     /// Fields that have no meaning here, and those that nobody knows: `iptables.syncPeriod`.
     pub ignored: Vec<String>,
     /// What to say of them, each with its place.
@@ -172,9 +170,6 @@ impl ConfigFile {
         self.findings.extend(located(reading.found.list, document, &self.path));
         for (position, values) in reading.taken {
             let field = &kind.fields()[position];
-            if field.form == Form::Kubeconfig {
-                self.kubeconfig = values.first().map(PathBuf::from);
-            }
             self.values.extend(field.flags.iter().map(|flag| (*flag, values.clone())));
         }
     }
@@ -320,8 +315,8 @@ enum Odd {
 fn words(form: Form, value: &Value) -> Result<Vec<String>, Odd> {
     let one = |text: String| Ok(vec![text]);
     match (form, value) {
-        (Form::Text | Form::Kubeconfig, Value::String(text)) => one(text.clone()),
-        (Form::Text | Form::Kubeconfig, _) => Err(Odd::Wrong("text")),
+        (Form::Text, Value::String(text)) => one(text.clone()),
+        (Form::Text, _) => Err(Odd::Wrong("text")),
         (Form::Number, Value::Number(number)) => one(number.to_string()),
         (Form::Number, _) => Err(Odd::Wrong("a number")),
         (Form::Switch, Value::Bool(flag)) => one(flag.to_string()),
@@ -379,13 +374,14 @@ mod tests {
         read(text).expect_err("a wrong file").to_string()
     }
 
+    #[cfg(feature = "kubernetes")]
     #[test]
     fn given_what_kubeadm_writes_when_read_then_it_is_taken_and_only_the_node_ports_are_worth_a_word() {
         let file = read(KUBEADM).expect("unchanged, it is fine");
 
         assert_eq!(file.kind, "KubeProxyConfiguration");
-        assert_eq!(file.values, [("cluster_cidr", vec!["10.244.0.0/16".to_owned()])].into());
-        assert_eq!(file.kubeconfig, Some("/var/lib/kube-proxy/kubeconfig.conf".into()));
+        let values = [("cluster_cidr", "10.244.0.0/16"), ("kubeconfig", "/var/lib/kube-proxy/kubeconfig.conf")];
+        assert_eq!(file.values, values.map(|(flag, value)| (flag, vec![value.to_owned()])).into());
         assert_eq!(file.ignored, ["nodePortAddresses"]);
         assert!(file.findings.iter().all(|finding| finding.severity == Severity::Note));
     }

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use crate::contact::Contact;
 use crate::frozen::pack;
 use crate::health::Health;
 use crate::journal::{self, Moves};
@@ -73,6 +74,7 @@ pub struct Relay {
     status: watch::Receiver<Arc<Status>>,
     health: Health,
     tcp: Arc<TcpShared>,
+    contact: Arc<Contact>,
 }
 
 /// What the process asks of the control task.
@@ -90,7 +92,9 @@ impl Relay {
     pub fn start(options: RelayOptions) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (orders, order_inbox) = mpsc::channel(1); // Nobody gives one before the last is carried out.
-        let (publish, status) = watch::channel(Arc::new(Status::default()));
+        let contact = Arc::new(Contact::default());
+        let first = Status { contact: Arc::clone(&contact), ..Status::default() };
+        let (publish, status) = watch::channel(Arc::new(first.clone()));
         let tcp = Arc::new(TcpShared::new(options.tcp)?);
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start(shards, options.udp)?;
@@ -105,11 +109,16 @@ impl Relay {
             source_problems: Vec::new(),
             synced: false,
             news: false,
-            status: Status::default(),
+            status: first,
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, health, tcp })
+        Ok(Self { messages, orders, status, health, tcp, contact })
+    }
+
+    /// Where an API source says how it does; it is in each snapshot, too.
+    pub fn contact(&self) -> Arc<Contact> {
+        Arc::clone(&self.contact)
     }
 
     /// Where sources send to.

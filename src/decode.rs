@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::thread;
 
 use serde::de::MapAccess;
+#[cfg(feature = "kubernetes")]
+use serde::de::{Deserialize, Deserializer};
 
 use crate::decode_endpoints::{self, EndpointPort, RawSlice, SliceEndpoint, Subset};
 use crate::decode_service::{self, PREFIX, Spec, Status};
@@ -25,6 +27,10 @@ use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fie
 
 /// Kinds that are named in the note about objects that nobody reads.
 const MAX_KINDS_TOLD: usize = 10;
+
+/// Findings that are told of one object of an API server.
+#[cfg(feature = "kubernetes")]
+const MAX_FINDINGS_PER_OBJECT: usize = 10;
 
 /// Text that one thread reads in about 100 ms; below that, more of them would not be noticed.
 const BYTES_PER_WORKER: usize = 1024 * 1024;
@@ -138,6 +144,54 @@ pub fn decode(bytes: &[u8], file: &str) -> Decoded {
     reading.end()
 }
 
+/// What an API server says of one object, with what is wrong with it.
+#[cfg(feature = "kubernetes")]
+#[derive(Clone, Debug)]
+pub(crate) struct Observed {
+    /// Its name, also where the rest cannot be used. `None` where it has none.
+    pub(crate) name: Option<ObjectName>,
+    /// From `metadata.resourceVersion`; empty where there is none.
+    pub(crate) version: Arc<str>,
+    /// What it says; `None` where an error forbids to use it.
+    pub(crate) content: Option<Content>,
+    /// What is wrong with it. Fields that nobody knows are left out: a server may be newer than we are.
+    pub(crate) problems: Vec<Problem>,
+}
+
+#[cfg(feature = "kubernetes")]
+impl Observed {
+    /// Reads an object of a kind. Fails on text that is no object at all, never on a wrong field: one bad object must
+    /// not take the whole list with it that it came in.
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D, kind: Kind) -> Result<Self, D::Error> {
+        let value = Object::<Manifest>::deserialize(deserializer)?;
+        let mut reading = Reading::new("API server");
+        let mut found = Findings::new(MAX_FINDINGS_PER_OBJECT);
+        reading.manifest(&mut found, At::Root, &value, Slot { line: 0, item: None, kind: Some(kind) });
+        let (name, version) = name_and_version(&value);
+        let content = reading.decoded.objects.pop().map(|entry| entry.content);
+        let told = found.list.into_iter().filter(|finding| finding.reason != "unknown_field");
+        let problems = told.map(|Finding { object, reason, message, severity, .. }| Problem {
+            severity,
+            ..Problem::error(object, reason, message)
+        });
+        Ok(Self { name, version, content, problems: problems.collect() })
+    }
+}
+
+/// As far as they can be read, whatever else is wrong.
+#[cfg(feature = "kubernetes")]
+fn name_and_version(value: &Object<Manifest>) -> (Option<ObjectName>, Arc<str>) {
+    let Object::Fields(raw, _) = value else { return (None, "".into()) };
+    let Object::Fields(metadata, _) = &raw.metadata else { return (None, "".into()) };
+    let text = |value: &Scalar| match value {
+        Scalar::Text(text) => Some(Arc::from(&**text)),
+        _ => None,
+    };
+    let namespace = text(&metadata.namespace).unwrap_or_else(|| "default".into());
+    let name = text(&metadata.name).map(|name| ObjectName::new(namespace, name));
+    (name, text(&metadata.resource_version).unwrap_or_default())
+}
+
 fields!(
     /// All fields of all kinds: one look at a document is enough, though `kind` may come last.
     Manifest {
@@ -177,6 +231,7 @@ fields!(Metadata {
     "generateName" => generate_name: Scalar,
     "namespace" => namespace: Scalar,
     "creationTimestamp" => created: Scalar,
+    "resourceVersion" => resource_version: Scalar,
     "labels" => labels: Object<Labels>,
     "annotations" => annotations: Object<Annotations>,
 } unused &[
@@ -188,7 +243,6 @@ fields!(Metadata {
     "initializers",
     "managedFields",
     "ownerReferences",
-    "resourceVersion",
     "selfLink",
     "uid",
 ]);

@@ -28,7 +28,9 @@ pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Cli, StartError
     let line: Vec<OsString> = line.into_iter().collect();
     let mut cli = Cli::try_parse_from(&line).map_err(StartError::Usage)?;
     let Some(path) = config_flag(&mut cli).and_then(|flag| flag.config.clone()) else { return Ok(cli) };
-    let file = config_file::read(&path, &judge).map_err(StartError::File)?;
+    let mut file = config_file::read(&path, &judge).map_err(StartError::File)?;
+    let overridden = cli.command.overridden_sources();
+    file.values.retain(|flag, _| !overridden.contains(flag));
     let mut command = Cli::command();
     for subcommand in ["run", "check"] {
         command = command.mut_subcommand(subcommand, |subcommand| with_defaults(subcommand, &file));
@@ -84,7 +86,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{CheckConfig, DEFAULT_METRICS_ADDRESS, RunConfig};
+    #[cfg(feature = "kubernetes")]
+    use crate::api_client::ApiOptions;
+    use crate::config::{CheckConfig, DEFAULT_METRICS_ADDRESS, RunConfig, SourceConfig};
     use crate::config_fields::Kind;
     use crate::logs::LogFormat;
     use crate::manifest::Input;
@@ -143,9 +147,23 @@ mod tests {
         };
 
         let both = [Input::from("a.yaml"), Input::from("b")];
-        assert_eq!(run(&file, "").sources, both);
+        assert_eq!(run(&file, "").source, SourceConfig::Manifests(both.to_vec()));
         assert_eq!(CheckConfig::try_from(*args).expect("fine").sources, both);
-        assert_eq!(run(&file, "-f c").sources, [Input::from("c")]);
+        assert_eq!(run(&file, "-f c").source, SourceConfig::Manifests(vec![Input::from("c")]));
+    }
+
+    #[cfg(feature = "kubernetes")]
+    #[test]
+    fn given_one_source_in_the_file_and_another_on_the_line_when_parsed_then_the_line_counts() {
+        let (server, files) = (kube_proxy("clientConnection: {kubeconfig: /k}\n"), relay("sources: [x]\n"));
+        let api = |kubeconfig: Option<&str>, master: Option<&str>| {
+            SourceConfig::Api(ApiOptions { kubeconfig: kubeconfig.map(Into::into), master: master.map(Into::into) })
+        };
+
+        assert_eq!(run(&server, "-f x").source, SourceConfig::Manifests(vec![Input::from("x")]));
+        assert_eq!(run(&server, "").source, api(Some("/k"), None));
+        assert_eq!(run(&server, "--master 10.0.0.1:6443").source, api(Some("/k"), Some("10.0.0.1:6443")));
+        assert_eq!(run(&files, "--master 10.0.0.1:6443").source, api(None, Some("10.0.0.1:6443")));
     }
 
     #[test]
@@ -163,8 +181,7 @@ mod tests {
     fn given_every_field_of_ours_when_parsed_then_each_is_in_the_configuration() {
         let config = run(
             &relay(
-                "metadata: {name: edge}\nsources: [x]\nclientConnection: {kubeconfig: /etc/kube.conf}\n\
-                 metricsBindAddress: none\nhealthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
+                "metadata: {name: edge}\nsources: [x]\nmetricsBindAddress: none\nhealthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
                  allowedExternalCIDRs: 203.0.113.0/24\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
@@ -175,7 +192,6 @@ mod tests {
             "",
         );
 
-        assert_eq!(config.kubeconfig.as_deref(), Some("/etc/kube.conf".as_ref()));
         assert_eq!((config.metrics_address, config.healthz_address), (None, Some(([10, 0, 0, 5], 10256).into())));
         assert!(config.bind_address_hard_fail);
         assert_eq!((config.plan.expose.len(), config.plan.allowed_external_cidrs.len()), (2, 1));
@@ -195,13 +211,15 @@ mod tests {
     #[test]
     fn given_the_flags_of_run_when_compared_with_our_kind_then_each_has_its_field() {
         let flags: Vec<&str> = Kind::Relay.fields().iter().flat_map(|field| field.flags).copied().collect();
+        // The last one is the way in which a pod's environment is asked.
+        let of_the_line = ["config", "help", "kubernetes_service_host"];
         let command = Cli::command();
         let run = command.find_subcommand("run").expect("run");
 
         let without: Vec<&str> = run
             .get_arguments()
             .map(|arg| arg.get_id().as_str())
-            .filter(|flag| !["config", "help"].contains(flag) && !flags.contains(flag))
+            .filter(|flag| !of_the_line.contains(flag) && !flags.contains(flag))
             .collect();
 
         assert_eq!(without, [] as [&str; 0], "flags that no file can set");
@@ -213,7 +231,7 @@ mod tests {
     fn given_kube_proxys_fields_when_parsed_then_those_that_apply_are_taken() {
         let config = run(
             &kube_proxy(
-                "bindAddress: 10.0.0.5\nbindAddressHardFail: true\nclientConnection: {kubeconfig: /k}\n\
+                "bindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  clusterCIDR: 10.244.0.0/16,fd00::/48\nhealthzBindAddress: 0.0.0.0:10356\nmetricsBindAddress: 0.0.0.0\n\
                  hostnameOverride: worker-1\nnodePortAddresses: [10.0.0.0/8]\nmode: userspace\n\
                  conntrack: {udpTimeout: 20s, udpStreamTimeout: 2m0s}\nlogging: {format: text}\n",
@@ -223,7 +241,6 @@ mod tests {
 
         assert_eq!(config.plan.node_addresses, [std::net::IpAddr::from([10, 0, 0, 5])]);
         assert!(config.bind_address_hard_fail);
-        assert_eq!(config.kubeconfig.as_deref(), Some("/k".as_ref()));
         assert_eq!(config.plan.cluster_cidrs.len(), 2);
         assert_eq!(config.healthz_address, Some(([0, 0, 0, 0], 10356).into()));
         assert_eq!(config.metrics_address, Some(([0, 0, 0, 0], 10249).into()), "an IP alone gets the port");

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! manifest ─ Message ─▶ control: batch ≤ 20 ms ─▶ Model::apply ─▶ Plan::update(dirty Services) ─▶ [Step] ─▶ Listeners::apply
+//! kubernetes ┘
 //! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
 //!                                                                                                           │ Point   → the listener's target, its socket's filter
 //!                                                                                                           │ Bind    → a socket, and threads that serve it
@@ -39,6 +40,7 @@
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
+//! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
 //! # What always holds
 //!
@@ -56,12 +58,15 @@ compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build i
 pub mod admin;
 mod admission;
 pub mod allocate;
+#[cfg(feature = "kubernetes")]
+pub mod api_client;
 mod balancing;
 mod claims;
 pub mod cli;
 pub mod config;
 mod config_fields;
 pub mod config_file;
+pub mod contact;
 pub mod control;
 pub mod decode;
 mod decode_endpoints;
@@ -78,6 +83,8 @@ mod heap;
 mod hints;
 pub mod host;
 mod journal;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 mod layout;
 pub mod lifecycle;
 pub mod live;
@@ -85,6 +92,8 @@ mod locate;
 pub mod logs;
 pub mod manifest;
 pub mod metrics;
+#[cfg(feature = "kubernetes")]
+mod mirror;
 pub mod model;
 pub mod name;
 pub mod overview;
@@ -105,4 +114,6 @@ pub mod timestamp;
 mod udp_settings;
 pub mod value;
 mod watch;
+#[cfg(feature = "kubernetes")]
+mod watched;
 mod yaml;

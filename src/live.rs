@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::contact::ContactReport;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
 use crate::serve::balancer::Backend;
@@ -29,6 +30,9 @@ pub struct LiveReport {
     pub synced: bool,
     /// How the source does.
     pub source: SourceStatus,
+    /// Whether the API server is heard; absent with a static source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contact: Option<ContactReport>,
     /// Services and problems.
     #[serde(flatten)]
     pub report: Report,
@@ -43,6 +47,7 @@ impl LiveReport {
             revision: status.revision,
             synced: status.synced,
             source: status.source.clone(),
+            contact: status.contact.report(),
             report: status.report(),
         }
     }
@@ -201,6 +206,7 @@ pub(crate) mod sample {
                 config_revision: 3,
                 rejections,
             },
+            contact: Arc::default(),
         }
     }
 

@@ -46,11 +46,14 @@ pub enum LogFormat {
     Json,
 }
 
+/// What we say in our own words, once: the client of the API server logs each failure, with all that it was sent.
+const OWN_WORDS: &str = "kube_client=off,kube_runtime=off";
+
 /// Sends all logs of this process to standard error. A second call changes nothing.
 pub fn start(options: &LogOptions) {
     let terminal = stderr().is_terminal();
     // Cannot fail: the text was parsed before. If it did, errors alone would be logged.
-    let filter = EnvFilter::builder().parse_lossy(&options.level.0);
+    let filter = EnvFilter::builder().parse_lossy(format!("{OWN_WORDS},{}", options.level.0));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_target(false);
     // An error here means that somebody who embeds us logs already: their choice stands.
     let _ = match options.format.resolve(terminal) {

@@ -11,15 +11,19 @@ use std::thread::available_parallelism;
 use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
 use kube_relay::admin::{self, AdminOptions};
+#[cfg(feature = "kubernetes")]
+use kube_relay::api_client::Api;
 use kube_relay::cli::{
     CheckArgs, CheckOutput, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand, NewServiceArgs,
     RunArgs, StatusArgs, StatusOutput,
 };
-use kube_relay::config::{CheckConfig, RunConfig};
+use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
 use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::host::{self, Host};
+#[cfg(feature = "kubernetes")]
+use kube_relay::kubernetes;
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
@@ -77,7 +81,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn run(args: RunArgs) -> anyhow::Result<u8> {
     let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
-    if let Some(missing) = config.sources.iter().find_map(Input::missing) {
+    if let SourceConfig::Manifests(inputs) = &config.source
+        && let Some(missing) = inputs.iter().find_map(Input::missing)
+    {
         bail!("{}: no such file or folder", missing.display());
     }
     logs::start(&config.logs);
@@ -128,8 +134,7 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let source = Source::new(config.sources, config.plan.ranges());
-    tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(&reload), stop.clone()));
+    follow(&config, &relay, &reload, &stop).await?;
     let times = tokio::select! {
         times = end(&mut signals, &reload, config.shutdown) => times,
         // Whoever supervises this process starts another one, which serves.
@@ -141,6 +146,29 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     stop.cancel();
     drop(admin);
     info!("stopped");
+    Ok(())
+}
+
+/// Starts the source.
+async fn follow(
+    config: &RunConfig,
+    relay: &Relay,
+    reload: &Arc<Notify>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let (messages, stop) = (relay.messages(), stop.clone());
+    match &config.source {
+        SourceConfig::Manifests(inputs) => {
+            let source = Source::new(inputs.clone(), config.plan.ranges());
+            tokio::spawn(manifest::run(source, messages, Arc::clone(reload), stop));
+        }
+        #[cfg(feature = "kubernetes")]
+        SourceConfig::Api(options) => {
+            let selection = kubernetes::Selection { proxy_name: config.plan.proxy_name.clone() };
+            let source = kubernetes::Source::new(&Api::find(options).await?, &selection, relay.contact())?;
+            tokio::spawn(kubernetes::run(source, messages, stop));
+        }
+    }
     Ok(())
 }
 

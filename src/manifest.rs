@@ -278,7 +278,8 @@ impl Source {
 }
 
 impl Objects {
-    fn add(&mut self, content: &Content) {
+    /// Adds what an object says.
+    pub(crate) fn add(&mut self, content: &Content) {
         match content {
             Content::Service(service) => self.services.push(Arc::clone(service)),
             Content::Slices(slices) => self.slices.extend(slices.iter().cloned()),

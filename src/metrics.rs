@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
 use metrics_process::collector;
 
+use crate::contact::Contact;
 use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
 use crate::plan::ServicePlan;
@@ -75,6 +76,10 @@ metrics! {
     ReloadSuccessful = Gauge "kuberelay_config_last_reload_successful" [] "1 where the last read of the manifests was taken whole.";
     ConfigRevision = Gauge "kuberelay_config_revision" [] "How many different states of the manifests were taken.";
     ObjectsRejected = Counter "kuberelay_objects_rejected_total" ["kind", "reason"] "Objects that were not taken from the source, by kind (unknown where it could not be read) and reason; each of their versions once.";
+    SourceConnected = Gauge "kuberelay_source_connected" [] "1 while the API server answers; only with an API source.";
+    SourceAge = Gauge "kuberelay_source_age_seconds" [] "Seconds since the API server last said something, of the kind where that is longest ago; up to 65 is normal.";
+    Relists = Counter "kuberelay_kube_relists_total" ["reason"] "Times that all objects of a kind were listed again, by the failure that made it necessary.";
+    WatchErrors = Counter "kuberelay_kube_watch_errors_total" ["kind", "reason"] "Requests and watches that failed, by kind of object and reason.";
     Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";
     ListenerFailures = Gauge "kuberelay_listener_failures" ["reason"] "Listeners that cannot be bound now, by reason.";
     ServiceBackends = Gauge "kuberelay_service_backends" ["namespace", "service", "port", "protocol", "state"] "Backends that get new traffic (ready), or only keep what they have (draining).";
@@ -118,6 +123,7 @@ pub fn render(status: &Status, ready: bool) -> String {
         let labels = format!("{},{}", label("kind", kind), label("reason", reason));
         page.sample(Id::ObjectsRejected, &labels, count);
     }
+    page.contact(&status.contact);
     page.listeners(status);
     for service in status.services.values() {
         page.service(service);
@@ -163,6 +169,20 @@ impl Page {
             }
         }
         text
+    }
+
+    fn contact(&mut self, contact: &Contact) {
+        if let Some(report) = contact.report() {
+            self.sample(Id::SourceConnected, "", u8::from(report.connected));
+            self.sample(Id::SourceAge, "", report.age_seconds);
+        }
+        for (reason, count) in contact.relists() {
+            self.sample(Id::Relists, &label("reason", reason.as_str()), count);
+        }
+        for (kind, reason, count) in contact.failures() {
+            let labels = format!("{},{}", label("kind", kind.as_str()), label("reason", reason.as_str()));
+            self.sample(Id::WatchErrors, &labels, count);
+        }
     }
 
     fn listeners(&mut self, status: &Status) {

@@ -122,6 +122,26 @@ words! {
     }
 }
 
+words! {
+    /// Why a request to the API server, or a watch, came to nothing.
+    WatchFailure {
+        /// What we ask to continue from is too old: everything has to be listed anew.
+        Expired = "expired",
+        /// The server has too much to do (429) and says when to come back.
+        Throttled = "throttled",
+        /// The server does not know us, or does not let us read this (401, 403).
+        Forbidden = "forbidden",
+        /// The server failed (5xx), or refused for another reason.
+        Server = "server",
+        /// No connection, or it broke.
+        Unreachable = "unreachable",
+        /// The server was silent for too long.
+        Timeout = "timeout",
+        /// The answer is not what the API says.
+        Decode = "decode",
+    }
+}
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -227,6 +247,8 @@ impl<const N: usize> Default for Tally<N> {
 pub type CloseTally = Tally<{ CloseReason::ALL.len() }>;
 /// One counter for each [`ConnectFailure`].
 pub type ConnectFailureTally = Tally<{ ConnectFailure::ALL.len() }>;
+/// One counter for each [`WatchFailure`].
+pub type WatchFailureTally = Tally<{ WatchFailure::ALL.len() }>;
 /// One counter for each [`DropReason`].
 pub type DropTally = Tally<{ DropReason::ALL.len() }>;
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::contact::Contact;
 use crate::model::{Model, Service, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
 use crate::plan::{Balance, HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
@@ -266,15 +267,17 @@ pub struct Status {
     pub problems: Arc<Vec<Problem>>,
     /// How the source does.
     pub source: SourceStatus,
+    /// Whether the source hears from its API server; says nothing with a static source.
+    pub contact: Arc<Contact>,
 }
 
 /// How a source does. Sent by the source with each of its reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SourceStatus {
-    /// `static`.
+    /// `static` or `kubernetes`.
     pub kind: Cow<'static, str>,
-    /// True where the last read was taken whole.
+    /// True where the last read was taken whole; of an API source, where its server answers.
     pub last_reload_successful: bool,
     /// How many different states were taken.
     pub config_revision: u64,

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of this, and exports nothing")]
 
+pub mod api_server;
 pub mod backend;
 pub mod client;
 pub mod manifest;

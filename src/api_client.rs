@@ -1,0 +1,302 @@
+//! The way to an API server: which one, with what credentials, and how patiently.
+//!
+//! Each watched kind has a [`Client`] of its own, whose [`Wire`] sees all that goes over it: when the server last said
+//! something, when it wants to be asked again, and how soon a watch may follow another. What is asked is `kubernetes`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http_body_util::BodyExt;
+use http_body_util::combinators::MapFrame;
+use hyper::body::{Body, Bytes, Frame};
+use hyper::header::RETRY_AFTER;
+use hyper::{Request, Response, Uri};
+use kube::client::{Body as RequestBody, ClientBuilder};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Client, Config};
+use tokio::time::{Instant, sleep_until, timeout};
+use tower::{BoxError, Layer, Service};
+
+use crate::contact::Contact;
+use crate::decode::Kind;
+
+/// From a request to the first byte of its answer. A list of a hundred thousand endpoints takes a server seconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Watches that may follow each other at once; then one in [`WATCH_PACE`]. A proxy in between may cut each as soon as it begins.
+const WATCH_BURST: u32 = 3;
+/// Time in which one more watch may begin. A server lets them live for about a minute.
+const WATCH_PACE: Duration = Duration::from_secs(6);
+/// The longest time that a server can make us wait.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Which API server, as an operator says it. Without either of both: the one of the cluster that this pod runs in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApiOptions {
+    /// Server and credentials. From `--kubeconfig`.
+    pub kubeconfig: Option<PathBuf>,
+    /// Address of the server, in place of the one that the kubeconfig or the pod's environment names. From `--master`.
+    pub master: Option<String>,
+}
+
+/// It cannot be known whom to ask, or how.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The kubeconfig cannot be used.
+    #[error("{}: cannot be used as a kubeconfig", path.display())]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: KubeconfigError,
+    },
+    /// Neither a file nor a cluster around us.
+    #[error("no API server is known here: give --kubeconfig, or run in a pod with a service account")]
+    NotInCluster(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// `--master` is no address.
+    #[error("{0}: not the address of an API server; write https://192.168.1.10:6443")]
+    Master(String),
+    /// Certificates or keys that cannot be used.
+    #[error("{server}: cannot be asked with these credentials")]
+    Credentials {
+        /// The server.
+        server: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+}
+
+/// Server and credentials.
+#[derive(Clone, Debug)]
+pub struct Api {
+    config: Config,
+}
+
+impl Api {
+    /// Reads where the server is, and how to ask it. Sends nothing.
+    ///
+    /// # Errors
+    /// Where files are missing or wrong: a person has to mend them.
+    pub async fn find(options: &ApiOptions) -> Result<Self, ApiError> {
+        let mut config = match (&options.kubeconfig, &options.master) {
+            (Some(path), _) => from_file(path.clone()).await?,
+            (None, Some(_)) => Config::incluster().unwrap_or_else(|_| Config::new(Uri::default())),
+            (None, None) => Config::incluster().map_err(|error| ApiError::NotInCluster(error.into()))?,
+        };
+        if let Some(master) = &options.master {
+            config.cluster_url = address(master).ok_or_else(|| ApiError::Master(master.clone()))?;
+        }
+        // Its own retries are not seen by anybody, and do not keep to Retry-After.
+        config.default_retry = false;
+        Ok(Self { config })
+    }
+
+    /// The address of the server, without what may be secret in it.
+    pub fn server(&self) -> String {
+        let url = &self.config.cluster_url;
+        let host = url.authority().map(|authority| authority.as_str().rsplit('@').next().unwrap_or_default());
+        format!("{}://{}", url.scheme_str().unwrap_or("https"), host.unwrap_or_default())
+    }
+
+    /// A client for the watch of one kind, and what it tells of its wire.
+    pub(crate) fn client(&self, kind: Kind, contact: &Arc<Contact>) -> Result<(Client, Arc<Wire>), ApiError> {
+        let failed = |source| ApiError::Credentials { server: self.server(), source: Box::new(source) };
+        let wire = Arc::new(Wire::new(kind, Arc::clone(contact)));
+        let client = ClientBuilder::try_from(self.config.clone()).map_err(failed)?.with_layer(&Tap(Arc::clone(&wire)));
+        Ok((client.build(), wire))
+    }
+}
+
+async fn from_file(path: PathBuf) -> Result<Config, ApiError> {
+    let read = async {
+        let kubeconfig = Kubeconfig::read_from(&path)?;
+        Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await
+    };
+    read.await.map_err(|source| ApiError::Kubeconfig { path, source })
+}
+
+/// `https://host:port`, or as much of it as is there.
+fn address(text: &str) -> Option<Uri> {
+    let text = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
+    let uri: Uri = text.parse().ok()?;
+    let known = matches!(uri.scheme_str(), Some("http" | "https"));
+    (known && uri.host().is_some_and(|host| !host.is_empty())).then_some(uri)
+}
+
+/// What is known of the connection of one kind. Shared by its client and its watch.
+#[derive(Debug)]
+pub(crate) struct Wire {
+    kind: Kind,
+    contact: Arc<Contact>,
+    since: Instant,
+    /// Until when the server wants to be left alone, in milliseconds after `since`.
+    retry_ms: AtomicU64,
+}
+
+impl Wire {
+    fn new(kind: Kind, contact: Arc<Contact>) -> Self {
+        Self { kind, contact, since: Instant::now(), retry_ms: AtomicU64::new(0) }
+    }
+
+    /// When the server may be asked again, as far as it has said so.
+    pub(crate) fn retry_at(&self) -> Instant {
+        self.since + Duration::from_millis(self.retry_ms.load(Ordering::Relaxed))
+    }
+
+    fn hear(&self) {
+        self.contact.hear(self.kind);
+    }
+
+    /// Keeps to what the answer asks for.
+    fn note<B>(&self, response: &Response<B>) {
+        self.hear();
+        if response.status().is_success() {
+            self.contact.line(self.kind).connect();
+        }
+        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        if let Some(seconds) = seconds.filter(|_| !response.status().is_success()) {
+            let until = self.since.elapsed() + Duration::from_secs(seconds).min(MAX_RETRY_AFTER);
+            self.retry_ms.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Watches that may begin: some at once, then one after the other.
+#[derive(Debug)]
+struct Pace {
+    /// When all of [`WATCH_BURST`] are free again.
+    full_at: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self { full_at: now }
+    }
+
+    /// When the next one may begin, which is counted as begun.
+    fn take(&mut self, now: Instant) -> Instant {
+        self.full_at = self.full_at.max(now) + WATCH_PACE;
+        (self.full_at - WATCH_PACE * WATCH_BURST).max(now)
+    }
+}
+
+/// Puts a [`Wire`] around a client.
+struct Tap(Arc<Wire>);
+
+impl<S> Layer<S> for Tap {
+    type Service = Tapped<S>;
+
+    fn layer(&self, inner: S) -> Tapped<S> {
+        Tapped { inner, wire: Arc::clone(&self.0), watches: Pace::new(Instant::now()) }
+    }
+}
+
+/// A client whose traffic is heard.
+struct Tapped<S> {
+    inner: S,
+    wire: Arc<Wire>,
+    watches: Pace,
+}
+
+/// A body whose frames are heard.
+type Heard<B> = MapFrame<B, Box<dyn FnMut(Frame<Bytes>) -> Frame<Bytes> + Send>>;
+
+impl<S, B> Service<Request<RequestBody>> for Tapped<S>
+where
+    S: Service<Request<RequestBody>, Response = Response<B>, Error = BoxError> + Send + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+{
+    type Response = Response<Heard<B>>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Self::Response, BoxError>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<RequestBody>) -> Self::Future {
+        let now = Instant::now();
+        let turn = if is_watch(request.uri()) { self.watches.take(now) } else { now };
+        let wire = Arc::clone(&self.wire);
+        let answer = self.inner.call(request); // Lazy: nothing is sent before it is polled.
+        Box::pin(async move {
+            sleep_until(turn).await;
+            let response = timeout(ANSWER_TIMEOUT, answer).await??;
+            wire.note(&response);
+            Ok(response.map(|body| {
+                let hear: Box<dyn FnMut(Frame<Bytes>) -> Frame<Bytes> + Send> = Box::new(move |frame| {
+                    wire.hear();
+                    frame
+                });
+                body.map_frame(hear)
+            }))
+        })
+    }
+}
+
+fn is_watch(uri: &Uri) -> bool {
+    uri.query().is_some_and(|query| query.split('&').any(|pair| matches!(pair, "watch=true" | "watch=1")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f3_given_watches_that_end_at_once_when_they_begin_again_then_three_go_and_then_one_in_six_seconds() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+
+        let waits: Vec<u64> = (0..5).map(|_| (pace.take(start) - start).as_secs()).collect();
+
+        assert_eq!(waits, [0, 0, 0, 6, 12]);
+        assert_eq!(pace.take(start + Duration::from_secs(60)), start + Duration::from_secs(60), "forgiven");
+    }
+
+    #[test]
+    fn given_addresses_of_servers_when_read_then_only_http_with_a_host_passes() {
+        let read = |text| address(text).map(|uri| uri.to_string());
+
+        assert_eq!(read("https://[fd00::1]:6443").as_deref(), Some("https://[fd00::1]:6443/"));
+        assert_eq!(read("192.168.1.10:6443").as_deref(), Some("https://192.168.1.10:6443/"));
+        for text in ["", "https://", "ftp://a", "a b"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn given_requests_when_looked_at_then_watches_are_told_from_lists() {
+        let is_watch = |text: &str| is_watch(&text.parse().expect("an address"));
+
+        assert!(is_watch("/api/v1/services?&watch=true&resourceVersion=1"));
+        assert!(!is_watch("/api/v1/services?labelSelector=watch"));
+    }
+
+    #[tokio::test]
+    async fn given_a_master_when_found_then_it_stands_in_place_of_the_kubeconfigs_server() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("config");
+        let text = "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{name: c, context: {cluster: c, user: u}}]\n\
+                    clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]\nusers: [{name: u, user: {}}]\n";
+        std::fs::write(&path, text).expect("a file");
+        let kubeconfig = Some(path);
+
+        let plain = Api::find(&ApiOptions { kubeconfig: kubeconfig.clone(), master: None }).await.expect("found");
+        let other = Api::find(&ApiOptions { kubeconfig, master: Some("10.0.0.1:6443".into()) }).await.expect("found");
+
+        assert_eq!((plain.server().as_str(), other.server().as_str()), ("http://127.0.0.1:1", "https://10.0.0.1:6443"));
+    }
+
+    #[tokio::test]
+    async fn given_a_kubeconfig_that_is_not_there_when_looked_for_then_the_error_names_it() {
+        let kubeconfig = Some(PathBuf::from("/nonexistent/config"));
+
+        let error = Api::find(&ApiOptions { kubeconfig, master: None }).await.expect_err("no such file");
+
+        assert!(error.to_string().starts_with("/nonexistent/config: "), "{error}");
+    }
+}

@@ -1,0 +1,171 @@
+//! How an API source does: whether it hears from its server, since when it does not, and how often it began anew.
+//!
+//! Written by the source (`kubernetes`), read at `/metrics`, `/status` and `/readyz`. Atomics, as those read at any time.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::decode::Kind;
+use crate::stats::{WatchFailure, WatchFailureTally};
+
+/// The contact of one relay with its API server. Owned by the source, shared with whoever reads it.
+#[derive(Debug)]
+pub struct Contact {
+    since: Instant,
+    lines: [Line; KINDS.len()],
+}
+
+/// The kinds that are watched, in the order of their lines.
+const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Endpoints];
+
+/// What is heard of one kind.
+#[derive(Debug, Default)]
+pub struct Line {
+    /// True where this kind is watched here: a server has either EndpointSlices or Endpoints.
+    watched: AtomicBool,
+    /// True from the first good answer after a failure to the next failure.
+    connected: AtomicBool,
+    /// When the server last said something, in milliseconds since the contact was made.
+    heard_ms: AtomicU64,
+    /// Why everything was listed again.
+    relists: WatchFailureTally,
+    failures: WatchFailureTally,
+}
+
+/// How the contact is at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ContactReport {
+    /// True where the last thing heard of each kind was no failure.
+    pub connected: bool,
+    /// Seconds since the server last said something, of the kind where that is longest ago.
+    pub age_seconds: f64,
+}
+
+impl Default for Contact {
+    fn default() -> Self {
+        Self { since: Instant::now(), lines: Default::default() }
+    }
+}
+
+impl Contact {
+    /// The line of a kind.
+    pub fn line(&self, kind: Kind) -> &Line {
+        &self.lines[kind as usize]
+    }
+
+    /// Says that a kind is watched from now on.
+    pub fn watch(&self, kind: Kind) {
+        let line = self.line(kind);
+        line.heard_ms.store(self.now_ms(), Ordering::Relaxed);
+        line.watched.store(true, Ordering::Relaxed);
+    }
+
+    /// Says that a kind is not watched any more.
+    pub fn forget(&self, kind: Kind) {
+        self.line(kind).watched.store(false, Ordering::Relaxed);
+    }
+
+    /// The server has said something about a kind.
+    pub fn hear(&self, kind: Kind) {
+        self.line(kind).heard_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// How the contact is now; `None` where nothing is watched.
+    pub fn report(&self) -> Option<ContactReport> {
+        let watched = || self.lines.iter().filter(|line| line.watched.load(Ordering::Relaxed));
+        let oldest_ms = watched().map(|line| line.heard_ms.load(Ordering::Relaxed)).min()?;
+        let age = Duration::from_millis(self.now_ms().saturating_sub(oldest_ms));
+        Some(ContactReport { connected: watched().all(Line::is_connected), age_seconds: age.as_secs_f64() })
+    }
+
+    /// True where the last thing heard of each watched kind was no failure.
+    pub fn is_connected(&self) -> bool {
+        self.report().is_some_and(|report| report.connected)
+    }
+
+    /// How often each kind was listed again, by reason; reasons that never were are left out.
+    pub fn relists(&self) -> impl Iterator<Item = (WatchFailure, u64)> {
+        WatchFailure::ALL
+            .iter()
+            .map(|reason| (*reason, self.lines.iter().map(|line| line.relists.get(*reason)).sum()))
+            .filter(|(_, count)| *count > 0)
+    }
+
+    /// How often a request or a watch failed, by kind and reason; what never happened is left out.
+    pub fn failures(&self) -> impl Iterator<Item = (Kind, WatchFailure, u64)> {
+        KINDS
+            .iter()
+            .flat_map(|kind| WatchFailure::ALL.iter().map(|reason| (*kind, *reason)))
+            .map(|(kind, reason)| (kind, reason, self.line(kind).failures.get(reason)))
+            .filter(|(_, _, count)| *count > 0)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Line {
+    /// A list or a watch was answered well.
+    pub fn connect(&self) {
+        self.connected.store(true, Ordering::Relaxed);
+    }
+
+    /// A request or a watch failed.
+    pub fn fail(&self, reason: WatchFailure) {
+        self.connected.store(false, Ordering::Relaxed);
+        self.failures.count(reason);
+    }
+
+    /// Everything is listed again, for this reason.
+    pub fn relist(&self, reason: WatchFailure) {
+        self.relists.count(reason);
+    }
+
+    fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_the_kinds_when_asked_for_then_each_has_its_own_line() {
+        for (place, kind) in KINDS.into_iter().enumerate() {
+            assert_eq!(kind as usize, place);
+        }
+    }
+
+    #[test]
+    fn given_two_kinds_when_one_fails_then_nobody_is_connected_until_it_answers_again() {
+        let contact = Contact::default();
+        assert!(!contact.is_connected(), "nothing is watched yet");
+        for kind in [Kind::Service, Kind::EndpointSlice] {
+            contact.watch(kind);
+            contact.line(kind).connect();
+        }
+        assert!(contact.is_connected());
+
+        contact.line(Kind::EndpointSlice).fail(WatchFailure::Server);
+        assert!(!contact.is_connected());
+        contact.line(Kind::EndpointSlice).connect();
+
+        assert!(contact.is_connected());
+        assert_eq!(contact.failures().collect::<Vec<_>>(), [(Kind::EndpointSlice, WatchFailure::Server, 1)]);
+    }
+
+    #[test]
+    fn given_relists_of_two_kinds_when_read_then_reasons_are_summed() {
+        let contact = Contact::default();
+
+        contact.line(Kind::Service).relist(WatchFailure::Expired);
+        contact.line(Kind::EndpointSlice).relist(WatchFailure::Expired);
+
+        assert_eq!(contact.relists().collect::<Vec<_>>(), [(WatchFailure::Expired, 2)]);
+    }
+}

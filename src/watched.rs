@@ -1,0 +1,123 @@
+//! Objects as the watch of the `kube` crate wants them: of one kind, and already reduced to what a proxy reads.
+//!
+//! Nothing of the API's own object survives the reading of its text: ten thousand Services never stand in memory in full.
+//! What their fields mean is `decode`.
+
+use std::borrow::Cow;
+use std::marker::PhantomData;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use serde::{Deserialize, Deserializer};
+
+use crate::decode::{Kind, Observed};
+
+/// A kind that can be watched.
+pub(crate) trait Watchable: Clone + std::fmt::Debug + Send + 'static {
+    /// The kind.
+    const KIND: Kind;
+    /// Its API group; empty for the core group.
+    const GROUP: &'static str;
+    /// Its name in paths.
+    const PLURAL: &'static str;
+}
+
+/// `Service`, v1.
+#[derive(Clone, Debug)]
+pub(crate) struct Services;
+/// `EndpointSlice`, discovery.k8s.io/v1.
+#[derive(Clone, Debug)]
+pub(crate) struct EndpointSlices;
+/// `Endpoints`, v1.
+#[derive(Clone, Debug)]
+pub(crate) struct Endpoints;
+
+impl Watchable for Services {
+    const KIND: Kind = Kind::Service;
+    const GROUP: &'static str = "";
+    const PLURAL: &'static str = "services";
+}
+
+impl Watchable for EndpointSlices {
+    const KIND: Kind = Kind::EndpointSlice;
+    const GROUP: &'static str = "discovery.k8s.io";
+    const PLURAL: &'static str = "endpointslices";
+}
+
+impl Watchable for Endpoints {
+    const KIND: Kind = Kind::Endpoints;
+    const GROUP: &'static str = "";
+    const PLURAL: &'static str = "endpoints";
+}
+
+/// One object of a kind.
+#[derive(Clone, Debug)]
+pub(crate) struct Watched<T> {
+    /// What a proxy reads in it.
+    pub(crate) observed: Observed,
+    /// What the watch reads in it: only the resource version, from which it continues.
+    metadata: ObjectMeta,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<'de, T: Watchable> Deserialize<'de> for Watched<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let observed = Observed::deserialize(deserializer, T::KIND)?;
+        let metadata = ObjectMeta { resource_version: Some(observed.version.to_string()), ..ObjectMeta::default() };
+        Ok(Self { observed, metadata, kind: PhantomData })
+    }
+}
+
+impl<T: Watchable> Resource for Watched<T> {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        T::KIND.as_str().into()
+    }
+
+    fn group(_: &()) -> Cow<'_, str> {
+        T::GROUP.into()
+    }
+
+    fn version(_: &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural(_: &()) -> Cow<'_, str> {
+        T::PLURAL.into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn given_the_kinds_when_their_paths_are_made_then_they_are_those_of_the_api() {
+        assert_eq!(Watched::<Services>::url_path(&(), None), "/api/v1/services");
+        assert_eq!(Watched::<EndpointSlices>::url_path(&(), None), "/apis/discovery.k8s.io/v1/endpointslices");
+        assert_eq!(Watched::<Endpoints>::url_path(&(), None), "/api/v1/endpoints");
+    }
+
+    #[test]
+    fn f4_given_an_item_of_a_list_with_wrong_fields_when_read_then_only_its_content_is_missing() {
+        let item = json!({"metadata": {"name": "web", "resourceVersion": "5"}, "spec": {"ports": 7}});
+
+        let watched: Watched<Services> = serde_json::from_value(item).expect("an object");
+
+        assert_eq!(watched.meta().resource_version.as_deref(), Some("5"));
+        assert!(watched.observed.content.is_none() && watched.observed.name.is_some());
+    }
+}

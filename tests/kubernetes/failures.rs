@@ -1,0 +1,162 @@
+//! Servers that fail: what is served stays, few requests are made, and the next good answer makes all of it true.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use kube_relay::stats::WatchFailure;
+use tokio::task::JoinHandle;
+
+use crate::stage::{Stage, service, slice};
+use crate::support::api_server::Mood;
+use crate::support::client;
+use crate::support::site::Site;
+
+/// A client that asks again and again: how often it was answered, and what went wrong if anything did.
+struct Caller {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    task: JoinHandle<()>,
+}
+
+impl Caller {
+    fn start(site: Site) -> Self {
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (until, count) = (Arc::clone(&stop), Arc::clone(&answered));
+        let task = tokio::spawn(async move {
+            while !until.load(Ordering::Relaxed) {
+                client::ask(site.service()).await.expect("a backend answers all the time");
+                count.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(2)).await; // Not a load, only somebody who would notice.
+            }
+        });
+        Self { stop, answered, task }
+    }
+
+    async fn end(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.expect("no client saw an error");
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// Fails in one way until `failed` times were counted, changes everything meanwhile, and sees it come true at once.
+async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure, failed: u64) {
+    let site = stage.site;
+    stage.server.put("services", service("gone", "127.0.1.99"));
+    stage.until_known("gone", true).await;
+    let (caller, before) = (Caller::start(site), stage.server.asked().len());
+    let began = tokio::time::Instant::now();
+
+    stage.server.mood(mood);
+    stage.server.cut().await;
+    stage.server.delete("services", "default/gone");
+    stage.server.compact();
+    stage
+        .until("failures", |status| {
+            let of_it = status.contact.failures().filter(|(_, why, _)| *why == reason);
+            of_it.map(|(_, _, count)| count).sum::<u64>() >= failed
+        })
+        .await;
+    let (asked, seconds) = (stage.server.asked().len() - before, began.elapsed().as_secs_f64());
+    assert_eq!(crate::support::relay::picks(&stage.status(), "web"), [site.backend(1).to_string()]);
+    assert!(!stage.status().contact.is_connected());
+
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.server.mood(Mood::Well);
+    stage.until_backends(&[site.backend(2)]).await;
+    stage.until_known("gone", false).await;
+    stage.until("contact", |status| status.contact.is_connected() && status.source.last_reload_successful).await;
+    assert!(caller.end().await > 0);
+    // Of two kinds, each at most thrice at once and then more and more slowly.
+    assert!(asked as f64 <= 6.0 + 2.0 * seconds, "{asked} requests in {seconds} s");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f3_given_a_storm_of_500_when_it_ends_then_nobody_noticed_and_what_was_deleted_is_gone() {
+    let mut stage = Stage::serving(Site::new(21)).await;
+
+    outage(&mut stage, Mood::Refuse(500), WatchFailure::Server, 6).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t225_f3_given_watches_that_expire_by_status_when_listed_anew_then_nobody_noticed() {
+    let mut stage = Stage::serving(Site::new(22)).await;
+
+    outage(&mut stage, Mood::ExpireStatus, WatchFailure::Expired, 6).await;
+
+    assert!(stage.relists(WatchFailure::Expired) >= 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t225_f3_given_watches_that_expire_by_an_event_when_listed_anew_then_nobody_noticed() {
+    let mut stage = Stage::serving(Site::new(23)).await;
+
+    outage(&mut stage, Mood::ExpireEvent, WatchFailure::Expired, 6).await;
+
+    assert!(stage.relists(WatchFailure::Expired) >= 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f3_given_a_server_that_says_when_to_come_back_when_asked_then_nobody_comes_before() {
+    let stage = Stage::serving(Site::new(24)).await;
+    stage.server.mood(Mood::Throttle(3));
+    let before = stage.server.asked().len();
+    let mut stage = stage;
+    stage.server.cut().await;
+    stage.until("two refusals of each", |_| stage.server.asked().len() >= before + 4).await;
+
+    let asked = stage.server.asked();
+    for resource in ["services", "endpointslices"] {
+        let times: Vec<_> =
+            asked.iter().skip(before).filter(|asked| asked.resource == resource).map(|asked| asked.at).collect();
+        assert!(times.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_secs(3)), "{times:?}");
+    }
+    stage.server.mood(Mood::Well);
+    stage.until("contact", |status| status.contact.is_connected()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_answers_that_are_no_json_when_the_server_recovers_then_nobody_noticed() {
+    let mut stage = Stage::serving(Site::new(25)).await;
+
+    outage(&mut stage, Mood::Garble, WatchFailure::Decode, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_answers_cut_at_any_byte_when_the_server_recovers_then_all_is_true_and_few_were_asked() {
+    let mut stage = Stage::serving(Site::new(26)).await;
+    let site = stage.site;
+    let caller = Caller::start(site);
+
+    for bytes in [0, 1, 17, 180] {
+        stage.server.mood(Mood::Cut(bytes));
+        stage.server.cut().await;
+        let before = stage.server.asked().len();
+        let (name, ip) = (format!("cut-{bytes}"), format!("127.0.26.{bytes}"));
+        stage.server.put("services", service(&name, &ip));
+        stage.until("requests", |_| stage.server.asked().len() > before + 1).await;
+        stage.server.mood(Mood::Well);
+        stage.until_known(&name, true).await;
+    }
+
+    assert!(caller.end().await > 0);
+    assert!(stage.server.asked().len() < 60, "{:#?}", stage.server.asked());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_comes_and_nobody_noticed() {
+    let mut stage = Stage::serving(Site::new(226)).await;
+    let site = stage.site;
+    let caller = Caller::start(site);
+
+    stage.server.stop().await;
+    stage.until("the loss to be noticed", |status| !status.contact.is_connected()).await;
+    stage.until("the loss to be shown", |status| !status.source.last_reload_successful).await;
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.server.resume().await;
+
+    stage.until_backends(&[site.backend(2)]).await;
+    stage.until("the return to be shown", |status| status.source.last_reload_successful).await;
+    assert!(caller.end().await > 0);
+}

@@ -1,0 +1,10 @@
+//! Services from an API server, from end to end: a server that fails in every way that real ones do, real clients and
+//! backends on loopback, and what each of them notices.
+#![cfg(feature = "kubernetes")]
+
+mod failures;
+mod rollout;
+mod stage;
+
+#[path = "../support/mod.rs"]
+mod support;

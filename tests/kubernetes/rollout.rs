@@ -1,0 +1,95 @@
+//! Objects that come, change and go.
+
+use serde_json::json;
+
+use crate::stage::{Stage, api_address, service, slice, web};
+use crate::support::api_server::ApiServer;
+use crate::support::client;
+use crate::support::site::Site;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_service_of_an_api_server_when_its_slice_changes_then_clients_follow() {
+    let stage = Stage::serving(Site::new(11)).await;
+    let site = stage.site;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.until_backends(&[site.backend(2)]).await;
+
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(2));
+    stage.server.delete("services", "default/web");
+    stage.until_known("web", false).await;
+    assert!(client::refused(site.service()).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_more_objects_than_a_page_when_listed_then_all_are_served() {
+    let site = Site::new(12);
+    let server = ApiServer::start(api_address(site)).await;
+    for number in 0..7 {
+        server.put("services", service(&format!("s{number}"), &format!("127.0.12.{}", 10 + number)));
+    }
+
+    let stage = Stage::following(site, server).await;
+
+    stage.until("the first state", |status| status.synced).await;
+    assert_eq!(stage.status().services.len(), 7);
+    assert_eq!(stage.server.count("services", false), 4, "pages of two");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t224_given_services_without_their_slices_when_one_list_fails_then_nothing_is_bound_until_both_are_there() {
+    let site = Site::new(224);
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    server.refuse_only(Some("endpointslices"));
+    let stage = Stage::following(site, server).await;
+    stage
+        .until("the list of Services", |status| {
+            status.contact.failures().any(|(kind, _, _)| kind.as_str() == "EndpointSlice")
+                && stage.server.count("services", true) > 0
+        })
+        .await;
+    assert!(!stage.status().synced);
+    assert!(client::refused(site.service()).await);
+
+    stage.server.refuse_only(None);
+
+    stage.until_backends(&[site.backend(1)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t229_given_a_server_without_endpoint_slices_when_followed_then_endpoints_are_read() {
+    let site = Site::new(14);
+    let server = ApiServer::start(api_address(site)).await;
+    server.unknown("endpointslices");
+    server.put("services", web(site));
+    let addresses = json!([{"ip": site.backend(1).ip().to_string()}]);
+    let ports = json!([{"name": "http", "port": site.backend(1).port()}]);
+    server
+        .put("endpoints", json!({"metadata": {"name": "web"}, "subsets": [{"addresses": addresses, "ports": ports}]}));
+
+    let stage = Stage::following(site, server).await;
+
+    stage.until_backends(&[site.backend(1)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    stage.until("contact", |status| status.contact.is_connected()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_a_bad_object_among_good_ones_when_it_comes_then_the_others_are_applied_and_it_is_told() {
+    let stage = Stage::serving(Site::new(13)).await;
+    let mut bad = service("bad", "127.0.13.9");
+    bad["spec"]["ports"] = json!([{"port": "http"}]);
+
+    stage.server.put("services", bad);
+    stage.server.put("services", service("good", "127.0.13.10"));
+    stage.until_known("good", true).await;
+
+    stage.until("the problem", |status| !status.problems.is_empty()).await;
+    let problems = stage.status().problems.clone();
+    assert!(problems.iter().any(|problem| problem.object == "Service default/bad"), "{problems:?}");
+    assert_eq!(stage.status().source.rejections.iter().collect::<Vec<_>>(), [("Service", "decode", 1)]);
+}

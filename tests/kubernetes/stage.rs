@@ -1,0 +1,128 @@
+//! A relay that follows an API server, and the objects that it is told of.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use kube_relay::api_client::{Api, ApiOptions};
+use kube_relay::control::{self, RelayOptions};
+use kube_relay::kubernetes::{self, Selection, Source};
+use kube_relay::stats::WatchFailure;
+use kube_relay::status::Status;
+use serde_json::{Value, json};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::support::api_server::ApiServer;
+use crate::support::relay::{picks, service_of};
+use crate::support::site::{SERVICE_PORT, Site};
+use crate::support::{DEADLINE, backend::Backend};
+
+/// A server and a relay that follows it.
+pub(crate) struct Stage {
+    /// Where all of it is.
+    pub(crate) site: Site,
+    /// The server.
+    pub(crate) server: ApiServer,
+    relay: control::Relay,
+    _source: DropGuard,
+    _backends: [Backend; 2],
+}
+
+impl Stage {
+    /// The Service `web` with its first backend, served.
+    pub(crate) async fn serving(site: Site) -> Self {
+        let server = ApiServer::start(api_address(site)).await;
+        server.put("services", web(site));
+        server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+        let stage = Self::following(site, server).await;
+        stage.until_backends(&[site.backend(1)]).await;
+        stage
+    }
+
+    /// A relay that has just begun to follow a server.
+    pub(crate) async fn following(site: Site, server: ApiServer) -> Self {
+        let mut options = RelayOptions::default();
+        options.plan.allow_loopback_endpoints = true;
+        let relay = control::Relay::start(options).expect("a relay can be started");
+        let cancel = CancellationToken::new();
+        tokio::spawn(kubernetes::run(source(&server, relay.contact()).await, relay.messages(), cancel.clone()));
+        let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
+        Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
+    }
+
+    /// What the relay says now.
+    pub(crate) fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.relay.status().borrow())
+    }
+
+    /// Waits for a condition on the status or on the counters in it.
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&Status) -> bool) {
+        let mut status = self.relay.status();
+        let wait = async {
+            while !condition(&status.borrow_and_update()) {
+                // Counters move without a new snapshot: look again soon.
+                let _ = tokio::time::timeout(std::time::Duration::from_millis(5), status.changed()).await;
+            }
+        };
+        if tokio::time::timeout(DEADLINE, wait).await.is_err() {
+            let failures: Vec<_> = self.status().contact.failures().collect();
+            panic!("waited {DEADLINE:?} for {what}; {failures:?}; asked {:#?}", self.server.asked());
+        }
+    }
+
+    /// Waits until these are the backends of `web`.
+    pub(crate) async fn until_backends(&self, backends: &[SocketAddr]) {
+        let wanted: Vec<String> = backends.iter().map(ToString::to_string).collect();
+        self.until("other backends", |status| picks(status, "web") == wanted).await;
+    }
+
+    /// Waits until a Service is known, or is not any more.
+    pub(crate) async fn until_known(&self, service: &str, known: bool) {
+        self.until("a Service to come or go", |status| service_of(status, service).is_some() == known).await;
+    }
+
+    /// How often all objects of a kind were listed again for a reason.
+    pub(crate) fn relists(&self, reason: WatchFailure) -> u64 {
+        self.status().contact.relists().find(|(why, _)| *why == reason).map_or(0, |(_, count)| count)
+    }
+}
+
+/// Where the server of a site is.
+pub(crate) fn api_address(site: Site) -> SocketAddr {
+    SocketAddr::new(site.client(8), 6443)
+}
+
+async fn source(server: &ApiServer, contact: Arc<kube_relay::contact::Contact>) -> Source {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let kubeconfig = folder.path().join("config");
+    std::fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
+    let options = ApiOptions { kubeconfig: Some(kubeconfig), master: None };
+    let api = Api::find(&options).await.expect("a kubeconfig that can be used");
+    Source::new(&api, &Selection::default(), contact).expect("credentials that can be used")
+}
+
+/// The Service `web` at the site's cluster IP.
+pub(crate) fn web(site: Site) -> Value {
+    service("web", &site.cluster_ip().to_string())
+}
+
+/// A Service with one TCP port.
+pub(crate) fn service(name: &str, cluster_ip: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "default", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {
+            "type": "ClusterIP", "clusterIP": cluster_ip, "clusterIPs": [cluster_ip], "selector": {"app": name},
+            "ports": [{"name": "http", "protocol": "TCP", "port": SERVICE_PORT, "targetPort": 8000}],
+        },
+        "status": {"loadBalancer": {}},
+    })
+}
+
+/// A slice of the Service `web`.
+pub(crate) fn slice(name: &str, backends: &[SocketAddr]) -> Value {
+    let port = backends.first().map_or(1, SocketAddr::port);
+    let endpoints: Vec<_> = backends.iter().map(|backend| json!({"addresses": [backend.ip().to_string()]})).collect();
+    json!({
+        "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4", "ports": [{"name": "http", "protocol": "TCP", "port": port}], "endpoints": endpoints,
+    })
+}

@@ -1,0 +1,390 @@
+//! An API server of one's own: lists with pages and versions, watches with bookmarks, and every way to fail that real
+//! ones have. Real HTTP on loopback.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use futures_util::stream;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// How a request is answered.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mood {
+    /// As it should be.
+    Well,
+    /// Every request is refused with this code.
+    Refuse(u16),
+    /// Every request is refused with 429, to come back after so many seconds.
+    Throttle(u64),
+    /// Watches are refused with 410.
+    ExpireStatus,
+    /// Watches are answered with 200 and an ERROR event of code 410.
+    ExpireEvent,
+    /// Every answer breaks off after so many bytes.
+    Cut(usize),
+    /// Every answer but the headers is text that is no JSON.
+    Garble,
+    /// Requests are taken and never answered.
+    Silent,
+    /// Bodies come one byte a second.
+    Trickle,
+}
+
+/// One request that was made.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// `services`.
+    pub resource: String,
+    /// True for a watch, false for a list.
+    pub watch: bool,
+    /// Its query.
+    pub query: String,
+    /// When it came.
+    pub at: tokio::time::Instant,
+}
+
+/// A running server. Dropping it ends it and its connections.
+pub struct ApiServer {
+    address: SocketAddr,
+    state: Arc<Shared>,
+    running: Option<JoinSet<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// The version of the last change.
+    version: watch::Sender<u64>,
+}
+
+struct State {
+    mood: Mood,
+    /// A resource that is refused with a code, whatever the mood.
+    refused: Option<(String, u16)>,
+    version: u64,
+    /// By resource and `namespace/name`.
+    objects: BTreeMap<(String, String), Value>,
+    /// All changes: version, resource, event.
+    history: Vec<(u64, String, Value)>,
+    /// Versions up to this one are forgotten: a watch from there has expired.
+    compacted: u64,
+    asked: Vec<Asked>,
+    /// Objects of one page of a list.
+    page: usize,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no test panics while it holds it")
+    }
+}
+
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+impl ApiServer {
+    /// Starts without objects.
+    pub async fn start(address: SocketAddr) -> Self {
+        let state = State {
+            mood: Mood::Well,
+            refused: None,
+            version: 1,
+            objects: BTreeMap::new(),
+            history: Vec::new(),
+            compacted: 0,
+            asked: Vec::new(),
+            page: 2,
+        };
+        let state = Arc::new(Shared { state: Mutex::new(state), version: watch::Sender::new(1) });
+        let mut server = Self { address, state, running: None };
+        server.resume().await;
+        server
+    }
+
+    /// The process is gone: connections are cut, new ones refused. Its objects are kept elsewhere.
+    pub async fn stop(&mut self) {
+        if let Some(mut tasks) = self.running.take() {
+            tasks.shutdown().await;
+        }
+    }
+
+    /// A new process at the same address.
+    pub async fn resume(&mut self) {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_reuseaddr(true).expect("an option");
+        socket.bind(self.address).expect("a free address");
+        let listener = socket.listen(64).expect("a listener");
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve(listener, Arc::clone(&self.state)));
+        self.running = Some(tasks);
+    }
+
+    /// A kubeconfig that leads here.
+    pub fn kubeconfig(&self) -> String {
+        let server = format!("http://{}", self.address);
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": server}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            "users": [{"name": "test", "user": {"token": "not-a-secret"}}],
+        })
+        .to_string()
+    }
+
+    /// How requests are answered from now on; watches that are open go on.
+    pub fn mood(&self, mood: Mood) {
+        self.state.lock().mood = mood;
+    }
+
+    /// Requests for this resource are refused, or none any more.
+    pub fn refuse_only(&self, resource: Option<&str>) {
+        self.state.lock().refused = resource.map(|resource| (resource.to_owned(), 500));
+    }
+
+    /// The server is too old for this resource.
+    pub fn unknown(&self, resource: &str) {
+        self.state.lock().refused = Some((resource.to_owned(), 404));
+    }
+
+    /// Ends all connections, and answers new ones.
+    pub async fn cut(&mut self) {
+        self.stop().await;
+        self.resume().await;
+    }
+
+    /// Creates or replaces an object.
+    pub fn put(&self, resource: &str, mut object: Value) {
+        let mut state = self.state.lock();
+        state.version += 1;
+        object["metadata"]["resourceVersion"] = state.version.to_string().into();
+        let before = state.objects.insert((resource.to_owned(), key(&object)), object.clone());
+        let kind = if before.is_some() { "MODIFIED" } else { "ADDED" };
+        state.note(resource, kind, object);
+        self.state.version.send_replace(state.version);
+    }
+
+    /// Deletes an object.
+    pub fn delete(&self, resource: &str, name: &str) {
+        let mut state = self.state.lock();
+        state.version += 1;
+        let mut object =
+            state.objects.remove(&(resource.to_owned(), name.to_owned())).expect("there is such an object");
+        object["metadata"]["resourceVersion"] = state.version.to_string().into();
+        state.note(resource, "DELETED", object);
+        self.state.version.send_replace(state.version);
+    }
+
+    /// Forgets what happened so far: watches cannot continue from before.
+    pub fn compact(&self) {
+        let mut state = self.state.lock();
+        state.version += 1;
+        state.compacted = state.version;
+        state.history.clear();
+    }
+
+    /// The requests so far.
+    pub fn asked(&self) -> Vec<Asked> {
+        self.state.lock().asked.clone()
+    }
+
+    /// How many lists or watches of a resource there were.
+    pub fn count(&self, resource: &str, watch: bool) -> usize {
+        self.asked().iter().filter(|asked| asked.resource == resource && asked.watch == watch).count()
+    }
+}
+
+impl State {
+    fn note(&mut self, resource: &str, kind: &str, mut object: Value) {
+        let (api, name) = kind_of(resource);
+        object["apiVersion"] = api.into();
+        object["kind"] = name.into();
+        self.history.push((self.version, resource.to_owned(), json!({"type": kind, "object": object})));
+    }
+
+    /// The lines of a watch behind a version, and the version that they lead to.
+    fn lines(&self, resource: &str, behind: u64) -> (String, u64) {
+        let news = self.history.iter().filter(|(version, of, _)| *version > behind && of == resource);
+        (news.map(|(_, _, event)| format!("{event}\n")).collect(), self.version)
+    }
+}
+
+fn key(object: &Value) -> String {
+    let metadata = &object["metadata"];
+    format!("{}/{}", metadata["namespace"].as_str().unwrap_or("default"), metadata["name"].as_str().unwrap_or_default())
+}
+
+fn kind_of(resource: &str) -> (&'static str, &'static str) {
+    match resource {
+        "services" => ("v1", "Service"),
+        "endpointslices" => ("discovery.k8s.io/v1", "EndpointSlice"),
+        _ => ("v1", "Endpoints"),
+    }
+}
+
+async fn serve(listener: TcpListener, state: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        let state = Arc::clone(&state);
+        let service = service_fn(move |request| {
+            let state = Arc::clone(&state);
+            async move { Ok::<_, Infallible>(answer(&request, state).await) }
+        });
+        connections.spawn(async move {
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await; // Clients may go away.
+        });
+    }
+}
+
+async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Body> {
+    let resource = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let parameter = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    let is_watch = matches!(parameter("watch"), Some("true" | "1"));
+    let mood = {
+        let mut state = shared.lock();
+        let at = tokio::time::Instant::now();
+        state.asked.push(Asked { resource: resource.clone(), watch: is_watch, query: query.clone(), at });
+        let refused = state.refused.as_ref().filter(|(refused, _)| *refused == resource);
+        refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code))
+    };
+    match mood {
+        Mood::Refuse(code) => return refusal(code, None),
+        Mood::Throttle(seconds) => return refusal(429, Some(seconds)),
+        Mood::ExpireStatus if is_watch => return refusal(410, None),
+        Mood::ExpireEvent if is_watch => {
+            let status =
+                json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"});
+            return whole(StatusCode::OK, format!("{}\n", json!({"type": "ERROR", "object": status})));
+        }
+        Mood::Silent => std::future::pending::<()>().await,
+        _ => {}
+    }
+    let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+    let body = if is_watch {
+        let behind = number("resourceVersion");
+        if behind < shared.lock().compacted {
+            return refusal(410, None);
+        }
+        let lifetime = Duration::from_secs(number("timeoutSeconds").max(1));
+        follow(shared, resource, behind, tokio::time::Instant::now() + lifetime)
+    } else {
+        let state = shared.lock();
+        let from: usize = parameter("continue").and_then(|text| text.parse().ok()).unwrap_or_default();
+        text(list(&state, &resource, from))
+    };
+    Response::new(spoil(mood, body))
+}
+
+fn list(state: &State, resource: &str, from: usize) -> String {
+    let all: Vec<&Value> =
+        state.objects.iter().filter(|((of, _), _)| of == resource).map(|(_, object)| object).collect();
+    let page: Vec<_> = all.iter().skip(from).take(state.page).collect();
+    let mut metadata = json!({"resourceVersion": state.version.to_string()});
+    if from + page.len() < all.len() {
+        metadata["continue"] = (from + page.len()).to_string().into();
+    }
+    let (api, kind) = kind_of(resource);
+    // As real servers do it: the items do not say what they are.
+    json!({"kind": format!("{kind}List"), "apiVersion": api, "metadata": metadata, "items": page}).to_string()
+}
+
+/// The events of a watch as they come, and a bookmark at its end.
+fn follow(shared: Arc<Shared>, resource: String, behind: u64, ends: tokio::time::Instant) -> Body {
+    let changes = shared.version.subscribe();
+    let begin = (shared, resource, behind, changes, false);
+    let lines = stream::unfold(begin, move |(shared, resource, mut behind, mut changes, ended)| async move {
+        if ended {
+            return None;
+        }
+        loop {
+            let (lines, version) = shared.lock().lines(&resource, behind);
+            behind = version;
+            if !lines.is_empty() {
+                return Some((frame(lines), (shared, resource, behind, changes, false)));
+            }
+            tokio::select! {
+                changed = changes.changed() => changed.ok()?,
+                () = tokio::time::sleep_until(ends) => {
+                    let (api, kind) = kind_of(&resource);
+                    let object = json!({"kind": kind, "apiVersion": api, "metadata": {"resourceVersion": behind.to_string()}});
+                    let bookmark = format!("{}\n", json!({"type": "BOOKMARK", "object": object}));
+                    return Some((frame(bookmark), (shared, resource, behind, changes, true)));
+                }
+            }
+        }
+    });
+    StreamBody::new(lines).boxed_unsync()
+}
+
+fn frame(text: String) -> Result<Frame<Bytes>, io::Error> {
+    Ok(Frame::data(Bytes::from(text)))
+}
+
+fn text(text: String) -> Body {
+    Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync()
+}
+
+fn whole(code: StatusCode, body: String) -> Response<Body> {
+    let mut response = Response::new(text(body));
+    *response.status_mut() = code;
+    response
+}
+
+fn refusal(code: u16, retry_after: Option<u64>) -> Response<Body> {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "Test", "message": "refused"});
+    let mut response = whole(StatusCode::from_u16(code).expect("a code"), status.to_string());
+    if let Some(seconds) = retry_after {
+        response.headers_mut().insert("retry-after", seconds.into());
+    }
+    response
+}
+
+/// A body as a server in this mood sends it.
+fn spoil(mood: Mood, body: Body) -> Body {
+    match mood {
+        Mood::Garble => text("{\"type\": \"ADDED\", \"object\": {\"metadata\" 1}}\n".to_owned()),
+        Mood::Cut(bytes) => broken_off(body, bytes),
+        Mood::Trickle => trickling(body),
+        _ => body,
+    }
+}
+
+fn broken_off(body: Body, bytes: usize) -> Body {
+    let frames = stream::unfold((body, Some(bytes)), |(mut body, left)| async move {
+        let left = left?;
+        let data = if left > 0 { body.frame().await.and_then(|frame| frame.ok()?.into_data().ok()) } else { None };
+        match data {
+            Some(mut data) => {
+                data.truncate(left);
+                let left = left - data.len();
+                Some((Ok(Frame::data(data)), (body, Some(left))))
+            }
+            None => Some((Err(io::Error::other("cut")), (body, None))),
+        }
+    });
+    StreamBody::new(frames).boxed_unsync()
+}
+
+fn trickling(body: Body) -> Body {
+    let frames = stream::unfold((body, Bytes::new()), |(mut body, mut rest)| async move {
+        if rest.is_empty() {
+            rest = body.frame().await?.ok()?.into_data().ok()?;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let byte = rest.split_to(1);
+        Some((Ok::<_, io::Error>(Frame::data(byte)), (body, rest)))
+    });
+    StreamBody::new(frames).boxed_unsync()
+}
