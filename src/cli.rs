@@ -217,6 +217,10 @@ struct ApiFlags {
     #[arg(long, value_name = "URL", env = "KUBE_RELAY_MASTER")]
     master: Option<String>,
 
+    /// Folder that keeps the last state, to be served when the API server is away at the start
+    #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+
     /// Set in each pod.
     #[arg(long, hide = true, env = "KUBERNETES_SERVICE_HOST")]
     kubernetes_service_host: Option<String>,
@@ -597,10 +601,10 @@ impl TryFrom<CheckArgs> for CheckConfig {
 impl ApiFlags {
     /// Manifests come before the cluster that a pod happens to run in, but not before one that somebody names.
     fn checked(self, sources: Vec<PathBuf>) -> Result<SourceConfig, ConfigError> {
-        let options = self.options();
-        let (named, in_pod) = (options != ApiOptions::default(), non_empty(self.kubernetes_service_host).is_some());
+        let (server, in_pod) = (self.options(), non_empty(self.kubernetes_service_host).is_some());
+        let named = server != ApiOptions::default();
         match sources.first() {
-            None if named || in_pod => Ok(SourceConfig::Api(options)),
+            None if named || in_pod => Ok(SourceConfig::Api { server, state_dir: non_empty_path(self.state_dir) }),
             Some(source) if named => Err(ConfigError {
                 flag: "--source",
                 value: source.display().to_string(),
@@ -610,12 +614,8 @@ impl ApiFlags {
         }
     }
 
-    /// An empty environment variable means that there is none.
     fn options(&self) -> ApiOptions {
-        ApiOptions {
-            kubeconfig: self.kubeconfig.clone().filter(|path| !path.as_os_str().is_empty()),
-            master: non_empty(self.master.clone()),
-        }
+        ApiOptions { kubeconfig: non_empty_path(self.kubeconfig.clone()), master: non_empty(self.master.clone()) }
     }
 }
 
@@ -663,6 +663,11 @@ impl PlanFlags {
 /// An empty environment variable (`value: ""` in a pod) means that there is none.
 fn non_empty(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
+}
+
+#[cfg(feature = "kubernetes")]
+fn non_empty_path(path: Option<PathBuf>) -> Option<PathBuf> {
+    path.filter(|path| !path.as_os_str().is_empty())
 }
 
 fn specified(ip: IpAddr) -> Result<IpAddr, ConfigError> {
@@ -759,10 +764,10 @@ mod tests {
     #[cfg(feature = "kubernetes")]
     #[test]
     fn given_an_api_server_when_parsed_then_a_cluster_is_served_and_loopback_endpoints_are_not() {
-        let config = run_fine("kube-relay run --kubeconfig k --master https://10.0.0.1:6443");
+        let config = run_fine("kube-relay run --kubeconfig k --master https://10.0.0.1:6443 --state-dir /s");
 
         let options = ApiOptions { kubeconfig: Some("k".into()), master: Some("https://10.0.0.1:6443".into()) };
-        assert_eq!(config.source, SourceConfig::Api(options));
+        assert_eq!(config.source, SourceConfig::Api { server: options, state_dir: Some("/s".into()) });
         assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
         assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
         assert!(!config.plan.allow_loopback_endpoints);
@@ -773,7 +778,7 @@ mod tests {
     fn given_a_pod_when_parsed_then_its_cluster_is_the_source_unless_files_are_given() {
         let pod = "kube-relay run --kubernetes-service-host 10.96.0.1";
 
-        assert_eq!(run_fine(pod).source, SourceConfig::Api(ApiOptions::default()));
+        assert_eq!(run_fine(pod).source, SourceConfig::Api { server: ApiOptions::default(), state_dir: None });
         assert_eq!(
             run_fine(&format!("{pod} -f web.yaml")).source,
             SourceConfig::Manifests(vec![Input::from("web.yaml")])

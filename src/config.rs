@@ -5,6 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
+#[cfg(feature = "kubernetes")]
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
@@ -87,7 +89,12 @@ pub enum SourceConfig {
     Manifests(Vec<Input>),
     /// An API server. From `--kubeconfig`, `--master` and the environment of a pod.
     #[cfg(feature = "kubernetes")]
-    Api(ApiOptions),
+    Api {
+        /// Which one.
+        server: ApiOptions,
+        /// Folder of the last state; `None`: it is not kept. From `--state-dir`.
+        state_dir: Option<PathBuf>,
+    },
 }
 
 impl SourceConfig {

@@ -87,6 +87,8 @@ const RELAY: &[Field] = &[
     field("clientConnection.kubeconfig", Form::Text, &["kubeconfig"]),
     #[cfg(feature = "kubernetes")]
     field("master", Form::Text, &["master"]),
+    #[cfg(feature = "kubernetes")]
+    field("stateDir", Form::Text, &["state_dir"]),
     field("metricsBindAddress", METRICS, &["metrics_bind_address"]),
     field("healthzBindAddress", HEALTHZ, &["healthz_bind_address"]),
     field("bindAddressHardFail", Form::Switch, &["bind_address_hard_fail"]),

@@ -157,7 +157,8 @@ mod tests {
     fn given_one_source_in_the_file_and_another_on_the_line_when_parsed_then_the_line_counts() {
         let (server, files) = (kube_proxy("clientConnection: {kubeconfig: /k}\n"), relay("sources: [x]\n"));
         let api = |kubeconfig: Option<&str>, master: Option<&str>| {
-            SourceConfig::Api(ApiOptions { kubeconfig: kubeconfig.map(Into::into), master: master.map(Into::into) })
+            let server = ApiOptions { kubeconfig: kubeconfig.map(Into::into), master: master.map(Into::into) };
+            SourceConfig::Api { server, state_dir: None }
         };
 
         assert_eq!(run(&server, "-f x").source, SourceConfig::Manifests(vec![Input::from("x")]));

@@ -5,8 +5,9 @@
 //! last state stays until a complete new one is there.
 
 use std::future::pending;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -23,6 +24,7 @@ use crate::api_client::{Api, ApiError, Wire};
 use crate::contact::Contact;
 use crate::control::Message;
 use crate::decode::{Kind, Observed};
+use crate::last_good;
 use crate::mirror::Mirror;
 use crate::model::{Event, Objects};
 use crate::plan::Problem;
@@ -40,9 +42,16 @@ const OUTAGE_NEWS: Duration = Duration::from_secs(60);
 /// How often it is looked whether the server is back: a watch that goes on without news says nothing by itself.
 const OUTAGE_LOOK: Duration = Duration::from_secs(1);
 
-/// Which objects are taken.
+/// How long the server may take at the start before the state of the last run is served.
+const SAVED_AFTER: Duration = Duration::from_millis(500);
+/// How often the state is saved, where it changed.
+const SAVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Which objects are taken, and where the last of them are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
+    /// Folder of the state that is served when the server is away at the start; `None`: no such state. From `--state-dir`.
+    pub state_dir: Option<PathBuf>,
     /// Services with this value of the label `service.kubernetes.io/service-proxy-name`; `None`: those without the label.
     /// From `--proxy-name`.
     pub proxy_name: Option<String>,
@@ -57,6 +66,8 @@ pub struct Source {
     old_endpoints: Option<Watch>,
     contact: Arc<Contact>,
     server: String,
+    /// The file with the last state.
+    saved: Option<PathBuf>,
 }
 
 impl Source {
@@ -72,7 +83,13 @@ impl Source {
             Watch::new::<EndpointSlices>(api, endpoints(), &contact)?,
         ];
         let old_endpoints = Some(Watch::new::<Endpoints>(api, endpoints(), &contact)?);
-        Ok(Self { watches, old_endpoints, contact, server: api.server() })
+        Ok(Self {
+            watches,
+            old_endpoints,
+            contact,
+            server: api.server(),
+            saved: selection.state_dir.as_deref().map(last_good::path),
+        })
     }
 }
 
@@ -98,13 +115,24 @@ pub async fn run(source: Source, messages: mpsc::Sender<Message>, cancel: Cancel
 
 /// Ends when nobody listens any more.
 async fn follow(source: Source, messages: mpsc::Sender<Message>) {
-    let Source { watches: [mut services, mut endpoints], mut old_endpoints, contact, server } = source;
+    let Source { watches: [mut services, mut endpoints], mut old_endpoints, contact, server, saved } = source;
     tracing::info!(server, "asking the API server");
     [&services, &endpoints].into_iter().for_each(|watch| contact.watch(watch.kind));
     let mirrors = [&services, &endpoints].map(|watch| Mirror::new(watch.kind));
     let (status, outage) = (SourceStatus { kind: "kubernetes".into(), ..SourceStatus::default() }, None);
-    let mut report =
-        Report { messages, contact: Arc::clone(&contact), server, mirrors, listed: [false; 2], status, outage };
+
+    let mut report = Report {
+        messages,
+        contact: Arc::clone(&contact),
+        server,
+        mirrors,
+        listed: [false; 2],
+        status,
+        outage,
+        changed: false,
+    };
+    let (mut save, start) = (Keeper { path: saved, due: None, running: None }, Instant::now());
+    let mut serve_saved = save.path.clone();
     loop {
         let took = tokio::select! {
             sighting = services.next() => report.take(0, sighting).await,
@@ -126,9 +154,20 @@ async fn follow(source: Source, messages: mpsc::Sender<Message>) {
                 }
             },
             () = tokio::time::sleep(OUTAGE_LOOK), if report.outage.is_some() => report.look().await,
+            () = sleep_until(start + SAVED_AFTER), if serve_saved.is_some() => {
+                report.serve_saved(serve_saved.take()).await
+            }
+            () = at(save.due) => {
+                save.save(report.objects());
+                Ok(())
+            }
         };
         if took.is_err() {
             return;
+        }
+        if report.synced() {
+            serve_saved = None;
+            save.note(std::mem::take(&mut report.changed));
         }
     }
 }
@@ -357,6 +396,8 @@ struct Report {
     listed: [bool; 2],
     status: SourceStatus,
     outage: Option<Outage>,
+    /// True where objects changed since they were last to be saved.
+    changed: bool,
 }
 
 /// A time without contact.
@@ -396,6 +437,7 @@ impl Report {
         self.restore();
         if self.synced() {
             self.status.config_revision += u64::from(!events.is_empty());
+            self.changed |= !events.is_empty();
             for event in events {
                 self.messages.send(Message::Event(event)).await?;
             }
@@ -411,8 +453,8 @@ impl Report {
         self.restore();
         if self.synced() && (changed || !was_synced) {
             self.status.config_revision += 1;
-            let mut objects = Objects::default();
-            self.mirrors.iter().for_each(|mirror| mirror.add_to(&mut objects));
+            self.changed = true;
+            let objects = self.objects();
             let [services, endpoints] = [0, 1].map(|place| self.mirrors[place].len());
             tracing::info!(
                 services,
@@ -427,6 +469,41 @@ impl Report {
             self.messages.send(Message::Synced).await?;
         }
         Ok(())
+    }
+
+    /// All that is in use.
+    fn objects(&self) -> Objects {
+        let mut objects = Objects::default();
+        self.mirrors.iter().for_each(|mirror| mirror.add_to(&mut objects));
+        objects
+    }
+
+    /// Serves what the last run did, until the server says what is so now.
+    async fn serve_saved(&mut self, path: Option<PathBuf>) -> Sent {
+        let Some(path) = path else { return Ok(()) };
+        let name = path.display().to_string();
+        let loaded = tokio::task::spawn_blocking(move || last_good::load(&path)).await;
+        let saved = match loaded.unwrap_or_else(|panic| Err(panic.into())) {
+            Ok(Some(saved)) => saved,
+            Ok(None) => {
+                tracing::info!(file = name, "no saved state; nothing is served before the API server answers");
+                return Ok(());
+            }
+            Err(error) => {
+                tracing::warn!(file = name, %error, "the saved state cannot be read");
+                return Ok(());
+            }
+        };
+        let age_seconds = SystemTime::now().duration_since(saved.at).map_or(0, |age| age.as_secs());
+        tracing::warn!(
+            server = self.server,
+            saved_at = crate::timestamp::rfc3339(saved.at),
+            age_seconds,
+            services = saved.objects.services.len(),
+            "the API server does not answer yet: serving the saved state"
+        );
+        self.messages.send(Message::Event(Event::Replace(saved.objects))).await?;
+        self.messages.send(Message::Synced).await
     }
 
     fn synced(&self) -> bool {
@@ -486,6 +563,39 @@ impl Report {
     }
 }
 
+/// Who keeps the last state in its file.
+struct Keeper {
+    path: Option<PathBuf>,
+    /// When to save next.
+    due: Option<Instant>,
+    running: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Keeper {
+    /// The first change is saved at once, others with those that follow it.
+    fn note(&mut self, changed: bool) {
+        if changed && self.path.is_some() && self.due.is_none() {
+            let wait = if self.running.is_some() { SAVE_INTERVAL } else { Duration::ZERO };
+            self.due = Some(Instant::now() + wait);
+        }
+    }
+
+    /// On a thread of its own, as disks may be slow.
+    fn save(&mut self, objects: Objects) {
+        self.due = None;
+        let Some(path) = self.path.clone() else { return };
+        if self.running.as_ref().is_some_and(|running| !running.is_finished()) {
+            self.due = Some(Instant::now() + SAVE_INTERVAL);
+            return;
+        }
+        self.running = Some(tokio::task::spawn_blocking(move || {
+            if let Err(error) = last_good::save(&path, &objects) {
+                tracing::warn!(file = %path.display(), %error, "the state cannot be saved for the next start");
+            }
+        }));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -512,7 +622,7 @@ mod tests {
 
     #[test]
     fn given_a_proxy_name_when_selected_then_its_services_are_asked_for_and_else_those_of_nobody() {
-        let own = Selection { proxy_name: Some("kube-relay".into()) };
+        let own = Selection { proxy_name: Some("kube-relay".into()), ..Selection::default() };
 
         assert_eq!(labels_of_services(&own), "service.kubernetes.io/service-proxy-name=kube-relay");
         assert_eq!(labels_of_services(&Selection::default()), "!service.kubernetes.io/service-proxy-name");

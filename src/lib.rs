@@ -85,6 +85,8 @@ pub mod host;
 mod journal;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
+#[cfg(feature = "kubernetes")]
+mod last_good;
 mod layout;
 pub mod lifecycle;
 pub mod live;

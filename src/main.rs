@@ -163,9 +163,10 @@ async fn follow(
             tokio::spawn(manifest::run(source, messages, Arc::clone(reload), stop));
         }
         #[cfg(feature = "kubernetes")]
-        SourceConfig::Api(options) => {
-            let selection = kubernetes::Selection { proxy_name: config.plan.proxy_name.clone() };
-            let source = kubernetes::Source::new(&Api::find(options).await?, &selection, relay.contact())?;
+        SourceConfig::Api { server, state_dir } => {
+            let (proxy_name, state_dir) = (config.plan.proxy_name.clone(), state_dir.clone());
+            let selection = kubernetes::Selection { proxy_name, state_dir };
+            let source = kubernetes::Source::new(&Api::find(server).await?, &selection, relay.contact())?;
             tokio::spawn(kubernetes::run(source, messages, stop));
         }
     }

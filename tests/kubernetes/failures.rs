@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use kube_relay::kubernetes::Selection;
 use kube_relay::stats::WatchFailure;
 use tokio::task::JoinHandle;
 
-use crate::stage::{Stage, service, slice};
-use crate::support::api_server::Mood;
+use crate::stage::{Stage, api_address, service, slice, web};
+use crate::support::api_server::{ApiServer, Mood};
 use crate::support::client;
 use crate::support::site::Site;
 
@@ -159,4 +160,46 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_c
     stage.until_backends(&[site.backend(2)]).await;
     stage.until("the return to be shown", |status| status.source.last_reload_successful).await;
     assert!(caller.end().await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_it_is_served_until_the_server_is_back() {
+    let site = Site::new(227);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..Selection::default() };
+    let mut server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    let first = Stage::following_with(site, server, selection.clone()).await;
+    first.until_backends(&[site.backend(1)]).await;
+    first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
+    server = first.end().await;
+    server.stop().await;
+
+    let mut stage = Stage::following_with(site, server, selection).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    assert!(stage.status().synced && !stage.status().contact.is_connected());
+
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.server.resume().await;
+    stage.until_backends(&[site.backend(2)]).await;
+    stage.until("contact", |status| status.contact.is_connected()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_relay_waits_for_it() {
+    let site = Site::new(27);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..Selection::default() };
+    let mut server = ApiServer::start(api_address(site)).await;
+    server.stop().await;
+    server.put("services", web(site));
+
+    let mut stage = Stage::following_with(site, server, selection).await;
+    stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
+    assert!(!stage.status().synced);
+
+    stage.server.resume().await;
+    stage.until("the first state", |status| status.synced).await;
 }

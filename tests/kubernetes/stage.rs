@@ -40,13 +40,30 @@ impl Stage {
 
     /// A relay that has just begun to follow a server.
     pub(crate) async fn following(site: Site, server: ApiServer) -> Self {
+        Self::following_with(site, server, Selection::default()).await
+    }
+
+    /// The same, with a folder for its state.
+    pub(crate) async fn following_with(site: Site, server: ApiServer, selection: Selection) -> Self {
         let mut options = RelayOptions::default();
         options.plan.allow_loopback_endpoints = true;
         let relay = control::Relay::start(options).expect("a relay can be started");
         let cancel = CancellationToken::new();
-        tokio::spawn(kubernetes::run(source(&server, relay.contact()).await, relay.messages(), cancel.clone()));
+        tokio::spawn(kubernetes::run(
+            source(&server, &selection, relay.contact()).await,
+            relay.messages(),
+            cancel.clone(),
+        ));
         let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
         Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
+    }
+
+    /// Ends the relay; the server stays.
+    pub(crate) async fn end(self) -> ApiServer {
+        let (messages, server) = (self.relay.messages(), self.server);
+        drop((self._source, self.relay, self._backends));
+        messages.closed().await;
+        server
     }
 
     /// What the relay says now.
@@ -91,13 +108,13 @@ pub(crate) fn api_address(site: Site) -> SocketAddr {
     SocketAddr::new(site.client(8), 6443)
 }
 
-async fn source(server: &ApiServer, contact: Arc<kube_relay::contact::Contact>) -> Source {
+async fn source(server: &ApiServer, selection: &Selection, contact: Arc<kube_relay::contact::Contact>) -> Source {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let kubeconfig = folder.path().join("config");
     std::fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
     let options = ApiOptions { kubeconfig: Some(kubeconfig), master: None };
     let api = Api::find(&options).await.expect("a kubeconfig that can be used");
-    Source::new(&api, &Selection::default(), contact).expect("credentials that can be used")
+    Source::new(&api, selection, contact).expect("credentials that can be used")
 }
 
 /// The Service `web` at the site's cluster IP.
