@@ -4,12 +4,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use kube_relay::name::Family;
 
-use crate::rig::{Namespace, Process, full, skip};
+use crate::rig::{Namespace, Process, find, full, skip};
 use crate::stage::{PODS, PORT, Stage, until};
 
 /// How long each measures, in seconds.
@@ -187,11 +187,4 @@ fn output(inside: &Namespace, mut command: Command) -> String {
     let output = inside.run(|| command.output()).unwrap_or_else(|error: io::Error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Looks where programs are, also those that are only root's by custom.
-fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin", "/sbin"].map(PathBuf::from));
-    folders.map(|folder| folder.join(program)).find(|path| path.is_file())
 }

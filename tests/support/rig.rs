@@ -27,7 +27,7 @@ use kube_relay::name::Family;
 pub(crate) use self::{
     cases::{Case, full, run, skip},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
-    process::Process,
+    process::{Process, find},
 };
 
 /// How many nodes and pods, and what lies before them.
