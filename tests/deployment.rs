@@ -27,9 +27,10 @@ use support::DEADLINE;
 mod support;
 
 /// The overlays, each with the folders whose DaemonSets are put on top of each other.
-const DEPLOYMENTS: [(&str, &[&str]); 3] = [
+const DEPLOYMENTS: [(&str, &[&str]); 4] = [
     ("base", &["base"]),
     ("beside-kube-proxy", &["base", "beside-kube-proxy"]),
+    ("beside-kube-proxy-nftables", &["base", "beside-kube-proxy", "beside-kube-proxy-nftables"]),
     ("edge", &["base", "beside-kube-proxy", "edge"]),
 ];
 
@@ -282,8 +283,31 @@ fn given_the_address_of_the_api_server_when_kube_proxy_is_gone_then_the_pod_wait
 }
 
 #[test]
+fn given_the_overlay_for_nftables_when_read_then_its_init_container_loads_the_rules_and_may_do_no_more() {
+    let (name, folders) = DEPLOYMENTS[2];
+    let deployment = Deployment::read(name, folders);
+    let generated = &documents(&format!("{name}/kustomization.yaml"))[0]["configMapGenerator"][0];
+
+    let init = deployment.pod().init_containers.as_ref().expect("an init container");
+    assert_eq!(init.len(), 1);
+    let security = init[0].security_context.as_ref().expect("a security context");
+    let capabilities = security.capabilities.as_ref().expect("capabilities");
+    let mount = &init[0].volume_mounts.as_ref().expect("a mount")[0];
+    let volume = deployment.pod().volumes.iter().flatten().find(|volume| volume.name == mount.name);
+    let map = volume.and_then(|volume| volume.config_map.as_ref()).expect("a ConfigMap");
+
+    assert_eq!(generated["name"].as_str(), Some(map.name.as_str()));
+    let file = format!("{}/{}", mount.mount_path, generated["files"][0].as_str().expect("a file"));
+    assert_eq!(init[0].command, Some(["nft", "-f", &file].map(str::to_owned).to_vec()));
+    assert_eq!(capabilities.drop, Some(vec!["ALL".into()]));
+    assert_eq!(capabilities.add, Some(vec!["NET_ADMIN".into()]));
+    assert_eq!((security.privileged, security.allow_privilege_escalation), (Some(false), Some(false)));
+    assert_eq!(security.read_only_root_filesystem, Some(true));
+}
+
+#[test]
 fn given_the_kustomizations_when_read_then_each_file_that_they_name_is_there_and_none_is_left_out() {
-    for folder in ["base", "beside-kube-proxy", "edge", "pod-monitor"] {
+    for folder in ["base", "beside-kube-proxy", "beside-kube-proxy-nftables", "edge", "pod-monitor"] {
         let kustomization = &documents(&format!("{folder}/kustomization.yaml"))[0];
         let list = |key: &str| kustomization[key].as_array().cloned().unwrap_or_default();
         let patches = list("patches").into_iter().map(|patch| patch["path"].clone());

@@ -1,5 +1,5 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts` and `floods`, on the `stage` that they share.
+//! it: `verdicts`, `floods` and `beside` kube-proxy, on the `stage` that they share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -11,6 +11,8 @@ macro_rules! cases {
     ($($case:ident),+ $(,)?) => { &[$((stringify!($case), $case)),+] };
 }
 
+#[path = "rig/beside.rs"]
+mod beside;
 #[path = "rig/floods.rs"]
 mod floods;
 #[path = "rig/stage.rs"]
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
         ("given_a_child_in_a_node_when_it_is_dropped_then_it_is_gone", a_child_ends_with_its_owner),
         ("given_a_rig_when_it_is_dropped_then_its_cables_are_gone", a_dropped_rig_is_gone),
     ];
-    rig::run(&[&network, verdicts::CASES, floods::CASES].concat())
+    rig::run(&[&network, verdicts::CASES, beside::CASES, floods::CASES].concat())
 }
 
 fn parts_reach_each_other() {

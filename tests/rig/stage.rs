@@ -54,6 +54,8 @@ pub(crate) enum Outcome {
     Refused,
     /// No answer at all.
     Silence,
+    /// The asking side's own kernel did not let it out.
+    Forbidden,
     /// Anything else.
     Other(String),
 }
@@ -63,6 +65,7 @@ impl Outcome {
         match error.kind() {
             ErrorKind::ConnectionRefused => Self::Refused,
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Self::Silence,
+            ErrorKind::PermissionDenied => Self::Forbidden,
             _ => Self::Other(error.to_string()),
         }
     }
@@ -354,6 +357,8 @@ pub(crate) struct Web {
     pub(crate) internal_policy: &'static str,
     /// From `externalTrafficPolicy`; empty: the default.
     pub(crate) external_policy: &'static str,
+    /// From the label `service.kubernetes.io/service-proxy-name`; empty: none.
+    pub(crate) proxy_name: &'static str,
     /// From `loadBalancerSourceRanges`.
     pub(crate) source_ranges: Vec<String>,
     /// In the order of the rig.
@@ -403,7 +408,11 @@ impl Web {
 
 impl fmt::Display for Web {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  type: LoadBalancer\n")?;
+        f.write_str("apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n")?;
+        if !self.proxy_name.is_empty() {
+            writeln!(f, "  labels: {{service.kubernetes.io/service-proxy-name: {}}}", self.proxy_name)?;
+        }
+        f.write_str("spec:\n  type: LoadBalancer\n")?;
         f.write_str("  clusterIPs: [10.96.0.1, 'fd96::1']\n  clusterIP: 10.96.0.1\n")?;
         f.write_str("  ipFamilies: [IPv4, IPv6]\n  ipFamilyPolicy: RequireDualStack\n")?;
         f.write_str("  externalIPs: [10.96.0.2, 'fd96::2']\n")?;

@@ -245,7 +245,7 @@ fn t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides() {
 }
 
 /// A new connection from a source address with one question.
-fn ask_from(source: SocketAddr, to: SocketAddr) -> Outcome {
+pub(crate) fn ask_from(source: SocketAddr, to: SocketAddr) -> Outcome {
     let ask = || {
         let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
         socket.bind(&source.into())?;
