@@ -155,6 +155,10 @@ const WHEEL: usize = 3;
 /// sends twice can make streams too, but keeping them busy costs it a datagram each few seconds.
 const SILENT_STREAM: u32 = 10;
 
+/// The same where a stream makes room for a new flow of its own client address, and nothing else can: behind the address
+/// may be a gateway, whose clients come and go within seconds. Whoever speaks each second keeps its flow.
+const SILENT_OWN_STREAM: u32 = 1;
+
 #[derive(Debug)]
 struct Flow {
     client: SocketAddr,
@@ -492,12 +496,16 @@ impl FlowTable {
     /// Takes a place for one more flow of a client, from another flow if need be.
     fn make_room(&mut self, client: IpAddr, second: u32) -> Result<Option<FlowId>, DropReason> {
         let mine = self.clients.get(&client).copied().unwrap_or_default();
-        let least = |ages: &Ages| ages.least(&self.flows, |flow| second > flow.last + SILENT_STREAM);
+        let least = |ages: &Ages, silence| ages.least(&self.flows, |flow| second > flow.last + silence);
+        let own = || least(&mine, SILENT_OWN_STREAM);
         let victim = match self.room.place(mine.count(), self.flows.count()) {
             Place::Free => return Ok(None),
-            Place::OwnFlow => least(&mine),
-            Place::OwnFlowFirst => least(&mine).or_else(|| least(&self.ages)),
-            Place::AnyFlow => least(&self.ages),
+            Place::OwnFlow => own(),
+            Place::OwnFlowFirst => {
+                // Where a flood fills the table, its flows go before streams that were there.
+                least(&mine, SILENT_STREAM).or_else(|| least(&self.ages, SILENT_STREAM)).or_else(own)
+            }
+            Place::AnyFlow => least(&self.ages, SILENT_STREAM),
         };
         let victim = victim.ok_or(DropReason::FlowLimit)?;
         self.remove(victim, CloseReason::Evicted); // its place is the new flow's

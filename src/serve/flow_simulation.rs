@@ -167,17 +167,33 @@ impl Simulation {
             Verdict::Drop(DropReason::DeniedAddress) => assert!(!may_be_answered(client)),
             Verdict::Drop(reason) => {
                 assert_eq!(reason, DropReason::FlowLimit);
-                let rivals = self.sockets.values().filter(|socket| socket.client.ip() == client.ip()).count();
-                assert!(self.sockets.len() >= FLOWS * 3 / 4 || rivals >= FLOWS / 4, "refused without need");
+                self.check_need(client);
             }
         }
+    }
+
+    /// Nobody is refused where a flow could make room. Silence is kept to the second.
+    fn check_need(&self, client: SocketAddr) {
+        let own = || self.sockets.values().filter(|socket| socket.client.ip() == client.ip());
+        let is_busy = |socket: &Shadow, seconds: u64| {
+            socket.state == FlowState::Stream
+                && self.now - socket.last < Duration::from_secs(seconds + 1 + socket.moves)
+        };
+        if own().count() >= FLOWS / 4 {
+            return assert!(own().all(|socket| is_busy(socket, 1)), "refused though an own flow could go");
+        }
+        assert!(self.sockets.len() >= FLOWS * 3 / 4, "refused without need");
+        assert!(self.sockets.values().all(|socket| is_busy(socket, 10)), "refused though a flow could go");
+        let is_heavy = own().count() >= 2; // an eighth of its share
+        assert!(!is_heavy || own().all(|socket| is_busy(socket, 1)), "refused though an own flow could go");
     }
 
     fn open(&mut self, listener: ListenerId, client: SocketAddr, flow: FlowId, evicted: Option<FlowId>) {
         if let Some(evicted) = evicted {
             let victim = self.sockets.remove(&evicted).expect("an evicted flow was alive");
             let silent = self.now - victim.last;
-            let is_busy_stream = victim.state == FlowState::Stream && silent < Duration::from_secs(10);
+            let protected = Duration::from_secs(if victim.client.ip() == client.ip() { 1 } else { 10 });
+            let is_busy_stream = victim.state == FlowState::Stream && silent < protected;
             assert!(!is_busy_stream, "evicted a stream after {silent:?}");
         }
         if let Some(before) = self.sockets.remove(&flow) {

@@ -12,6 +12,14 @@ struct Bench {
     closed: Vec<FlowId>,
 }
 
+/// The flow that made room.
+fn evicted(verdict: Verdict) -> Option<FlowId> {
+    match verdict {
+        Verdict::Open { evicted, .. } => evicted,
+        other => panic!("{other:?}"),
+    }
+}
+
 impl Bench {
     fn new(flows: usize) -> Self {
         let now = Instant::now();
@@ -48,6 +56,13 @@ impl Bench {
             Verdict::Open { flow, .. } | Verdict::Forward(flow) => flow,
             Verdict::Drop(reason) => panic!("dropped: {reason}"),
         }
+    }
+
+    /// A flow whose client has spoken again after an answer.
+    fn stream(&mut self, from: &str, backend: &Arc<Backend>) -> FlowId {
+        let flow = self.flow(from, backend);
+        self.reply(flow);
+        self.flow(from, backend)
     }
 
     fn reply(&mut self, flow: FlowId) {
@@ -184,10 +199,6 @@ fn t194_given_a_full_table_when_new_clients_come_then_the_oldest_unreplied_flow_
     let flows: Vec<_> = (1..=4).map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &backend)).collect();
     bench.reply(flows[0]);
 
-    let evicted = |verdict| match verdict {
-        Verdict::Open { evicted, .. } => evicted,
-        other => panic!("{other:?}"),
-    };
     assert_eq!(evicted(bench.datagram("10.9.1.1:1000", &backend)), Some(flows[1]));
     assert_eq!(evicted(bench.datagram("10.9.1.2:1000", &backend)), Some(flows[2]));
 
@@ -211,15 +222,63 @@ fn t194_given_a_full_table_of_finished_exchanges_when_new_clients_come_then_one_
 fn t194_given_a_table_full_of_busy_streams_when_a_client_comes_then_it_is_refused_until_one_falls_silent() {
     let (mut bench, backend) = (Bench::new(4), Bench::backend(1));
     for host in 1..=4 {
-        let flow = bench.flow(&format!("10.9.0.{host}:1000"), &backend);
-        bench.reply(flow);
-        bench.flow(&format!("10.9.0.{host}:1000"), &backend);
+        bench.stream(&format!("10.9.0.{host}:1000"), &backend);
     }
 
     assert_eq!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Drop(DropReason::FlowLimit));
     bench.pass(11);
 
     assert!(matches!(bench.datagram("10.9.1.1:1000", &backend), Verdict::Open { evicted: Some(_), .. }));
+}
+
+#[test]
+fn t194_given_a_gateway_full_of_streams_when_it_opens_another_then_the_one_silent_for_longest_makes_room() {
+    let (mut bench, backend) = (Bench::new(16), Bench::backend(1));
+    let streams: Vec<_> = (1..=4).map(|port| bench.stream(&format!("10.9.0.1:{port}"), &backend)).collect();
+    let other = bench.stream("10.9.0.2:1000", &backend);
+    assert_eq!(bench.datagram("10.9.0.1:5", &backend), Verdict::Drop(DropReason::FlowLimit), "all of them are busy");
+    bench.pass(1);
+    for port in [1, 3, 4] {
+        bench.flow(&format!("10.9.0.1:{port}"), &backend);
+    }
+
+    bench.pass(1);
+
+    assert_eq!(evicted(bench.datagram("10.9.0.1:5", &backend)), Some(streams[1]));
+    assert!(bench.table.choice(other).is_some(), "somebody else's stream stays, however silent");
+}
+
+#[test]
+fn t194_given_a_gateway_that_opens_all_its_flows_anew_when_two_seconds_have_passed_then_each_is_served() {
+    let (mut bench, backend) = (Bench::new(64), Bench::backend(1));
+    let busy = bench.stream("10.9.0.2:1000", &backend);
+
+    for round in 1..=20 {
+        for port in 0..16 {
+            bench.stream(&format!("10.9.0.1:{}", round * 100 + port), &backend);
+        }
+        bench.pass(2);
+        bench.flow("10.9.0.2:1000", &backend);
+    }
+
+    assert!(bench.table.choice(busy).is_some());
+    assert_eq!(bench.table.count(), 17);
+}
+
+#[test]
+fn t194_f18_given_a_flood_fills_the_table_when_a_gateway_opens_flows_then_the_flood_makes_room_before_its_streams() {
+    let (mut bench, backend) = (Bench::new(64), Bench::backend(1));
+    let streams: Vec<_> = (1..=8).map(|port| bench.stream(&format!("10.8.0.1:{port}"), &backend)).collect();
+    bench.pass(3);
+    for spoofed in 1..=100 {
+        bench.flow(&format!("10.9.0.{spoofed}:1000"), &backend);
+    }
+
+    for port in 11..=14 {
+        bench.stream(&format!("10.8.0.1:{port}"), &backend);
+    }
+
+    assert!(streams.iter().all(|flow| bench.table.choice(*flow).is_some()));
 }
 
 #[test]
