@@ -89,5 +89,5 @@ fn balancer(balance: Balance, affinity: Option<Duration>) -> Balancer {
     let key = BalancerKey { port: name.clone(), family: Family::V4, scope: Scope::Cluster };
     let port = Arc::new(PortState::new(name));
     port.affinity.set_timeout(affinity);
-    Balancer::new(key, port, Table::new(backends(), &[]).balanced_by(balance, rand::random()))
+    Balancer::new(key, port, Table::new(backends().into(), &[]).balanced_by(balance, rand::random()))
 }

@@ -268,7 +268,7 @@ impl Relay {
         let port = Arc::new(PortState::new(name.clone()));
         let backend = Arc::new(Backend::new(1, backend));
         let key = BalancerKey { port: name, family: Family::V4, scope: Scope::Cluster };
-        let table = Table::new(vec![Arc::clone(&backend)], &[]);
+        let table = Table::new(vec![Arc::clone(&backend)].into(), &[]);
         let verdict = Verdict::Serve(Arc::new(Balancer::new(key, Arc::clone(&port), table)));
         let target =
             Target { port, outside: verdict.clone(), inside: verdict, inside_of: [].into(), source_ranges: [].into() };

@@ -164,7 +164,7 @@ async fn remedy_of(address: SocketAddr, error: &io::Error) -> String {
     {
         return format!("another kube-relay (pid {pid}) answers there: stop it, or give this one another address");
     }
-    let key = ListenKey { address, protocol: Protocol::Tcp };
+    let key = ListenKey::at(address, Protocol::Tcp);
     remedy::remedy(failure, key).unwrap_or_else(|| "give it another address, or `none`".into())
 }
 

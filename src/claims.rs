@@ -1,10 +1,13 @@
 //! Who asks for which listen key, and who gets it: the older object, then the first by name.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::iter;
 use std::sync::Arc;
 
 use crate::frozen::pack;
 use crate::name::{ListenKey, ObjectName};
+use crate::rare::Rare;
 
 /// A Service that asks for a key. The least one gets it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,34 +18,55 @@ pub(crate) struct Claimant {
     pub(crate) service: ObjectName,
 }
 
+/// Those who ask for one key: nearly always one for ever, and there are tens of thousands.
+#[derive(Debug)]
+struct Claimants {
+    winner: Claimant,
+    /// Sorted.
+    losers: Rare<Claimant>,
+}
+
+impl Claimants {
+    fn add(&mut self, mut claimant: Claimant) {
+        if claimant < self.winner {
+            std::mem::swap(&mut claimant, &mut self.winner);
+        }
+        if claimant != self.winner && !self.losers.contains(&claimant) {
+            self.losers.push(claimant);
+            self.losers.sort();
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Claimant> {
+        iter::once(&self.winner).chain(&self.losers)
+    }
+
+    fn without(self, service: &ObjectName) -> Option<Self> {
+        let mut left =
+            iter::once(self.winner).chain(self.losers.iter().cloned()).filter(|left| left.service != *service);
+        Some(Self { winner: left.next()?, losers: left.collect() })
+    }
+}
+
 /// All claims of all Services. Owned by `Plan`, by value.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
-    /// Sorted, never empty.
-    by_key: BTreeMap<ListenKey, Vec<Claimant>>,
+    by_key: BTreeMap<ListenKey, Claimants>,
 }
 
 impl Claims {
     /// Notes that a Service asks for a key. Claimed twice, the Service must be of the same age.
     pub(crate) fn claim(&mut self, key: ListenKey, claimant: Claimant) {
-        // `vec![]` of one: nearly every key has one claimant for ever, and there are tens of thousands.
-        match self.by_key.get_mut(&key) {
-            None => drop(self.by_key.insert(key, vec![claimant])),
-            Some(claimants) => {
-                if let Err(place) = claimants.binary_search(&claimant) {
-                    claimants.insert(place, claimant);
-                }
-            }
+        match self.by_key.entry(key) {
+            Entry::Vacant(free) => drop(free.insert(Claimants { winner: claimant, losers: Rare::default() })),
+            Entry::Occupied(mut claimants) => claimants.get_mut().add(claimant),
         }
     }
 
     /// Takes a claim back; what was not claimed stays so.
     pub(crate) fn release(&mut self, key: &ListenKey, service: &ObjectName) {
-        let Some(claimants) = self.by_key.get_mut(key) else { return };
-        claimants.retain(|claimant| claimant.service != *service);
-        if claimants.is_empty() {
-            self.by_key.remove(key);
-        }
+        let left = self.by_key.remove(key).and_then(|claimants| claimants.without(service));
+        self.by_key.extend(left.map(|left| (*key, left)));
     }
 
     /// Takes no more memory than it needs, after many claims at once.
@@ -52,12 +76,12 @@ impl Claims {
 
     /// The Service that gets the key.
     pub(crate) fn winner(&self, key: &ListenKey) -> Option<&ObjectName> {
-        self.claimants(key).next()
+        self.by_key.get(key).map(|claimants| &claimants.winner.service)
     }
 
     /// All that ask for the key, the winner first.
     pub(crate) fn claimants(&self, key: &ListenKey) -> impl Iterator<Item = &ObjectName> {
-        self.by_key.get(key).into_iter().flatten().map(|claimant| &claimant.service)
+        self.by_key.get(key).into_iter().flat_map(Claimants::iter).map(|claimant| &claimant.service)
     }
 }
 

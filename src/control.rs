@@ -331,9 +331,7 @@ impl Control {
             return PortCounters::default();
         };
         let state = self.listeners.port(name).cloned();
-        let addresses: BTreeSet<_> = plan.endpoints(port).map(|endpoint| endpoint.address).collect();
-        let known = |address| self.listeners.backend(name, address).cloned();
-        PortCounters { state, backends: addresses.into_iter().filter_map(known).collect() }
+        PortCounters { state, backends: self.listeners.backends(name) }
     }
 
     /// Renews the snapshot's list of failed listeners; true where it changed. Logs who joined it and who left it, not
@@ -473,7 +471,7 @@ mod tests {
     }
 
     async fn ask(key: ListenKey) -> String {
-        let mut stream = soon(TcpStream::connect(key.address)).await.expect("a listener");
+        let mut stream = soon(TcpStream::connect(key.address())).await.expect("a listener");
         stream.shutdown().await.expect("a connection");
         String::from_utf8(read_all(&mut stream).await.0).expect("a name")
     }
@@ -484,7 +482,7 @@ mod tests {
         let backend = named("one").await;
         send(&relay, [put(web(1)), put_slice(slice(&web(1), &[backend]))]).await;
         assert!(!now(&relay).synced);
-        TcpStream::connect(key(1).address).await.expect_err("nothing before the state is complete");
+        TcpStream::connect(key(1).address()).await.expect_err("nothing before the state is complete");
 
         send(&relay, [Message::Synced]).await;
         synced(&relay).await;
@@ -591,7 +589,7 @@ mod tests {
     #[tokio::test]
     async fn f32_given_a_port_that_somebody_holds_when_it_is_freed_in_a_flood_of_events_then_it_is_taken() {
         let relay = start();
-        let stranger = TcpListener::bind(key(3).address).await.expect("a free address");
+        let stranger = TcpListener::bind(key(3).address()).await.expect("a free address");
         let backend = named("one").await;
         sync(&relay, vec![web(3)], vec![slice(&web(3), &[backend])]).await;
         let failed = now(&relay);
@@ -630,7 +628,7 @@ mod tests {
 
         assert!(status.stopping && now(&relay).stopping);
         for number in [4, 5] {
-            TcpStream::connect(key(number).address).await.expect_err("closed");
+            TcpStream::connect(key(number).address()).await.expect_err("closed");
         }
         assert!(relay.status().has_changed().is_ok(), "the control task lives, so health says that all is well");
     }

@@ -61,7 +61,7 @@ pub struct Entry {
     /// The line that its document begins at, from 1.
     pub line: u64,
     /// Its position among the `items` of a list, from 0.
-    pub item: Option<usize>,
+    pub item: Option<u32>,
     /// What it says.
     pub content: Content,
 }
@@ -131,7 +131,7 @@ pub enum Content {
     /// A Service.
     Service(Arc<Service>),
     /// An EndpointSlice (none where a proxy has no use for it), or the slices of an Endpoints object.
-    Slices(Vec<Arc<Slice>>),
+    Slices(Box<[Arc<Slice>]>),
 }
 
 /// Reads one file. `file` is its name in problems.
@@ -432,7 +432,13 @@ impl<'f> Reading<'f> {
         match content {
             _ if found.errors() > errors => self.reject(Some(kind)),
             Some(content) => {
-                self.decoded.objects.push(Entry { kind, name, line: slot.line, item: slot.item, content });
+                self.decoded.objects.push(Entry {
+                    kind,
+                    name,
+                    line: slot.line,
+                    item: slot.item.and_then(|item| item.try_into().ok()),
+                    content,
+                });
             }
             None => {}
         }
@@ -595,7 +601,7 @@ fn identity(found: &mut Findings, at: At<'_>, kind: Kind, metadata: &Object<Meta
     }
     let most = kind.name_length();
     let name = match found.text(at.key("name"), &raw.name).filter(|name| !name.is_empty()) {
-        Some(name) if is_name(&name, most) => ObjectName::new(namespace, name),
+        Some(name) if is_name(&name, most) => found.texts.name(namespace, name),
         Some(_) => {
             found.error(at.key("name"), format!("{} is not a name; write {}", raw.name, name_rule(most)));
             return None;

@@ -10,7 +10,8 @@ use crate::decode_service::PROTOCOLS;
 use crate::findings::{Findings, parse_ip};
 use crate::locate::At;
 use crate::model::{Endpoint, Slice, SliceName, SlicePort};
-use crate::name::{Family, ObjectName};
+use crate::name::Family;
+use crate::rare::Rare;
 use crate::yaml::{List, Object, Scalar, fields};
 
 fields!(
@@ -115,7 +116,8 @@ pub(crate) fn slice(found: &mut Findings, at: At<'_>, identity: &Identity, raw: 
         found.warn(at.key("ports"), "decode", text);
     }
     let name = SliceName::EndpointSlice(identity.name.clone());
-    Some(Slice { name, service: ObjectName::new(identity.name.namespace.clone(), service), family, ports, endpoints })
+    let service = found.texts.name(Arc::clone(&identity.name.namespace), service);
+    Some(Slice { name, service, family, ports, endpoints })
 }
 
 fn endpoint(found: &mut Findings, at: At<'_>, raw: &SliceEndpoint, family: Family) -> Option<Endpoint> {
@@ -173,13 +175,13 @@ fn conditions(found: &mut Findings, at: At<'_>, value: &Object<Conditions>) -> (
 }
 
 /// For zones, for nodes.
-fn hints(found: &mut Findings, at: At<'_>, value: &Object<Hints>) -> (Vec<Arc<str>>, Vec<Arc<str>>) {
+fn hints(found: &mut Findings, at: At<'_>, value: &Object<Hints>) -> (Rare<Arc<str>>, Rare<Arc<str>>) {
     let Some(raw) = found.object(at, value) else { return Default::default() };
     (names(found, at.key("forZones"), &raw.zones), names(found, at.key("forNodes"), &raw.nodes))
 }
 
-fn names(found: &mut Findings, at: At<'_>, list: &List<Object<Hint>>) -> Vec<Arc<str>> {
-    let mut names = Vec::new();
+fn names(found: &mut Findings, at: At<'_>, list: &List<Object<Hint>>) -> Rare<Arc<str>> {
+    let mut names = Rare::default();
     for (index, item) in found.list(at, list).iter().enumerate() {
         let at = at.index(index);
         if let Some(hint) = found.object(at, item) {
@@ -281,8 +283,8 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
             terminating: false,
             node,
             zone: None,
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            zone_hints: Rare::default(),
+            node_hints: Rare::default(),
             pod,
         });
     }
@@ -293,6 +295,7 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
 mod tests {
     use super::*;
     use crate::decode::{Content, Decoded, decode};
+    use crate::name::ObjectName;
 
     fn decoded(body: &str) -> Decoded {
         let head = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-1\n  labels: {kubernetes.io/service-name: web}\n";
@@ -301,7 +304,7 @@ mod tests {
 
     fn slices(decoded: &Decoded) -> Vec<Arc<Slice>> {
         let contents = decoded.objects.iter().map(|entry| match &entry.content {
-            Content::Slices(slices) => slices.clone(),
+            Content::Slices(slices) => slices.to_vec(),
             Content::Service(_) => panic!("a Service"),
         });
         contents.flatten().collect()

@@ -17,6 +17,7 @@ use crate::hints::Preference;
 use crate::locate::At;
 use crate::model::{ClusterIps, DEFAULT_AFFINITY_TIMEOUT, Service, ServiceKind, ServicePort, TrafficPolicy};
 use crate::name::{Family, Protocol};
+use crate::rare::Rare;
 use crate::yaml::{Fields, List, Object, Scalar, fields};
 
 /// Annotations of ours, behind `kube-relay.dev/`.
@@ -376,8 +377,8 @@ fn claim(taken: &mut BTreeMap<(u16, Protocol), usize>, key: (u16, Protocol), ind
     (first != index).then_some(first)
 }
 
-fn external_ips(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Vec<IpAddr> {
-    let mut ips = Vec::new();
+fn external_ips(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Rare<IpAddr> {
+    let mut ips = Rare::default();
     for (index, value) in found.list(at, list).iter().enumerate() {
         let at = at.index(index);
         let Some(text) = found.text(at, value) else { continue };
@@ -393,12 +394,12 @@ fn external_ips(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Vec<Ip
     ips
 }
 
-fn load_balancer_ips(found: &mut Findings, at: At<'_>, status: &Object<Status>) -> Vec<IpAddr> {
-    let Some(status) = found.object(at, status) else { return Vec::new() };
+fn load_balancer_ips(found: &mut Findings, at: At<'_>, status: &Object<Status>) -> Rare<IpAddr> {
+    let Some(status) = found.object(at, status) else { return Rare::default() };
     let at = at.key("loadBalancer");
-    let Some(load_balancer) = found.object(at, &status.load_balancer) else { return Vec::new() };
+    let Some(load_balancer) = found.object(at, &status.load_balancer) else { return Rare::default() };
     let at = at.key("ingress");
-    let mut ips = Vec::new();
+    let mut ips = Rare::default();
     for (index, item) in found.list(at, &load_balancer.ingress).iter().enumerate() {
         let at = at.index(index);
         let Some(ingress) = found.object(at, item) else { continue };
@@ -416,8 +417,8 @@ fn load_balancer_ips(found: &mut Findings, at: At<'_>, status: &Object<Status>) 
     ips
 }
 
-fn source_ranges(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Vec<IpNet> {
-    let mut ranges = Vec::new();
+fn source_ranges(found: &mut Findings, at: At<'_>, list: &List<Scalar>) -> Rare<IpNet> {
+    let mut ranges = Rare::default();
     for (index, value) in found.list(at, list).iter().enumerate() {
         let at = at.index(index);
         let Some(text) = found.text(at, value) else { continue };

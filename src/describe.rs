@@ -235,8 +235,8 @@ mod tests {
         let mut web = Service::new("default/web").cluster_ip([127, 96, 0, 10]).port("http", 80);
         (web.kind, web.external_policy) = (ServiceKind::LoadBalancer, TrafficPolicy::Local);
         web.health_check_node_port = Some(31000);
-        web.load_balancer_ips = vec![[198, 51, 100, 1].into()];
-        web.source_ranges = vec!["203.0.113.0/24".parse().expect("a net")];
+        web.load_balancer_ips = vec![[198, 51, 100, 1].into()].into();
+        web.source_ranges = vec!["203.0.113.0/24".parse().expect("a net")].into();
 
         let text = described(vec![web], vec![]);
 

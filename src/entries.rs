@@ -28,7 +28,7 @@ pub(crate) struct Entry {
 impl Entry {
     /// The family that it is served in.
     pub(crate) fn family(&self) -> Family {
-        Family::of(self.key.address.ip())
+        Family::of(self.key.ip())
     }
 }
 
@@ -279,7 +279,7 @@ mod tests {
     #[test]
     fn t021_given_external_ips_of_both_families_when_allowed_then_only_families_of_the_service_are_served() {
         let mut service = web();
-        service.external_ips = vec![ip("203.0.113.1"), ip("2001:db8::1")];
+        service.external_ips = vec![ip("203.0.113.1"), ip("2001:db8::1")].into();
         let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse().expect("a net")).to_vec();
         let options = PlanOptions { allowed_external_cidrs: all, ..node() };
 
@@ -290,7 +290,7 @@ mod tests {
     #[test]
     fn t122_given_an_external_ip_that_nobody_allowed_when_opened_then_it_is_refused_with_the_remedy() {
         let mut service = web();
-        service.external_ips = vec![ip("203.0.113.1")];
+        service.external_ips = vec![ip("203.0.113.1")].into();
 
         let options = node();
         let problems = Entries::of(&service, &options).problems;
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn t123_given_an_external_ip_of_the_node_itself_when_opened_then_no_allow_list_helps() {
         let mut service = web();
-        service.external_ips = vec![ip("192.0.2.1")];
+        service.external_ips = vec![ip("192.0.2.1")].into();
         let allowed_external_cidrs = vec!["192.0.2.0/24".parse().expect("a net")];
         let options = PlanOptions { allowed_external_cidrs, ..node() };
 
@@ -313,7 +313,7 @@ mod tests {
     #[test]
     fn t022_given_a_load_balancer_ip_when_opened_then_the_service_port_is_there() {
         let mut service = web();
-        service.load_balancer_ips = vec![ip("198.51.100.1")];
+        service.load_balancer_ips = vec![ip("198.51.100.1")].into();
 
         assert_eq!(listed(&service, &node())[1..], ["loadBalancerIP 198.51.100.1:80/TCP"]);
     }

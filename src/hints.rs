@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn t092_given_hints_in_one_slice_when_hints_are_written_then_they_stay_and_no_others_come() {
-        let hinted = Endpoint { zone_hints: vec!["b".into()], ..placed(1, None, Some("a")) };
+        let hinted = Endpoint { zone_hints: vec!["b".into()].into(), ..placed(1, None, Some("a")) };
         let slices = vec![slice("web-1", [hinted]), slice("web-2", [placed(2, None, Some("a"))])];
 
         assert_eq!(hints(Some("PreferSameZone"), slices), ["b/", "/"]);

@@ -111,14 +111,21 @@ pub struct Listener {
     /// range holds an address of this node, the listener's own is there, too: it is what a program on this node has
     /// as its source.
     pub source_ranges: Arc<[IpNet]>,
-    /// How its datagrams are served; what the flags say for TCP.
-    pub udp: UdpSettings,
+    /// How its datagrams are served; `None`: as the flags say. Hardly any Service says otherwise.
+    pub udp: Option<Arc<UdpSettings>>,
 }
 
 impl Listener {
+    /// How its datagrams are served.
+    pub fn udp_settings(&self) -> &UdpSettings {
+        static AS_THE_FLAGS_SAY: UdpSettings =
+            UdpSettings { shards: None, unreplied: None, answered: None, stream: None };
+        self.udp.as_deref().unwrap_or(&AS_THE_FLAGS_SAY)
+    }
+
     /// The balancers that its sides name, whatever their verdicts: outside, then inside.
     pub fn balancers(&self, key: &ListenKey) -> [BalancerKey; 2] {
-        let family = Family::of(key.address.ip());
+        let family = Family::of(key.ip());
         [self.target.outside, self.target.inside].map(|side| BalancerKey {
             port: self.port.clone(),
             family,
@@ -302,12 +309,12 @@ mod tests {
         ((0_u8..6, any::<bool>()), 0_u8..4, (side(), side()), any::<bool>()).prop_map(
             |((host, v6), owner, (outside, inside), allocated)| {
                 let address = if v6 { format!("[fd00::{host}]:80") } else { format!("10.96.0.{host}:80") };
-                let key = ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp };
+                let key = ListenKey::at(address.parse().expect("an address"), Protocol::Tcp);
                 let service = ObjectName::new("default", format!("web-{owner}"));
                 let port = ServicePortName::new(service, "http", Protocol::Tcp);
                 let kind = ListenerKind::ClusterIp;
                 let target = Target { outside, inside };
-                let (source_ranges, udp) = (Arc::default(), UdpSettings::default());
+                let (source_ranges, udp) = (Arc::default(), None);
                 (key, Listener { port, kind, allocated, target, source_ranges, udp })
             },
         )

@@ -103,6 +103,7 @@ pub mod panics;
 pub mod peer;
 pub mod plan;
 mod problem;
+pub mod rare;
 pub mod rejections;
 pub mod remedy;
 pub mod scaffold;

@@ -104,7 +104,7 @@ impl ServiceStatus {
             for listener in &mut port.listeners {
                 let Ok(address) = listener.address.parse() else { continue };
                 let target = Target { outside: listener.outside, inside: listener.inside };
-                let key = ListenKey { address, protocol: port.protocol };
+                let key = ListenKey::at(address, port.protocol);
                 listener.state = Some(status.listener_state(&key, &target));
             }
         }
@@ -187,7 +187,7 @@ pub(crate) mod sample {
     pub(crate) fn status() -> Status {
         let services = [web(), dns(), headless()].map(|service| (service.service.name.clone(), Arc::new(service)));
         let failed = ListenerState::Failed { reason: "in_use".into(), message: "address in use; ask ss".into() };
-        let key = ListenKey { address: "127.0.0.1:30080".parse().expect("an address"), protocol: Protocol::Tcp };
+        let key = ListenKey::at("127.0.0.1:30080".parse().expect("an address"), Protocol::Tcp);
         let mut rejections = Rejections::default();
         rejections.count(Some("Service"), "decode");
         Status {

@@ -224,7 +224,7 @@ impl Page {
             for reason in DropReason::ALL {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
             }
-            for backend in &counters.backends {
+            for backend in counters.backends.iter() {
                 self.backend(&labels, port.protocol, backend);
             }
         }

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 
 use crate::frozen::pack;
 use crate::name::{Family, ObjectName, Protocol};
+use crate::rare::Rare;
 
 /// Seconds that a client stays with its backend where a Service asks for ClientIP and says no time.
 pub const DEFAULT_AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
@@ -35,11 +36,11 @@ pub struct Service {
     /// From `spec.ports`.
     pub ports: Vec<ServicePort>,
     /// From `spec.externalIPs`.
-    pub external_ips: Vec<IpAddr>,
+    pub external_ips: Rare<IpAddr>,
     /// From `status.loadBalancer.ingress[]`: the addresses that are to be captured here (`ipMode` VIP or absent).
-    pub load_balancer_ips: Vec<IpAddr>,
+    pub load_balancer_ips: Rare<IpAddr>,
     /// From `spec.loadBalancerSourceRanges`.
-    pub source_ranges: Vec<IpNet>,
+    pub source_ranges: Rare<IpNet>,
     /// From `spec.sessionAffinity` and `spec.sessionAffinityConfig.clientIP.timeoutSeconds`; `None` without affinity.
     pub affinity_timeout: Option<Duration>,
     /// From `spec.externalTrafficPolicy` (default Cluster).
@@ -71,9 +72,9 @@ impl Service {
             cluster_ips: ClusterIps::Unset,
             families: Vec::new(),
             ports: Vec::new(),
-            external_ips: Vec::new(),
-            load_balancer_ips: Vec::new(),
-            source_ranges: Vec::new(),
+            external_ips: Rare::default(),
+            load_balancer_ips: Rare::default(),
+            source_ranges: Rare::default(),
             affinity_timeout: None,
             external_policy: TrafficPolicy::Cluster,
             internal_policy: TrafficPolicy::Cluster,
@@ -315,9 +316,9 @@ pub struct Endpoint {
     /// From `zone`. Read by the static source only, where it stands in for a hint.
     pub zone: Option<Arc<str>>,
     /// From `hints.forZones[].name`.
-    pub zone_hints: Vec<Arc<str>>,
+    pub zone_hints: Rare<Arc<str>>,
     /// From `hints.forNodes[].name`.
-    pub node_hints: Vec<Arc<str>>,
+    pub node_hints: Rare<Arc<str>>,
     /// From `targetRef.name`, where the target is a Pod: for display.
     pub pod: Option<Arc<str>>,
 }
@@ -332,8 +333,8 @@ impl Endpoint {
             terminating: false,
             node: None,
             zone: None,
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            zone_hints: Rare::default(),
+            node_hints: Rare::default(),
             pod: None,
         }
     }

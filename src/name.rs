@@ -201,11 +201,13 @@ impl fmt::Display for ServicePortName {
     }
 }
 
-/// The address, port and protocol that a listener is bound to: `10.96.0.10:80/TCP`.
+/// The address, port and protocol that a listener is bound to: `10.96.0.10:80/TCP`. By address, then by protocol.
+///
+/// Never a wildcard. A third smaller than a `SocketAddr`, as there are a dozen of each key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ListenKey {
-    /// Address and port, never a wildcard.
-    pub address: SocketAddr,
+    ip: IpAddr,
+    port: u16,
     /// TCP or UDP.
     pub protocol: Protocol,
 }
@@ -213,13 +215,33 @@ pub struct ListenKey {
 impl ListenKey {
     /// Builds a key from an address, a port and a protocol.
     pub fn new(ip: IpAddr, port: u16, protocol: Protocol) -> Self {
-        Self { address: SocketAddr::new(ip, port), protocol }
+        Self { ip, port, protocol }
+    }
+
+    /// Builds a key from an address with its port, and a protocol.
+    pub fn at(address: SocketAddr, protocol: Protocol) -> Self {
+        Self::new(address.ip(), address.port(), protocol)
+    }
+
+    /// The address.
+    pub fn ip(&self) -> IpAddr {
+        self.ip
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Address and port.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
     }
 }
 
 impl fmt::Display for ListenKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.protocol)
+        write!(f, "{}/{}", self.address(), self.protocol)
     }
 }
 

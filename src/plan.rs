@@ -16,6 +16,7 @@ use crate::endpoints::Node;
 use crate::frozen::pack;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
+use crate::rare::Rare;
 
 pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_check::HealthCheck;
@@ -237,7 +238,7 @@ fn turned(steps: &[Step]) -> BTreeSet<ListenKey> {
 
 /// One problem for each backend that is a listener of this process. Whose it is is not said: that may change
 /// without a listener that comes or goes.
-fn loops(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Vec<Problem> {
+fn loops(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Rare<Problem> {
     let own: BTreeSet<_> = plan.backends().filter(|key| claims.winner(key).is_some()).collect();
     let problem = |key| {
         let message = format!("endpoint {key} is not used: this relay listens there itself");
@@ -254,7 +255,7 @@ fn lost<'a>(name: &ObjectName, plan: &'a ServicePlan, claims: &'a Claims) -> Los
     for (key, listener) in &plan.wanted.listeners {
         match claims.winner(key) {
             Some(winner) if winner != name => {
-                let port = (listener.kind, key.address.port(), key.protocol, winner);
+                let port = (listener.kind, key.port(), key.protocol, winner);
                 lost.entry(port).or_default().push(key);
             }
             _ => {}
@@ -264,9 +265,9 @@ fn lost<'a>(name: &ObjectName, plan: &'a ServicePlan, claims: &'a Claims) -> Los
 }
 
 /// One problem for each port and rival.
-fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Vec<Problem> {
+fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Rare<Problem> {
     let problem = |((kind, number, protocol, winner), keys): (&(ListenerKind, u16, _, _), &Vec<&ListenKey>)| {
-        let addresses = keys.iter().map(|key| key.address.ip().to_string()).collect::<Vec<_>>().join(", ");
+        let addresses = keys.iter().map(|key| key.ip().to_string()).collect::<Vec<_>>().join(", ");
         let what = match (kind, keys.as_slice()) {
             (ListenerKind::NodePort, _) => format!("node port {number}/{protocol} ({addresses})"),
             (_, [key]) => format!("{} {key}", kind.in_words()),
@@ -328,7 +329,7 @@ mod tests {
         /// Who is served at an address: `service:port`.
         fn at(&self, address: &str) -> Option<String> {
             let address = address.parse().expect("an address");
-            let found = self.running.listeners.iter().find(|(key, _)| key.address == address);
+            let found = self.running.listeners.iter().find(|(key, _)| key.address() == address);
             found.map(|(_, listener)| listener.port.to_string())
         }
     }
@@ -449,7 +450,7 @@ mod tests {
     #[test]
     fn t023_given_a_load_balancer_ip_when_it_is_not_to_be_captured_any_more_then_its_listener_closes() {
         let mut control = Control::new();
-        let load_balancer_ips = vec![[198, 51, 100, 1].into()];
+        let load_balancer_ips = Rare::from(vec![[198, 51, 100, 1].into()]);
         control.batch([put(&Service { load_balancer_ips, ..web() })]);
         assert_eq!(control.at("198.51.100.1:80").as_deref(), Some("default/web:http"));
 
@@ -459,9 +460,9 @@ mod tests {
     #[test]
     fn t111_given_source_ranges_when_they_change_then_the_load_balancer_ip_alone_is_pointed_anew() {
         let mut control = Control::new();
-        let balanced = Service { load_balancer_ips: vec![[198, 51, 100, 1].into()], ..web().node_port(30000) };
+        let balanced = Service { load_balancer_ips: vec![[198, 51, 100, 1].into()].into(), ..web().node_port(30000) };
         control.batch([put(&balanced)]);
-        let source_ranges = vec!["203.0.113.0/24".parse().expect("a net")];
+        let source_ranges = Rare::from(vec!["203.0.113.0/24".parse().expect("a net")]);
 
         let steps = control.batch([put(&Service { source_ranges: source_ranges.clone(), ..balanced })]);
 
@@ -514,7 +515,7 @@ mod tests {
         control.options.allowed_external_cidrs = vec!["203.0.113.0/24".parse().expect("a net")];
         let service = |name: &str, host, port| {
             let service = Service::new(name).cluster_ip([10, 96, 0, host]).port("http", port);
-            Service { external_ips: vec![[203, 0, 113, 1].into()], ..service }
+            Service { external_ips: vec![[203, 0, 113, 1].into()].into(), ..service }
         };
 
         control.batch([put(&service("default/a", 1, 80)), put(&service("default/b", 2, 81))]);
@@ -594,7 +595,8 @@ mod tests {
     #[test]
     fn t091_given_a_zone_when_it_changes_then_tables_follow_without_a_change_of_the_service() {
         let mut control = Control::new();
-        let hinted = |host, zone: &str| Endpoint { zone_hints: vec![zone.into()], ..Endpoint::new([10, 0, 0, host]) };
+        let hinted =
+            |host, zone: &str| Endpoint { zone_hints: vec![zone.into()].into(), ..Endpoint::new([10, 0, 0, host]) };
         let slice = slice("web-1", &[]).endpoint(hinted(1, "zone-a")).endpoint(hinted(2, "zone-b"));
         control.options.node.zone = Some("zone-a".into());
         control.batch([put(&web()), put_slice(&slice)]);

@@ -67,7 +67,7 @@ impl fmt::Display for BindFailure {
 
 /// What an operator can do so that the address can be bound; `None` where we know nothing better than the error itself.
 pub fn remedy(failure: BindFailure, key: ListenKey) -> Option<String> {
-    let (ip, port) = (key.address.ip(), key.address.port());
+    let (ip, port) = (key.ip(), key.port());
     let text = match failure {
         BindFailure::InUse => format!("another socket holds it: `ss -lnp 'sport = :{port}'` shows whose"),
         BindFailure::Permission => format!(
@@ -114,7 +114,7 @@ mod tests {
     use crate::name::Protocol;
 
     fn key(address: &str) -> ListenKey {
-        ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp }
+        ListenKey::at(address.parse().expect("an address"), Protocol::Tcp)
     }
 
     #[test]

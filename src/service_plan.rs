@@ -16,6 +16,7 @@ use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, Traffic
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
 use crate::plan::PlanOptions;
 use crate::problem::Problem;
+use crate::rare::Rare;
 use crate::source_ranges::SourceRanges;
 use crate::udp_settings::UdpSettings;
 
@@ -29,13 +30,13 @@ pub struct ServicePlan {
     /// What the health checks of a load balancer are to be told; `None` where it is not to ask.
     pub health_check: Option<HealthCheck>,
     /// What is wrong with it by itself.
-    pub problems: Vec<Problem>,
+    pub problems: Rare<Problem>,
     /// The addresses that it does not get, since another Service has them.
-    pub conflicts: Vec<Problem>,
+    pub conflicts: Rare<Problem>,
     /// The backends that are listeners of this process: they get nothing, as it would come back.
-    pub loops: Vec<Problem>,
+    pub loops: Rare<Problem>,
     /// Those of the wanted listeners that it does not get.
-    pub(crate) lost: Box<[ListenKey]>,
+    pub(crate) lost: Rare<ListenKey>,
     /// From `metadata.creationTimestamp`: its rank among claimants.
     pub(crate) created: Arc<str>,
 }
@@ -86,7 +87,7 @@ impl ServicePlan {
     pub(crate) fn backends(&self) -> impl Iterator<Item = ListenKey> {
         self.wanted.balancers.iter().flat_map(|(key, backends)| {
             let protocol = key.port.protocol;
-            backends.usable.serving.iter().map(move |endpoint| ListenKey { address: endpoint.address, protocol })
+            backends.usable.serving.iter().map(move |endpoint| ListenKey::at(endpoint.address, protocol))
         })
     }
 
@@ -109,7 +110,9 @@ impl ServicePlan {
         plan.health_check = health_check;
         plan.problems.extend(missing);
         let mut layout = Layout::default();
-        let balancing = Balancing::of(service, &mut plan.problems);
+        let mut problems = Vec::new();
+        let balancing = Balancing::of(service, &mut problems);
+        plan.problems.extend(problems);
         let targets = choose_backends(&mut layout, service, balancing, &entries.list, |port, family, external| {
             let slices = slices.iter().map(AsRef::as_ref);
             endpoints::usable(service, &service.ports[port], family, external, slices, &options.node)
@@ -171,6 +174,7 @@ fn listen(
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
     let udp_settings = UdpSettings::of(service, &mut problems);
+    let udp_settings = (udp_settings != UdpSettings::default()).then(|| Arc::new(udp_settings));
     let mut taken = BTreeSet::new();
     for entry in entries {
         let targets = targets.get(&(entry.port, entry.family())).expect("chosen for every entry");
@@ -182,8 +186,8 @@ fn listen(
             Some(first) => drop(taken.insert((entry.kind, entry.port, first.kind, first.port.port.clone()))),
             None => {
                 let target = targets.of_kind(entry.kind);
-                let udp = if port.protocol == Protocol::Udp { udp_settings } else { UdpSettings::default() };
-                let source_ranges = source_ranges.at(entry.key.address.ip(), entry.kind);
+                let udp = udp_settings.clone().filter(|_| port.protocol == Protocol::Udp);
+                let source_ranges = source_ranges.at(entry.key.ip(), entry.kind);
                 let (port, kind, allocated) = (port.clone(), entry.kind, entry.allocated);
                 let listener = Listener { port, kind, allocated, target, source_ranges, udp };
                 layout.listeners.insert(entry.key, listener);
@@ -475,7 +479,7 @@ mod tests {
     #[test]
     fn given_one_node_port_for_two_ports_when_planned_then_the_first_has_it_and_the_other_is_said_once() {
         let mut service = web(CLUSTER, CLUSTER).port("https", 443).node_port(30000);
-        service.external_ips = vec![ip("10.96.0.10")]; // the cluster IP again: the same port, no conflict
+        service.external_ips = vec![ip("10.96.0.10")].into(); // the cluster IP again: the same port, no conflict
         let options = PlanOptions {
             node_port_addresses: vec![ip("192.0.2.1"), ip("192.0.2.2")],
             allowed_external_cidrs: vec!["10.0.0.0/8".parse().expect("a net")],
@@ -485,7 +489,7 @@ mod tests {
         let plan = ServicePlan::of(&service, std::iter::empty(), &options);
 
         assert_eq!(plan.wanted.listeners.len(), 4);
-        let on_node = plan.wanted.listeners.iter().filter(|(key, _)| key.address.port() == 30000);
+        let on_node = plan.wanted.listeners.iter().filter(|(key, _)| key.port() == 30000);
         assert!(on_node.into_iter().all(|(_, listener)| &*listener.port.port == "http"));
         let problems: Vec<_> = plan.problems.iter().map(ToString::to_string).collect();
         assert_eq!(

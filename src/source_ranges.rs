@@ -56,8 +56,8 @@ mod tests {
 
     fn allowed_at(ranges: &[&str], listen: &str, kind: ListenerKind) -> Vec<String> {
         let service = Service {
-            load_balancer_ips: vec![ip("198.51.100.1"), ip("2001:db8:1::1")],
-            external_ips: vec![ip("203.0.113.1"), ip("198.51.100.1")],
+            load_balancer_ips: vec![ip("198.51.100.1"), ip("2001:db8:1::1")].into(),
+            external_ips: vec![ip("203.0.113.1"), ip("198.51.100.1")].into(),
             source_ranges: ranges.iter().map(|net| net.parse().expect("a net")).collect(),
             ..Service::new("default/web").cluster_ip([10, 96, 0, 10])
         };

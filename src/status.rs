@@ -179,7 +179,7 @@ impl ListenerReport {
     fn of(key: &ListenKey, listener: &Listener) -> Self {
         Self {
             kind: listener.kind,
-            address: key.address.to_string(),
+            address: key.address().to_string(),
             allocated: listener.allocated,
             outside: listener.target.outside,
             inside: listener.target.inside,
@@ -303,7 +303,7 @@ pub struct PortCounters {
     /// Counters of the ServicePort; `None` where nothing of it is served.
     pub state: Option<Arc<PortState>>,
     /// Its backends of both scopes and families, by address.
-    pub backends: Box<[Arc<Backend>]>,
+    pub backends: Arc<[Arc<Backend>]>,
 }
 
 #[cfg(test)]
@@ -375,7 +375,7 @@ mod tests {
         note.severity = Severity::Note;
         let broken = Problem::error("db.yaml", "decode", "cannot be read");
         let mut web = Service::new("web").cluster_ip([10, 96, 0, 10]).port("http", 80);
-        web.external_ips = vec![[203, 0, 113, 1].into()];
+        web.external_ips = vec![[203, 0, 113, 1].into()].into();
 
         let report = report(vec![web], vec![], vec![note.clone(), broken]);
 

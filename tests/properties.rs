@@ -103,7 +103,7 @@ fn service() -> impl Strategy<Value = Service> {
             kind,
             external_ips: external.into_iter().map(|host| [203, 0, 113, host].into()).collect(),
             load_balancer_ips: balanced.into_iter().map(|host| [198, 51, 100, host].into()).collect(),
-            source_ranges: if guarded { vec!["10.0.0.0/8".parse().expect("a net")] } else { vec![] },
+            source_ranges: guarded.then(|| "10.0.0.0/8".parse().expect("a net")).into_iter().collect(),
             internal_policy,
             external_policy,
             affinity_timeout: affinity.map(Duration::from_secs),

@@ -172,7 +172,7 @@ mod tests {
     }
 
     fn table(picks: &[Arc<Backend>]) -> Table {
-        Table::new(picks.to_vec(), &[])
+        Table::new(picks.to_vec().into(), &[])
     }
 
     fn backends<const N: usize>(ids: [u32; N]) -> [Arc<Backend>; N] {
@@ -496,7 +496,7 @@ mod tests {
         let [one, two, three] = backends([1, 2, 3]);
         let web = cluster(&port("web"), &[]);
 
-        web.swap(Table::new(vec![one.clone()], &[one.clone(), two.clone()]));
+        web.swap(Table::new(vec![one.clone()].into(), &[one.clone(), two.clone()]));
 
         assert_eq!(picks(&web, 2), [1, 1]);
         assert!(web.serves(&one) && web.serves(&two) && !web.serves(&three));

@@ -81,7 +81,7 @@ impl Servers {
                 socket::listen(&bound.socket)?;
                 self.accept_from(key, bound, target)
             }
-            (Protocol::Udp, true) => Ok(Bound::ParkedUdp(udp::hold_udp(key.address)?)),
+            (Protocol::Udp, true) => Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?)),
             (Protocol::Udp, false) => self.open_udp(key, wanted, target),
             (Protocol::Sctp, _) => Err(io::Error::new(io::ErrorKind::Unsupported, "SCTP is not served")),
         }
@@ -112,10 +112,10 @@ impl Servers {
             }
             (Bound::Udp { server, .. }, true) => {
                 self.udp.remove(server).await;
-                Ok(Bound::ParkedUdp(udp::hold_udp(key.address)?))
+                Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
             }
             (Bound::Udp { server, filtered }, false) => {
-                self.udp.set_idle(server, &wanted.udp);
+                self.udp.set_idle(server, wanted.udp_settings());
                 self.udp.sweep(server); // Flows of the last owner, or of sources that are served no more, end.
                 let filtered = self.filter_udp(key, server, filtered, &target.load());
                 Ok(Bound::Udp { server, filtered })
@@ -146,7 +146,7 @@ impl Servers {
     }
 
     fn open_udp(&mut self, key: ListenKey, wanted: &Listener, target: &TargetCell) -> io::Result<Bound> {
-        let server = self.udp.open(key, Arc::clone(target), &wanted.udp)?;
+        let server = self.udp.open(key, Arc::clone(target), wanted.udp_settings())?;
         let filtered = self.filter_udp(key, server, false, &target.load());
         Ok(Bound::Udp { server, filtered })
     }
@@ -181,7 +181,7 @@ impl Servers {
     }
 
     fn filter(&mut self, key: ListenKey, target: &Target) -> Option<Filter> {
-        let filter = Filter::of_target(target, Family::of(key.address.ip()));
+        let filter = Filter::of_target(target, Family::of(key.ip()));
         filter.inspect_err(|error| self.fall_back(key, error, "name fewer networks")).ok().flatten()
     }
 

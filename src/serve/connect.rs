@@ -516,7 +516,7 @@ mod tests {
             });
             let waiting = Arc::clone(&silent);
             until(|| Arc::strong_count(&waiting) > 3).await; // The table's, the test's two, and the dial's.
-            web.swap(Table::new(vec![alive.clone()], &[]));
+            web.swap(Table::new(vec![alive.clone()].into(), &[]));
             let reached = soon(dialing).await.expect("the other one");
 
             assert_eq!(reached.backend.id, alive.id);

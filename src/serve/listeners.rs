@@ -148,6 +148,11 @@ impl Listeners {
         self.ports.get(port)?.known_backend(address)
     }
 
+    /// All backends of a ServicePort, of both scopes and families, by address: for status.
+    pub fn backends(&self, port: &ServicePortName) -> Arc<[Arc<Backend>]> {
+        self.ports.get(port).map(|port| Arc::clone(&port.backends)).unwrap_or_default()
+    }
+
     /// How many listeners are bound.
     pub fn bound_count(&self) -> usize {
         self.listeners.len()
@@ -166,7 +171,7 @@ impl Listeners {
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
         let protocol = key.port.protocol;
-        let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey { address: endpoint.address, protocol });
+        let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey::at(endpoint.address, protocol));
         self.turned.extend(keys.filter(|key| self.listeners.contains_key(key)));
         self.ports.swap(key.clone(), wanted);
         if protocol == Protocol::Udp {
@@ -177,7 +182,7 @@ impl Listeners {
     /// Flows of backends that left `serving` end now, so that their next datagram reaches a live one.
     fn sweep(&self, key: &BalancerKey) {
         let Some(port) = self.ports.get(&key.port) else { return };
-        for listener in port.listeners.iter().filter(|listener| Family::of(listener.address.ip()) == key.family) {
+        for listener in port.listeners.iter().filter(|listener| Family::of(listener.ip()) == key.family) {
             if let Some(Running { bound: Bound::Udp { server, .. }, .. }) = self.listeners.get(listener) {
                 self.servers.udp.sweep(*server);
             }
@@ -205,7 +210,9 @@ impl Listeners {
     }
 
     fn run(&mut self, key: ListenKey, running: Running) {
-        self.ports.own(&running.port.name, key);
+        if key.protocol == Protocol::Udp {
+            self.ports.own(&running.port.name, key);
+        }
         self.listeners.insert(key, running);
     }
 
@@ -240,7 +247,7 @@ impl Listeners {
     /// The running form of a planned target; `None` where a side names a balancer that is not there.
     fn target(&self, key: &ListenKey, wanted: &Listener) -> Option<Target> {
         let port = self.ports.get(&wanted.port)?;
-        let family = Family::of(key.address.ip());
+        let family = Family::of(key.ip());
         let verdict = |side: &Side| -> Option<Verdict> {
             Some(match side.verdict {
                 plan::Verdict::Serve => Verdict::Serve(Arc::clone(port.balancer(family, side.scope)?)),
@@ -249,7 +256,7 @@ impl Listeners {
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
-        let inside_of = if outside == inside { Arc::default() } else { self.inside_of(key.address.ip()) };
+        let inside_of = if outside == inside { Arc::default() } else { self.inside_of(key.ip()) };
         Some(Target {
             port: Arc::clone(&port.state),
             outside: verdict(outside)?,

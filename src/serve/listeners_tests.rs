@@ -107,13 +107,13 @@ fn endpoints(service: &Service, backends: &[SocketAddr]) -> Event {
 }
 
 async fn ask(key: ListenKey) -> String {
-    let mut stream = soon(TcpStream::connect(key.address)).await.expect("a listener");
+    let mut stream = soon(TcpStream::connect(key.address())).await.expect("a listener");
     stream.shutdown().await.expect("a connection");
     String::from_utf8(read_all(&mut stream).await.0).expect("a name")
 }
 
 async fn is_refused(key: ListenKey) -> bool {
-    let outcome = soon(TcpStream::connect(key.address)).await;
+    let outcome = soon(TcpStream::connect(key.address())).await;
     outcome.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
@@ -131,7 +131,7 @@ async fn named_udp(name: &'static str) -> SocketAddr {
 
 async fn udp_client(key: ListenKey) -> AsyncUdpSocket {
     let client = AsyncUdpSocket::bind((LOOPBACK, 0)).await.expect("a free port");
-    client.connect(key.address).await.expect("an address");
+    client.connect(key.address()).await.expect("an address");
     client
 }
 
@@ -152,8 +152,8 @@ async fn ask_udp(client: &AsyncUdpSocket) -> io::Result<String> {
 
 /// The kernel's number of the socket that is bound to an address.
 fn inode(key: ListenKey) -> Option<String> {
-    let IpAddr::V4(ip) = key.address.ip() else { return None };
-    let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), key.address.port());
+    let IpAddr::V4(ip) = key.ip() else { return None };
+    let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), key.port());
     let table = format!("/proc/self/net/{}", key.protocol.as_str().to_lowercase());
     let table = fs::read_to_string(table).expect("procfs");
     let sockets = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -202,7 +202,7 @@ async fn t095_given_a_udp_listener_when_its_endpoints_go_and_come_then_senders_a
         assert_eq!(ask_udp(&client).await.expect("an answer"), "one");
         bench.take([endpoints(&dns, &[])]).await;
         assert_eq!(ask_udp(&client).await.expect_err("port unreachable").kind(), io::ErrorKind::ConnectionRefused);
-        udp::bind_udp(udp_key(3).address).expect_err("the port is held");
+        udp::bind_udp(udp_key(3).address()).expect_err("the port is held");
         bench.take([endpoints(&dns, &[one])]).await;
     }
 }
@@ -210,7 +210,7 @@ async fn t095_given_a_udp_listener_when_its_endpoints_go_and_come_then_senders_a
 #[tokio::test]
 async fn f32_given_a_held_port_when_it_is_freed_then_the_next_retry_takes_it_and_others_were_served_meanwhile() {
     let (mut bench, both) = (Bench::new(), web("default/web", 4).port("other", 7401));
-    let stranger = std::net::TcpListener::bind(tcp_key(4).address).expect("a free address");
+    let stranger = std::net::TcpListener::bind(tcp_key(4).address()).expect("a free address");
     bench.take([put(&both), endpoints(&both, &[named("one").await])]).await;
     assert_eq!(ask(ListenKey::new(ip(4), 7401, Protocol::Tcp)).await, "one");
     let error = bench.listeners.failure(&tcp_key(4)).expect("held by another").to_string();
@@ -228,7 +228,7 @@ async fn f32_given_a_held_port_when_it_is_freed_then_the_next_retry_takes_it_and
 #[tokio::test]
 async fn given_a_failed_listener_when_its_service_changes_then_it_comes_up_as_it_should_be_by_then() {
     let (mut bench, [web, other]) = (Bench::new(), [web("default/web", 5), web("default/other", 5)]);
-    let stranger = std::net::TcpListener::bind(tcp_key(5).address).expect("a free address");
+    let stranger = std::net::TcpListener::bind(tcp_key(5).address()).expect("a free address");
     bench.take([put(&web), endpoints(&web, &[named("one").await])]).await;
 
     bench.take([endpoints(&web, &[])]).await;
@@ -246,7 +246,7 @@ async fn given_a_failed_listener_when_its_service_changes_then_it_comes_up_as_it
 #[tokio::test]
 async fn given_a_failed_listener_when_its_service_goes_then_it_is_not_tried_any_more() {
     let (mut bench, web) = (Bench::new(), web("default/web", 6));
-    let _stranger = std::net::TcpListener::bind(tcp_key(6).address).expect("a free address");
+    let _stranger = std::net::TcpListener::bind(tcp_key(6).address()).expect("a free address");
     bench.take([put(&web)]).await;
     bench.listeners.take_failure_news();
 
@@ -342,7 +342,7 @@ async fn given_a_local_policy_when_a_program_here_connects_to_the_listeners_own_
 async fn ask_from(source: IpAddr, key: ListenKey) -> io::Result<String> {
     let socket = tokio::net::TcpSocket::new_v4()?;
     socket.bind(SocketAddr::new(source, 0))?;
-    let mut stream = tokio::time::timeout(Duration::from_millis(200), socket.connect(key.address)).await??;
+    let mut stream = tokio::time::timeout(Duration::from_millis(200), socket.connect(key.address())).await??;
     stream.shutdown().await?;
     let (name, outcome) = read_all(&mut stream).await;
     outcome.map(|()| String::from_utf8_lossy(&name).into_owned())
@@ -351,9 +351,12 @@ async fn ask_from(source: IpAddr, key: ListenKey) -> io::Result<String> {
 #[tokio::test]
 async fn given_a_filter_that_is_not_taken_when_a_target_needs_none_then_what_is_served_is_heard() {
     let (mut bench, web) = (Bench::new(), web("default/web", 25));
-    let ranges =
-        |nets: &[IpNet]| Service { load_balancer_ips: vec![ip(26)], source_ranges: nets.to_vec(), ..web.clone() };
-    let balanced = ListenKey { address: SocketAddr::new(ip(26), 7400), ..tcp_key(25) };
+    let ranges = |nets: &[IpNet]| Service {
+        load_balancer_ips: vec![ip(26)].into(),
+        source_ranges: nets.to_vec().into(),
+        ..web.clone()
+    };
+    let balanced = ListenKey::new(ip(26), 7400, Protocol::Tcp);
     let far = (0..1_100).map(|number: u32| IpAddr::from((number * 3_900_001).to_be_bytes()).into());
     let too_many: Vec<IpNet> = far.collect();
     let before = crate::stats::PROCESS.filter_fallbacks.get();
@@ -371,27 +374,27 @@ async fn given_a_filter_that_is_not_taken_when_a_target_needs_none_then_what_is_
 
 #[tokio::test]
 async fn given_a_backend_that_is_our_own_listener_when_clients_come_then_no_connection_makes_another() {
-    let (mut bench, own) = (Bench::new(), tcp_key(21).address);
+    let (mut bench, own) = (Bench::new(), tcp_key(21).address());
     let [own_web, first, second] = [web("default/web", 21), web("default/a", 22), web("default/b", 23)];
     // First the listener, then the backend; and the other way round, over two Services.
     bench.take([put(&own_web), endpoints(&own_web, &[own])]).await;
     let [a, b] = [tcp_key(22), tcp_key(23)];
-    bench.take([put(&first), endpoints(&first, &[b.address])]).await;
-    bench.take([put(&second), endpoints(&second, &[a.address])]).await;
+    bench.take([put(&first), endpoints(&first, &[b.address()])]).await;
+    bench.take([put(&second), endpoints(&second, &[a.address()])]).await;
 
     for key in [tcp_key(21), a, b] {
-        expect_turned_away(key.address).await;
+        expect_turned_away(key.address()).await;
         let stats = &bench.listeners.listeners[&key].target.load_full().port.stats;
         assert_eq!(stats.accepted.get(), 1, "{key}");
     }
     bench.take([delete(&first)]).await;
-    assert!(!bench.backend(&second, a.address).is_own(), "nobody listens there now");
+    assert!(!bench.backend(&second, a.address()).is_own(), "nobody listens there now");
 }
 
 #[tokio::test]
 async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then_it_does_not_go_round() {
     let (mut bench, dns) = (Bench::new(), dns("default/dns", 24));
-    bench.take([put(&dns), endpoints(&dns, &[udp_key(24).address])]).await;
+    bench.take([put(&dns), endpoints(&dns, &[udp_key(24).address()])]).await;
     let client = udp_client(udp_key(24)).await;
     let port = Arc::clone(&bench.listeners.listeners[&udp_key(24)].target.load_full().port);
 
@@ -405,7 +408,7 @@ async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then
 async fn given_listeners_of_each_kind_when_closed_then_all_is_free_and_nothing_opens_any_more() {
     let mut bench = Bench::new();
     let services = [web("default/a", 14), dns("default/b", 15), web("default/c", 16), dns("default/d", 17)];
-    let stranger = std::net::TcpListener::bind(tcp_key(18).address).expect("a free address");
+    let stranger = std::net::TcpListener::bind(tcp_key(18).address()).expect("a free address");
     bench.take(services.iter().chain([&web("default/e", 18)]).map(put)).await;
     bench.take([endpoints(&services[0], &[named("a").await]), endpoints(&services[1], &[named_udp("b").await])]).await;
 
@@ -418,7 +421,7 @@ async fn given_listeners_of_each_kind_when_closed_then_all_is_free_and_nothing_o
         socket::listen_tcp(tcp_key(number)).expect("free");
     }
     for number in [15, 17] {
-        udp::bind_udp(udp_key(number).address).expect("free");
+        udp::bind_udp(udp_key(number).address()).expect("free");
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use crate::endpoints::UsableEndpoint;
+use crate::endpoints::{Usable, UsableEndpoint};
 use crate::frozen::pack;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::plan::Backends;
@@ -19,15 +19,16 @@ use crate::stats::DropReason;
 #[derive(Debug, Default)]
 pub(super) struct Ports(BTreeMap<ServicePortName, Port>);
 
-/// A ServicePort's state, its balancers, its backends and its listeners. There are tens of thousands, most with one of
+/// A ServicePort's state, its balancers, its backends and its UDP listeners. There are tens of thousands, most with one of
 /// each: hence plain lists without room to spare.
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) state: Arc<PortState>,
     /// One for each family and scope that is asked for.
     balancers: Vec<Arc<Balancer>>,
-    /// By address.
-    backends: Vec<Arc<Backend>>,
+    /// By address. Mostly they are the picks of its only table, too, and then both are one list.
+    pub(super) backends: Arc<[Arc<Backend>]>,
+    /// Those over UDP: a swapped table concerns the flows that they have.
     pub(super) listeners: Vec<ListenKey>,
     next_backend: u32,
 }
@@ -68,11 +69,13 @@ impl Ports {
             return;
         }
         let tables: Vec<_> = port.balancers.iter().map(|balancer| balancer.table()).collect();
-        port.backends.retain(|backend| tables.iter().any(|table| table.serves(backend)));
-        port.backends.shrink_to_fit();
+        let serves = |backend: &&Arc<Backend>| tables.iter().any(|table| table.serves(backend));
+        if !port.backends.iter().all(|backend| serves(&backend)) {
+            port.backends = port.backends.iter().filter(serves).cloned().collect();
+        }
     }
 
-    /// The listener leads to this ServicePort from now on.
+    /// The UDP listener leads to this ServicePort from now on.
     pub(super) fn own(&mut self, name: &ServicePortName, key: ListenKey) {
         if let Some(port) = self.0.get_mut(name) {
             push(&mut port.listeners, key);
@@ -95,9 +98,9 @@ impl Ports {
     /// `turned`: one walk over all backends, as nobody keeps an index for what should never be.
     pub(super) fn mark_own_backends(&self, turned: &BTreeSet<ListenKey>, is_listener: impl Fn(&ListenKey) -> bool) {
         for (name, port) in &self.0 {
-            for backend in &port.backends {
+            for backend in port.backends.iter() {
                 let address = backend.address;
-                let key = ListenKey { address, protocol: name.protocol };
+                let key = ListenKey::at(address, name.protocol);
                 if !turned.contains(&key) {
                     continue;
                 }
@@ -126,7 +129,7 @@ impl Port {
         Self {
             state: Arc::new(PortState::new(name)),
             balancers: Vec::new(),
-            backends: Vec::new(),
+            backends: Arc::default(),
             listeners: Vec::new(),
             next_backend: 0,
         }
@@ -146,21 +149,35 @@ impl Port {
 
     /// A table of the planned endpoints: a backend that is known keeps its counters and its id.
     fn table(&mut self, wanted: &Backends) -> Table {
-        let picks = wanted.usable.picks.iter().map(|endpoint| self.backend(endpoint)).collect();
-        let serving: Vec<_> = wanted.usable.serving.iter().map(|endpoint| self.backend(endpoint)).collect();
-        Table::new(picks, &serving).balanced_by(wanted.balancing.balance, rand::random())
+        let Usable { picks, serving } = &wanted.usable;
+        self.know(picks.iter().chain(serving.iter()));
+        let picks = self.known(picks);
+        Table::new(picks, &self.known(serving)).balanced_by(wanted.balancing.balance, rand::random())
     }
 
-    fn backend(&mut self, endpoint: &UsableEndpoint) -> Arc<Backend> {
-        let place = match self.place_of(endpoint.address) {
-            Ok(place) => place,
-            Err(place) => {
-                self.next_backend = self.next_backend.wrapping_add(1);
-                self.backends.insert(place, Arc::new(Backend::new(self.next_backend, endpoint.address)));
-                place
-            }
-        };
-        Arc::clone(&self.backends[place])
+    /// The backends of some endpoints that are known: the list of all, where it is all of them.
+    fn known(&self, endpoints: &[UsableEndpoint]) -> Arc<[Arc<Backend>]> {
+        let addresses = endpoints.iter().map(|endpoint| endpoint.address);
+        if addresses.clone().eq(self.backends.iter().map(|backend| backend.address)) {
+            return Arc::clone(&self.backends);
+        }
+        addresses.filter_map(|address| self.known_backend(address).cloned()).collect()
+    }
+
+    /// Makes the backends that are not known yet. All at once, as the list is made anew.
+    fn know<'a>(&mut self, endpoints: impl Iterator<Item = &'a UsableEndpoint>) {
+        let new = |endpoint: &&UsableEndpoint| self.place_of(endpoint.address).is_err();
+        let new: BTreeSet<_> = endpoints.filter(new).map(|endpoint| endpoint.address).collect();
+        if new.is_empty() {
+            return;
+        }
+        let mut all = self.backends.to_vec();
+        for address in new {
+            self.next_backend = self.next_backend.wrapping_add(1);
+            all.push(Arc::new(Backend::new(self.next_backend, address)));
+        }
+        all.sort_unstable_by_key(|backend| backend.address);
+        self.backends = all.into();
     }
 }
 

@@ -188,5 +188,5 @@ pub(crate) fn balancer(backends: &[Arc<Backend>]) -> Arc<Balancer> {
     let name = ServicePortName::new(service, "http", Protocol::Tcp);
     let port = Arc::new(PortState::new(name.clone()));
     let key = BalancerKey { port: name, family: Family::V4, scope: Scope::Cluster };
-    Arc::new(Balancer::new(key, port, Table::new(backends.to_vec(), &[])))
+    Arc::new(Balancer::new(key, port, Table::new(backends.to_vec().into(), &[])))
 }

@@ -30,7 +30,7 @@ pub fn listen_tcp(key: ListenKey) -> io::Result<OwnedFd> {
 /// Accepted sockets inherit TCP_NODELAY. SO_REUSEADDR lets a restarted process bind while connections of the
 /// last one linger; SO_REUSEPORT is never set, so that nobody else can share the port.
 pub fn bind_tcp(key: ListenKey) -> io::Result<OwnedFd> {
-    let address = key.address;
+    let address = key.address();
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
@@ -210,11 +210,11 @@ mod tests {
     const SOON: Duration = Duration::from_millis(200);
 
     fn key(address: &str) -> ListenKey {
-        ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp }
+        ListenKey::at(address.parse().expect("an address"), Protocol::Tcp)
     }
 
     fn connect(key: ListenKey) -> io::Result<TcpStream> {
-        TcpStream::connect_timeout(&key.address, SOON)
+        TcpStream::connect_timeout(&key.address(), SOON)
     }
 
     /// Waits until a connection is there to be accepted.
@@ -257,7 +257,7 @@ mod tests {
         // Documentation addresses: on no machine.
         for address in ["[2001:db8::1]:8080", "192.0.2.1:8080"] {
             let address = address.parse().expect("an address");
-            let error = listen_tcp(ListenKey { address, protocol: Protocol::Tcp }).expect_err("nobody's address");
+            let error = listen_tcp(ListenKey::at(address, Protocol::Tcp)).expect_err("nobody's address");
             assert_eq!(error.raw_os_error(), Some(Errno::ADDRNOTAVAIL.raw_os_error()), "{address}");
         }
     }

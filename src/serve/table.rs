@@ -13,7 +13,7 @@ const WALKED: usize = 8;
 /// The backends of one balancer at one moment. Immutable: a change stores another table.
 #[derive(Debug, Default)]
 pub struct Table {
-    picks: Box<[Arc<Backend>]>,
+    picks: Arc<[Arc<Backend>]>,
     /// Ids of the picks with their places, by id; empty where there are few.
     by_id: Box<[(u32, u32)]>,
     /// Ids of the backends that keep what they have and get nothing new.
@@ -24,13 +24,13 @@ pub struct Table {
 
 impl Table {
     /// `picks` may get new traffic; `serving` (a superset of them) keeps what it has.
-    pub fn new(picks: Vec<Arc<Backend>>, serving: &[Arc<Backend>]) -> Self {
+    pub fn new(picks: Arc<[Arc<Backend>]>, serving: &[Arc<Backend>]) -> Self {
         let mut by_id: Box<[_]> = match picks.len() {
             0..=WALKED => Box::default(),
             _ => picks.iter().zip(0..).map(|(backend, place)| (backend.id, place)).collect(),
         };
         by_id.sort_unstable();
-        let mut table = Self { picks: picks.into_boxed_slice(), by_id, ..Self::default() };
+        let mut table = Self { picks, by_id, ..Self::default() };
         table.draining = serving.iter().map(|backend| backend.id).filter(|id| table.place_of(*id).is_none()).collect();
         table
     }
@@ -188,7 +188,7 @@ mod tests {
     }
 
     fn table(balance: Balance, picks: &[Arc<Backend>]) -> Table {
-        Table::new(picks.to_vec(), &[]).balanced_by(balance, 7)
+        Table::new(picks.to_vec().into(), &[]).balanced_by(balance, 7)
     }
 
     /// How often each id is chosen by as many turns.
@@ -234,7 +234,8 @@ mod tests {
     #[test]
     fn given_two_seeds_when_chosen_then_the_tables_do_not_agree() {
         let backends = backends([1, 2, 3]);
-        let [one, other] = [1, 2].map(|seed| Table::new(backends.to_vec(), &[]).balanced_by(Balance::Random, seed));
+        let [one, other] =
+            [1, 2].map(|seed| Table::new(backends.to_vec().into(), &[]).balanced_by(Balance::Random, seed));
 
         let chosen = |table: &Table, turn| table.choose(turn, &Tried::default()).map(|backend| backend.id);
         let same = (0..PICKS).filter(|turn| chosen(&one, *turn) == chosen(&other, *turn)).count();
@@ -321,7 +322,7 @@ mod tests {
     fn given_few_or_many_backends_when_found_by_id_then_each_is_itself() {
         for count in [1, 8, 9, 200] {
             let picks: Vec<_> = (0..count).rev().flat_map(|id| backends([id])).collect();
-            let table = Table::new(picks, &[]);
+            let table = Table::new(picks.into(), &[]);
 
             assert!((0..count).all(|id| table.pick_by_id(id).is_some_and(|backend| backend.id == id)), "{count}");
             assert!(table.pick_by_id(count).is_none());

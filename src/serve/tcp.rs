@@ -26,7 +26,7 @@
 //! Who closes first keeps the TIME_WAIT: where it is the client, that is this host's port towards the backend, as the
 //! relay passes the end on before the backend's comes. `Sources` in `connect` multiplies those ports.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -152,14 +152,14 @@ impl TcpServer {
     ) -> io::Result<Self> {
         let TcpOptions { keepalive_idle, keepalive_probes, .. } = shared.options;
         socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
-        let server = Arc::new(Server { key, target, shared: Arc::clone(&shared), lack: News::since(Instant::now()) });
-        let socket = Arc::clone(&listener);
+        let lack = News::since(Instant::now());
+        let server = Server { listener: Arc::clone(&listener), key, target, shared: Arc::clone(&shared), lack };
+        let server = Arc::new(server);
         let listening = shared.workers.listen(&listener, move |number| Acceptor {
-            listener: Arc::clone(&socket),
             number,
             server: Arc::clone(&server),
             burst: Cell::new(1),
-            pause: RefCell::default(),
+            pause: Cell::default(),
         })?;
         Ok(Self(listening))
     }
@@ -173,6 +173,7 @@ impl TcpServer {
 
 /// What the workers' acceptors of one listener share.
 struct Server {
+    listener: Arc<OwnedFd>,
     key: ListenKey,
     target: TargetCell,
     shared: Arc<TcpShared>,
@@ -182,12 +183,11 @@ struct Server {
 
 /// Accepts on one worker.
 struct Acceptor {
-    listener: Arc<OwnedFd>,
     number: Foreign,
     server: Arc<Server>,
     /// How many are accepted before other tasks get their turn.
     burst: Cell<u8>,
-    pause: RefCell<Pause>,
+    pause: Cell<Pause>,
 }
 
 /// The most that are accepted in one go. It begins with one, doubles when so many were there, and halves when not: so
@@ -198,9 +198,9 @@ impl Readable for Acceptor {
     fn readable(&self, worker: &Rc<Worker>) {
         let burst = self.burst.get();
         for _ in 0..burst {
-            match socket::accept(&self.listener) {
+            match socket::accept(&self.server.listener) {
                 Ok((socket, peer)) => {
-                    self.pause.borrow_mut().end();
+                    self.pause.set(Pause::default()); // The next one is short again.
                     self.server.admit(worker, socket, peer);
                 }
                 Err(error) => match Refusal::of(&error) {
@@ -225,7 +225,9 @@ impl Acceptor {
             let reason = reason.map(tracing::field::display);
             warn!(%service, listen = %self.server.key, reason, %error, "cannot accept, clients wait");
         }
-        worker.mute(self.number, &self.listener, self.pause.borrow_mut().next());
+        let pause = self.pause.get().next();
+        self.pause.set(pause);
+        worker.mute(self.number, &self.server.listener, pause.length());
     }
 }
 
@@ -318,24 +320,23 @@ impl Refusal {
     }
 }
 
-/// The pauses of a listener that cannot accept: 5 ms, doubling to 1 s.
-#[derive(Debug, Default)]
+/// The pause of a listener that cannot accept: 5 ms, doubling to 1 s. Two bytes, as each listener has one for each worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Pause {
-    last: Option<Duration>,
+    /// 0 where none was needed since something was accepted.
+    length_ms: u16,
 }
 
 impl Pause {
-    const FIRST: Duration = Duration::from_millis(5);
-    const LONGEST: Duration = Duration::from_secs(1);
+    const FIRST_MS: u16 = 5;
+    const LONGEST_MS: u16 = 1_000;
 
-    fn next(&mut self) -> Duration {
-        let next = self.last.map_or(Self::FIRST, |last| (last * 2).min(Self::LONGEST));
-        *self.last.insert(next)
+    fn next(self) -> Self {
+        Self { length_ms: (self.length_ms * 2).clamp(Self::FIRST_MS, Self::LONGEST_MS) }
     }
 
-    /// Something was accepted: the next pause is a short one.
-    fn end(&mut self) {
-        self.last = None;
+    fn length(self) -> Duration {
+        Duration::from_millis(self.length_ms.into())
     }
 }
 
@@ -432,7 +433,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::name::Protocol;
+    use crate::name::{Family, Protocol};
     use crate::serve::balancer::{Backend, Table};
     use crate::serve::scripted::{
         LOOPBACK, backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker,
@@ -457,7 +458,7 @@ mod tests {
         }
 
         fn with_options(address: &str, backends: &[Arc<Backend>], options: TcpOptions) -> Self {
-            let key = ListenKey { address: address.parse().expect("an address"), protocol: Protocol::Tcp };
+            let key = ListenKey::at(address.parse().expect("an address"), Protocol::Tcp);
             let balancer = balancer(backends);
             let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
             let shared = Arc::new(TcpShared::new(options).expect("threads"));
@@ -468,7 +469,7 @@ mod tests {
         }
 
         async fn connect(&self) -> TcpStream {
-            soon(TcpStream::connect(self.key.address)).await.expect("a listener")
+            soon(TcpStream::connect(self.key.address())).await.expect("a listener")
         }
 
         /// What the backend says to a client that says nothing.
@@ -560,25 +561,25 @@ mod tests {
         drop(listener);
 
         ping(&mut client).await;
-        let refused = TcpStream::connect(served.key.address).await.expect_err("nobody listens");
+        let refused = TcpStream::connect(served.key.address()).await.expect_err("nobody listens");
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]
     async fn given_an_open_connection_when_a_server_is_parked_and_revived_then_it_goes_on_and_new_ones_are_served() {
         let Served { key, target, shared, server, .. } = Served::start("127.83.0.4:7300", &backends([echo().await]));
-        let mut before = soon(TcpStream::connect(key.address)).await.expect("a listener");
+        let mut before = soon(TcpStream::connect(key.address())).await.expect("a listener");
         ping(&mut before).await;
 
         let mut server = server;
         for _ in 0..3 {
             let listener = server.stop().await;
             socket::park_tcp(&listener).expect("a listener");
-            let refused = TcpStream::connect(key.address).await.expect_err("parked");
+            let refused = TcpStream::connect(key.address()).await.expect_err("parked");
             assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
             socket::revive_tcp(&listener).expect("a parked listener");
             server = TcpServer::start(listener, key, Arc::clone(&target), Arc::clone(&shared)).expect("revived");
-            ping(&mut soon(TcpStream::connect(key.address)).await.expect("a listener")).await;
+            ping(&mut soon(TcpStream::connect(key.address())).await.expect("a listener")).await;
         }
 
         ping(&mut before).await;
@@ -605,7 +606,7 @@ mod tests {
         let parked = cpu_time(&shared) - begin;
         socket::revive_tcp(&listener).expect("a parked listener");
         let _server = TcpServer::start(listener, key, target, Arc::clone(&shared)).expect("revived");
-        ping(&mut soon(TcpStream::connect(key.address)).await.expect("a listener")).await;
+        ping(&mut soon(TcpStream::connect(key.address())).await.expect("a listener")).await;
         let begin = cpu_time(&shared);
         tokio::time::sleep(window).await;
         let revived = cpu_time(&shared) - begin;
@@ -619,9 +620,9 @@ mod tests {
         let port = &served.balancer.port;
 
         served.target.store(Arc::new(both_sides(port, Verdict::Reject)));
-        expect_turned_away(served.key.address).await;
+        expect_turned_away(served.key.address()).await;
         served.target.store(Arc::new(both_sides(port, Verdict::Drop)));
-        expect_turned_away(served.key.address).await;
+        expect_turned_away(served.key.address()).await;
         served.target.store(Arc::new(serving(&served.balancer)));
 
         assert_eq!(served.ask().await, "one");
@@ -704,7 +705,7 @@ mod tests {
         let served = Served::with_options("127.83.0.10:7300", &backends([silent]), quick());
         let begin = Instant::now();
 
-        expect_turned_away(served.key.address).await;
+        expect_turned_away(served.key.address()).await;
 
         assert!(begin.elapsed() >= quick().connect.steps.iter().sum());
         assert_eq!(served.dropped(DropReason::EjectedAll), 1);
@@ -758,7 +759,7 @@ mod tests {
         let mut client = served.connect().await;
         until(|| served.balancer.port.stats.accepted.get() == 1).await;
 
-        served.balancer.swap(Table::new(vec![one], &[]));
+        served.balancer.swap(Table::new(vec![one].into(), &[]));
 
         client.shutdown().await.expect("a connection");
         assert_eq!(read_all(&mut client).await.0, b"one");
@@ -793,7 +794,9 @@ mod tests {
             let balancer = balancer(&[]);
             let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
             let key = ListenKey::new(LOOPBACK, 80, Protocol::Tcp);
-            let server = Server { key, target, shared: Arc::clone(&shared), lack: News::since(Instant::now()) };
+            let listener = socket::open_tcp(Family::V4).expect("a socket").into(); // Not asked: the clients are there.
+            let lack = News::since(Instant::now());
+            let server = Server { listener, key, target, shared: Arc::clone(&shared), lack };
             shared.abort_connections();
 
             let mut clients = [pair().await, pair().await].map(|(client, accepted)| {
@@ -918,13 +921,11 @@ mod tests {
 
     #[test]
     fn given_accepts_that_fail_when_they_go_on_then_pauses_double_to_a_second_and_begin_anew() {
-        let mut pause = Pause::default();
+        let pauses = std::iter::successors(Some(Pause::default()), |pause| Some(pause.next()));
 
-        let pauses: Vec<_> = (0..10).map(|_| pause.next().as_millis()).collect();
-        pause.end();
+        let lengths: Vec<_> = pauses.skip(1).take(10).map(|pause| pause.length().as_millis()).collect();
 
-        assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 320, 640, 1_000, 1_000]);
-        assert_eq!(pause.next(), Pause::FIRST);
+        assert_eq!(lengths, [5, 10, 20, 40, 80, 160, 320, 640, 1_000, 1_000]);
     }
 
     #[test]

@@ -133,7 +133,7 @@ impl UdpShards {
     pub fn open(&self, key: ListenKey, target: TargetCell, settings: &UdpSettings) -> io::Result<UdpServer> {
         let wanted = settings.shards.unwrap_or(self.options.shards_per_listener).get();
         let count = usize::from(wanted).min(self.shards.len());
-        Ok(self.add(key, bind_udp_group(key.address, count)?, target, settings))
+        Ok(self.add(key, bind_udp_group(key.address(), count)?, target, settings))
     }
 
     /// Serves a listener on sockets of [`bind_udp`] or [`bind_udp_group`], no more than there are shards. Takes the
@@ -146,7 +146,7 @@ impl UdpShards {
         settings: &UdpSettings,
     ) -> UdpServer {
         let server = UdpServer { key, shards: sockets.len() };
-        self.tell_all(|| Command::Opened(key.address));
+        self.tell_all(|| Command::Opened(key.address()));
         for (shard, socket) in self.shards_of(server).zip(sockets) {
             shard.queue(Command::Add(key, socket, Arc::clone(&target), self.options.idle(settings)));
         }
@@ -183,7 +183,7 @@ impl UdpShards {
                 is_closed
             })
             .collect();
-        self.tell_all(|| Command::Closed(server.key.address));
+        self.tell_all(|| Command::Closed(server.key.address()));
         async move {
             for is_closed in closings {
                 let _ = is_closed.await; // a shard that has ended has closed it as well
@@ -360,7 +360,7 @@ pub(super) mod tests {
         /// What `control` does when a Service loses its last endpoint.
         fn park(&self) -> UdpSocket {
             wait(self.shards.remove(self.server.get()));
-            hold_udp(self.key.address).expect("the address is free at once")
+            hold_udp(self.key.address()).expect("the address is free at once")
         }
 
         fn swap(&self, backends: &[&Arc<Backend>]) {
@@ -375,8 +375,8 @@ pub(super) mod tests {
         }
 
         fn client(&self) -> UdpSocket {
-            let client = plain(SocketAddr::new(self.key.address.ip(), 0));
-            client.connect(self.key.address).expect("connected");
+            let client = plain(SocketAddr::new(self.key.ip(), 0));
+            client.connect(self.key.address()).expect("connected");
             client
         }
 
@@ -709,7 +709,7 @@ pub(super) mod tests {
         let inside = plain(SocketAddr::from(([127, 18, 7, 1], 0)));
 
         service.client().send(b"outside").expect("sent");
-        inside.send_to(b"inside", service.key.address).expect("sent");
+        inside.send_to(b"inside", service.key.address()).expect("sent");
 
         until("both are counted", || {
             (service.dropped(DropReason::NoLocalEndpoints), service.dropped(DropReason::NoEndpoints)) == (1, 1)
@@ -729,7 +729,7 @@ pub(super) mod tests {
         service.shards.add(key, vec![socket], Arc::clone(&service.target), &UdpSettings::default());
         service.shards.flush();
         service.obeyed();
-        spoofed.send_to(b"round and round", service.key.address).expect("sent");
+        spoofed.send_to(b"round and round", service.key.address()).expect("sent");
 
         until("it is dropped", || service.dropped(DropReason::Loop) == 1);
         assert_eq!(service.accepted(), 0);
@@ -791,7 +791,7 @@ pub(super) mod tests {
 
         wait(service.shards.stop());
 
-        bind_udp(service.key.address).expect("free");
+        bind_udp(service.key.address()).expect("free");
         assert_eq!(echo.backend.stats.closed.get(CloseReason::Drain), 1);
     }
 
@@ -829,7 +829,7 @@ pub(super) mod tests {
             let service = Service::start_with(address, &[&endpoint], options);
             let client = plain(loopback());
 
-            send_trains(&client, service.key.address, &lengths, 0);
+            send_trains(&client, service.key.address(), &lengths, 0);
             let mut buffer = vec![0; 65_536];
             let mut relay = None;
             for (number, length) in lengths.iter().enumerate() {
@@ -841,7 +841,7 @@ pub(super) mod tests {
             send_trains(&pod, relay.expect("a flow"), &lengths, 100);
             for (number, length) in lengths.iter().enumerate() {
                 let (got, from) = client.recv_from(&mut buffer).expect("an answer");
-                assert_eq!((got, from), (*length, service.key.address), "answer {number}, joining: {offload}");
+                assert_eq!((got, from), (*length, service.key.address()), "answer {number}, joining: {offload}");
                 assert!(buffer[..got].iter().all(|byte| usize::from(*byte) == 100 + number));
             }
 
@@ -960,7 +960,7 @@ pub(super) mod tests {
         for sweep in 0..100_u8 {
             for host in 1..=10 {
                 let source = UdpSocket::bind((Ipv4Addr::new(127, 19, sweep, host), 0)).expect("a loopback address");
-                source.send_to(b"spoofed", service.key.address).expect("sent");
+                source.send_to(b"spoofed", service.key.address()).expect("sent");
             }
             assert_eq!(ask(&established, &[sweep]), [sweep]);
         }

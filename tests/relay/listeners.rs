@@ -66,7 +66,7 @@ async fn t169_f32_given_a_port_that_another_socket_holds_when_served_then_only_i
     let status = relay.status();
     let failed: Vec<_> = status.failed.iter().collect();
     let [(key, ListenerState::Failed { reason, .. })] = failed[..] else { panic!("one failure, not {failed:?}") };
-    assert_eq!((key.address, &**reason), (site.service(), "in_use"));
+    assert_eq!((key.address(), &**reason), (site.service(), "in_use"));
     let other = SocketAddr::new(site.client(1), SERVICE_PORT);
     assert_eq!(client::ask(other).await.expect("the other Service answers"), site.backend(1));
     drop(holder);

@@ -201,7 +201,7 @@ async fn given_an_address_that_another_process_holds_when_served_then_it_is_repo
     let relay = Relay::start(site, manifest).await;
 
     relay
-        .until("the failure to be shown", |status| status.failed.keys().any(|key| key.address == site.service()))
+        .until("the failure to be shown", |status| status.failed.keys().any(|key| key.address() == site.service()))
         .await;
     assert_eq!(client::ask(site.node_port()).await.expect("the other listener serves"), site.backend(1));
     drop(stranger);

@@ -118,5 +118,5 @@ async fn given_least_connections_when_one_backend_is_busy_then_new_clients_go_to
 
 fn active(status: &kube_relay::status::Status) -> u64 {
     let ports = service_of(status, "web").map(|service| &service.ports);
-    ports.into_iter().flatten().flat_map(|port| &port.backends).map(|backend| backend.open_count()).sum()
+    ports.into_iter().flatten().flat_map(|port| port.backends.iter()).map(|backend| backend.open_count()).sum()
 }

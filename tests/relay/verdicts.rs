@@ -172,7 +172,7 @@ async fn t107_t108_t109_t111_given_source_ranges_when_they_change_then_new_clien
 fn udp_ends(relay: &Relay, address: SocketAddr, reason: CloseReason) -> u64 {
     let status = relay.status();
     let service = service_of(&status, "web").expect("the Service is known");
-    let backends = service.ports.iter().flat_map(|port| &port.backends);
+    let backends = service.ports.iter().flat_map(|port| port.backends.iter());
     backends.filter(|backend| backend.address == address).map(|backend| backend.stats.closed.get(reason)).sum()
 }
 

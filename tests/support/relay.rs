@@ -101,7 +101,7 @@ impl Relay {
     pub fn backend(&self, service: &str, address: SocketAddr) -> Arc<Backend> {
         let status = self.status();
         let service = service_of(&status, service).expect("the Service is known");
-        let mut backends = service.ports.iter().flat_map(|port| &port.backends);
+        let mut backends = service.ports.iter().flat_map(|port| port.backends.iter());
         let backend = backends.find(|backend| backend.address == address).expect("the backend is known");
         Arc::clone(backend)
     }
