@@ -17,6 +17,7 @@ use serde::de::{Deserialize, Deserializer};
 use crate::decode_endpoints::{self, EndpointPort, RawSlice, SliceEndpoint, Subset};
 use crate::decode_service::{self, PREFIX, Spec, Status};
 use crate::findings::{self, Finding, Findings, MAX_FINDINGS, closest, is_name, name_rule};
+use crate::large_list::{self, Cut};
 use crate::locate::At;
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
@@ -320,21 +321,33 @@ impl<'f> Reading<'f> {
         if workers < 2 {
             return documents.into_iter().for_each(|document| self.document(document));
         }
-        let file = self.file;
-        let parts: Vec<Reading<'_>> = thread::scope(|scope| {
-            let parts = documents.chunks(documents.len().div_ceil(workers).max(1));
-            let running: Vec<_> = parts
-                .map(|part| {
-                    scope.spawn(move || {
-                        let mut reading = Reading::new(file);
-                        part.iter().for_each(|document| reading.document(*document));
-                        reading
-                    })
-                })
-                .collect();
-            running.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        if let [document] = documents[..]
+            && self.large_list(document, workers)
+        {
+            return;
+        }
+        let parts = read_in_parts(self.file, &documents, workers, |reading, document| {
+            reading.document(*document);
+            true
         });
-        parts.into_iter().for_each(|part| self.join(part));
+        parts.into_iter().flatten().for_each(|part| self.join(part));
+    }
+
+    /// Reads a list of JSON in parts; false where it is none, or where something in it is no JSON: then it is to be
+    /// read as one, to tell where.
+    fn large_list(&mut self, document: Document<'_>, workers: usize) -> bool {
+        let Some(Cut { envelope, items }) = large_list::cut(document.text) else { return false };
+        let Ok(Object::Fields(list, _)) = serde_json::from_str::<Object<Manifest>>(&envelope) else { return false };
+        let mut found = Findings::new(0);
+        let Some(Sort::List(kind)) = sort(&mut found, At::Root, &list, None) else { return false };
+        let items: Vec<_> = items.into_iter().enumerate().collect();
+        let parts = read_in_parts(self.file, &items, workers, |reading, (index, item)| {
+            let Ok(value) = serde_json::from_str(item) else { return false };
+            let slot = Slot { line: document.line, item: Some(*index), kind };
+            reading.value(document, At::Object(&At::Root.key("items").index(*index)), &value, slot);
+            true
+        });
+        parts.map(|parts| parts.into_iter().for_each(|part| self.join(part))).is_some()
     }
 
     /// Adds what another worker read behind what this one did.
@@ -350,17 +363,18 @@ impl<'f> Reading<'f> {
     fn document(&mut self, document: Document<'_>) {
         let (values, error) = yaml::read::<Manifest>(document);
         for (document, value) in values {
-            self.value(document, &value);
+            self.value(document, At::Root, &value, Slot { line: document.line, item: None, kind: None });
         }
         if let Some(error) = error {
             self.broken(document, error);
         }
     }
 
-    fn value(&mut self, document: Document<'_>, value: &Object<Manifest>) {
+    /// Reads what stands somewhere in a document.
+    fn value(&mut self, document: Document<'_>, at: At<'_>, value: &Object<Manifest>, slot: Slot) {
         let mut found = Findings::new(MAX_FINDINGS.saturating_sub(self.decoded.problems.len()));
         found.texts = std::mem::take(&mut self.texts);
-        self.manifest(&mut found, At::Root, value, Slot { line: document.line, item: None, kind: None });
+        self.manifest(&mut found, at, value, slot);
         self.decoded.whole &= found.errors() == 0;
         self.untold += found.untold;
         self.texts = found.texts;
@@ -507,6 +521,24 @@ impl<'f> Reading<'f> {
             severity,
         });
     }
+}
+
+/// Has each of some threads read a part of all pieces; `None` where a piece could not be read. In the order of the pieces.
+fn read_in_parts<'f, P: Sync>(
+    file: &'f str,
+    pieces: &[P],
+    workers: usize,
+    read: impl Fn(&mut Reading<'f>, &P) -> bool + Sync,
+) -> Option<Vec<Reading<'f>>> {
+    thread::scope(|scope| {
+        let read_part = |part: &[P]| {
+            let mut reading = Reading::new(file);
+            part.iter().all(|piece| read(&mut reading, piece)).then_some(reading)
+        };
+        let parts = pieces.chunks(pieces.len().div_ceil(workers).max(1));
+        let running: Vec<_> = parts.map(|part| scope.spawn(move || read_part(part))).collect();
+        running.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
 }
 
 /// Where an object stands.

@@ -85,6 +85,7 @@ pub mod host;
 mod journal;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
+mod large_list;
 #[cfg(feature = "kubernetes")]
 mod last_good;
 mod layout;

@@ -7,7 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread::{self, available_parallelism};
 
 use ipnet::IpNet;
 
@@ -24,6 +26,9 @@ pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Ta
 pub use crate::problem::{Problem, Severity};
 pub use crate::service_plan::{ServicePlan, Wanted};
 pub use crate::udp_settings::UdpSettings;
+
+/// Services that one thread plans in about 10 ms; with fewer, more threads would not be noticed.
+const SERVICES_PER_THREAD: usize = 1_000;
 
 /// What shapes a plan besides the objects. Owned by `control`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -88,7 +93,7 @@ impl Plan {
     /// Work is proportional to the dirty Services and to who shares a listen key with them. Where the
     /// options have changed, all Services are dirty.
     pub fn update(&mut self, model: &Model, dirty: &BTreeSet<ObjectName>, options: &PlanOptions) -> Vec<Step> {
-        let anew: Vec<_> = dirty.iter().map(|name| (name, plan_of(model, name, options))).collect();
+        let anew = plans_of(model, dirty, options);
         let keys = self.keys_of_both(&anew);
         let before = self.part(dirty, &keys);
         self.touched = self.claimants(&keys);
@@ -220,6 +225,26 @@ impl Plan {
         };
         self.unmet = options.expose.iter().filter_map(problem).collect();
     }
+}
+
+/// The plans of some Services, in their order. Each is made for itself, so that several threads can share thousands.
+fn plans_of<'n>(
+    model: &Model,
+    names: &'n BTreeSet<ObjectName>,
+    options: &PlanOptions,
+) -> Vec<(&'n ObjectName, Option<ServicePlan>)> {
+    let plan = |name: &'n ObjectName| (name, plan_of(model, name, options));
+    if names.len() < 2 * SERVICES_PER_THREAD {
+        return names.iter().map(plan).collect();
+    }
+    let threads = available_parallelism().map_or(1, usize::from).min(names.len() / SERVICES_PER_THREAD);
+    let names: Vec<_> = names.iter().collect();
+    thread::scope(|scope| {
+        let parts = names.chunks(names.len().div_ceil(threads));
+        let plan_part = |part: &[&'n ObjectName]| part.iter().map(|name| plan(name)).collect::<Vec<_>>();
+        let running: Vec<_> = parts.map(|part| scope.spawn(move || plan_part(part))).collect();
+        running.into_iter().flat_map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
 }
 
 fn plan_of(model: &Model, name: &ObjectName, options: &PlanOptions) -> Option<ServicePlan> {

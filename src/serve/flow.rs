@@ -141,7 +141,7 @@ pub struct FlowTable {
     listeners: Slab<Listener, 1>,
     wheel: Wheel,
     /// The addresses that this process itself sends replies from.
-    own_addresses: HashSet<SocketAddr, SeedableRandomState>,
+    own_addresses: HashSet<(IpAddr, u16), SeedableRandomState>,
 }
 
 /// The chains that run through a flow.
@@ -281,12 +281,12 @@ impl FlowTable {
 
     /// Notes an address that this process sends replies from: whoever sends from there is the other end of a loop.
     pub fn add_own_address(&mut self, address: SocketAddr) {
-        self.own_addresses.insert(address);
+        self.own_addresses.insert((address.ip(), address.port()));
     }
 
     /// Forgets an address of [`Self::add_own_address`].
     pub fn remove_own_address(&mut self, address: SocketAddr) {
-        self.own_addresses.remove(&address);
+        self.own_addresses.remove(&(address.ip(), address.port()));
     }
 
     /// Decides on a client's datagram.
@@ -477,7 +477,7 @@ impl FlowTable {
         if !may_be_answered(client) {
             return Verdict::Drop(DropReason::DeniedAddress);
         }
-        if self.own_addresses.contains(&client) {
+        if self.own_addresses.contains(&(client.ip(), client.port())) {
             return Verdict::Drop(DropReason::Loop);
         }
         let choice = match pick(&Tried::default()) {

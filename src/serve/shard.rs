@@ -38,13 +38,13 @@ use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats};
 #[derive(Debug)]
 pub(super) enum Command {
     /// Serve a listener, or a share of its datagrams.
-    Add(ListenKey, UdpSocket, TargetCell, IdleTimes),
+    Add(ListenKey, UdpSocket, TargetCell, Arc<IdleTimes>),
     /// Close a listener and its flows, then tell.
     Remove(ListenKey, oneshot::Sender<()>),
     /// The listener's table or target has changed: close the flows that may not stay.
     Sweep(ListenKey),
     /// The listener's flows live as long as this from now on.
-    SetIdle(ListenKey, IdleTimes),
+    SetIdle(ListenKey, Arc<IdleTimes>),
     /// Tell that all earlier commands are carried out.
     Tell(oneshot::Sender<()>),
     /// The kernel is to drop what this does not pass; `None`: nothing.
@@ -85,7 +85,8 @@ struct Listener {
     key: ListenKey,
     socket: UdpSocket,
     target: TargetCell,
-    idle: IdleTimes,
+    /// Those of the flags, for all that have no others.
+    idle: Arc<IdleTimes>,
     losses: Losses,
 }
 
@@ -433,7 +434,7 @@ impl Shard {
         }
     }
 
-    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes) {
+    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>) {
         self.remove(&key); // one socket for each key
         self.prefer_trains(&socket);
         self.listen(key, socket, target, idle, Losses::NONE);
@@ -446,8 +447,8 @@ impl Shard {
         }
     }
 
-    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: IdleTimes, losses: Losses) {
-        let id = self.table.add_listener(idle);
+    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>, losses: Losses) {
+        let id = self.table.add_listener(*idle);
         let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
         if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
             error!(listen = %key, error = %errno, "cannot wait for datagrams: this listener does not serve");
@@ -470,9 +471,9 @@ impl Shard {
         }
     }
 
-    fn set_idle(&mut self, key: &ListenKey, idle: IdleTimes) {
+    fn set_idle(&mut self, key: &ListenKey, idle: Arc<IdleTimes>) {
         let Some(&id) = self.keys.get(key) else { return };
-        self.table.set_idle(id, idle);
+        self.table.set_idle(id, *idle);
         if let Some(Some(listener)) = self.listeners.get_mut(id.index()) {
             listener.idle = idle;
         }
@@ -609,7 +610,7 @@ mod tests {
             let balancer = balancer(Family::V4, backends);
             let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
             let mut still = Self { shard: still_shard(), address, balancer };
-            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target, IdleTimes::default());
+            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target, Arc::default());
             still
         }
 
@@ -755,7 +756,7 @@ mod tests {
         let mut shard = still_shard();
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
-        shard.add(key, bind_udp(address).expect("a free address"), target, IdleTimes::default());
+        shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default());
         let client = plain(loopback());
 
         client.send_to(b"lost", address).expect("sent");

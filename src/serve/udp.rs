@@ -91,6 +91,8 @@ fn port_count(range: &str) -> Option<usize> {
 pub struct UdpShards {
     shards: Vec<Handle>,
     options: UdpOptions,
+    /// Those of the options, for all listeners that have no others.
+    idle: Arc<IdleTimes>,
 }
 
 /// A listener that is served: its key, and how many shards share it.
@@ -124,7 +126,7 @@ impl UdpShards {
                 Shard::new(wake, received, limits, Arc::clone(&sources), options.offload)
             })
         });
-        Ok(Self { shards: shards.collect::<io::Result<_>>()?, options })
+        Ok(Self { shards: shards.collect::<io::Result<_>>()?, options, idle: Arc::new(options.idle) })
     }
 
     /// Opens a listener's sockets, one for each shard that is to share it, and serves there.
@@ -148,7 +150,7 @@ impl UdpShards {
         let server = UdpServer { key, shards: sockets.len() };
         self.tell_all(|| Command::Opened(key.address()));
         for (shard, socket) in self.shards_of(server).zip(sockets) {
-            shard.queue(Command::Add(key, socket, Arc::clone(&target), self.options.idle(settings)));
+            shard.queue(Command::Add(key, socket, Arc::clone(&target), self.idle(settings)));
         }
         server
     }
@@ -200,8 +202,8 @@ impl UdpShards {
 
     /// Gives a listener's flows other idle times, those that are there included.
     pub fn set_idle(&self, server: UdpServer, settings: &UdpSettings) {
-        let idle = self.options.idle(settings);
-        self.shards_of(server).for_each(|shard| shard.queue(Command::SetIdle(server.key, idle)));
+        let idle = self.idle(settings);
+        self.shards_of(server).for_each(|shard| shard.queue(Command::SetIdle(server.key, Arc::clone(&idle))));
     }
 
     /// Has the kernel drop what the filter does not pass, or everything come; until that is done, and where the kernel
@@ -219,6 +221,11 @@ impl UdpShards {
         for shard in &mut self.shards {
             let _ = (&mut shard.ended).await; // resolves with an error: the thread has dropped its end
         }
+    }
+
+    fn idle(&self, settings: &UdpSettings) -> Arc<IdleTimes> {
+        let idle = self.options.idle(settings);
+        if idle == *self.idle { Arc::clone(&self.idle) } else { Arc::new(idle) }
     }
 
     /// The same shards for the same listener, always: so many from a place on that its key tells.
