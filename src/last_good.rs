@@ -5,9 +5,11 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
 
 use crate::decode::decode;
 use crate::decode_service::PREFIX;
@@ -17,6 +19,8 @@ use crate::timestamp::rfc3339;
 
 /// Its name in `--state-dir`.
 const FILE: &str = "last-known-good.json";
+/// How often the state is saved, where it changed.
+const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A state that was read back.
 #[derive(Debug)]
@@ -24,6 +28,50 @@ pub(crate) struct Saved {
     pub(crate) objects: Objects,
     /// When it was written.
     pub(crate) at: SystemTime,
+}
+
+/// Who keeps the last state in its file.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    path: Option<PathBuf>,
+    /// When to save next.
+    due: Option<Instant>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Keeper {
+    /// Of the file at this path; of none, without.
+    pub(crate) fn new(path: Option<PathBuf>) -> Self {
+        Self { path, due: None, running: None }
+    }
+
+    /// When to save next.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// The first change is saved at once, others with those that follow it.
+    pub(crate) fn note(&mut self, changed: bool) {
+        if changed && self.path.is_some() && self.due.is_none() {
+            let wait = if self.running.is_some() { SAVE_INTERVAL } else { Duration::ZERO };
+            self.due = Some(Instant::now() + wait);
+        }
+    }
+
+    /// On a thread of its own, as disks may be slow.
+    pub(crate) fn save(&mut self, objects: Objects) {
+        self.due = None;
+        let Some(path) = self.path.clone() else { return };
+        if self.running.as_ref().is_some_and(|running| !running.is_finished()) {
+            self.due = Some(Instant::now() + SAVE_INTERVAL);
+            return;
+        }
+        self.running = Some(spawn_blocking(move || {
+            if let Err(error) = save(&path, &objects) {
+                tracing::warn!(file = %path.display(), %error, "the state cannot be saved for the next start");
+            }
+        }));
+    }
 }
 
 /// Where the file of a state folder is.

@@ -60,6 +60,10 @@ mod admission;
 pub mod allocate;
 #[cfg(feature = "kubernetes")]
 pub mod api_client;
+#[cfg(feature = "kubernetes")]
+mod api_report;
+#[cfg(feature = "kubernetes")]
+mod api_watch;
 mod balancing;
 mod claims;
 pub mod cli;
