@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Layer, Service};
 
 use crate::contact::Contact;
-use crate::decode::Kind;
+use crate::stats::WatchedKind;
 
 /// From a request to the first byte of its answer. A list of a hundred thousand endpoints takes a server seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -102,7 +102,7 @@ impl Api {
     }
 
     /// A client for the watch of one kind, and what it tells of its wire.
-    pub(crate) fn client(&self, kind: Kind, contact: &Arc<Contact>) -> Result<(Client, Arc<Wire>), ApiError> {
+    pub(crate) fn client(&self, kind: WatchedKind, contact: &Arc<Contact>) -> Result<(Client, Arc<Wire>), ApiError> {
         let failed = |source| ApiError::Credentials { server: self.server(), source: Box::new(source) };
         let wire = Arc::new(Wire::new(kind, Arc::clone(contact)));
         let client = ClientBuilder::try_from(self.config.clone()).map_err(failed)?.with_layer(&Tap(Arc::clone(&wire)));
@@ -129,7 +129,7 @@ fn address(text: &str) -> Option<Uri> {
 /// What is known of the connection of one kind. Shared by its client and its watch.
 #[derive(Debug)]
 pub(crate) struct Wire {
-    kind: Kind,
+    kind: WatchedKind,
     contact: Arc<Contact>,
     since: Instant,
     /// Until when the server wants to be left alone, in milliseconds after `since`.
@@ -137,7 +137,7 @@ pub(crate) struct Wire {
 }
 
 impl Wire {
-    fn new(kind: Kind, contact: Arc<Contact>) -> Self {
+    fn new(kind: WatchedKind, contact: Arc<Contact>) -> Self {
         Self { kind, contact, since: Instant::now(), retry_ms: AtomicU64::new(0) }
     }
 

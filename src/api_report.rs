@@ -11,34 +11,42 @@ use tokio::time::Instant;
 
 use crate::api_watch::Sighting;
 use crate::contact::Contact;
-use crate::control::Message;
-use crate::decode::Kind;
-use crate::last_good;
+use crate::control::{Message, Relay, Setting};
+use crate::decode::{Kind, Observed};
+use crate::health::Health;
+use crate::last_good::{self, State};
 use crate::mirror::Mirror;
 use crate::model::{Event, Objects};
+use crate::own_node::{OwnNode, Place};
 use crate::plan::Problem;
-use crate::stats::WatchFailure;
+use crate::stats::{WatchFailure, WatchedKind};
 use crate::status::SourceStatus;
 
+const UNKNOWN_KIND: &str = "the server does not know this kind (404)";
 /// How often a log line says that the server is still away.
 const OUTAGE_NEWS: Duration = Duration::from_secs(60);
 
 /// What was said to the control task, and to the log.
+#[derive(Debug)]
 pub(crate) struct Report {
     messages: mpsc::Sender<Message>,
     contact: Arc<Contact>,
-    pub(crate) server: String,
+    server: String,
     /// Of Services and of endpoints.
-    pub(crate) mirrors: [Mirror; 2],
+    mirrors: [Mirror; 2],
     /// Which of them have been listed completely.
     listed: [bool; 2],
+    node: NodeReport,
+    /// True once a first complete state of the server has been sent.
+    synced: bool,
     status: SourceStatus,
     outage: Option<Outage>,
-    /// True where objects changed since they were last to be saved.
-    pub(crate) changed: bool,
+    /// True where the state changed since it was last to be saved.
+    changed: bool,
 }
 
 /// A time without contact.
+#[derive(Debug)]
 struct Outage {
     since: Instant,
     told: Instant,
@@ -46,26 +54,42 @@ struct Outage {
     error: String,
 }
 
+/// Fails when nobody listens any more.
 pub(crate) type Sent = Result<(), mpsc::error::SendError<Message>>;
 
 impl Report {
-    /// Nothing has been said yet. The kinds are those of Services and of endpoints.
-    pub(crate) fn new(
-        messages: mpsc::Sender<Message>,
-        contact: Arc<Contact>,
-        server: String,
-        kinds: [Kind; 2],
-    ) -> Self {
+    /// Nothing has been said yet.
+    pub(crate) fn new(server: String, relay: &Relay, node: NodeReport) -> Self {
         Self {
-            messages,
-            contact,
+            messages: relay.messages(),
+            contact: relay.contact(),
             server,
-            mirrors: kinds.map(Mirror::new),
+            mirrors: [Kind::Service, Kind::EndpointSlice].map(Mirror::new),
             listed: [false; 2],
+            node,
+            synced: false,
             status: SourceStatus { kind: "kubernetes".into(), ..SourceStatus::default() },
             outage: None,
             changed: false,
         }
+    }
+
+    /// These kinds are asked for from now on.
+    pub(crate) fn begin(&self, kinds: [WatchedKind; 3]) {
+        tracing::info!(server = self.server, node = %self.node.name, "asking the API server");
+        kinds.into_iter().for_each(|kind| self.contact.watch(kind));
+    }
+
+    /// Endpoints are asked for in place of slices.
+    pub(crate) fn without_slices(&mut self) {
+        tracing::warn!(
+            server = self.server,
+            "the API server has no discovery.k8s.io/v1 (before 1.21): reading Endpoints, of which it cuts those with \
+             more than 1,000 addresses"
+        );
+        self.contact.forget(WatchedKind::EndpointSlice);
+        self.contact.watch(WatchedKind::Endpoints);
+        self.mirrors[1] = Mirror::new(Kind::Endpoints);
     }
 
     /// True while the server does not answer.
@@ -73,8 +97,10 @@ impl Report {
         self.outage.is_some()
     }
 
-    pub(crate) async fn take(&mut self, place: usize, sighting: Sighting) -> Sent {
+    /// Takes what was seen of Services (place 0) or of endpoints (place 1).
+    pub(crate) async fn take(&mut self, place: usize, sighting: Sighting<Observed>) -> Sent {
         let mirror = &mut self.mirrors[place];
+        let kind = mirror.kind().into();
         let events = match sighting {
             Sighting::Begin => {
                 mirror.begin();
@@ -85,11 +111,11 @@ impl Report {
                 return Ok(());
             }
             Sighting::Failed(reason, error) => {
-                self.fail(place, reason, error);
+                self.fail(kind, reason, error);
                 return self.tell().await;
             }
             Sighting::Unknown => {
-                self.fail(place, WatchFailure::Server, "the server does not know this kind (404)".to_owned());
+                self.fail(kind, WatchFailure::Server, UNKNOWN_KIND.to_owned());
                 return self.tell().await;
             }
             Sighting::Complete => return self.complete(place).await,
@@ -97,7 +123,7 @@ impl Report {
             Sighting::Gone(observed) => observed.name.map_or(Vec::new(), |name| mirror.remove(&name)),
         };
         self.restore();
-        if self.synced() {
+        if self.synced {
             self.status.config_revision += u64::from(!events.is_empty());
             self.changed |= !events.is_empty();
             for event in events {
@@ -107,37 +133,67 @@ impl Report {
         self.tell().await
     }
 
-    /// Both kinds in one message: a Service and the slices that came with it belong to one moment.
+    /// Takes what was seen of the own Node.
+    pub(crate) async fn take_node(&mut self, sighting: Sighting<OwnNode>) -> Sent {
+        match &sighting {
+            Sighting::Failed(reason, error) => self.fail(WatchedKind::Node, *reason, error.clone()),
+            Sighting::Unknown => self.fail(WatchedKind::Node, WatchFailure::Server, UNKNOWN_KIND.to_owned()),
+            Sighting::Begin | Sighting::Listed(_) => {}
+            Sighting::Complete | Sighting::Put(_) | Sighting::Gone(_) => self.restore(),
+        }
+        if let Some(setting) = self.node.take(sighting) {
+            self.changed = true;
+            self.messages.send(Message::Setting(setting)).await?;
+        }
+        self.send_state(false).await
+    }
+
     async fn complete(&mut self, place: usize) -> Sent {
-        let was_synced = self.synced();
         let changed = self.mirrors[place].complete();
         self.listed[place] = true;
         self.restore();
-        if self.synced() && (changed || !was_synced) {
+        self.send_state(changed).await
+    }
+
+    /// Sends all as one message, where it `changed` and as soon as there is all of it: a Service and the slices that came
+    /// with it belong to one moment.
+    async fn send_state(&mut self, changed: bool) -> Sent {
+        let first = !self.synced && self.node.asked && self.listed.iter().all(|listed| *listed);
+        if first || changed && self.synced {
             self.status.config_revision += 1;
             self.changed = true;
-            let objects = self.objects();
             let [services, endpoints] = [0, 1].map(|place| self.mirrors[place].len());
-            tracing::info!(
-                services,
-                endpoints,
-                revision = self.status.config_revision,
-                "state of the API server taken"
-            );
-            self.messages.send(Message::Event(Event::Replace(objects))).await?;
+            let revision = self.status.config_revision;
+            tracing::info!(services, endpoints, revision, "state of the API server taken");
+            self.messages.send(Message::Event(Event::Replace(self.objects()))).await?;
         }
         self.tell().await?;
-        if self.synced() && !was_synced {
+        if first {
+            self.synced = true;
             self.messages.send(Message::Synced).await?;
         }
         Ok(())
     }
 
-    /// All that is in use.
-    pub(crate) fn objects(&self) -> Objects {
+    fn objects(&self) -> Objects {
         let mut objects = Objects::default();
         self.mirrors.iter().for_each(|mirror| mirror.add_to(&mut objects));
         objects
+    }
+
+    /// All that is in use.
+    pub(crate) fn state(&self) -> State {
+        State { objects: self.objects(), node: self.node.known.clone() }
+    }
+
+    /// True where the state changed since this was asked last.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// True once a first complete state of the server has been sent.
+    pub(crate) fn is_synced(&self) -> bool {
+        self.synced
     }
 
     /// Serves what the last run did, until the server says what is so now.
@@ -161,15 +217,14 @@ impl Report {
             server = self.server,
             saved_at = crate::timestamp::rfc3339(saved.at),
             age_seconds,
-            services = saved.objects.services.len(),
+            services = saved.state.objects.services.len(),
             "the API server does not answer yet: serving the saved state"
         );
-        self.messages.send(Message::Event(Event::Replace(saved.objects))).await?;
+        if let Some(setting) = saved.state.node.and_then(|node| self.node.recall(node)) {
+            self.messages.send(Message::Setting(setting)).await?;
+        }
+        self.messages.send(Message::Event(Event::Replace(saved.state.objects))).await?;
         self.messages.send(Message::Synced).await
-    }
-
-    pub(crate) fn synced(&self) -> bool {
-        self.listed.iter().all(|listed| *listed)
     }
 
     /// Says what is new about the source, and what is wrong with its objects.
@@ -186,9 +241,8 @@ impl Report {
         self.messages.send(Message::Source { status: self.status.clone(), problems }).await
     }
 
-    fn fail(&mut self, place: usize, reason: WatchFailure, error: String) {
-        let (kind, server) = (self.mirrors[place].kind(), &self.server);
-        let now = Instant::now();
+    fn fail(&mut self, kind: WatchedKind, reason: WatchFailure, error: String) {
+        let (server, now) = (&self.server, Instant::now());
         match &mut self.outage {
             // Every few minutes in the life of a cluster, and mended by a list.
             None if reason == WatchFailure::Expired => tracing::info!(%kind, "the watch has expired, listing anew"),
@@ -210,6 +264,7 @@ impl Report {
         }
     }
 
+    /// Looks whether the server is back: a watch that goes on says nothing by itself.
     pub(crate) async fn look(&mut self) -> Sent {
         self.restore();
         self.tell_outage();
@@ -221,6 +276,96 @@ impl Report {
             outage.told = Instant::now();
             let (away_seconds, Outage { failures, error, .. }) = (outage.since.elapsed().as_secs(), outage);
             tracing::warn!(server = self.server, away_seconds, failures, error, "the API server still does not answer");
+        }
+    }
+}
+
+/// What was told of the Node that this relay runs on.
+#[derive(Debug)]
+pub(crate) struct NodeReport {
+    name: Arc<str>,
+    place: Place,
+    health: Health,
+    /// As it was last seen: what a Node said that is gone stays in use, as the traffic of its pods does.
+    known: Option<OwnNode>,
+    /// What is being listed, until the list is complete.
+    arriving: Option<OwnNode>,
+    /// True once the server was asked, whatever came of it: nobody waits for a Node that may not be there.
+    asked: bool,
+    standing: Option<Standing>,
+}
+
+/// What the cluster wants of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Staying,
+    Leaving,
+    Missing,
+}
+
+impl NodeReport {
+    /// Nothing is known of the Node: load balancers are told to send nothing here.
+    pub(crate) fn new(name: &Arc<str>, place: Place, health: Health) -> Self {
+        health.set_node_eligible(false);
+        Self { name: Arc::clone(name), place, health, known: None, arriving: None, asked: false, standing: None }
+    }
+
+    /// The setting that comes of what was seen, where it is another one than before.
+    fn take(&mut self, sighting: Sighting<OwnNode>) -> Option<Box<Setting>> {
+        self.asked |= !matches!(sighting, Sighting::Begin | Sighting::Listed(_));
+        match sighting {
+            Sighting::Begin => self.arriving = None,
+            Sighting::Listed(node) => self.arriving = Some(node),
+            Sighting::Complete => {
+                let node = self.arriving.take();
+                return self.see(node);
+            }
+            Sighting::Put(node) => return self.see(Some(node)),
+            Sighting::Gone(_) => return self.see(None),
+            Sighting::Failed(..) | Sighting::Unknown => {}
+        }
+        None
+    }
+
+    /// The same, of what the last run knew.
+    fn recall(&mut self, node: OwnNode) -> Option<Box<Setting>> {
+        let is_ours = self.known.is_none() && node.name == self.name;
+        if is_ours { self.see(Some(node)) } else { None }
+    }
+
+    fn see(&mut self, node: Option<OwnNode>) -> Option<Box<Setting>> {
+        self.judge(node.as_ref());
+        let node = node?;
+        if self.known.as_ref() == Some(&node) {
+            return None;
+        }
+        let setting = self.place.setting(&node);
+        self.known = Some(node);
+        Some(Box::new(setting))
+    }
+
+    fn judge(&mut self, node: Option<&OwnNode>) {
+        let standing = match node {
+            Some(node) if node.is_eligible() => Standing::Staying,
+            Some(_) => Standing::Leaving,
+            None => Standing::Missing,
+        };
+        self.health.set_node_eligible(standing == Standing::Staying);
+        if self.standing.replace(standing) == Some(standing) {
+            return;
+        }
+        let node = &*self.name;
+        match standing {
+            Standing::Staying => tracing::info!(node, "this Node may get traffic"),
+            Standing::Leaving => tracing::info!(node, "this Node is about to go: /healthz sends load balancers away"),
+            Standing::Missing if self.known.is_some() => {
+                tracing::warn!(node, "this Node was deleted: /healthz sends load balancers away, others are served");
+            }
+            Standing::Missing => tracing::warn!(
+                node,
+                "the API server has no Node of this name: /healthz sends load balancers away, endpoints here are not \
+                 known as local; give the right name with --node-name"
+            ),
         }
     }
 }

@@ -19,42 +19,49 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::api_client::{Api, ApiError, Wire};
 use crate::contact::Contact;
-use crate::decode::{Kind, Observed};
-use crate::stats::WatchFailure;
-use crate::watched::{Watchable, Watched};
+use crate::stats::{WatchFailure, WatchedKind};
+use crate::watched::Watchable;
 
-/// Seconds for which a server lets a watch live. Drawn for each, so that a thousand nodes do not come back at once; short,
-/// as a connection that broke without a word is noticed 5 s later.
-const WATCH_SECONDS: RangeInclusive<u32> = 48..=60;
 /// From the beginning of a list to its end.
 const LIST_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What is seen of one kind.
+/// Which objects of a kind are asked for, and for how long at a time.
+#[derive(Clone, Debug)]
+pub(crate) struct Selector {
+    /// By labels, as the API writes it: `!a,b=c`.
+    pub(crate) labels: Option<String>,
+    /// By fields: `metadata.name=worker-1`.
+    pub(crate) fields: Option<String>,
+    /// Seconds for which the server lets a watch live: one of these.
+    pub(crate) seconds: RangeInclusive<u32>,
+}
+
+/// What is seen of one kind, whose objects are read as `O`.
 #[derive(Debug)]
-pub(crate) enum Sighting {
+pub(crate) enum Sighting<O> {
     /// A list begins.
     Begin,
     /// An object of the list.
-    Listed(Observed),
+    Listed(O),
     /// The list is complete.
     Complete,
     /// An object was added or changed.
-    Put(Observed),
+    Put(O),
     /// An object is gone.
-    Gone(Observed),
+    Gone(O),
     /// A request or the watch failed; it is tried again.
     Failed(WatchFailure, String),
     /// The server does not know this kind, before it ever listed any.
     Unknown,
 }
 
-type Stream = BoxStream<'static, watcher::Result<Sighting>>;
+type Stream<O> = BoxStream<'static, watcher::Result<Sighting<O>>>;
 
 /// The watch of one kind, begun again after each failure.
-pub(crate) struct Watch {
-    pub(crate) kind: Kind,
-    begin: Box<dyn Fn() -> Stream + Send + Sync>,
-    stream: Stream,
+pub(crate) struct Watch<O> {
+    pub(crate) kind: WatchedKind,
+    begin: Box<dyn Fn() -> Stream<O> + Send + Sync>,
+    stream: Stream<O>,
     wire: Arc<Wire>,
     contact: Arc<Contact>,
     backoff: DefaultBackoff,
@@ -68,18 +75,25 @@ pub(crate) struct Watch {
     relist: Option<WatchFailure>,
 }
 
-impl std::fmt::Debug for Watch {
+impl<O> std::fmt::Debug for Watch<O> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watch").field("kind", &self.kind).finish_non_exhaustive()
     }
 }
 
-impl Watch {
-    pub(crate) fn new<T: Watchable>(api: &Api, labels: String, contact: &Arc<Contact>) -> Result<Self, ApiError> {
-        let (client, wire) = api.client(T::KIND, contact)?;
-        let begin = Box::new(move || stream::<T>(client.clone(), &labels));
+impl<O: 'static> Watch<O> {
+    /// Of the objects that `selector` chooses, each reduced by `read` as soon as it is there. Sends nothing yet.
+    pub(crate) fn new<K: Watchable>(
+        api: &Api,
+        selector: &Selector,
+        contact: &Arc<Contact>,
+        read: fn(K) -> O,
+    ) -> Result<Self, ApiError> {
+        let (client, wire) = api.client(K::watched(), contact)?;
+        let selector = selector.clone();
+        let begin = Box::new(move || stream(client.clone(), &selector, read));
         Ok(Self {
-            kind: T::KIND,
+            kind: K::watched(),
             stream: begin(),
             begin,
             wire,
@@ -93,7 +107,7 @@ impl Watch {
     }
 
     /// What is seen next. May be dropped and called again at any time: nothing is lost.
-    pub(crate) async fn next(&mut self) -> Sighting {
+    pub(crate) async fn next(&mut self) -> Sighting<O> {
         if let Some(until) = self.pause_until {
             sleep_until(until).await;
             self.pause_until = None;
@@ -113,7 +127,7 @@ impl Watch {
         }
     }
 
-    fn note(&mut self, sighting: &Sighting) {
+    fn note(&mut self, sighting: &Sighting<O>) {
         self.backoff.reset();
         match sighting {
             Sighting::Begin => {
@@ -130,7 +144,7 @@ impl Watch {
         }
     }
 
-    fn fail(&mut self, error: &watcher::Error) -> Sighting {
+    fn fail(&mut self, error: &watcher::Error) -> Sighting<O> {
         let reason = reason(error);
         // After these the watch would go on as if nothing were missing: it passes over text that it cannot read, and asks
         // for ever to continue from where it cannot.
@@ -153,7 +167,7 @@ impl Watch {
     }
 
     /// Begins anew, with a list.
-    fn give_up(&mut self, reason: WatchFailure, message: &str) -> Sighting {
+    fn give_up(&mut self, reason: WatchFailure, message: &str) -> Sighting<O> {
         self.stream = (self.begin)();
         self.put_off(reason);
         Sighting::Failed(reason, message.to_owned())
@@ -168,23 +182,20 @@ impl Watch {
     }
 }
 
-fn stream<T: Watchable>(client: Client, labels: &str) -> Stream {
-    let seconds = rand::rng().random_range(WATCH_SECONDS);
+fn stream<K: Watchable, O: 'static>(client: Client, selector: &Selector, read: fn(K) -> O) -> Stream<O> {
+    let seconds = rand::rng().random_range(selector.seconds.clone());
     // From the server's cache: a quorum read for each node at once is what a large cluster does not live through.
-    let options = watcher::Config::default().labels(labels).any_semantic().timeout(seconds);
-    watcher(Resources::<Watched<T>>::all(client), options).map(|event| event.map(Sighting::from)).boxed()
-}
-
-impl<T> From<watcher::Event<Watched<T>>> for Sighting {
-    fn from(event: watcher::Event<Watched<T>>) -> Self {
-        match event {
-            watcher::Event::Init => Self::Begin,
-            watcher::Event::InitApply(object) => Self::Listed(object.observed),
-            watcher::Event::InitDone => Self::Complete,
-            watcher::Event::Apply(object) => Self::Put(object.observed),
-            watcher::Event::Delete(object) => Self::Gone(object.observed),
-        }
-    }
+    let mut options = watcher::Config::default().any_semantic().timeout(seconds);
+    options.label_selector = selector.labels.clone();
+    options.field_selector = selector.fields.clone();
+    let sighting = move |event| match event {
+        watcher::Event::Init => Sighting::Begin,
+        watcher::Event::InitApply(object) => Sighting::Listed(read(object)),
+        watcher::Event::InitDone => Sighting::Complete,
+        watcher::Event::Apply(object) => Sighting::Put(read(object)),
+        watcher::Event::Delete(object) => Sighting::Gone(read(object)),
+    };
+    watcher(Resources::<K>::all(client), options).map(move |event| event.map(sighting)).boxed()
 }
 
 /// The word for a failure.

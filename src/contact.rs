@@ -8,17 +8,15 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::decode::Kind;
-use crate::stats::{WatchFailure, WatchFailureTally};
+use crate::stats::{WatchFailure, WatchFailureTally, WatchedKind};
 
 /// The contact of one relay with its API server. Owned by the source, shared with whoever reads it.
 #[derive(Debug)]
 pub struct Contact {
     since: Instant,
-    lines: [Line; KINDS.len()],
+    /// In the order of [`WatchedKind::ALL`].
+    lines: [Line; WatchedKind::ALL.len()],
 }
-
-/// The kinds that are watched, in the order of their lines.
-const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Endpoints];
 
 /// What is heard of one kind.
 #[derive(Debug, Default)]
@@ -44,6 +42,16 @@ pub struct ContactReport {
     pub age_seconds: f64,
 }
 
+impl From<Kind> for WatchedKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Service => Self::Service,
+            Kind::EndpointSlice => Self::EndpointSlice,
+            Kind::Endpoints => Self::Endpoints,
+        }
+    }
+}
+
 impl Default for Contact {
     fn default() -> Self {
         Self { since: Instant::now(), lines: Default::default() }
@@ -52,24 +60,24 @@ impl Default for Contact {
 
 impl Contact {
     /// The line of a kind.
-    pub fn line(&self, kind: Kind) -> &Line {
-        &self.lines[kind as usize]
+    pub fn line(&self, kind: WatchedKind) -> &Line {
+        &self.lines[usize::from(kind)]
     }
 
     /// Says that a kind is watched from now on.
-    pub fn watch(&self, kind: Kind) {
+    pub fn watch(&self, kind: WatchedKind) {
         let line = self.line(kind);
         line.heard_ms.store(self.now_ms(), Ordering::Relaxed);
         line.watched.store(true, Ordering::Relaxed);
     }
 
     /// Says that a kind is not watched any more.
-    pub fn forget(&self, kind: Kind) {
+    pub fn forget(&self, kind: WatchedKind) {
         self.line(kind).watched.store(false, Ordering::Relaxed);
     }
 
     /// The server has said something about a kind.
-    pub fn hear(&self, kind: Kind) {
+    pub fn hear(&self, kind: WatchedKind) {
         self.line(kind).heard_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
@@ -95,8 +103,8 @@ impl Contact {
     }
 
     /// How often a request or a watch failed, by kind and reason; what never happened is left out.
-    pub fn failures(&self) -> impl Iterator<Item = (Kind, WatchFailure, u64)> {
-        KINDS
+    pub fn failures(&self) -> impl Iterator<Item = (WatchedKind, WatchFailure, u64)> {
+        WatchedKind::ALL
             .iter()
             .flat_map(|kind| WatchFailure::ALL.iter().map(|reason| (*kind, *reason)))
             .map(|(kind, reason)| (kind, reason, self.line(kind).failures.get(reason)))
@@ -135,36 +143,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn given_the_kinds_when_asked_for_then_each_has_its_own_line() {
-        for (place, kind) in KINDS.into_iter().enumerate() {
-            assert_eq!(kind as usize, place);
-        }
-    }
-
-    #[test]
     fn given_two_kinds_when_one_fails_then_nobody_is_connected_until_it_answers_again() {
         let contact = Contact::default();
         assert!(!contact.is_connected(), "nothing is watched yet");
-        for kind in [Kind::Service, Kind::EndpointSlice] {
+        for kind in [WatchedKind::Service, WatchedKind::EndpointSlice] {
             contact.watch(kind);
             contact.line(kind).connect();
         }
         assert!(contact.is_connected());
 
-        contact.line(Kind::EndpointSlice).fail(WatchFailure::Server);
+        contact.line(WatchedKind::EndpointSlice).fail(WatchFailure::Server);
         assert!(!contact.is_connected());
-        contact.line(Kind::EndpointSlice).connect();
+        contact.line(WatchedKind::EndpointSlice).connect();
 
         assert!(contact.is_connected());
-        assert_eq!(contact.failures().collect::<Vec<_>>(), [(Kind::EndpointSlice, WatchFailure::Server, 1)]);
+        assert_eq!(contact.failures().collect::<Vec<_>>(), [(WatchedKind::EndpointSlice, WatchFailure::Server, 1)]);
     }
 
     #[test]
     fn given_relists_of_two_kinds_when_read_then_reasons_are_summed() {
         let contact = Contact::default();
 
-        contact.line(Kind::Service).relist(WatchFailure::Expired);
-        contact.line(Kind::EndpointSlice).relist(WatchFailure::Expired);
+        contact.line(WatchedKind::Service).relist(WatchFailure::Expired);
+        contact.line(WatchedKind::EndpointSlice).relist(WatchFailure::Expired);
 
         assert_eq!(contact.relists().collect::<Vec<_>>(), [(WatchFailure::Expired, 2)]);
     }

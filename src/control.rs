@@ -42,6 +42,8 @@ pub enum Message {
     Event(Event),
     /// The first complete state has been sent: act on it.
     Synced,
+    /// This node is at another place in the cluster than was known.
+    Setting(Box<Setting>),
     /// How the source does, and all that is wrong with its input now (replaces what it said before).
     Source {
         /// Its state.
@@ -49,6 +51,15 @@ pub enum Message {
         /// Broken files, wrong fields, passed-over kinds.
         problems: Vec<Problem>,
     },
+}
+
+/// Where a relay is: what its cluster may change while it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    /// What shapes the plan.
+    pub plan: PlanOptions,
+    /// What counts as this node and its pods.
+    pub inside: Vec<IpNet>,
 }
 
 /// Everything that a relay wants to know at its start.
@@ -108,6 +119,7 @@ impl Relay {
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
             synced: false,
+            inside_moved: false,
             news: false,
             status: first,
             publish,
@@ -194,6 +206,8 @@ struct Control {
     source_problems: Vec<Problem>,
     /// True once the source has delivered its first complete state. The snapshot says so after the steps of that state.
     synced: bool,
+    /// True where another set of addresses counts as inside than the listeners were told.
+    inside_moved: bool,
     /// True where the source has said something that is not in the last snapshot.
     news: bool,
     /// The next snapshot.
@@ -264,6 +278,7 @@ impl Control {
         match message {
             Message::Event(event) => self.model.apply(event, &mut self.dirty),
             Message::Synced => self.synced = true,
+            Message::Setting(setting) => self.set(*setting),
             Message::Source { status, problems } => {
                 self.status.source = status;
                 self.source_problems = problems;
@@ -272,9 +287,18 @@ impl Control {
         }
     }
 
+    /// Plans all anew where that may make a difference. Open connections go on as they are.
+    fn set(&mut self, setting: Setting) {
+        if setting.plan != self.options {
+            self.options = setting.plan;
+            self.dirty.extend(self.model.services().map(|service| service.name.clone()));
+        }
+        self.inside_moved |= self.listeners.set_inside(setting.inside.into());
+    }
+
     /// Makes the dirty Services true and tells everybody. True where there were any.
     async fn settle(&mut self) -> bool {
-        let acts = self.synced && (!self.dirty.is_empty() || !self.status.synced);
+        let acts = self.synced && (!self.dirty.is_empty() || self.inside_moved || !self.status.synced);
         if acts {
             self.carry_out().await;
             self.describe_failures();
@@ -292,7 +316,10 @@ impl Control {
     async fn carry_out(&mut self) {
         let dirty = std::mem::take(&mut self.dirty);
         let began = Instant::now();
-        let steps = self.plan.update(&self.model, &dirty, &self.options);
+        let mut steps = self.plan.update(&self.model, &dirty, &self.options);
+        if std::mem::take(&mut self.inside_moved) {
+            steps.extend(self.plan.points_of_two_sides());
+        }
         let (services, step_count, moves) = (dirty.len(), steps.len(), Moves::of(&steps));
         let routine = steps.iter().all(|step| matches!(step, Step::Swap(..)));
         self.listeners.apply(steps, began.into_std()).await;
@@ -511,6 +538,45 @@ mod tests {
         until(|| relay.health().check(Instant::now()).updated() > begin).await;
         let later = Instant::now() + 2 * crate::health::TIMEOUT;
         assert!(relay.health().check(later).is_healthy());
+    }
+
+    /// The name of the backend that answers a client at an address; `None` where nobody does for a while.
+    async fn ask_from(client: [u8; 4], key: ListenKey) -> Option<String> {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind((client, 0).into()).expect("a free port");
+        let connect = tokio::time::timeout(Duration::from_millis(300), socket.connect(key.address));
+        let mut stream = connect.await.ok()?.ok()?;
+        stream.shutdown().await.ok()?;
+        let name = String::from_utf8(read_all(&mut stream).await.0).expect("a name");
+        (!name.is_empty()).then_some(name)
+    }
+
+    #[tokio::test]
+    async fn t222_given_the_pods_network_when_it_is_known_late_or_changes_then_its_clients_count_as_inside() {
+        let (client, key) = ([127, 85, 1, 60], ListenKey::new([127, 85, 1, 61].into(), 7500, Protocol::Tcp));
+        let node = crate::endpoints::Node { name: Some("here".into()), zone: None };
+        let relay = start_with(PlanOptions { node, ..PlanOptions::default() });
+        let service = Service {
+            kind: crate::model::ServiceKind::LoadBalancer,
+            load_balancer_ips: vec![key.address.ip()],
+            external_policy: crate::model::TrafficPolicy::Local,
+            ..web(62)
+        };
+        let mut elsewhere = slice(&service, &[named("one").await]);
+        elsewhere.endpoints[0].node = Some("there".into());
+        sync(&relay, vec![service], vec![elsewhere]).await;
+        assert_eq!(ask_from(client, key).await, None, "outside, and no endpoint is on this node");
+
+        for (net, answer) in [("127.85.1.60/32", Some("one".to_owned())), ("10.244.0.0/16", None)] {
+            let plan = PlanOptions {
+                node: crate::endpoints::Node { name: Some("here".into()), zone: None },
+                allow_loopback_endpoints: true,
+                ..PlanOptions::default()
+            };
+            let setting = Setting { plan, inside: vec![net.parse().expect("a network")] };
+            settle(&relay, Message::Setting(Box::new(setting))).await;
+            assert_eq!(ask_from(client, key).await, answer, "{net}");
+        }
     }
 
     /// Sends one message and waits until it is acted on.

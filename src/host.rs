@@ -236,6 +236,11 @@ fn default_route_sources() -> Vec<IpAddr> {
     documentation.into_iter().filter_map(|pair| source(pair).ok()).filter(|ip| !ip.is_loopback()).collect()
 }
 
+/// The name of this machine, as a Node goes by it.
+pub fn name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().trim().to_lowercase()
+}
+
 /// Raises this process's soft limit of open descriptors to its hard limit, and returns the limit that holds now.
 pub fn raise_open_files() -> io::Result<Option<u64>> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

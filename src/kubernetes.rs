@@ -1,26 +1,26 @@
-//! The API source: Services and their endpoints as an API server tells them, for as long as it takes.
+//! The API source: Services, their endpoints and the own Node as an API server tells them, for as long as it takes.
 //!
 //! Here is what is watched. One watch, and when to try it again, is `api_watch`; the way to the server `api_client`; what is
 //! told of all this `api_report`; what of its objects is in use `mirror`; how it does is read in `contact`. Nothing is taken
 //! out of use because the server is away: the last state stays until a complete new one is there.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use k8s_openapi::api::core::v1::Node;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api_client::{Api, ApiError};
-use crate::api_report::Report;
-use crate::api_watch::{Sighting, Watch, at};
-use crate::contact::Contact;
-use crate::control::Message;
-use crate::decode::Kind;
+use crate::api_report::{NodeReport, Report};
+use crate::api_watch::{Selector, Sighting, Watch, at};
+use crate::control::Relay;
+use crate::decode::Observed;
 use crate::last_good::{self, Keeper};
-use crate::mirror::Mirror;
-use crate::watched::{EndpointSlices, Endpoints, Services};
+use crate::own_node::{OwnNode, Place};
+use crate::watched::{EndpointSlices, Endpoints, Services, Watched};
 
 /// How often it is looked whether the server is back: a watch that goes on without news says nothing by itself.
 const OUTAGE_LOOK: Duration = Duration::from_secs(1);
@@ -29,78 +29,96 @@ const OUTAGE_LOOK: Duration = Duration::from_secs(1);
 const SAVED_AFTER: Duration = Duration::from_millis(500);
 
 /// Which objects are taken, and where the last of them are kept.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selection {
     /// Folder of the state that is served when the server is away at the start; `None`: no such state. From `--state-dir`.
     pub state_dir: Option<PathBuf>,
     /// Services with this value of the label `service.kubernetes.io/service-proxy-name`; `None`: those without the label.
     /// From `--proxy-name`.
     pub proxy_name: Option<String>,
+    /// The Node that this relay runs on. From `--node-name`, else the name of this machine.
+    pub node_name: Arc<str>,
+    /// Seconds for which the server lets a watch live. Drawn for each, so that a thousand nodes do not come back at once;
+    /// short, as a connection that broke without a word is noticed 5 s later. 48 to 60, but for tests.
+    pub watch_seconds: RangeInclusive<u32>,
+}
+
+impl Default for Selection {
+    fn default() -> Self {
+        let (state_dir, proxy_name) = (None, None);
+        Self { state_dir, proxy_name, node_name: "".into(), watch_seconds: 48..=60 }
+    }
+}
+
+impl Selection {
+    fn services(&self) -> Selector {
+        const LABEL: &str = "service.kubernetes.io/service-proxy-name";
+        let labels = match &self.proxy_name {
+            Some(name) => format!("{LABEL}={name}"),
+            None => format!("!{LABEL}"),
+        };
+        Selector { labels: Some(labels), fields: None, seconds: self.watch_seconds.clone() }
+    }
+
+    fn endpoints(&self) -> Selector {
+        let labels = Some("!service.kubernetes.io/headless".to_owned());
+        Selector { labels, fields: None, seconds: self.watch_seconds.clone() }
+    }
+
+    fn node(&self) -> Selector {
+        let fields = Some(format!("metadata.name={}", self.node_name));
+        Selector { labels: None, fields, seconds: self.watch_seconds.clone() }
+    }
 }
 
 /// The source, ready to begin. Owned by the task of [`run`].
 #[derive(Debug)]
 pub struct Source {
-    /// Of Services and of EndpointSlices.
-    watches: [Watch; 2],
-    /// In place of slices, where the server has none.
-    old_endpoints: Option<Watch>,
-    contact: Arc<Contact>,
-    server: String,
+    services: Watch<Observed>,
+    /// EndpointSlices, or Endpoints once it is known that the server has no slices.
+    endpoints: Watch<Observed>,
+    old_endpoints: Option<Watch<Observed>>,
+    node: Watch<OwnNode>,
     /// The file with the last state.
     saved: Option<PathBuf>,
+    report: Report,
 }
 
 impl Source {
-    /// Prepares the watches of Services and EndpointSlices. Sends nothing.
+    /// Prepares the watches for a relay at a place: Services, EndpointSlices and the own Node. Sends nothing.
     ///
     /// # Errors
     /// Where the credentials cannot be used.
-    pub fn new(api: &Api, selection: &Selection, contact: Arc<Contact>) -> Result<Self, ApiError> {
-        let services = labels_of_services(selection);
-        let endpoints = || "!service.kubernetes.io/headless".to_owned();
-        let watches = [
-            Watch::new::<Services>(api, services, &contact)?,
-            Watch::new::<EndpointSlices>(api, endpoints(), &contact)?,
-        ];
-        let old_endpoints = Some(Watch::new::<Endpoints>(api, endpoints(), &contact)?);
+    pub fn new(api: &Api, selection: &Selection, relay: &Relay, place: Place) -> Result<Self, ApiError> {
+        let contact = relay.contact();
+        let (services, endpoints, node) = (selection.services(), selection.endpoints(), selection.node());
         Ok(Self {
-            watches,
-            old_endpoints,
-            contact,
-            server: api.server(),
+            services: Watch::new::<Watched<Services>>(api, &services, &contact, |object| object.observed)?,
+            endpoints: Watch::new::<Watched<EndpointSlices>>(api, &endpoints, &contact, |object| object.observed)?,
+            old_endpoints: Some(Watch::new::<Watched<Endpoints>>(api, &endpoints, &contact, |object| object.observed)?),
+            node: Watch::new::<Node>(api, &node, &contact, |object| OwnNode::of(&object))?,
             saved: selection.state_dir.as_deref().map(last_good::path),
+            report: Report::new(api.server(), relay, NodeReport::new(&selection.node_name, place, relay.health())),
         })
-    }
-}
-
-fn labels_of_services(selection: &Selection) -> String {
-    const LABEL: &str = "service.kubernetes.io/service-proxy-name";
-    match &selection.proxy_name {
-        Some(name) => format!("{LABEL}={name}"),
-        None => format!("!{LABEL}"),
     }
 }
 
 /// Follows the API server until `cancel`.
 ///
-/// Sends `Synced` once Services and endpoints have both been listed, then each change; what was deleted while the server
-/// could not be reached, together with all else that changed, when it can.
-pub async fn run(source: Source, messages: mpsc::Sender<Message>, cancel: CancellationToken) {
+/// Sends `Synced` once Services and endpoints have both been listed and the Node was asked for, then each change; what was
+/// deleted while the server could not be reached, together with all else that changed, when it can.
+pub async fn run(source: Source, cancel: CancellationToken) {
     tokio::select! {
         biased;
         () = cancel.cancelled() => {}
-        () = follow(source, messages) => {}
+        () = follow(source) => {}
     }
 }
 
 /// Ends when nobody listens any more.
-async fn follow(source: Source, messages: mpsc::Sender<Message>) {
-    let Source { watches: [mut services, mut endpoints], mut old_endpoints, contact, server, saved } = source;
-    tracing::info!(server, "asking the API server");
-    [&services, &endpoints].into_iter().for_each(|watch| contact.watch(watch.kind));
-    let kinds = [services.kind, endpoints.kind];
-    let mut report = Report::new(messages, Arc::clone(&contact), server, kinds);
+async fn follow(source: Source) {
+    let Source { mut services, mut endpoints, mut old_endpoints, mut node, saved, mut report } = source;
+    report.begin([services.kind, endpoints.kind, node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
     loop {
@@ -108,14 +126,8 @@ async fn follow(source: Source, messages: mpsc::Sender<Message>) {
             sighting = services.next() => report.take(0, sighting).await,
             sighting = endpoints.next() => match (sighting, old_endpoints.take()) {
                 (Sighting::Unknown, Some(old)) => {
-                    tracing::warn!(
-                        server = report.server,
-                        "the API server has no discovery.k8s.io/v1 (before 1.21): reading Endpoints, of which it cuts \
-                         those with more than 1,000 addresses"
-                    );
-                    contact.forget(endpoints.kind);
-                    contact.watch(old.kind);
-                    (endpoints, report.mirrors[1]) = (old, Mirror::new(Kind::Endpoints));
+                    report.without_slices();
+                    endpoints = old;
                     Ok(())
                 }
                 (sighting, old) => {
@@ -123,21 +135,22 @@ async fn follow(source: Source, messages: mpsc::Sender<Message>) {
                     report.take(1, sighting).await
                 }
             },
+            sighting = node.next() => report.take_node(sighting).await,
             () = tokio::time::sleep(OUTAGE_LOOK), if report.is_away() => report.look().await,
             () = sleep_until(start + SAVED_AFTER), if serve_saved.is_some() => {
                 report.serve_saved(serve_saved.take()).await
             }
             () = at(save.due()) => {
-                save.save(report.objects());
+                save.save(report.state());
                 Ok(())
             }
         };
         if took.is_err() {
             return;
         }
-        if report.synced() {
+        if report.is_synced() {
             serve_saved = None;
-            save.note(std::mem::take(&mut report.changed));
+            save.note(report.take_changed());
         }
     }
 }
@@ -150,7 +163,8 @@ mod tests {
     fn given_a_proxy_name_when_selected_then_its_services_are_asked_for_and_else_those_of_nobody() {
         let own = Selection { proxy_name: Some("kube-relay".into()), ..Selection::default() };
 
-        assert_eq!(labels_of_services(&own), "service.kubernetes.io/service-proxy-name=kube-relay");
-        assert_eq!(labels_of_services(&Selection::default()), "!service.kubernetes.io/service-proxy-name");
+        let labels = |selection: &Selection| selection.services().labels;
+        assert_eq!(labels(&own).as_deref(), Some("service.kubernetes.io/service-proxy-name=kube-relay"));
+        assert_eq!(labels(&Selection::default()).as_deref(), Some("!service.kubernetes.io/service-proxy-name"));
     }
 }

@@ -15,6 +15,7 @@ use crate::decode::decode;
 use crate::decode_service::PREFIX;
 use crate::model::{ClusterIps, Endpoint, Objects, Service, ServiceKind, ServicePort, Slice, SliceName, TrafficPolicy};
 use crate::name::Family;
+use crate::own_node::OwnNode;
 use crate::timestamp::rfc3339;
 
 /// Its name in `--state-dir`.
@@ -22,10 +23,19 @@ const FILE: &str = "last-known-good.json";
 /// How often the state is saved, where it changed.
 const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What is kept.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Services and endpoints.
+    pub(crate) objects: Objects,
+    /// The Node that the relay ran on.
+    pub(crate) node: Option<OwnNode>,
+}
+
 /// A state that was read back.
 #[derive(Debug)]
 pub(crate) struct Saved {
-    pub(crate) objects: Objects,
+    pub(crate) state: State,
     /// When it was written.
     pub(crate) at: SystemTime,
 }
@@ -59,7 +69,7 @@ impl Keeper {
     }
 
     /// On a thread of its own, as disks may be slow.
-    pub(crate) fn save(&mut self, objects: Objects) {
+    pub(crate) fn save(&mut self, state: State) {
         self.due = None;
         let Some(path) = self.path.clone() else { return };
         if self.running.as_ref().is_some_and(|running| !running.is_finished()) {
@@ -67,7 +77,7 @@ impl Keeper {
             return;
         }
         self.running = Some(spawn_blocking(move || {
-            if let Err(error) = save(&path, &objects) {
+            if let Err(error) = save(&path, &state) {
                 tracing::warn!(file = %path.display(), %error, "the state cannot be saved for the next start");
             }
         }));
@@ -89,20 +99,32 @@ pub(crate) fn load(path: &Path) -> io::Result<Option<Saved>> {
     let mut objects = Objects::default();
     decode(&text, FILE).objects.iter().for_each(|entry| objects.add(&entry.content));
     let empty = objects.services.is_empty() && objects.slices.is_empty();
-    Ok((!empty).then_some(Saved { objects, at }))
+    let state = State { objects, node: node(&text) };
+    Ok((!empty).then_some(Saved { state, at }))
+}
+
+/// The Node stands in one of the first lines.
+fn node(text: &[u8]) -> Option<OwnNode> {
+    let lines = text.split(|byte| *byte == b'\n').take(2);
+    let is_node = |value: &Value| value["kind"] == "Node";
+    let node = lines.filter_map(|line| serde_json::from_slice(line).ok()).find(is_node)?;
+    serde_json::from_value(node).ok().map(|node| OwnNode::of(&node))
 }
 
 /// Writes a state beside its place and renames it into it: whoever reads sees a whole one, whenever power fails.
-pub(crate) fn save(path: &Path, objects: &Objects) -> io::Result<()> {
+pub(crate) fn save(path: &Path, state: &State) -> io::Result<()> {
     let new = path.with_extension("new");
     let mut file = BufWriter::new(File::create(&new)?);
     let head =
         json!({"apiVersion": "kube-relay.dev/v1alpha1", "kind": "SavedState", "savedAt": rfc3339(SystemTime::now())});
     writeln!(file, "{head}")?;
-    for service in &objects.services {
+    if let Some(node) = &state.node {
+        writeln!(file, "{}", node.manifest())?;
+    }
+    for service in &state.objects.services {
         writeln!(file, "{}", service_manifest(service))?;
     }
-    for slice in &objects.slices {
+    for slice in &state.objects.slices {
         writeln!(file, "{}", slice_manifest(slice))?;
     }
     file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
@@ -234,18 +256,22 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/manifests/every_field.yaml");
         let state = objects(&fs::read(manifests).expect("the test's manifest"));
+        let node = OwnNode { name: "worker-1".into(), zone: Some("eu-1a".into()), ..OwnNode::default() };
         assert!(!state.services.is_empty() && !state.slices.is_empty());
         let named = |state: &Objects| -> Vec<Slice> {
             let plain = |slice: &std::sync::Arc<Slice>| matches!(slice.name, SliceName::EndpointSlice(_));
             state.slices.iter().filter(|slice| plain(slice)).map(|slice| (**slice).clone()).collect()
         };
 
-        save(&path(folder.path()), &state).expect("saved");
-        let saved = load(&path(folder.path())).expect("read").expect("there is one").objects;
+        let whole = State { objects: state.clone(), node: Some(node.clone()) };
+        save(&path(folder.path()), &whole).expect("saved");
+        let State { objects: saved, node: saved_node } =
+            load(&path(folder.path())).expect("read").expect("there is one").state;
 
         assert_eq!(saved.services, state.services);
         assert_eq!(named(&saved)[..named(&state).len()], named(&state));
         assert_eq!(saved.slices.len(), state.slices.len());
+        assert_eq!(saved_node, Some(node));
     }
 
     #[test]

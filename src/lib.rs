@@ -104,6 +104,8 @@ mod mirror;
 pub mod model;
 pub mod name;
 pub mod overview;
+#[cfg(feature = "kubernetes")]
+pub mod own_node;
 pub mod panics;
 pub mod peer;
 pub mod plan;

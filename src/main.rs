@@ -27,6 +27,8 @@ use kube_relay::kubernetes;
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
+#[cfg(feature = "kubernetes")]
+use kube_relay::own_node::Place;
 use kube_relay::plan::{Plan, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::status::Report;
@@ -119,10 +121,13 @@ fn available_parallelism_or_one() -> usize {
 }
 
 /// From the first listener to the last connection.
-async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
+async fn serve(mut config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     let open_files = raise_open_files();
     let host = read_host().await;
+    if config.source.is_cluster() {
+        config.plan.node.name.get_or_insert_with(|| host::name().into());
+    }
     info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), workers, open_files, "starting");
 
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
@@ -134,7 +139,7 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    follow(&config, &relay, &reload, &stop).await?;
+    follow(&config, &host, &relay, &reload, &stop).await?;
     let times = tokio::select! {
         times = end(&mut signals, &reload, config.shutdown) => times,
         // Whoever supervises this process starts another one, which serves.
@@ -152,22 +157,28 @@ async fn serve(config: RunConfig, workers: usize) -> anyhow::Result<()> {
 /// Starts the source.
 async fn follow(
     config: &RunConfig,
+    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] host: &Host,
     relay: &Relay,
     reload: &Arc<Notify>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let (messages, stop) = (relay.messages(), stop.clone());
+    let stop = stop.clone();
     match &config.source {
         SourceConfig::Manifests(inputs) => {
             let source = Source::new(inputs.clone(), config.plan.ranges());
-            tokio::spawn(manifest::run(source, messages, Arc::clone(reload), stop));
+            tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop));
         }
         #[cfg(feature = "kubernetes")]
         SourceConfig::Api { server, state_dir } => {
-            let (proxy_name, state_dir) = (config.plan.proxy_name.clone(), state_dir.clone());
-            let selection = kubernetes::Selection { proxy_name, state_dir };
-            let source = kubernetes::Source::new(&Api::find(server).await?, &selection, relay.contact())?;
-            tokio::spawn(kubernetes::run(source, messages, stop));
+            let selection = kubernetes::Selection {
+                proxy_name: config.plan.proxy_name.clone(),
+                state_dir: state_dir.clone(),
+                node_name: config.plan.node.name.clone().unwrap_or_default(),
+                ..kubernetes::Selection::default()
+            };
+            let place = Place { plan: config.plan.clone(), host: host.clone() };
+            let source = kubernetes::Source::new(&Api::find(server).await?, &selection, relay, place)?;
+            tokio::spawn(kubernetes::run(source, stop));
         }
     }
     Ok(())

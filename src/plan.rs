@@ -128,6 +128,13 @@ impl Plan {
         self.services.get(self.claims.winner(key)?)?.wanted.listeners.get(key)
     }
 
+    /// Steps that give each listener whose two sides differ its target anew: who counts as inside is not in a plan.
+    pub(crate) fn points_of_two_sides(&self) -> impl Iterator<Item = Step> {
+        let listeners = self.services.values().flat_map(|plan| plan.listeners());
+        let two_sided = listeners.filter(|(_, listener)| listener.target.outside != listener.target.inside);
+        two_sided.map(|(key, listener)| Step::Point(*key, listener.clone()))
+    }
+
     /// All that is wrong, by Service.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let troubled = self.troubled.iter().filter_map(|name| self.services.get(name));

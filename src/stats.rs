@@ -123,6 +123,20 @@ words! {
 }
 
 words! {
+    /// A kind of objects that is asked for at an API server.
+    WatchedKind {
+        /// `Service`, v1.
+        Service = "Service",
+        /// `EndpointSlice`, discovery.k8s.io/v1.
+        EndpointSlice = "EndpointSlice",
+        /// `Endpoints`, v1: where the server has no slices.
+        Endpoints = "Endpoints",
+        /// The `Node` that this relay runs on, v1.
+        Node = "Node",
+    }
+}
+
+words! {
     /// Why a request to the API server, or a watch, came to nothing.
     WatchFailure {
         /// What we ask to continue from is too old: everything has to be listed anew.

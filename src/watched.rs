@@ -7,14 +7,37 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
 use crate::decode::{Kind, Observed};
+use crate::stats::WatchedKind;
 
-/// A kind that can be watched.
-pub(crate) trait Watchable: Clone + std::fmt::Debug + Send + 'static {
+/// An object that can be watched.
+pub(crate) trait Watchable:
+    Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static
+{
+    /// Its kind.
+    fn watched() -> WatchedKind;
+}
+
+impl Watchable for Node {
+    fn watched() -> WatchedKind {
+        WatchedKind::Node
+    }
+}
+
+impl<T: Reduced> Watchable for Watched<T> {
+    fn watched() -> WatchedKind {
+        T::KIND.into()
+    }
+}
+
+/// A kind of which only what a proxy reads is ever kept.
+pub(crate) trait Reduced: Clone + std::fmt::Debug + Send + 'static {
     /// The kind.
     const KIND: Kind;
     /// Its API group; empty for the core group.
@@ -33,19 +56,19 @@ pub(crate) struct EndpointSlices;
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoints;
 
-impl Watchable for Services {
+impl Reduced for Services {
     const KIND: Kind = Kind::Service;
     const GROUP: &'static str = "";
     const PLURAL: &'static str = "services";
 }
 
-impl Watchable for EndpointSlices {
+impl Reduced for EndpointSlices {
     const KIND: Kind = Kind::EndpointSlice;
     const GROUP: &'static str = "discovery.k8s.io";
     const PLURAL: &'static str = "endpointslices";
 }
 
-impl Watchable for Endpoints {
+impl Reduced for Endpoints {
     const KIND: Kind = Kind::Endpoints;
     const GROUP: &'static str = "";
     const PLURAL: &'static str = "endpoints";
@@ -61,7 +84,7 @@ pub(crate) struct Watched<T> {
     kind: PhantomData<fn() -> T>,
 }
 
-impl<'de, T: Watchable> Deserialize<'de> for Watched<T> {
+impl<'de, T: Reduced> Deserialize<'de> for Watched<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let observed = Observed::deserialize(deserializer, T::KIND)?;
         let metadata = ObjectMeta { resource_version: Some(observed.version.to_string()), ..ObjectMeta::default() };
@@ -69,7 +92,7 @@ impl<'de, T: Watchable> Deserialize<'de> for Watched<T> {
     }
 }
 
-impl<T: Watchable> Resource for Watched<T> {
+impl<T: Reduced> Resource for Watched<T> {
     type DynamicType = ();
     type Scope = NamespaceResourceScope;
 

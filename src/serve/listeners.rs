@@ -66,6 +66,13 @@ impl Listeners {
         }
     }
 
+    /// Sets what counts as this node and its pods, for targets made from now on. True where it is something else.
+    pub fn set_inside(&mut self, inside: Arc<[IpNet]>) -> bool {
+        let changed = self.inside != inside;
+        self.inside = inside;
+        changed
+    }
+
     /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
         let mut changed_ports = BTreeSet::new();

@@ -8,7 +8,7 @@ use kube_relay::kubernetes::Selection;
 use kube_relay::stats::WatchFailure;
 use tokio::task::JoinHandle;
 
-use crate::stage::{Stage, api_address, service, slice, web};
+use crate::stage::{Stage, api_address, node, selection, service, slice, web};
 use crate::support::api_server::{ApiServer, Mood};
 use crate::support::client;
 use crate::support::site::Site;
@@ -69,8 +69,8 @@ async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure, failed: u64
     stage.until_known("gone", false).await;
     stage.until("contact", |status| status.contact.is_connected() && status.source.last_reload_successful).await;
     assert!(caller.end().await > 0);
-    // Of two kinds, each at most thrice at once and then more and more slowly.
-    assert!(asked as f64 <= 6.0 + 2.0 * seconds, "{asked} requests in {seconds} s");
+    // Of three kinds, each at most thrice at once and then more and more slowly.
+    assert!(asked as f64 <= 9.0 + seconds, "{asked} requests in {seconds} s");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -105,7 +105,7 @@ async fn f3_given_a_server_that_says_when_to_come_back_when_asked_then_nobody_co
     let before = stage.server.asked().len();
     let mut stage = stage;
     stage.server.cut().await;
-    stage.until("two refusals of each", |_| stage.server.asked().len() >= before + 4).await;
+    stage.until("two refusals of each", |_| stage.server.asked().len() >= before + 6).await;
 
     let asked = stage.server.asked();
     for resource in ["services", "endpointslices"] {
@@ -166,20 +166,22 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_c
 async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_it_is_served_until_the_server_is_back() {
     let site = Site::new(227);
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..Selection::default() };
+    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..selection() };
     let mut server = ApiServer::start(api_address(site)).await;
     server.put("services", web(site));
     server.put("endpointslices", slice("web-1", &[site.backend(1)]));
-    let first = Stage::following_with(site, server, selection.clone()).await;
+    server.put("nodes", node(site.node_ip(), &[]));
+    let first = Stage::following_with(site, server, selection.clone(), "").await;
     first.until_backends(&[site.backend(1)]).await;
     first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
     server = first.end().await;
     server.stop().await;
 
-    let mut stage = Stage::following_with(site, server, selection).await;
+    let mut stage = Stage::following_with(site, server, selection, "").await;
     stage.until_backends(&[site.backend(1)]).await;
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
     assert!(stage.status().synced && !stage.status().contact.is_connected());
+    assert!(stage.is_eligible(), "the Node is in the file, too");
 
     stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
     stage.server.resume().await;
@@ -191,12 +193,12 @@ async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_i
 async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_relay_waits_for_it() {
     let site = Site::new(27);
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..Selection::default() };
+    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..selection() };
     let mut server = ApiServer::start(api_address(site)).await;
     server.stop().await;
     server.put("services", web(site));
 
-    let mut stage = Stage::following_with(site, server, selection).await;
+    let mut stage = Stage::following_with(site, server, selection, "").await;
     stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
     assert!(!stage.status().synced);
 

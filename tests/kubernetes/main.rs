@@ -3,6 +3,7 @@
 #![cfg(feature = "kubernetes")]
 
 mod failures;
+mod node;
 mod rollout;
 mod stage;
 

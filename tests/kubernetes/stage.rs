@@ -1,11 +1,16 @@
 //! A relay that follows an API server, and the objects that it is told of.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use clap::Parser;
 use kube_relay::api_client::{Api, ApiOptions};
-use kube_relay::control::{self, RelayOptions};
+use kube_relay::cli::{Cli, Command};
+use kube_relay::config::RunConfig;
+use kube_relay::control;
+use kube_relay::host::Host;
 use kube_relay::kubernetes::{self, Selection, Source};
+use kube_relay::own_node::Place;
 use kube_relay::stats::WatchFailure;
 use kube_relay::status::Status;
 use serde_json::{Value, json};
@@ -40,20 +45,18 @@ impl Stage {
 
     /// A relay that has just begun to follow a server.
     pub(crate) async fn following(site: Site, server: ApiServer) -> Self {
-        Self::following_with(site, server, Selection::default()).await
+        Self::following_with(site, server, selection(), "").await
     }
 
-    /// The same, with a folder for its state.
-    pub(crate) async fn following_with(site: Site, server: ApiServer, selection: Selection) -> Self {
-        let mut options = RelayOptions::default();
-        options.plan.allow_loopback_endpoints = true;
-        let relay = control::Relay::start(options).expect("a relay can be started");
+    /// The same, with another selection and more flags.
+    pub(crate) async fn following_with(site: Site, server: ApiServer, selection: Selection, flags: &str) -> Self {
+        let config = config(flags);
+        // No address of the machine that tests run on.
+        let host = Host { interfaces: Vec::new(), default_sources: Vec::new() };
+        let relay = control::Relay::start(config.relay_options(&host)).expect("a relay can be started");
         let cancel = CancellationToken::new();
-        tokio::spawn(kubernetes::run(
-            source(&server, &selection, relay.contact()).await,
-            relay.messages(),
-            cancel.clone(),
-        ));
+        let place = Place { plan: config.plan, host };
+        tokio::spawn(kubernetes::run(source(&server, &selection, &relay, place).await, cancel.clone()));
         let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
         Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
     }
@@ -69,6 +72,11 @@ impl Stage {
     /// What the relay says now.
     pub(crate) fn status(&self) -> Arc<Status> {
         Arc::clone(&self.relay.status().borrow())
+    }
+
+    /// True where load balancers may send traffic to this node.
+    pub(crate) fn is_eligible(&self) -> bool {
+        self.relay.health().check(tokio::time::Instant::now()).node_eligible
     }
 
     /// Waits for a condition on the status or on the counters in it.
@@ -108,18 +116,42 @@ pub(crate) fn api_address(site: Site) -> SocketAddr {
     SocketAddr::new(site.client(8), 6443)
 }
 
-async fn source(server: &ApiServer, selection: &Selection, contact: Arc<kube_relay::contact::Contact>) -> Source {
+/// The one of a relay on `node-1`.
+pub(crate) fn selection() -> Selection {
+    Selection { node_name: "node-1".into(), ..Selection::default() }
+}
+
+/// A static source's, as backends are on loopback here.
+fn config(flags: &str) -> RunConfig {
+    let line = format!("kube-relay run -f - --node-name node-1 {flags}");
+    match Cli::try_parse_from(line.split_whitespace()).expect("a command line").command {
+        Command::Run(args) => RunConfig::try_from(*args).expect("a fine command line"),
+        other => panic!("not run: {other:?}"),
+    }
+}
+
+async fn source(server: &ApiServer, selection: &Selection, relay: &control::Relay, place: Place) -> Source {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let kubeconfig = folder.path().join("config");
     std::fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
     let options = ApiOptions { kubeconfig: Some(kubeconfig), master: None };
     let api = Api::find(&options).await.expect("a kubeconfig that can be used");
-    Source::new(&api, selection, contact).expect("credentials that can be used")
+    Source::new(&api, selection, relay, place).expect("credentials that can be used")
 }
 
 /// The Service `web` at the site's cluster IP.
 pub(crate) fn web(site: Site) -> Value {
     service("web", &site.cluster_ip().to_string())
+}
+
+/// The Node `node-1`.
+pub(crate) fn node(address: IpAddr, taints: &[&str]) -> Value {
+    let taints: Vec<_> = taints.iter().map(|key| json!({"key": key, "effect": "NoSchedule"})).collect();
+    json!({
+        "metadata": {"name": "node-1", "uid": "n", "labels": {"topology.kubernetes.io/zone": "zone-1"}},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"], "taints": taints},
+        "status": {"addresses": [{"type": "InternalIP", "address": address.to_string()}, {"type": "Hostname", "address": "node-1"}]},
+    })
 }
 
 /// A Service with one TCP port.

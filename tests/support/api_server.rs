@@ -214,9 +214,23 @@ impl State {
     }
 
     /// The lines of a watch behind a version, and the version that they lead to.
-    fn lines(&self, resource: &str, behind: u64) -> (String, u64) {
-        let news = self.history.iter().filter(|(version, of, _)| *version > behind && of == resource);
+    fn lines(&self, wanted: &Wanted, behind: u64) -> (String, u64) {
+        let news = self.history.iter();
+        let news = news.filter(|(version, of, event)| *version > behind && wanted.takes(of, &event["object"]));
         (news.map(|(_, _, event)| format!("{event}\n")).collect(), self.version)
+    }
+}
+
+/// What a request asks for.
+struct Wanted {
+    resource: String,
+    /// The one name that a field selector asks for.
+    name: Option<String>,
+}
+
+impl Wanted {
+    fn takes(&self, resource: &str, object: &Value) -> bool {
+        resource == self.resource && self.name.as_deref().is_none_or(|name| object["metadata"]["name"] == name)
     }
 }
 
@@ -229,6 +243,7 @@ fn kind_of(resource: &str) -> (&'static str, &'static str) {
     match resource {
         "services" => ("v1", "Service"),
         "endpointslices" => ("discovery.k8s.io/v1", "EndpointSlice"),
+        "nodes" => ("v1", "Node"),
         _ => ("v1", "Endpoints"),
     }
 }
@@ -272,55 +287,57 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
         _ => {}
     }
     let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+    let name = parameter("fieldSelector").and_then(|text| text.strip_prefix("metadata.name%3D")).map(str::to_owned);
+    let wanted = Wanted { resource, name };
     let body = if is_watch {
         let behind = number("resourceVersion");
         if behind < shared.lock().compacted {
             return refusal(410, None);
         }
         let lifetime = Duration::from_secs(number("timeoutSeconds").max(1));
-        follow(shared, resource, behind, tokio::time::Instant::now() + lifetime)
+        follow(shared, wanted, behind, tokio::time::Instant::now() + lifetime)
     } else {
         let state = shared.lock();
         let from: usize = parameter("continue").and_then(|text| text.parse().ok()).unwrap_or_default();
-        text(list(&state, &resource, from))
+        text(list(&state, &wanted, from))
     };
     Response::new(spoil(mood, body))
 }
 
-fn list(state: &State, resource: &str, from: usize) -> String {
-    let all: Vec<&Value> =
-        state.objects.iter().filter(|((of, _), _)| of == resource).map(|(_, object)| object).collect();
+fn list(state: &State, wanted: &Wanted, from: usize) -> String {
+    let all = state.objects.iter().filter(|((of, _), object)| wanted.takes(of, object));
+    let all: Vec<&Value> = all.map(|(_, object)| object).collect();
     let page: Vec<_> = all.iter().skip(from).take(state.page).collect();
     let mut metadata = json!({"resourceVersion": state.version.to_string()});
     if from + page.len() < all.len() {
         metadata["continue"] = (from + page.len()).to_string().into();
     }
-    let (api, kind) = kind_of(resource);
+    let (api, kind) = kind_of(&wanted.resource);
     // As real servers do it: the items do not say what they are.
     json!({"kind": format!("{kind}List"), "apiVersion": api, "metadata": metadata, "items": page}).to_string()
 }
 
 /// The events of a watch as they come, and a bookmark at its end.
-fn follow(shared: Arc<Shared>, resource: String, behind: u64, ends: tokio::time::Instant) -> Body {
+fn follow(shared: Arc<Shared>, wanted: Wanted, behind: u64, ends: tokio::time::Instant) -> Body {
     let changes = shared.version.subscribe();
-    let begin = (shared, resource, behind, changes, false);
-    let lines = stream::unfold(begin, move |(shared, resource, mut behind, mut changes, ended)| async move {
+    let begin = (shared, wanted, behind, changes, false);
+    let lines = stream::unfold(begin, move |(shared, wanted, mut behind, mut changes, ended)| async move {
         if ended {
             return None;
         }
         loop {
-            let (lines, version) = shared.lock().lines(&resource, behind);
+            let (lines, version) = shared.lock().lines(&wanted, behind);
             behind = version;
             if !lines.is_empty() {
-                return Some((frame(lines), (shared, resource, behind, changes, false)));
+                return Some((frame(lines), (shared, wanted, behind, changes, false)));
             }
             tokio::select! {
                 changed = changes.changed() => changed.ok()?,
                 () = tokio::time::sleep_until(ends) => {
-                    let (api, kind) = kind_of(&resource);
+                    let (api, kind) = kind_of(&wanted.resource);
                     let object = json!({"kind": kind, "apiVersion": api, "metadata": {"resourceVersion": behind.to_string()}});
                     let bookmark = format!("{}\n", json!({"type": "BOOKMARK", "object": object}));
-                    return Some((frame(bookmark), (shared, resource, behind, changes, true)));
+                    return Some((frame(bookmark), (shared, wanted, behind, changes, true)));
                 }
             }
         }

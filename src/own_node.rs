@@ -1,0 +1,228 @@
+//! What the cluster says of the node that this relay runs on: where it is, how it is reached, and whether it stays.
+//!
+//! Pure. Who asks for the Node is `kubernetes`; what is told of it to load balancers and to the log is `api_report`.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+use serde_json::{Value, json};
+
+use crate::config::PlanConfig;
+use crate::control::Setting;
+use crate::health::{NodeSigns, node_is_eligible};
+use crate::host::Host;
+use crate::timestamp::rfc3339;
+
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Types of `status.addresses` that are IPs, the better ones first.
+const ADDRESS_TYPES: [&str; 2] = ["InternalIP", "ExternalIP"];
+
+/// A Node object, as far as a proxy on that node reads it. Owned by the API source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnNode {
+    /// From `metadata.name`.
+    pub name: Arc<str>,
+    /// From the label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// From `status.addresses`: the internal ones, then the external ones; in the order of the object, as the first of a
+    /// family is the node's main one.
+    pub addresses: Vec<IpAddr>,
+    /// The networks of its pods. From `spec.podCIDRs`; empty until the cluster has given it some.
+    pub pod_cidrs: Vec<IpNet>,
+    /// True with `metadata.deletionTimestamp`.
+    pub deleting: bool,
+    /// The keys of `spec.taints`.
+    pub taints: Vec<String>,
+}
+
+impl OwnNode {
+    /// Reads an object. What is no address or network in it is passed over.
+    pub fn of(node: &Node) -> Self {
+        let (metadata, spec) = (&node.metadata, node.spec.as_ref());
+        let zone = metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
+        let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.clone()).filter(|cidrs| !cidrs.is_empty());
+        let pod_cidrs = pod_cidrs.or_else(|| Some(vec![spec?.pod_cidr.clone()?])).unwrap_or_default();
+        let taints = spec.and_then(|spec| spec.taints.as_ref()).into_iter().flatten();
+        Self {
+            name: metadata.name.as_deref().unwrap_or_default().into(),
+            zone: zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into()),
+            addresses: addresses(node),
+            pod_cidrs: pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect(),
+            deleting: metadata.deletion_timestamp.is_some(),
+            taints: taints.map(|taint| taint.key.clone()).collect(),
+        }
+    }
+
+    /// Whether load balancers should send traffic here.
+    pub fn is_eligible(&self) -> bool {
+        let taints: Vec<&str> = self.taints.iter().map(String::as_str).collect();
+        node_is_eligible(Some(NodeSigns { deleting: self.deleting, taints: &taints }))
+    }
+
+    /// An object that says the same.
+    pub(crate) fn manifest(&self) -> Value {
+        let addresses: Vec<_> =
+            self.addresses.iter().map(|ip| json!({"type": ADDRESS_TYPES[0], "address": ip.to_string()})).collect();
+        let taints: Vec<_> = self.taints.iter().map(|key| json!({"key": key, "effect": "NoSchedule"})).collect();
+        let labels = self.zone.as_ref().map(|zone| json!({ZONE_LABEL: **zone}));
+        // When it began is not kept.
+        let deleting = self.deleting.then(|| rfc3339(SystemTime::now()));
+        json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": *self.name, "labels": labels, "deletionTimestamp": deleting},
+            "spec": {"podCIDRs": self.pod_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(), "taints": taints},
+            "status": {"addresses": addresses},
+        })
+    }
+}
+
+/// Where a relay is: its flags, its machine, and what its Node adds to them.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// From the flags.
+    pub plan: PlanConfig,
+    /// This machine.
+    pub host: Host,
+}
+
+impl Place {
+    /// What shapes the plan on this node. The zone and the networks of pods are the Node's where no flag names them; its
+    /// addresses come before those of `--node-address`.
+    pub fn setting(&self, node: &OwnNode) -> Setting {
+        let mut plan = self.plan.clone();
+        plan.node.zone = plan.node.zone.or_else(|| node.zone.clone());
+        plan.node_addresses.splice(0..0, node.addresses.iter().copied());
+        if plan.cluster_cidrs.is_empty() {
+            plan.cluster_cidrs.clone_from(&node.pod_cidrs);
+        }
+        Setting { plan: plan.resolve(&self.host), inside: plan.inside(&self.host) }
+    }
+}
+
+fn addresses(node: &Node) -> Vec<IpAddr> {
+    let all = node.status.as_ref().and_then(|status| status.addresses.as_ref());
+    let of_type = |kind: &'static str| all.into_iter().flatten().filter(move |address| address.type_ == kind);
+    ADDRESS_TYPES.into_iter().flat_map(of_type).filter_map(|address| address.address.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::NodePortSelector;
+
+    fn node(object: Value) -> OwnNode {
+        OwnNode::of(&serde_json::from_value(object).expect("a Node"))
+    }
+
+    #[test]
+    fn given_a_node_of_a_real_server_when_read_then_zone_and_addresses_are_there() {
+        let list: Value = serde_json::from_str(include_str!("../tests/api/nodes-1.20.json")).expect("a list");
+
+        let node = node(list["items"][0].clone());
+
+        assert_eq!((&*node.name, node.zone.as_deref()), ("node-1", Some("zone-1")));
+        assert_eq!(node.addresses, [IpAddr::from([10, 200, 0, 1])], "no host name among them");
+        assert!(node.is_eligible(), "not ready keeps pods away, not traffic");
+    }
+
+    #[test]
+    fn t216_given_external_and_internal_addresses_when_read_then_internal_ones_come_first_in_their_order() {
+        let address = |kind: &str, ip: &str| json!({"type": kind, "address": ip});
+
+        let node = node(json!({"metadata": {}, "status": {"addresses": [
+            address("ExternalIP", "203.0.113.5"), address("Hostname", "worker-1"),
+            address("InternalIP", "10.0.0.5"), address("InternalIP", "fd00::5"),
+        ]}}));
+
+        assert_eq!(node.addresses.map_to_text(), ["10.0.0.5", "fd00::5", "203.0.113.5"]);
+    }
+
+    #[test]
+    fn t222_given_pod_networks_when_read_then_the_list_counts_before_the_old_field() {
+        let with = |spec: Value| node(json!({"metadata": {}, "spec": spec})).pod_cidrs.map_to_text();
+
+        assert!(with(json!({})).is_empty());
+        assert_eq!(with(json!({"podCIDR": "10.244.1.0/24"})), ["10.244.1.0/24"]);
+        let both = json!({"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd01::/64", "x"]});
+        assert_eq!(with(both), ["10.244.1.0/24", "fd01::/64"]);
+    }
+
+    #[test]
+    fn t211_given_signs_of_its_end_when_judged_then_no_traffic_is_wanted() {
+        let with =
+            |key: &str| node(json!({"metadata": {}, "spec": {"taints": [{"key": key, "effect": "NoSchedule"}]}}));
+
+        assert!(with("node.kubernetes.io/unschedulable").is_eligible());
+        assert!(!with("ToBeDeletedByClusterAutoscaler").is_eligible());
+        assert!(!node(json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}})).is_eligible());
+    }
+
+    #[test]
+    fn given_a_node_when_written_and_read_then_it_says_the_same() {
+        let full = OwnNode {
+            name: "worker-1".into(),
+            zone: Some("eu-1a".into()),
+            addresses: vec![[10, 0, 0, 5].into(), "fd00::5".parse().expect("an address")],
+            pod_cidrs: vec!["10.244.1.0/24".parse().expect("a network")],
+            deleting: true,
+            taints: vec!["example.com/gpu".into()],
+        };
+
+        for original in [full, OwnNode { name: "bare".into(), ..OwnNode::default() }] {
+            assert_eq!(node(original.manifest()), original);
+        }
+    }
+
+    fn place(zone: Option<&str>, cluster_cidrs: &[&str]) -> Place {
+        let plan = PlanConfig {
+            node_port_addresses: vec![NodePortSelector::Primary],
+            expose: vec![],
+            allowed_external_cidrs: vec![],
+            service_cluster_ip_range: None,
+            service_node_port_range: 1..=2,
+            cluster_cidrs: cluster_cidrs.iter().map(|cidr| cidr.parse().expect("a network")).collect(),
+            proxy_name: None,
+            node: crate::endpoints::Node { name: Some("worker-1".into()), zone: zone.map(Into::into) },
+            node_addresses: vec![[10, 0, 0, 9].into()],
+            allow_loopback_endpoints: false,
+        };
+        Place { plan, host: Host { interfaces: vec![], default_sources: vec![[10, 0, 0, 8].into()] } }
+    }
+
+    #[test]
+    fn t220_t222_given_a_node_when_a_relay_is_placed_then_the_node_fills_what_no_flag_says() {
+        let node = OwnNode {
+            zone: Some("eu-1a".into()),
+            addresses: vec![[10, 0, 0, 5].into()],
+            pod_cidrs: vec!["10.244.1.0/24".parse().expect("a network")],
+            ..OwnNode::default()
+        };
+
+        let setting = place(None, &[]).setting(&node);
+        assert_eq!(setting.plan.node.zone.as_deref(), Some("eu-1a"));
+        assert_eq!(setting.plan.node_port_addresses, node.addresses, "before --node-address and the default route");
+        assert!(setting.inside.contains(&node.pod_cidrs[0]) && setting.inside.contains(&node.addresses[0].into()));
+
+        let setting = place(Some("eu-1b"), &["10.0.0.0/8"]).setting(&node);
+        assert_eq!(setting.plan.node.zone.as_deref(), Some("eu-1b"));
+        assert!(!setting.inside.contains(&node.pod_cidrs[0]));
+
+        let setting = place(None, &[]).setting(&OwnNode::default());
+        assert_eq!(setting.plan.node_port_addresses.map_to_text(), ["10.0.0.9"], "a Node without addresses yet");
+    }
+
+    /// For short comparisons.
+    trait MapToText {
+        fn map_to_text(&self) -> Vec<String>;
+    }
+
+    impl<T: ToString> MapToText for Vec<T> {
+        fn map_to_text(&self) -> Vec<String> {
+            self.iter().map(ToString::to_string).collect()
+        }
+    }
+}

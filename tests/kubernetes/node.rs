@@ -1,0 +1,89 @@
+//! The Node that the relay runs on: what it changes for load balancers and for listeners, and what it does not.
+
+use kube_relay::kubernetes::Selection;
+
+use crate::stage::{Stage, api_address, node, selection, slice, web};
+use crate::support::api_server::ApiServer;
+use crate::support::client;
+use crate::support::site::Site;
+
+/// A server with the Service `web` and its first backend.
+async fn serving(site: Site) -> ApiServer {
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    server
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t211_t221_given_the_own_node_when_it_is_about_to_go_or_gone_then_load_balancers_are_told_and_traffic_goes_on()
+{
+    let site = Site::new(221);
+    let server = serving(site).await;
+    server.put("nodes", node(site.node_ip(), &["node.kubernetes.io/unschedulable"]));
+    let stage = Stage::following(site, server).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    assert!(stage.is_eligible(), "a cordon keeps pods away, not traffic");
+
+    stage.server.put("nodes", node(site.node_ip(), &["ToBeDeletedByClusterAutoscaler"]));
+    stage.until("the taint", |_| !stage.is_eligible()).await;
+    stage.server.put("nodes", node(site.node_ip(), &[]));
+    stage.until("the taint to go", |_| stage.is_eligible()).await;
+    stage.server.delete("nodes", "default/node-1");
+    stage.until("the Node to go", |_| !stage.is_eligible()).await;
+
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    stage.server.put("nodes", node(site.node_ip(), &[]));
+    stage.until("the Node to come back", |_| stage.is_eligible()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t211_given_nodes_of_other_names_when_followed_then_services_are_served_and_load_balancers_are_not_called() {
+    let site = Site::new(31);
+    let server = serving(site).await;
+    server.put("nodes", node(site.node_ip(), &[]));
+    let other = Selection { node_name: "node-2".into(), ..selection() };
+
+    let stage = Stage::following_with(site, server, other, "").await;
+
+    stage.until_backends(&[site.backend(1)]).await;
+    assert!(!stage.is_eligible());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_server_that_refuses_nodes_when_followed_then_services_are_served_all_the_same() {
+    let site = Site::new(32);
+    let server = serving(site).await;
+    server.refuse_only(Some("nodes"));
+
+    let stage = Stage::following(site, server).await;
+
+    stage.until_backends(&[site.backend(1)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    assert!(!stage.is_eligible() && !stage.status().contact.is_connected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_and_open_connections_are_kept() {
+    let site = Site::new(220);
+    let server = serving(site).await;
+    let [old, new] = [site.client(51), site.client(52)];
+    server.put("nodes", node(old, &[]));
+    // In 127/8 no address is `primary`: a wildcard follows the Node's addresses as well.
+    let stage = Stage::following_with(site, server, selection(), "--expose 0.0.0.0:8081=web:http").await;
+    stage.until_backends(&[site.backend(1)]).await;
+    let mut open = client::connect((old, 8081).into()).await.expect("the Node's address");
+    assert_eq!(client::ask_on(&mut open).await.expect("an answer"), site.backend(1));
+
+    stage.server.put("nodes", node(new, &[]));
+    stage
+        .until("the move", |status| {
+            crate::support::relay::service_of(status, "web")
+                .is_some_and(|web| web.plan.listeners().any(|(key, _)| key.address == (new, 8081).into()))
+        })
+        .await;
+
+    assert_eq!(client::ask((new, 8081).into()).await.expect("a backend answers"), site.backend(1));
+    assert!(client::refused((old, 8081).into()).await);
+    assert_eq!(client::ask_on(&mut open).await.expect("it goes on"), site.backend(1));
+}
