@@ -544,7 +544,7 @@ mod tests {
     async fn ask_from(client: [u8; 4], key: ListenKey) -> Option<String> {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         socket.bind((client, 0).into()).expect("a free port");
-        let connect = tokio::time::timeout(Duration::from_millis(300), socket.connect(key.address));
+        let connect = tokio::time::timeout(Duration::from_millis(300), socket.connect(key.address()));
         let mut stream = connect.await.ok()?.ok()?;
         stream.shutdown().await.ok()?;
         let name = String::from_utf8(read_all(&mut stream).await.0).expect("a name");
@@ -558,7 +558,7 @@ mod tests {
         let relay = start_with(PlanOptions { node, ..PlanOptions::default() });
         let service = Service {
             kind: crate::model::ServiceKind::LoadBalancer,
-            load_balancer_ips: vec![key.address.ip()],
+            load_balancer_ips: vec![key.address().ip()].into(),
             external_policy: crate::model::TrafficPolicy::Local,
             ..web(62)
         };

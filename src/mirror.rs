@@ -107,7 +107,7 @@ impl Mirror {
     /// One object is gone: what the model is to hear.
     pub(crate) fn remove(&mut self, name: &ObjectName) -> Vec<Event> {
         self.news |= self.flaws.remove(name).is_some();
-        self.objects.remove(name).map_or(Vec::new(), |content| leavers(&content, &Content::Slices(Vec::new())))
+        self.objects.remove(name).map_or(Vec::new(), |content| leavers(&content, &Content::Slices(Box::default())))
     }
 
     /// Adds the objects in use.

@@ -79,7 +79,7 @@ async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_an
     stage
         .until("the move", |status| {
             crate::support::relay::service_of(status, "web")
-                .is_some_and(|web| web.plan.listeners().any(|(key, _)| key.address == (new, 8081).into()))
+                .is_some_and(|web| web.plan.listeners().any(|(key, _)| key.address() == (new, 8081).into()))
         })
         .await;
 
