@@ -13,6 +13,16 @@ pub(crate) fn pack<K: Ord, V>(map: &mut BTreeMap<K, V>) {
     *map = std::mem::take(map).into_iter().collect();
 }
 
+/// Adds entries to an ordered map, new ones or others for known keys. Where they are most of it, the map is made anew,
+/// as small as it can be, and leaves no holes in memory where nodes were that grew and split.
+pub(crate) fn add_all<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if entries.len() > map.len() {
+        map.append(&mut entries.into_iter().collect());
+    } else {
+        map.extend(entries);
+    }
+}
+
 /// Entries sorted by key, each key once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen<K, V>(Box<[(K, V)]>);
@@ -96,6 +106,19 @@ mod tests {
         pack(&mut packed);
 
         assert_eq!(packed, map);
+    }
+
+    #[test]
+    fn given_few_or_many_entries_when_added_then_the_map_has_them_and_the_later_of_two_counts() {
+        for count in [1, 3, 1_000] {
+            let mut map: BTreeMap<_, _> = (0..10).map(|key| (key, "old")).collect();
+
+            add_all(&mut map, (5..5 + count).rev().map(|key| (key, "new")).collect());
+
+            let wanted = (0..5).map(|key| (key, "old")).chain((5..5 + count).map(|key| (key, "new")));
+            let left = (5 + count..10).map(|key| (key, "old"));
+            assert_eq!(map, wanted.chain(left).collect());
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 use crate::claims::{Claimant, Claims};
 use crate::endpoints::Node;
-use crate::frozen::pack;
+use crate::frozen::add_all;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
 use crate::rare::Rare;
@@ -97,15 +97,13 @@ impl Plan {
         let keys = self.keys_of_both(&anew);
         let before = self.part(dirty, &keys);
         self.touched = self.claimants(&keys);
-        for (name, plan) in anew {
-            self.replace(name, plan);
-        }
-        self.touched.extend(self.claimants(&keys));
-        self.touched.extend(dirty.iter().cloned());
+        self.claim(&anew);
         if dirty.len() > self.services.len() / 2 {
-            pack(&mut self.services);
             self.claims.pack();
         }
+        self.replace(anew);
+        self.touched.extend(self.claimants(&keys));
+        self.touched.extend(dirty.iter().cloned());
         let steps = diff(&before, &self.part(dirty, &keys));
         self.report_loops(dirty, &turned(&steps));
         self.report_conflicts();
@@ -175,16 +173,28 @@ impl Plan {
         keys.iter().flat_map(|key| self.claims.claimants(key)).cloned().collect()
     }
 
-    fn replace(&mut self, name: &ObjectName, plan: Option<ServicePlan>) {
-        if let Some(old) = self.services.remove(name) {
-            old.wanted.listeners.keys().for_each(|key| self.claims.release(key, name));
+    /// Takes back what the Services claim by their old plans, and claims what they ask for by the new ones.
+    fn claim(&mut self, anew: &[(&ObjectName, Option<ServicePlan>)]) {
+        for (name, plan) in anew {
+            if let Some(old) = self.services.get(*name) {
+                old.wanted.listeners.keys().for_each(|key| self.claims.release(key, name));
+            }
+            for (plan, key) in plan.iter().flat_map(|plan| plan.wanted.listeners.keys().map(move |key| (plan, key))) {
+                let claimant = Claimant { created: plan.created.clone(), service: (*name).clone() };
+                self.claims.claim(*key, claimant);
+            }
         }
-        let Some(plan) = plan else { return };
-        for key in plan.wanted.listeners.keys() {
-            let claimant = Claimant { created: plan.created.clone(), service: name.clone() };
-            self.claims.claim(*key, claimant);
+    }
+
+    fn replace(&mut self, anew: Vec<(&ObjectName, Option<ServicePlan>)>) {
+        let mut planned = Vec::with_capacity(anew.len());
+        for (name, plan) in anew {
+            match plan {
+                Some(plan) => planned.push((name.clone(), Arc::new(plan))),
+                None => drop(self.services.remove(name)),
+            }
         }
-        self.services.insert(name.clone(), Arc::new(plan));
+        add_all(&mut self.services, planned);
     }
 
     /// Looks at the backends of the dirty Services; at those of all only where listeners came or went.

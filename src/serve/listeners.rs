@@ -4,17 +4,18 @@
 //! take, and in what order, is decided in `plan`. Balancers and backends are kept in `ports`, sockets follow their
 //! targets in `bound`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
 use futures_util::future::join_all;
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
 
-use crate::frozen::pack;
+use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::plan::{self, Backends, Listener, Side, Step};
 use crate::serve::balancer::{Backend, PortState};
@@ -34,9 +35,12 @@ const FLUSH_AFTER: usize = 64;
 #[derive(Debug)]
 pub struct Listeners {
     listeners: BTreeMap<ListenKey, Running>,
+    /// Those that this batch of steps has bound. They come to the others all at once: a map that grows by thousands of
+    /// single ones leaves holes in memory where its first nodes were.
+    opened: Vec<(ListenKey, Running)>,
     failures: Failures,
     /// Keys that were bound or closed, or met as a backend, in this batch of steps.
-    turned: BTreeSet<ListenKey>,
+    turned: HashSet<ListenKey, RandomState>,
     /// True from [`Listeners::close`] on: nothing is opened any more.
     closed: bool,
     ports: Ports,
@@ -57,8 +61,9 @@ impl Listeners {
     pub fn new(inside: Arc<[IpNet]>, tcp: Arc<TcpShared>, udp: UdpShards) -> Self {
         Self {
             listeners: BTreeMap::new(),
+            opened: Vec::new(),
             failures: Failures::default(),
-            turned: BTreeSet::new(),
+            turned: HashSet::default(),
             closed: false,
             ports: Ports::default(),
             inside,
@@ -75,8 +80,11 @@ impl Listeners {
 
     /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
-        let mut changed_ports = BTreeSet::new();
-        let many = steps.len() > self.listeners.len();
+        let mut changed_ports = Vec::new();
+        self.ports.expect(steps.iter().filter_map(|step| match step {
+            Step::Swap(key, _) => Some(&key.port),
+            _ => None,
+        }));
         for (count, step) in steps.into_iter().enumerate() {
             consume_budget().await; // Ten thousand binds in one go would keep a worker from its connections.
             if count % FLUSH_AFTER == 0 {
@@ -84,7 +92,7 @@ impl Listeners {
             }
             match step {
                 Step::Swap(key, backends) => {
-                    changed_ports.insert(key.port.clone());
+                    changed_ports.push(key.port.clone());
                     self.swap(key, &backends);
                 }
                 Step::Bind(key, listener) => self.bind(key, listener, None, now),
@@ -94,16 +102,12 @@ impl Listeners {
                 Step::Unbind(key) => self.unbind(key).await,
                 Step::Retire(key) => {
                     self.ports.retire(&key);
-                    changed_ports.insert(key.port);
+                    changed_ports.push(key.port);
                 }
             }
         }
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.ports.forget(port));
-        if many {
-            pack(&mut self.listeners);
-            self.ports.pack();
-        }
         self.finish().await;
     }
 
@@ -138,6 +142,7 @@ impl Listeners {
 
     /// What ends each batch of changes. What is told of it afterwards is so: the next datagram goes by the new tables.
     async fn finish(&mut self) {
+        add_all(&mut self.listeners, std::mem::take(&mut self.opened));
         self.servers.udp.settle().await;
         let turned = std::mem::take(&mut self.turned);
         if !turned.is_empty() {
@@ -210,17 +215,17 @@ impl Listeners {
         match self.servers.open(key, &wanted, &target) {
             Ok(bound) => {
                 self.turned.insert(key);
-                self.run(key, Running { port, target, bound });
+                self.own(&key, &port);
+                self.opened.push((key, Running { port, target, bound }));
             }
             Err(source) => self.failures.note(key, wanted, source, waited, now),
         }
     }
 
-    fn run(&mut self, key: ListenKey, running: Running) {
+    fn own(&mut self, key: &ListenKey, port: &PortState) {
         if key.protocol == Protocol::Udp {
-            self.ports.own(&running.port.name, key);
+            self.ports.own(&port.name, *key);
         }
-        self.listeners.insert(key, running);
     }
 
     /// Gives a listener another target, and its socket the state that the target asks for.
@@ -235,7 +240,10 @@ impl Listeners {
         running.target.store(Arc::new(target));
         self.ports.disown(&running.port.name, &key);
         match self.servers.settle(key, running.bound, &wanted, &running.target).await {
-            Ok(bound) => self.run(key, Running { port, target: running.target, bound }),
+            Ok(bound) => {
+                self.own(&key, &port);
+                self.listeners.insert(key, Running { port, target: running.target, bound });
+            }
             Err(source) => {
                 self.turned.insert(key);
                 self.failures.note(key, wanted, source, None, now);

@@ -2,14 +2,15 @@
 //!
 //! What a table holds is decided in `plan`; where listeners lead is set in `listeners`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
 use tracing::warn;
 
 use crate::endpoints::{Usable, UsableEndpoint};
-use crate::frozen::pack;
+use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::plan::Backends;
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
@@ -36,6 +37,13 @@ pub(super) struct Port {
 impl Ports {
     pub(super) fn get(&self, name: &ServicePortName) -> Option<&Port> {
         self.0.get(name)
+    }
+
+    /// Makes room for ServicePorts that are about to come, before each takes memory of its own.
+    pub(super) fn expect<'n>(&mut self, names: impl Iterator<Item = &'n ServicePortName>) {
+        let new = names.filter(|name| !self.0.contains_key(*name));
+        let new = new.map(|name| (name.clone(), Port::new(name.clone()))).collect();
+        add_all(&mut self.0, new);
     }
 
     /// Stores a balancer's table; makes the balancer where it is new.
@@ -96,7 +104,11 @@ impl Ports {
 
     /// Marks the backends that are listeners of this process, and those that are no more, among those whose keys have
     /// `turned`: one walk over all backends, as nobody keeps an index for what should never be.
-    pub(super) fn mark_own_backends(&self, turned: &BTreeSet<ListenKey>, is_listener: impl Fn(&ListenKey) -> bool) {
+    pub(super) fn mark_own_backends(
+        &self,
+        turned: &HashSet<ListenKey, RandomState>,
+        is_listener: impl Fn(&ListenKey) -> bool,
+    ) {
         for (name, port) in &self.0 {
             for backend in port.backends.iter() {
                 let address = backend.address;
@@ -111,11 +123,6 @@ impl Ports {
                 backend.set_own(own);
             }
         }
-    }
-
-    /// Gives back the room that a map keeps for more.
-    pub(super) fn pack(&mut self) {
-        pack(&mut self.0);
     }
 
     #[cfg(test)]
