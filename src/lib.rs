@@ -83,7 +83,7 @@ pub mod flag_defaults;
 pub mod frozen;
 pub mod health;
 mod health_check;
-mod heap;
+pub mod heap;
 mod hints;
 pub mod host;
 mod journal;

@@ -21,6 +21,7 @@ use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
 use kube_relay::flag_defaults::{self, StartError};
+use kube_relay::heap;
 use kube_relay::host::{self, Host};
 #[cfg(feature = "kubernetes")]
 use kube_relay::kubernetes;
@@ -81,6 +82,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(args: RunArgs) -> anyhow::Result<u8> {
+    heap::keep_little(); // Before there are other threads.
     let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
     if let SourceConfig::Manifests(inputs) = &config.source
