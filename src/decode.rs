@@ -1,8 +1,8 @@
 //! Manifest text in, the objects that a proxy reads out, with everything that is wrong with them.
 //!
 //! Here are documents, lists, kinds and names. The fields of a Service are in `decode_service`, those of
-//! endpoints in `decode_endpoints`, the text itself in `yaml`. Files, and which of two objects of one name
-//! counts, are `manifest`.
+//! endpoints in `decode_endpoints`, the text itself in `yaml`. Which of two objects of one name counts is
+//! `reading`; files are `manifest`.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,7 +1,7 @@
 //! How a change of a file is noticed: which folders to watch, and when a file has come to rest.
 //!
 //! Folders are watched, not files: a file that is replaced by another of its name is a new one to the
-//! kernel. What a file says is not looked at here; that is `manifest`.
+//! kernel. What a file says is not looked at here; that is `manifest_file`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -17,7 +17,7 @@ use notify::{ErrorKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::manifest::is_manifest;
+use crate::input::is_manifest;
 use crate::plan::{Problem, Severity};
 
 /// From a whole file to its reading: one reading for the files of one `cp` or `git checkout`.
