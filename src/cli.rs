@@ -73,8 +73,8 @@ pub enum Command {
     /// Serve Services until a signal ends it
     #[command(
         long_about = "Serves the Services that the manifests describe until SIGTERM or SIGINT.\n\n\
-                      Files are read again when they change, and on SIGHUP; a broken file leaves the last good \
-                      state in service. A Service without an address gets one: the log tells it, and so does \
+                      Files are read again when they change, and on SIGHUP; an object that is wrong keeps its \
+                      last good version and holds up no other. A Service without an address gets one: the log tells it, and so does \
                       `kube-relay check` beforehand.",
         after_long_help = "Examples:
   A folder of YAML or JSON: Service, EndpointSlice, Endpoints, List.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::BuildHasher;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
@@ -22,7 +23,6 @@ use crate::locate::At;
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
-use crate::rejections::Rejections;
 use crate::texts::Texts;
 use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fields};
 
@@ -48,8 +48,8 @@ pub struct Decoded {
     pub problems: Vec<Problem>,
     /// True where nothing had to be left out because of an error.
     pub whole: bool,
-    /// How much was left out because of errors: objects, and documents in which none could be read.
-    pub rejections: Rejections,
+    /// What was left out because of errors: objects, and documents in which none could be read.
+    pub rejected: Vec<Rejected>,
 }
 
 /// One object, and where it came from.
@@ -71,6 +71,28 @@ impl Entry {
     /// Kind and name: `Service default/web`.
     pub fn label(&self) -> String {
         format!("{} {}", self.kind, self.name)
+    }
+}
+
+/// An object that is left out because of an error, or a document or list in which none could be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// Its kind, where that can be read.
+    pub kind: Option<Kind>,
+    /// Its name, where that can be read.
+    pub name: Option<ObjectName>,
+    /// The line that its document begins at, from 1.
+    pub line: u64,
+    /// Its position among the `items` of a list, from 0.
+    pub item: Option<usize>,
+    /// Follows from what is wrong: the same as long as it is wrong in the same way.
+    pub fault: u64,
+}
+
+impl Rejected {
+    /// Which object it is. `None` where it may be any.
+    pub fn identity(&self) -> Option<(Kind, &ObjectName)> {
+        self.kind.zip(self.name.as_ref())
     }
 }
 
@@ -355,7 +377,7 @@ impl<'f> Reading<'f> {
         self.decoded.objects.extend(part.decoded.objects);
         self.decoded.problems.extend(part.decoded.problems);
         self.decoded.whole &= part.decoded.whole;
-        self.decoded.rejections.add(part.decoded.rejections);
+        self.decoded.rejected.extend(part.decoded.rejected);
         self.untold += part.untold;
         part.others.into_iter().for_each(|(kind, count)| *self.others.entry(kind).or_default() += count);
     }
@@ -384,25 +406,27 @@ impl<'f> Reading<'f> {
     /// Reads an object or a list, which may stand in a list itself.
     fn manifest(&mut self, found: &mut Findings, at: At<'_>, value: &Object<Manifest>, slot: Slot) {
         found.of(self.file);
+        let first = found.list.len();
         let (raw, unknown) = match value {
             Object::Absent => return,
             Object::Fields(raw, unknown) => (raw, unknown),
             Object::Wrong(value) => {
-                self.reject(None);
-                return found
-                    .error(at, format!("{value} where an object with apiVersion, kind and metadata is wanted"));
+                found.error(at, format!("{value} where an object with apiVersion, kind and metadata is wanted"));
+                return self.reject(None, None, slot, fault(&found.list[first..]));
             }
         };
         let errors = found.errors();
         match sort(found, at, raw, slot.kind) {
-            _ if found.errors() > errors => self.reject(None),
+            _ if found.errors() > errors => {
+                self.reject(likely_kind(raw, slot.kind), likely_name(raw), slot, fault(&found.list[first..]));
+            }
             None => {}
             Some(Sort::Other(kind)) => *self.others.entry(kind).or_default() += 1,
             Some(Sort::List(kind)) => {
                 let at = at.key("items");
                 let items = found.list(at, &raw.items);
                 if found.errors() > errors {
-                    self.reject(None);
+                    self.reject(None, None, slot, fault(&found.list[first..]));
                 }
                 for (index, item) in items.iter().enumerate() {
                     let slot = Slot { line: slot.line, item: Some(index), kind };
@@ -422,12 +446,14 @@ impl<'f> Reading<'f> {
         unknown: &[Box<str>],
         slot: Slot,
     ) {
-        let errors = found.errors();
+        let (errors, first) = (found.errors(), found.list.len());
         let identity = identity(found, at, kind, &raw.metadata);
         let known: Vec<&str> = ["apiVersion", "kind", "metadata"].iter().chain(kind.fields()).copied().collect();
         unknown.iter().for_each(|key| found.unknown(at, key, &known));
         raw.present().filter(|key| !known.contains(key)).for_each(|key| found.unknown(at, key, &known));
-        let Some(identity) = identity else { return self.reject(Some(kind)) };
+        let Some(identity) = identity else {
+            return self.reject(Some(kind), None, slot, fault(&found.list[first..]));
+        };
         let name = identity.name.clone();
         let content = match kind {
             Kind::Service => decode_service::service(found, at, identity, &raw.spec, &raw.status)
@@ -444,7 +470,9 @@ impl<'f> Reading<'f> {
             }
         };
         match content {
-            _ if found.errors() > errors => self.reject(Some(kind)),
+            _ if found.errors() > errors => {
+                self.reject(Some(kind), Some(name), slot, fault(&found.list[first..]));
+            }
             Some(content) => {
                 self.decoded.objects.push(Entry {
                     kind,
@@ -458,9 +486,9 @@ impl<'f> Reading<'f> {
         }
     }
 
-    /// Counts an object that is left out because of an error.
-    fn reject(&mut self, kind: Option<Kind>) {
-        self.decoded.rejections.count(kind.map(Kind::as_str), "decode");
+    /// Notes an object that is left out because of an error.
+    fn reject(&mut self, kind: Option<Kind>, name: Option<ObjectName>, slot: Slot, fault: u64) {
+        self.decoded.rejected.push(Rejected { kind, name, line: slot.line, item: slot.item, fault });
     }
 
     fn tell(&mut self, document: Document<'_>, findings: Vec<Finding>) {
@@ -468,13 +496,14 @@ impl<'f> Reading<'f> {
     }
 
     fn broken(&mut self, document: Document<'_>, error: SyntaxError) {
-        self.reject(None);
+        let slot = Slot { line: document.line, item: None, kind: None };
+        self.reject(None, None, slot, hash([&*error.message]));
         let line = document.line + error.line.map_or(0, |line| line.saturating_sub(1));
         self.problem(Some(line), error.column, format!("cannot be read: {error}"), Severity::Error, "decode");
     }
 
     fn foreign(&mut self, sound: &[u8]) {
-        self.reject(None);
+        self.reject(None, None, Slot { line: 1, item: None, kind: None }, hash([]));
         let line = 1 + sound.iter().filter(|byte| **byte == b'\n').count() as u64;
         let column = sound.iter().rev().take_while(|byte| **byte != b'\n').count() as u64 + 1;
         let text = "not UTF-8 text; save the file as UTF-8".to_owned();
@@ -550,6 +579,16 @@ struct Slot {
     kind: Option<Kind>,
 }
 
+/// What is wrong, as a number.
+fn fault(findings: &[Finding]) -> u64 {
+    let errors = findings.iter().filter(|finding| finding.severity == Severity::Error);
+    hash(errors.map(|finding| &*finding.message))
+}
+
+fn hash<'m>(messages: impl IntoIterator<Item = &'m str>) -> u64 {
+    foldhash::quality::FixedState::default().hash_one(messages.into_iter().collect::<Vec<_>>())
+}
+
 /// Tells by apiVersion and kind what an object is. `None` where they are wrong.
 fn sort(found: &mut Findings, at: At<'_>, raw: &Manifest, default: Option<Kind>) -> Option<Sort> {
     let version = found.text(at.key("apiVersion"), &raw.api_version);
@@ -572,7 +611,7 @@ fn sort(found: &mut Findings, at: At<'_>, raw: &Manifest, default: Option<Kind>)
         return match near {
             // Passed over, it would leave without a word what is served now.
             Some(near) => {
-                found.of(format!("{kind} {}", likely_name(raw)));
+                found.of(likely_label(&kind, raw));
                 found.error(at.key("kind"), format!("{kind:?} is not known, did you mean {near}?"));
                 None
             }
@@ -583,7 +622,7 @@ fn sort(found: &mut Findings, at: At<'_>, raw: &Manifest, default: Option<Kind>)
         Some(version) => version,
         None if default == Some(known) => known.versions()[0].into(),
         None => {
-            found.of(format!("{kind} {}", likely_name(raw)));
+            found.of(likely_label(&kind, raw));
             found.error(at.key("apiVersion"), format!("missing; write {}", known.versions()[0]));
             return None;
         }
@@ -597,20 +636,38 @@ fn sort(found: &mut Findings, at: At<'_>, raw: &Manifest, default: Option<Kind>)
     if group.is_some() && group != own_group {
         return Some(Sort::Other(format!("{version} {kind}")));
     }
-    found.of(format!("{kind} {}", likely_name(raw)));
+    found.of(likely_label(&kind, raw));
     found.error(at.key("apiVersion"), format!("{version:?} has no {kind}; write {}", known.versions()[0]));
     None
 }
 
-/// The name of an object that is not looked at closely.
-fn likely_name(raw: &Manifest) -> String {
-    let text = |value: &Scalar| match value {
-        Scalar::Text(text) if is_name(text, 253) => Some(text.to_string()),
+/// Kind and name of an object that is not looked at closely.
+fn likely_label(kind: &str, raw: &Manifest) -> String {
+    likely_name(raw).map_or_else(|| format!("{kind} (without a name)"), |name| format!("{kind} {name}"))
+}
+
+/// The kind of an object whose version is wrong.
+fn likely_kind(raw: &Manifest, default: Option<Kind>) -> Option<Kind> {
+    match &raw.kind {
+        Scalar::Text(word) if !word.is_empty() => Kind::ALL.into_iter().find(|kind| kind.as_str() == &**word),
+        Scalar::Absent | Scalar::Null | Scalar::Text(_) => default,
         _ => None,
+    }
+}
+
+/// Its name.
+fn likely_name(raw: &Manifest) -> Option<ObjectName> {
+    let Object::Fields(metadata, _) = &raw.metadata else { return None };
+    let namespace: Arc<str> = match &metadata.namespace {
+        Scalar::Absent | Scalar::Null => "default".into(),
+        Scalar::Text(text) if text.is_empty() => "default".into(),
+        Scalar::Text(text) if is_name(text, 63) => (**text).into(),
+        _ => return None,
     };
-    let Object::Fields(metadata, _) = &raw.metadata else { return "(without a name)".to_owned() };
-    let namespace = text(&metadata.namespace).unwrap_or_else(|| "default".to_owned());
-    text(&metadata.name).map_or("(without a name)".to_owned(), |name| format!("{namespace}/{name}"))
+    match &metadata.name {
+        Scalar::Text(text) if is_name(text, 253) => Some(ObjectName::new(namespace, &**text)),
+        _ => None,
+    }
 }
 
 /// Reads the metadata and makes the object known to `found` by its name. `None` without a name.
@@ -625,7 +682,11 @@ fn identity(found: &mut Findings, at: At<'_>, kind: Kind, metadata: &Object<Meta
             return None;
         }
     };
+    let errors = found.errors();
     let namespace = found.text(at.key("namespace"), &raw.namespace).filter(|namespace| !namespace.is_empty());
+    if found.errors() > errors {
+        return None;
+    }
     let namespace = namespace.unwrap_or_else(|| "default".into());
     if !is_name(&namespace, 63) {
         found.error(at.key("namespace"), format!("{} is not a name; write {}", raw.namespace, name_rule(63)));
@@ -883,16 +944,40 @@ mod tests {
     }
 
     #[test]
-    fn f4_given_objects_that_are_rejected_when_read_then_each_is_counted_with_its_kind() {
+    fn f4_given_objects_that_are_rejected_when_read_then_each_is_noted_with_what_can_be_read_of_it() {
         let bad = SERVICE.replace("80", "eighty");
         let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: web-1}\n";
+        let version = "apiVersion: v2\nkind: Service\nmetadata: {name: web, namespace: shop}\n";
+        let namespace = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: 5}\n";
+        let documents = [&bad, SERVICE, slice, "kind: 5\n", "items: [\n", "5\n", version, namespace];
 
-        let decoded = read(&[&bad, SERVICE, slice, "kind: 5\n", "items: [\n", "5\n", &bad].join("---\n"));
+        let decoded = read(&documents.join("---\n"));
 
+        let noted = |rejected: &Rejected| match rejected.identity() {
+            Some((kind, name)) => format!("{}: {kind} {name}", rejected.line),
+            None => format!("{}: {:?}", rejected.line, rejected.kind),
+        };
         assert_eq!(
-            decoded.rejections.iter().collect::<Vec<_>>(),
-            [("EndpointSlice", "decode", 1), ("Service", "decode", 2), ("unknown", "decode", 3)]
+            decoded.rejected.iter().map(noted).collect::<Vec<_>>(),
+            [
+                "1: Service default/web",
+                "11: EndpointSlice default/web-1",
+                "15: None",
+                "17: None",
+                "19: None",
+                "21: Service shop/web",
+                "25: Some(Service)",
+            ]
         );
+    }
+
+    #[test]
+    fn f4_given_an_object_that_is_wrong_when_something_else_changes_then_its_fault_is_the_same() {
+        let fault = |text: &str| read(text).rejected[0].fault;
+        let bad = SERVICE.replace("80", "eighty");
+
+        assert_eq!(fault(&bad), fault(&format!("{SERVICE}---\n{bad}")));
+        assert_ne!(fault(&bad), fault(&SERVICE.replace("80", "ninety")));
     }
 
     const SAMPLE: &str = include_str!("../tests/manifests/every_field.yaml");
@@ -935,7 +1020,7 @@ mod tests {
             let errors = decoded.problems.iter().filter(|problem| problem.severity == Severity::Error);
             prop_assert!(errors.clone().all(|problem| problem.line.is_some()));
             prop_assert_eq!(errors.count() == 0, decoded.whole);
-            prop_assert_eq!(decoded.rejections.is_empty(), decoded.whole);
+            prop_assert_eq!(decoded.rejected.is_empty(), decoded.whole);
         }
 
         #[test]

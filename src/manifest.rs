@@ -59,7 +59,7 @@ impl Source {
         let mut changed = Changed::default();
         self.inputs.iter_mut().for_each(|tracked| tracked.refresh(settling, &mut changed));
         for file in self.inputs.iter_mut().flat_map(|tracked| tracked.files.values_mut()) {
-            self.rejections.add(std::mem::take(&mut file.rejections));
+            self.rejections.add(file.take_rejections());
         }
         changed
     }
@@ -74,15 +74,15 @@ impl Source {
                 problems.push(problem.clone());
             }
             for (path, file) in &tracked.files {
-                if file.real.as_ref().is_some_and(|real| !seen.insert(real)) {
+                if file.real().is_some_and(|real| !seen.insert(real)) {
                     continue;
                 }
                 let name = path.to_string_lossy();
-                if file.failed || !file.whole {
+                if file.failed() {
                     failed.push(name.clone().into_owned());
                 }
-                problems.extend(file.problems.iter().cloned());
-                files.push((name, &file.entries[..]));
+                problems.extend(file.problems().iter().cloned());
+                files.push((name, file.entries()));
             }
         }
         let mut reading = Reading::of(files.iter().map(|(name, entries)| (&**name, *entries)), &self.ranges);
@@ -105,7 +105,7 @@ impl Source {
 }
 
 impl Tracked {
-    fn refresh(&mut self, settling: &Settling, changed: &mut Changed) {
+    pub(crate) fn refresh(&mut self, settling: &Settling, changed: &mut Changed) {
         let problem = match self.input.clone() {
             Input::Stdin => self.refresh_once(Path::new(STDIN), read_stdin, changed),
             Input::Path(path) => match fs::metadata(&path) {
@@ -117,7 +117,7 @@ impl Tracked {
                 Err(error) => Err(ReadError::of(error)),
             },
         };
-        let in_use = self.files.values().map(|file| file.entries.len()).sum();
+        let in_use = self.files.values().map(|file| file.entries().len()).sum();
         let problem = problem.err().map(|error| error.problem(&self.name(), in_use));
         if problem.is_some() {
             // What comes back is looked at even if it is the same: it is no longer missing.
@@ -168,7 +168,7 @@ impl Tracked {
     fn keep(&mut self, stays: impl Fn(&Path) -> bool, changed: &mut Changed) {
         self.files.retain(|path, file| {
             let stays = stays(path);
-            changed.objects |= !stays && !file.entries.is_empty();
+            changed.objects |= !stays && !file.entries().is_empty();
             changed.problems |= !stays;
             stays
         });
@@ -206,7 +206,7 @@ pub(crate) mod tests {
         Source::new(paths.iter().cloned().map(Input::Path).collect(), Ranges::default())
     }
 
-    fn refresh(source: &mut Source) -> (Changed, Reading) {
+    pub(crate) fn refresh(source: &mut Source) -> (Changed, Reading) {
         let changed = source.refresh(&Settling::default());
         (changed, source.reading())
     }
@@ -215,7 +215,7 @@ pub(crate) mod tests {
         objects.services.iter().map(|service| &*service.name.name).collect()
     }
 
-    fn messages(reading: &Reading) -> Vec<&str> {
+    pub(crate) fn messages(reading: &Reading) -> Vec<&str> {
         reading.problems.iter().map(|problem| &*problem.message).collect()
     }
 
@@ -321,59 +321,6 @@ pub(crate) mod tests {
         let note = &reading.problems[0];
         assert_eq!((&*note.object, note.line, note.severity), ("Service default/b", Some(6), Severity::Note));
         assert!(note.message.contains("kubernetes.io/service-name: b\n"));
-    }
-
-    #[test]
-    fn t228_given_a_broken_reload_when_refreshed_then_the_last_good_state_stays_until_it_is_mended() {
-        let folder = folder(&[("a.yaml", &service("a")), ("b.yaml", &service("b"))]);
-        let mut source = source(&[folder.path().into()]);
-        refresh(&mut source);
-
-        put(&folder, "a.yaml", "kind: [\n");
-        put(&folder, "b.yaml", &service("c"));
-        let (changed, broken) = refresh(&mut source);
-        let (again, _) = refresh(&mut source);
-        put(&folder, "a.yaml", &service("d"));
-        let (_, mended) = refresh(&mut source);
-
-        assert_eq!((changed, again), (Changed { objects: true, problems: true }, Changed::default()));
-        assert_eq!(names(&broken.objects), ["a", "c"]);
-        assert_eq!(broken.failed.len(), 1);
-        assert!(broken.problems[0].line.is_some() && broken.problems[0].message.starts_with("cannot be read"));
-        assert!(messages(&broken)[1].starts_with("rejected; its last good objects (1) stay in use"));
-        assert_eq!(names(&mended.objects), ["d", "c"]);
-        assert!(mended.problems.is_empty() && mended.failed.is_empty());
-    }
-
-    #[test]
-    fn t228_given_a_wrong_object_in_a_reload_when_refreshed_then_nothing_of_its_file_changes() {
-        let folder = folder(&[("a.yaml", &(service("a") + &service("b")))]);
-        let mut source = source(&[folder.path().into()]);
-        refresh(&mut source);
-
-        put(&folder, "a.yaml", &(service("c") + &service("b").replace("80", "eighty")));
-        let (changed, reading) = refresh(&mut source);
-
-        assert!(!changed.objects);
-        assert_eq!(names(&reading.objects), ["a", "b"]);
-    }
-
-    #[test]
-    fn given_a_file_that_never_was_right_when_read_then_what_is_right_in_it_counts() {
-        let wrong = service("b").replace("80", "eighty");
-        let folder = folder(&[("a.yaml", &(service("a") + &wrong))]);
-        let mut source = source(&[folder.path().into()]);
-
-        let (_, first) = refresh(&mut source);
-        put(&folder, "a.yaml", &(service("c") + &wrong));
-        let (_, second) = refresh(&mut source);
-        put(&folder, "a.yaml", &service("d"));
-        let (_, whole) = refresh(&mut source);
-
-        assert_eq!(names(&first.objects), ["a"]);
-        assert_eq!(names(&second.objects), ["c", "a"]);
-        assert_eq!((second.failed.len(), whole.failed.len()), (1, 0));
-        assert_eq!(names(&whole.objects), ["d"]);
     }
 
     #[test]

@@ -29,7 +29,8 @@ pub fn table(live: &LiveReport) -> String {
     if !live.synced {
         text += "\nThe source has not delivered its first complete state yet.\n";
     } else if !live.source.last_reload_successful {
-        text += "\nThe last read of the source failed: the last good state is served.\n";
+        text +=
+            "\nNot all that the source says is in use: the problems tell what is left out, and what stays as it was.\n";
     }
     text + &failures(&live.report) + &problems("Problems", &live.report.problems)
 }

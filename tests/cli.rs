@@ -557,11 +557,11 @@ mod run {
 
         replace(folder.path(), "web.yaml", &good.replacen("port: 8080", "port: eighty", 1));
         running.until_says(&["web.yaml:", "Service default/web: spec.ports[0].port", "eighty"]);
-        running.until_says(&["rejected; its last good objects (2) stay in use"]);
+        running.until_says(&["Service default/web: its last good version stays in use"]);
         assert_eq!(ask(site.service()), Some(site.backend(1)));
         replace(folder.path(), "web.yaml", &good);
 
-        running.until_says(&["no longer:", "rejected"]);
+        running.until_says(&["no longer:", "its last good version"]);
         assert_eq!(ask(site.service()), Some(site.backend(1)));
     }
 

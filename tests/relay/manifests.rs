@@ -1,6 +1,7 @@
 //! The static source: formats, reload, and what is said about mistakes.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 
 use kube_relay::control::RelayOptions;
@@ -10,7 +11,7 @@ use crate::support::backend::Backend;
 use crate::support::client;
 use crate::support::manifest::Manifest;
 use crate::support::relay::{Relay, picks, problems, replace, service_of};
-use crate::support::site::Site;
+use crate::support::site::{SERVICE_PORT, Site};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t228_given_a_served_manifest_when_it_is_replaced_by_rename_then_the_new_one_is_served() {
@@ -58,6 +59,45 @@ async fn t228_given_a_served_manifest_when_it_breaks_then_the_old_state_serves_a
     relay.edit(manifest.endpoints([site.backend(2)]));
     relay.until_backends("web", &[site.backend(2)]).await;
     relay.until("the mistake to be forgotten", |status| status.source.last_reload_successful).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_f20_given_one_bad_object_in_a_served_file_when_the_others_change_then_they_are_served_as_they_are_now() {
+    let site = Site::new(50);
+    let _running = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
+    let at = |number| SocketAddr::new(site.client(number), SERVICE_PORT);
+    let other = |name, number, backend| {
+        let manifest = Manifest::new(site).named(name).cluster_ip(site.client(number)).tcp();
+        format!("---\n{}", manifest.endpoints([site.backend(backend)]))
+    };
+    let web = Manifest::new(site).tcp().endpoints([site.backend(1)]).to_string();
+    let bad = web.replacen("port: 8080", "port: eighty", 1);
+    let relay = Relay::start(site, web.clone() + &other("moves", 1, 1) + &other("goes", 2, 1)).await;
+
+    relay.edit(bad.clone() + &other("moves", 1, 2) + &other("comes", 3, 2));
+    relay.until_backends("moves", &[site.backend(2)]).await;
+    relay.until_backends("comes", &[site.backend(2)]).await;
+    relay.until("the deletion", |status| service_of(status, "goes").is_none()).await;
+
+    assert_eq!(client::ask(at(1)).await.expect("what changed is served"), site.backend(2));
+    assert_eq!(client::ask(at(3)).await.expect("what was added is served"), site.backend(2));
+    client::ask(at(2)).await.expect_err("what was deleted is gone");
+    assert_eq!(client::ask(site.service()).await.expect("what is wrong stays as it was"), site.backend(1));
+    relay.until("the mistake to be shown", |status| !status.source.last_reload_successful).await;
+    let told = problems(&relay.status());
+    assert!(told.contains("Service default/web: spec.ports[0].port: \"eighty\""), "{told}");
+    assert!(told.contains("Service default/web: its last good version stays in use"), "{told}");
+
+    relay.edit(bad + &other("moves", 1, 1));
+    relay.until_backends("moves", &[site.backend(1)]).await;
+    relay.until("another deletion", |status| service_of(status, "comes").is_none()).await;
+    let status = relay.status();
+    let counted: Vec<_> = status.source.rejections.iter().collect();
+    assert_eq!(counted, [("Service", "decode", 1)], "it is wrong as before");
+
+    relay.edit(web);
+    relay.until("the mistake to be forgotten", |status| status.source.last_reload_successful).await;
+    assert!(service_of(&relay.status(), "moves").is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
