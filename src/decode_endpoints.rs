@@ -151,17 +151,11 @@ fn endpoint(found: &mut Findings, at: At<'_>, raw: &SliceEndpoint, family: Famil
 
 fn address(found: &mut Findings, at: At<'_>, value: &Scalar) -> Option<IpAddr> {
     let text = found.text(at, value)?;
-    match parse_ip(&text) {
-        Some(ip) if ip.is_unspecified() || ip.is_multicast() => {
-            found.error(at, format!("{ip} is no address of a backend"));
-            None
-        }
-        None => {
-            found.error(at, format!("{value} is not an IP address"));
-            None
-        }
-        ip => ip,
+    let ip = parse_ip(&text);
+    if ip.is_none() {
+        found.warn(at, "decode", format!("{value} is not an IP address, the endpoint is left out"));
     }
+    ip
 }
 
 /// Ready, serving, terminating.
@@ -397,13 +391,23 @@ mod tests {
     }
 
     #[test]
-    fn given_a_wrong_address_or_type_when_read_then_the_slice_is_refused_with_its_path() {
-        let wrong = decoded("addressType: IPv4\nports: [{port: 1}]\nendpoints: [{addresses: [10.0.0.300]}]\n");
+    fn given_no_address_type_when_read_then_the_slice_is_refused_with_its_path() {
         let missing = decoded("ports: [{port: 1}]\nendpoints: [{addresses: [10.0.0.1]}]\n");
 
-        assert_eq!(messages(&wrong), ["endpoints[0].addresses[0]: \"10.0.0.300\" is not an IP address"]);
         assert_eq!(messages(&missing), ["addressType: missing; write IPv4 or IPv6"]);
-        assert!(wrong.objects.is_empty() && missing.objects.is_empty());
+        assert!(missing.objects.is_empty());
+    }
+
+    #[test]
+    fn f4_given_an_address_that_is_none_when_read_then_that_endpoint_is_left_out_and_the_others_stay() {
+        let endpoints = "endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.300]}, {addresses: [10.0.0.2]}]\n";
+
+        let decoded = decoded(&format!("addressType: IPv4\nports: [{{port: 1}}]\n{endpoints}"));
+
+        assert_eq!(slices(&decoded)[0].endpoints.len(), 2);
+        let said = "endpoints[1].addresses[0]: \"10.0.0.300\" is not an IP address, the endpoint is left out";
+        assert_eq!(messages(&decoded), [said]);
+        assert!(decoded.whole && decoded.rejections.is_empty());
     }
 
     #[test]
