@@ -181,7 +181,7 @@ impl PlanConfig {
             allowed_external_cidrs: self.allowed_external_cidrs.clone(),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
-            node_addresses: self.addresses_of(host),
+            node_addresses: host.own_addresses().chain(self.node_addresses.iter().copied()).collect(),
             allow_loopback_endpoints: self.allow_loopback_endpoints,
         }
     }
@@ -193,15 +193,13 @@ impl PlanConfig {
     }
 
     /// What counts as this node and its pods: its addresses, all of loopback, and the pods' networks.
+    ///
+    /// All of its addresses, also those on `lo` that are only there for Services: what comes from one comes from here.
     pub fn inside(&self, host: &Host) -> Vec<IpNet> {
         let loopback = [IpNet::new_assert([127, 0, 0, 0].into(), 8), IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))];
-        let own = self.addresses_of(host).into_iter().map(IpNet::from);
-        loopback.into_iter().chain(own).chain(self.cluster_cidrs.iter().copied()).collect()
-    }
-
-    fn addresses_of(&self, host: &Host) -> Vec<IpAddr> {
         let interfaces = host.interfaces.iter().map(|interface| interface.address);
-        interfaces.chain(self.node_addresses.iter().copied()).collect()
+        let own = interfaces.chain(self.node_addresses.iter().copied()).map(IpNet::from);
+        loopback.into_iter().chain(own).chain(self.cluster_cidrs.iter().copied()).collect()
     }
 }
 
@@ -241,6 +239,18 @@ mod tests {
 
         assert_eq!(options.node_port_addresses, [IpAddr::from([127, 0, 0, 1])]);
         assert!(options.allow_loopback_endpoints);
+    }
+
+    #[test]
+    fn t123_given_an_address_on_lo_for_a_service_when_resolved_then_it_is_not_the_nodes_own_and_yet_inside() {
+        let vip = IpAddr::from([198, 51, 100, 7]);
+        let mut host = host();
+        host.interfaces.push(InterfaceAddress { interface: "lo".into(), address: vip, prefix: 32 });
+
+        assert!(!config().resolve(&host).node_addresses.contains(&vip));
+        assert!(config().inside(&host).contains(&vip.into()));
+        let named = PlanConfig { node_addresses: vec![vip], ..config() };
+        assert!(named.resolve(&host).node_addresses.contains(&vip), "--node-address says that it is");
     }
 
     #[test]

@@ -79,6 +79,16 @@ impl Host {
         own.into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect()
     }
 
+    /// The addresses that this node is reached at. An address on `lo` is not one of them: somebody gave it to this
+    /// machine for a Service (`ip addr add VIP/32 dev lo`), unless it is loopback or the node goes by it.
+    pub fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let lent = |found: &InterfaceAddress| {
+            let ip = found.address;
+            found.interface == "lo" && !ip.is_loopback() && !self.default_sources.contains(&ip)
+        };
+        self.interfaces.iter().filter(move |found| !lent(found)).map(|found| found.address)
+    }
+
     /// Addresses that a socket can be bound to without naming an interface.
     fn bindable(&self) -> impl Iterator<Item = IpAddr> {
         self.interfaces.iter().map(|found| found.address).filter(|ip| !is_link_local_v6(*ip))
@@ -345,6 +355,22 @@ mod tests {
 
         assert_eq!(expanded, ips(&["10.0.0.5", LO4, "192.168.7.2"]));
         assert_eq!(dual_stack().expand_wildcard(own), [own]);
+    }
+
+    #[test]
+    fn t123_given_addresses_on_lo_when_asked_then_those_of_services_are_not_the_nodes_own() {
+        let on_lo = ["198.51.100.7/32", "2001:db8:7::7/128", "192.0.2.9/32"].map(|text| {
+            let net: IpNet = text.parse().expect("address/prefix");
+            InterfaceAddress { interface: "lo".into(), address: net.addr(), prefix: net.prefix_len() }
+        });
+        let mut host = dual_stack();
+        let own: Vec<IpAddr> = host.own_addresses().collect();
+        assert_eq!(own.len(), host.interfaces.len());
+
+        host.interfaces.extend(on_lo);
+        host.default_sources = ips(&["192.0.2.9"]); // As routers have it: the node goes by an address on lo.
+
+        assert_eq!(host.own_addresses().collect::<Vec<_>>(), [own, ips(&["192.0.2.9"])].concat());
     }
 
     #[tokio::test]

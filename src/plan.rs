@@ -37,7 +37,8 @@ pub struct PlanOptions {
     pub node: Node,
     /// The addresses that node ports are served on: `--nodeport-addresses`, resolved by `host`.
     pub node_port_addresses: Vec<IpAddr>,
-    /// All addresses of this node: what a wildcard `--expose` stands for, and what no external IP may take.
+    /// The addresses that this node is reached at: what a wildcard `--expose` stands for, and what no external IP may
+    /// take. Those that `lo` has for Services are not among them.
     pub node_addresses: Vec<IpAddr>,
     /// External IPs are served only inside these. From `--allowed-external-cidrs`; empty refuses all.
     pub allowed_external_cidrs: Vec<IpNet>,

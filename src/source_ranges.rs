@@ -15,7 +15,7 @@ use crate::name::Family;
 pub(crate) struct SourceRanges<'a> {
     /// Whose ranges they are.
     pub(crate) service: &'a Service,
-    /// All addresses of this node.
+    /// The addresses that this node is reached at.
     pub(crate) node_addresses: &'a [IpAddr],
 }
 
