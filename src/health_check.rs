@@ -23,7 +23,8 @@ pub struct HealthCheck {
 }
 
 impl HealthCheck {
-    /// Only a load balancer under policy Local has to ask. Without a number it cannot, which is worth a note.
+    /// Only a load balancer under policy Local has to ask. Without a number it cannot, which is an error; the Service
+    /// is served all the same.
     pub(crate) fn of<'a>(
         service: &Service,
         slices: impl Iterator<Item = &'a Slice>,
@@ -47,13 +48,14 @@ fn local_endpoints<'a>(slices: impl Iterator<Item = &'a Slice>, node: &Node) -> 
 
 fn missing(service: &Service) -> Problem {
     let text = "spec.healthCheckNodePort: none, so a load balancer cannot ask which nodes have endpoints";
-    Problem::note(format_args!("Service {}", service.name), "health_check", text)
+    Problem::error(format_args!("Service {}", service.name), "health_check", text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::Endpoint;
+    use crate::problem::Severity;
 
     const HERE: &str = "node-1";
 
@@ -88,13 +90,14 @@ mod tests {
             let mut service = balanced();
             change(&mut service);
             let (health_check, problem) = of(&service, &[]);
-            (health_check.is_some(), problem.map(|problem| problem.reason))
+            (health_check.is_some(), problem.map(|problem| (problem.reason.to_string(), problem.severity)))
         };
+        let missing = ("health_check".to_owned(), Severity::Error);
 
         assert_eq!(changed(|_| {}), (true, None));
         assert_eq!(changed(|service| service.kind = ServiceKind::NodePort), (false, None));
         assert_eq!(changed(|service| service.external_policy = TrafficPolicy::Cluster), (false, None));
-        assert_eq!(changed(|service| service.health_check_node_port = None), (false, Some("health_check".into())));
+        assert_eq!(changed(|service| service.health_check_node_port = None), (false, Some(missing)));
     }
 
     #[test]

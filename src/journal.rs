@@ -65,7 +65,8 @@ pub(crate) fn tell_problems(before: &[Problem], now: &[Problem]) {
         let text = in_one_line(problem);
         match problem.severity {
             Severity::Note => tracing::info!(reason = %problem.reason, "{text}"),
-            Severity::Warning | Severity::Error => tracing::warn!(reason = %problem.reason, "{text}"),
+            Severity::Warning => tracing::warn!(reason = %problem.reason, "{text}"),
+            Severity::Error => tracing::error!(reason = %problem.reason, "{text}"),
         }
     }
     if let Some(more) = came.len().checked_sub(LINES).filter(|more| *more > 0) {
