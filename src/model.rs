@@ -575,7 +575,7 @@ mod tests {
     #[test]
     fn t061_given_slices_that_come_and_go_when_the_last_is_gone_then_nothing_is_left() {
         let mut model = Model::default();
-        for round in 0..100 {
+        for round in 0..10_000 {
             let passing = slice(&format!("s-{round}"), &format!("default/svc-{round}"), &[1]);
             let name = passing.name.clone();
             apply(&mut model, passing);

@@ -636,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn t091_given_a_zone_when_it_changes_then_tables_follow_without_a_change_of_the_service() {
+    fn given_a_zone_when_it_changes_then_tables_follow_without_a_change_of_the_service() {
         let mut control = Control::new();
         let hinted =
             |host, zone: &str| Endpoint { zone_hints: vec![zone.into()].into(), ..Endpoint::new([10, 0, 0, host]) };
