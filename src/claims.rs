@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::iter;
-use std::sync::Arc;
 
 use crate::frozen::pack;
 use crate::name::{ListenKey, ObjectName};
 use crate::rare::Rare;
+use crate::timestamp::Moment;
 
 /// A Service that asks for a key. The least one gets it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Claimant {
-    /// From `metadata.creationTimestamp`; empty (written by hand) sorts first.
-    pub(crate) created: Arc<str>,
+    /// From `metadata.creationTimestamp`; without one (written by hand) it is older than all.
+    pub(crate) created: Option<Moment>,
     /// Decides between objects of one age.
     pub(crate) service: ObjectName,
 }
@@ -95,7 +95,7 @@ mod tests {
     }
 
     fn claimant(created: &str, service: &str) -> Claimant {
-        Claimant { created: created.into(), service: ObjectName::parse(service) }
+        Claimant { created: Moment::parse(created), service: ObjectName::parse(service) }
     }
 
     #[test]
@@ -107,6 +107,17 @@ mod tests {
 
         claims.claim(key(), claimant("2023-01-01T00:00:00Z", "z"));
         assert_eq!(claims.winner(&key()), Some(&ObjectName::parse("z")));
+        claims.claim(key(), claimant("", "by-hand"));
+        assert_eq!(claims.winner(&key()), Some(&ObjectName::parse("by-hand")));
+    }
+
+    #[test]
+    fn t029_given_ages_in_two_time_zones_when_judged_then_they_are_compared_as_moments() {
+        let mut claims = Claims::default();
+        claims.claim(key(), claimant("2024-04-30T23:00:00Z", "a"));
+        claims.claim(key(), claimant("2024-05-01T00:30:00+02:00", "b"));
+
+        assert_eq!(claims.winner(&key()), Some(&ObjectName::parse("b")), "half past ten of the day before");
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
 use crate::texts::Texts;
+use crate::timestamp::Moment;
 use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fields};
 
 /// Kinds that are named in the note about objects that nobody reads.
@@ -710,7 +711,7 @@ fn identity(found: &mut Findings, at: At<'_>, kind: Kind, metadata: &Object<Meta
     };
     found.of(format!("{kind} {name}"));
     found.object(at, metadata);
-    let created = found.text(at.key("creationTimestamp"), &raw.created).unwrap_or_default();
+    let created = created(found, at.key("creationTimestamp"), &raw.created);
     let labels_at = at.key("labels");
     let labels = found.object(labels_at, &raw.labels);
     let service = labels.and_then(|labels| found.text(labels_at.key("kubernetes.io/service-name"), &labels.service));
@@ -722,6 +723,16 @@ fn identity(found: &mut Findings, at: At<'_>, kind: Kind, metadata: &Object<Meta
     let annotations = annotations.map_or(Vec::new(), |annotations| annotations.ours.clone());
     let service = service.filter(|service| !service.is_empty());
     Some(Identity { name, created, proxy_name, service, headless, annotations })
+}
+
+/// Empty where nothing is said, or no moment.
+fn created(found: &mut Findings, at: At<'_>, value: &Scalar) -> Arc<str> {
+    let text = found.text(at, value).unwrap_or_default();
+    if text.is_empty() || Moment::parse(&text).is_some() {
+        return text;
+    }
+    found.warn(at, "decode", format!("{value} is no moment, it is passed over; write one like 2026-01-31T23:59:59Z"));
+    Arc::default()
 }
 
 #[cfg(test)]
@@ -892,6 +903,16 @@ mod tests {
 
         let Content::Service(service) = &decoded.objects[0].content else { panic!("a Service") };
         assert_eq!(service.proxy_name.as_deref(), Some("mesh"));
+    }
+
+    #[test]
+    fn t029_given_an_age_that_is_no_moment_when_read_then_it_is_passed_over_with_a_warning() {
+        let decoded = read(&SERVICE.replace("{name: web}", "{name: web, creationTimestamp: yesterday}"));
+
+        let Content::Service(service) = &decoded.objects[0].content else { panic!("a Service") };
+        assert_eq!(&*service.created, "");
+        let said = "metadata.creationTimestamp: \"yesterday\" is no moment, it is passed over";
+        assert!(only_problem(&decoded).message.starts_with(said));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub const DEFAULT_AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
 pub struct Service {
     /// From `metadata.namespace` and `metadata.name`.
     pub name: ObjectName,
-    /// From `metadata.creationTimestamp`, RFC 3339 text; the older of two claimants wins. Empty sorts first.
+    /// From `metadata.creationTimestamp`, RFC 3339 text; the older of two claimants wins. Empty is older than all.
     pub created: Arc<str>,
     /// From the label `service.kubernetes.io/service-proxy-name`.
     pub proxy_name: Option<Arc<str>>,

@@ -19,6 +19,7 @@ use crate::frozen::add_all;
 use crate::model::{Model, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol};
 use crate::rare::Rare;
+use crate::timestamp::Moment;
 
 pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_check::HealthCheck;
@@ -181,7 +182,7 @@ impl Plan {
                 old.wanted.listeners.keys().for_each(|key| self.claims.release(key, name));
             }
             for (plan, key) in plan.iter().flat_map(|plan| plan.wanted.listeners.keys().map(move |key| (plan, key))) {
-                let claimant = Claimant { created: plan.created.clone(), service: (*name).clone() };
+                let claimant = Claimant { created: Moment::parse(&plan.created), service: (*name).clone() };
                 self.claims.claim(*key, claimant);
             }
         }
@@ -727,7 +728,7 @@ mod tests {
     fn event() -> impl Strategy<Value = Event> {
         (0_u8..4, 0_u8..3, 0_u8..3, 0_u8..3, any::<bool>()).prop_map(|(name, host, number, age, gone)| {
             let service = Service::new(&format!("default/s{name}")).cluster_ip([10, 96, 0, host]).port("http", 80);
-            let service = Service { created: format!("{age}").into(), ..service };
+            let service = Service { created: format!("202{age}-05-01T00:00:00Z").into(), ..service };
             let service = if number == 0 { service } else { service.node_port(30000 + u16::from(number)) };
             match (gone, age) {
                 (true, 0) => delete(&service),

@@ -72,7 +72,11 @@ fn options() -> PlanOptions {
 }
 
 fn service() -> impl Strategy<Value = Service> {
-    let identity = (select(&NAMES), select(vec!["", "2024", "2025"]), proptest::option::weighted(0.1, Just("mesh")));
+    let identity = (
+        select(&NAMES),
+        select(vec!["", "2024-01-01T00:00:00Z", "2024-01-01T00:00:00+01:00"]),
+        proptest::option::weighted(0.1, Just("mesh")),
+    );
     let addresses = (0_u8..3, proptest::option::of(0_u16..3), vec(0_u8..3, 0..2), vec(0_u8..3, 0..2));
     let ports = vec((select(vec!["", "http", "dns"]), 80_u16..83, 0_u16..3, protocol()), 0..3);
     let policies = (policy(), policy(), any::<bool>(), proptest::option::of(1_u64..100));
