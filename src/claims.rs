@@ -5,6 +5,7 @@ use std::collections::btree_map::Entry;
 use std::iter;
 
 use crate::frozen::pack;
+use crate::model::Service;
 use crate::name::{ListenKey, ObjectName};
 use crate::rare::Rare;
 use crate::timestamp::Moment;
@@ -16,6 +17,12 @@ pub(crate) struct Claimant {
     pub(crate) created: Option<Moment>,
     /// Decides between objects of one age.
     pub(crate) service: ObjectName,
+}
+
+impl Claimant {
+    pub(crate) fn of(service: &Service) -> Self {
+        Self { created: Moment::parse(&service.created), service: service.name.clone() }
+    }
 }
 
 /// Those who ask for one key: nearly always one for ever, and there are tens of thousands.

@@ -67,12 +67,15 @@ pub struct Selection {
     pub local: Option<Usable>,
     /// True where some endpoint anywhere could serve: it tells *drop* from *reject*.
     pub any: bool,
+    /// Those that could, were they not listeners of this process: what is sent there comes back. Counted nowhere else.
+    pub own: Vec<SocketAddr>,
 }
 
 /// Chooses for one ServicePort and one family among the Service's slices.
 ///
 /// `external` tells that the port is reached at more than its cluster IP; without that the external
-/// traffic policy has no meaning. The order of the slices does not matter.
+/// traffic policy has no meaning. `is_own` tells where this process listens itself, over the port's protocol: such an
+/// endpoint is as good as none. The order of the slices does not matter.
 pub fn usable<'a>(
     service: &Service,
     port: &ServicePort,
@@ -80,12 +83,15 @@ pub fn usable<'a>(
     external: bool,
     slices: impl Iterator<Item = &'a Slice>,
     node: &Node,
+    is_own: impl Fn(SocketAddr) -> bool,
 ) -> Selection {
-    let candidates = merge(port, family, slices, node);
+    let mut candidates = merge(port, family, slices, node);
+    let own: Vec<_> = candidates.extract_if(.., |candidate| is_own(candidate.address)).collect();
     Selection {
         cluster: asks_for_cluster(service, external).then(|| cluster_set(&candidates, node)),
         local: asks_for_local(service, external).then(|| local_set(&candidates)),
         any: candidates.iter().any(Candidate::serves),
+        own: own.iter().filter(|candidate| candidate.serves()).map(|candidate| candidate.address).collect(),
     }
 }
 
@@ -297,7 +303,7 @@ mod tests {
     }
 
     fn select_on(node: &Node, service: &Service, external: bool, slices: &[Slice]) -> Selection {
-        usable(service, &service.ports[0], Family::V4, external, slices.iter(), node)
+        usable(service, &service.ports[0], Family::V4, external, slices.iter(), node, |_| false)
     }
 
     fn select(service: &Service, external: bool, endpoints: &[(u8, With<'_>)]) -> Selection {
@@ -330,7 +336,8 @@ mod tests {
         let endpoints = [(1, READY.on(HERE)), (2, READY.on(ELSEWHERE)), (3, READY)];
         let slices = [slice("web-1", &endpoints).port("https", 8443)];
 
-        let all = |port| usable(&service, &service.ports[port], Family::V4, false, slices.iter(), &here()).cluster;
+        let all =
+            |port| usable(&service, &service.ports[port], Family::V4, false, slices.iter(), &here(), |_| false).cluster;
 
         assert_eq!(addresses(&all(0)), ["10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"]);
         assert_eq!(addresses(&all(1)), ["10.0.0.1:8443", "10.0.0.2:8443", "10.0.0.3:8443"]);
@@ -404,7 +411,7 @@ mod tests {
         let service = cluster_service().udp_port("http", 80);
         let slices = [slice("web-1", &[(1, READY)]).udp_port("http", 9000)];
 
-        let udp = usable(&service, &service.ports[1], Family::V4, false, slices.iter(), &here());
+        let udp = usable(&service, &service.ports[1], Family::V4, false, slices.iter(), &here(), |_| false);
 
         assert_eq!(service.ports[1].protocol, Protocol::Udp);
         assert_eq!(addresses(&udp.cluster), ["10.0.0.1:9000"]);

@@ -181,6 +181,7 @@ pub(crate) mod sample {
     use crate::plan::{PlanOptions, ServicePlan};
     use crate::rejections::Rejections;
     use crate::serve::balancer::PortState;
+    use crate::service_plan::Asked;
     use crate::status::PortCounters;
 
     /// `default/web`: TCP 80 on a cluster IP and a (failed) node port, two backends, some traffic; `default/dns`: UDP, idle, parked.
@@ -257,7 +258,7 @@ pub(crate) mod sample {
         let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
         let node_port_addresses = vec![[127, 0, 0, 1].into()];
         let options = PlanOptions { node_port_addresses, ..PlanOptions::default() };
-        Arc::new(ServicePlan::of(service, [&slice].into_iter(), &options))
+        Arc::new(Asked::of(service, &options).plan([&slice].into_iter(), |_| false))
     }
 
     fn backend(id: u32, address: &str) -> Arc<Backend> {

@@ -13,13 +13,13 @@ use std::thread::{self, available_parallelism};
 
 use ipnet::IpNet;
 
-use crate::claims::{Claimant, Claims};
+use crate::claims::Claims;
 use crate::endpoints::Node;
 use crate::frozen::add_all;
-use crate::model::{Model, ServicePort};
+use crate::model::{Endpoint, Model, ServicePort, Slice};
 use crate::name::{ListenKey, ObjectName, Protocol};
 use crate::rare::Rare;
-use crate::timestamp::Moment;
+use crate::service_plan::Asked;
 
 pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_check::HealthCheck;
@@ -75,6 +75,9 @@ impl fmt::Display for Expose {
     }
 }
 
+/// The Services that are planned anew, with what they ask for; `None`: the object is gone.
+type Anew<'a> = BTreeMap<ObjectName, Option<Asked<'a>>>;
+
 /// The plan of all Services. Owned by `control`, by value.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -92,22 +95,24 @@ pub struct Plan {
 impl Plan {
     /// Plans the dirty Services anew and returns the steps from the old plan to the new one.
     ///
-    /// Work is proportional to the dirty Services and to who shares a listen key with them. Where the
-    /// options have changed, all Services are dirty.
+    /// Work is proportional to the dirty Services and to who shares a listen key with them; where listeners come or
+    /// go, slices are searched for endpoints there. Where the options have changed, all Services are dirty.
     pub fn update(&mut self, model: &Model, dirty: &BTreeSet<ObjectName>, options: &PlanOptions) -> Vec<Step> {
-        let anew = plans_of(model, dirty, options);
-        let keys = self.keys_of_both(&anew);
-        let before = self.part(dirty, &keys);
+        let ask = |name: &ObjectName| (name.clone(), model.service(name).map(|service| Asked::of(service, options)));
+        let mut asked: BTreeMap<_, _> = dirty.iter().map(ask).collect();
+        asked.extend(self.met(model, &self.turned(&asked)).iter().map(ask));
+        let names: BTreeSet<_> = asked.keys().cloned().collect();
+        let keys = self.keys_of_both(&asked);
+        let before = self.part(&names, &keys);
         self.touched = self.claimants(&keys);
-        self.claim(&anew);
+        self.claim(&asked);
         if dirty.len() > self.services.len() / 2 {
             self.claims.pack();
         }
-        self.replace(anew);
+        self.replace(model, &asked);
         self.touched.extend(self.claimants(&keys));
-        self.touched.extend(dirty.iter().cloned());
-        let steps = diff(&before, &self.part(dirty, &keys));
-        self.report_loops(dirty, &turned(&steps));
+        let steps = diff(&before, &self.part(&names, &keys));
+        self.touched.extend(names);
         self.report_conflicts();
         self.report_unmet(options);
         steps
@@ -154,10 +159,39 @@ impl Plan {
     }
 
     /// The keys that the Services ask for now, and those that they will ask for.
-    fn keys_of_both(&self, anew: &[(&ObjectName, Option<ServicePlan>)]) -> BTreeSet<ListenKey> {
-        let old = anew.iter().filter_map(|(name, _)| self.services.get(*name)).map(AsRef::as_ref);
-        let new = anew.iter().filter_map(|(_, plan)| plan.as_ref());
-        old.chain(new).flat_map(|plan| plan.wanted.listeners.keys()).copied().collect()
+    fn keys_of_both(&self, asked: &Anew<'_>) -> BTreeSet<ListenKey> {
+        asked.values().flatten().flat_map(Asked::keys).chain(self.keys_of(asked).copied()).collect()
+    }
+
+    /// The keys that the Services ask for now.
+    fn keys_of(&self, asked: &Anew<'_>) -> impl Iterator<Item = &ListenKey> {
+        asked.keys().filter_map(|name| self.services.get(name)).flat_map(|plan| plan.wanted.listeners.keys())
+    }
+
+    /// The keys at which this process listens from now on and did not before, or the other way round.
+    fn turned(&self, asked: &Anew<'_>) -> BTreeSet<ListenKey> {
+        let wanted: BTreeSet<_> = asked.values().flatten().flat_map(Asked::keys).collect();
+        let nobodys = |key: &&ListenKey| {
+            !wanted.contains(*key) && self.claims.claimants(key).all(|name| asked.contains_key(name))
+        };
+        let new = wanted.iter().filter(|key| self.claims.winner(key).is_none());
+        new.chain(self.keys_of(asked).filter(nobodys)).copied().collect()
+    }
+
+    /// The Services with an endpoint at one of the keys. A walk over all slices, so only where listeners came or went;
+    /// nearly all have no port of such a number.
+    fn met(&self, model: &Model, turned: &BTreeSet<ListenKey>) -> Vec<ObjectName> {
+        let numbers: BTreeSet<_> = turned.iter().map(|key| (key.port(), key.protocol)).collect();
+        let meets = |slice: &Slice| {
+            let mut ports = slice.ports.iter().filter(|port| numbers.contains(&(port.port, port.protocol)));
+            ports.any(|port| {
+                let key = |endpoint: &Endpoint| ListenKey::new(endpoint.address, port.port, port.protocol);
+                slice.endpoints.iter().any(|endpoint| turned.contains(&key(endpoint)))
+            })
+        };
+        let all = if turned.is_empty() { None } else { Some(self.services.keys()) };
+        let met = all.into_iter().flatten().filter(|name| model.slices(name).any(|slice| meets(slice)));
+        met.cloned().collect()
     }
 
     /// The part of the desired state that these Services and these keys make up.
@@ -175,45 +209,30 @@ impl Plan {
         keys.iter().flat_map(|key| self.claims.claimants(key)).cloned().collect()
     }
 
-    /// Takes back what the Services claim by their old plans, and claims what they ask for by the new ones.
-    fn claim(&mut self, anew: &[(&ObjectName, Option<ServicePlan>)]) {
-        for (name, plan) in anew {
-            if let Some(old) = self.services.get(*name) {
+    /// Takes back what the Services claim by their old plans, and claims what they ask for now.
+    fn claim(&mut self, asked: &Anew<'_>) {
+        for (name, asked) in asked {
+            if let Some(old) = self.services.get(name) {
                 old.wanted.listeners.keys().for_each(|key| self.claims.release(key, name));
             }
-            for (plan, key) in plan.iter().flat_map(|plan| plan.wanted.listeners.keys().map(move |key| (plan, key))) {
-                let claimant = Claimant { created: Moment::parse(&plan.created), service: (*name).clone() };
-                self.claims.claim(*key, claimant);
+            if let Some(asked) = asked {
+                let claimant = asked.claimant();
+                asked.keys().for_each(|key| self.claims.claim(key, claimant.clone()));
             }
         }
     }
 
-    fn replace(&mut self, anew: Vec<(&ObjectName, Option<ServicePlan>)>) {
-        let mut planned = Vec::with_capacity(anew.len());
-        for (name, plan) in anew {
+    /// All claims are known: an endpoint at one of them is a loop, whoever's it is.
+    fn replace(&mut self, model: &Model, asked: &Anew<'_>) {
+        let plans = plans_of(model, asked, |key| self.claims.winner(key).is_some());
+        let mut planned = Vec::with_capacity(plans.len());
+        for (name, plan) in plans {
             match plan {
                 Some(plan) => planned.push((name.clone(), Arc::new(plan))),
                 None => drop(self.services.remove(name)),
             }
         }
         add_all(&mut self.services, planned);
-    }
-
-    /// Looks at the backends of the dirty Services; at those of all only where listeners came or went.
-    fn report_loops(&mut self, dirty: &BTreeSet<ObjectName>, turned: &BTreeSet<ListenKey>) {
-        let met = |plan: &ServicePlan| plan.backends().any(|key| turned.contains(&key));
-        let mut names = dirty.clone();
-        if !turned.is_empty() {
-            names.extend(self.services.iter().filter(|(_, plan)| met(plan)).map(|(name, _)| name.clone()));
-        }
-        for name in names {
-            let Some(plan) = self.services.get_mut(&name) else { continue };
-            let loops = loops(&name, plan, &self.claims);
-            if plan.loops != loops {
-                Arc::make_mut(plan).loops = loops;
-                self.touched.insert(name);
-            }
-        }
     }
 
     fn report_conflicts(&mut self) {
@@ -249,46 +268,24 @@ impl Plan {
 /// The plans of some Services, in their order. Each is made for itself, so that several threads can share thousands.
 fn plans_of<'n>(
     model: &Model,
-    names: &'n BTreeSet<ObjectName>,
-    options: &PlanOptions,
+    asked: &'n Anew<'_>,
+    is_listener: impl Fn(&ListenKey) -> bool + Sync,
 ) -> Vec<(&'n ObjectName, Option<ServicePlan>)> {
-    let plan = |name: &'n ObjectName| (name, plan_of(model, name, options));
-    if names.len() < 2 * SERVICES_PER_THREAD {
-        return names.iter().map(plan).collect();
+    let plan = |(name, asked): (&'n ObjectName, &Option<Asked<'_>>)| {
+        let slices = model.slices(name).map(AsRef::as_ref);
+        (name, asked.as_ref().map(|asked| asked.plan(slices, &is_listener)))
+    };
+    if asked.len() < 2 * SERVICES_PER_THREAD {
+        return asked.iter().map(plan).collect();
     }
-    let threads = available_parallelism().map_or(1, usize::from).min(names.len() / SERVICES_PER_THREAD);
-    let names: Vec<_> = names.iter().collect();
+    let threads = available_parallelism().map_or(1, usize::from).min(asked.len() / SERVICES_PER_THREAD);
+    let asked: Vec<_> = asked.iter().collect();
     thread::scope(|scope| {
-        let parts = names.chunks(names.len().div_ceil(threads));
-        let plan_part = |part: &[&'n ObjectName]| part.iter().map(|name| plan(name)).collect::<Vec<_>>();
+        let parts = asked.chunks(asked.len().div_ceil(threads));
+        let plan_part = |part: &[(&'n ObjectName, _)]| part.iter().map(|one| plan(*one)).collect::<Vec<_>>();
         let running: Vec<_> = parts.map(|part| scope.spawn(move || plan_part(part))).collect();
         running.into_iter().flat_map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
     })
-}
-
-fn plan_of(model: &Model, name: &ObjectName, options: &PlanOptions) -> Option<ServicePlan> {
-    let service = model.service(name)?;
-    Some(ServicePlan::of(service, model.slices(name).map(AsRef::as_ref), options))
-}
-
-/// The keys that are opened or closed.
-fn turned(steps: &[Step]) -> BTreeSet<ListenKey> {
-    let key = |step: &Step| match step {
-        Step::Bind(key, _) | Step::Unbind(key) => Some(*key),
-        _ => None,
-    };
-    steps.iter().filter_map(key).collect()
-}
-
-/// One problem for each backend that is a listener of this process. Whose it is is not said: that may change
-/// without a listener that comes or goes.
-fn loops(name: &ObjectName, plan: &ServicePlan, claims: &Claims) -> Rare<Problem> {
-    let own: BTreeSet<_> = plan.backends().filter(|key| claims.winner(key).is_some()).collect();
-    let problem = |key| {
-        let message = format!("endpoint {key} is not used: this relay listens there itself");
-        Problem::error(format_args!("Service {name}"), "loop", message)
-    };
-    own.into_iter().map(problem).collect()
 }
 
 /// What an older Service has taken from this one, by port and rival.
@@ -331,7 +328,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{ClusterIps, Endpoint, Event, Objects, Service, ServiceKind, Slice};
+    use crate::model::{ClusterIps, Event, Objects, Service, ServiceKind, TrafficPolicy};
 
     /// A model, its plan and the running state that follows it, as `control` keeps them.
     #[derive(Default)]
@@ -700,7 +697,7 @@ mod tests {
 
         control.batch([put(&web()), put_slice(&calls_itself)]);
         assert_eq!(control.problems(), [] as [&str; 0]);
-        control.batch([put(&front)]);
+        assert_eq!(kinds(&control.batch([put(&front)])), "swap swap bind", "before it listens, nobody is sent there");
 
         let said = "endpoint 10.96.0.20:8000/TCP is not used: this relay listens there itself";
         assert_eq!(control.problems(), [format!("Service default/web: {said}")]);
@@ -711,6 +708,62 @@ mod tests {
         assert_eq!(control.problems().len(), 1);
         control.batch([delete(&front)]);
         assert_eq!(control.problems(), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn t093_t095_given_no_backend_but_listeners_of_ours_when_planned_then_it_is_as_if_there_were_none() {
+        let mut control = Control::new();
+        let web = web().udp_port("dns", 53);
+        let own = |slice: &Slice| slice.clone().endpoint(Endpoint::new([10, 96, 0, 20]));
+        let slices =
+            [slice("a", &[]), Slice::new("b", &web).udp_port("dns", 5353)].map(|slice| put_slice(&own(&slice)));
+        let front = Service::new("default/front").cluster_ip([10, 96, 0, 20]).port("http", 8000).udp_port("dns", 5353);
+        control.batch(slices.into_iter().chain([put(&web)]));
+        let verdicts = |control: &Control| {
+            let sides = control.plan.listeners(&web.name).map(|(_, listener)| listener.target.outside.verdict);
+            sides.collect::<Vec<_>>()
+        };
+        assert_eq!(verdicts(&control), [Verdict::Serve; 2]);
+
+        assert_eq!(kinds(&control.batch([put(&front)])), "swap swap swap swap bind bind park park");
+
+        assert_eq!(verdicts(&control), [Verdict::Reject; 2]);
+        assert!(control.running.balancers.values().all(|backends| backends.usable.serving.is_empty()));
+        assert_eq!(control.problems().len(), 2);
+        assert_eq!(kinds(&control.batch([delete(&front)])), "swap swap revive revive unbind unbind retire retire");
+        assert_eq!(verdicts(&control), [Verdict::Serve; 2]);
+    }
+
+    #[test]
+    fn t112_given_no_local_backend_but_a_listener_of_ours_when_planned_then_policy_local_drops_for_the_remote_one() {
+        let mut control = Control::new();
+        control.options.node.name = Some("here".into());
+        let web = Service { internal_policy: TrafficPolicy::Local, ..web() };
+        let here = Endpoint { node: Some("here".into()), ..Endpoint::new([10, 96, 0, 10]) };
+        let itself = Slice::new("web-1", &web).port("http", 80).endpoint(here);
+        let verdict = |control: &Control| {
+            control.plan.listeners(&web.name).map(|(_, listener)| listener.target.outside.verdict).next()
+        };
+
+        control.batch([put(&web), put_slice(&itself)]);
+        assert_eq!(verdict(&control), Some(Verdict::Reject));
+        control.batch([put_slice(&itself.endpoint(Endpoint::new([10, 0, 0, 1])))]);
+
+        assert_eq!(verdict(&control), Some(Verdict::Drop));
+        assert_eq!(control.problems().len(), 1);
+    }
+
+    #[test]
+    fn given_a_loop_when_another_takes_the_listener_over_then_it_is_one_all_the_same() {
+        let mut control = Control::new();
+        let front = |name: &str| Service::new(name).cluster_ip([10, 96, 0, 20]).port("http", 8000);
+        let calls_itself = slice("web-1", &[]).endpoint(Endpoint::new([10, 96, 0, 20]));
+        control.batch([put(&web()), put_slice(&calls_itself), put(&front("default/a")), put(&front("default/b"))]);
+
+        assert_eq!(kinds(&control.batch([delete(&front("default/a"))])), "point retire");
+
+        assert_eq!(control.problems().len(), 1);
+        assert!(!control.plan.touched().contains(&web().name));
     }
 
     #[test]
@@ -733,9 +786,11 @@ mod tests {
             match (gone, age) {
                 (true, 0) => delete(&service),
                 (true, _) => put_slice(&Slice::new(&format!("s{name}-1"), &service).port("http", 8000)),
+                // Where somebody's cluster IP is, now and then.
                 (false, 0) => {
-                    let slice = Slice::new(&format!("s{name}-1"), &service).port("http", 8000);
-                    put_slice(&slice.endpoint(Endpoint::new([10, 0, 0, host])))
+                    let (network, port) = if number == 0 { (96, 80) } else { (0, 8000) };
+                    let slice = Slice::new(&format!("s{name}-1"), &service).port("http", port);
+                    put_slice(&slice.endpoint(Endpoint::new([10, network, 0, host])))
                 }
                 (false, _) => put(&service),
             }

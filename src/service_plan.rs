@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::admission;
 use crate::balancing::Balancing;
+use crate::claims::Claimant;
 use crate::endpoints::{self, Selection, Usable, UsableEndpoint};
 use crate::entries::{Entries, Entry};
 use crate::frozen::Frozen;
@@ -33,12 +34,8 @@ pub struct ServicePlan {
     pub problems: Rare<Problem>,
     /// The addresses that it does not get, since another Service has them.
     pub conflicts: Rare<Problem>,
-    /// The backends that are listeners of this process: they get nothing, as it would come back.
-    pub loops: Rare<Problem>,
     /// Those of the wanted listeners that it does not get.
     pub(crate) lost: Rare<ListenKey>,
-    /// From `metadata.creationTimestamp`: its rank among claimants.
-    pub(crate) created: Arc<str>,
 }
 
 /// The listeners and balancers of one Service: a [`Layout`] that does not change any more.
@@ -80,28 +77,51 @@ impl ServicePlan {
 
     /// All that is wrong with it, by itself and among the others.
     pub fn own_problems(&self) -> impl Iterator<Item = &Problem> {
-        self.problems.iter().chain(&self.conflicts).chain(&self.loops)
+        self.problems.iter().chain(&self.conflicts)
+    }
+}
+
+/// Where one Service asks to be reached. It does not depend on endpoints: so it is known of all Services before the
+/// endpoints of any are looked at, and none that is a listener of this process is chosen.
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    service: &'a Service,
+    options: &'a PlanOptions,
+    /// As in [`ServicePlan::skipped`].
+    skipped: Option<&'static str>,
+    /// `None` where it is skipped without a look at its addresses.
+    entries: Option<Entries<'a>>,
+}
+
+impl<'a> Asked<'a> {
+    pub(crate) fn of(service: &'a Service, options: &'a PlanOptions) -> Self {
+        let skipped = skip_word(service, options);
+        let entries = skipped.is_none().then(|| Entries::of(service, options));
+        let nowhere = entries.as_ref().is_some_and(|entries| entries.families.is_empty());
+        Self { service, options, skipped: skipped.or(nowhere.then_some("family")), entries }
     }
 
-    /// Where its backends listen; one may be there twice.
-    pub(crate) fn backends(&self) -> impl Iterator<Item = ListenKey> {
-        self.wanted.balancers.iter().flat_map(|(key, backends)| {
-            let protocol = key.port.protocol;
-            backends.usable.serving.iter().map(move |endpoint| ListenKey::at(endpoint.address, protocol))
-        })
+    /// Its name and age among those who ask for the same.
+    pub(crate) fn claimant(&self) -> Claimant {
+        Claimant::of(self.service)
     }
 
-    /// Plans one Service from its slices.
-    pub(crate) fn of<'a>(service: &Service, slices: impl Iterator<Item = &'a Slice>, options: &PlanOptions) -> Self {
-        let mut plan = Self { skipped: skip_word(service, options), ..Self::default() };
-        plan.created = Arc::clone(&service.created);
+    /// The keys that it asks for; one may be there twice.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = ListenKey> {
+        self.entries.iter().flat_map(|entries| &entries.list).map(|entry| entry.key)
+    }
+
+    /// Plans the Service from its slices. `is_listener` tells where this process listens itself.
+    pub(crate) fn plan<'s>(
+        &self,
+        slices: impl Iterator<Item = &'s Slice>,
+        is_listener: impl Fn(&ListenKey) -> bool,
+    ) -> ServicePlan {
+        let Self { service, options, skipped, entries } = self;
+        let mut plan = ServicePlan { skipped: *skipped, ..ServicePlan::default() };
+        let Some(entries) = entries else { return plan };
+        plan.problems.extend(entries.problems.iter().cloned());
         if plan.skipped.is_some() {
-            return plan;
-        }
-        let entries = Entries::of(service, options);
-        plan.problems.extend(entries.problems);
-        if entries.families.is_empty() {
-            plan.skipped = Some("family");
             return plan;
         }
         let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
@@ -113,15 +133,28 @@ impl ServicePlan {
         let mut problems = Vec::new();
         let balancing = Balancing::of(service, &mut problems);
         plan.problems.extend(problems);
+        let mut loops = BTreeSet::new();
         let targets = choose_backends(&mut layout, service, balancing, &entries.list, |port, family, external| {
+            let port = &service.ports[port];
+            let key = |address| ListenKey::at(address, port.protocol);
             let slices = slices.iter().map(AsRef::as_ref);
-            endpoints::usable(service, &service.ports[port], family, external, slices, &options.node)
+            let is_own = |address| is_listener(&key(address));
+            let selection = endpoints::usable(service, port, family, external, slices, &options.node, is_own);
+            loops.extend(selection.own.iter().map(|address| key(*address)));
+            selection
         });
+        plan.problems.extend(loops.iter().map(|key| looping(service, key)));
         let source_ranges = SourceRanges { service, node_addresses: &options.node_addresses };
         plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &source_ranges));
         plan.wanted = layout.into();
         plan
     }
+}
+
+/// Whose listener it is is not said: that may change without a listener that comes or goes.
+fn looping(service: &Service, key: &ListenKey) -> Problem {
+    let text = format!("endpoint {key} is not used: this relay listens there itself");
+    Problem::error(format_args!("Service {}", service.name), "loop", text)
 }
 
 /// Chooses backends for each port and family that has an entry, and what follows for its listeners.
@@ -130,7 +163,7 @@ fn choose_backends(
     service: &Service,
     balancing: Balancing,
     entries: &[Entry],
-    select: impl Fn(usize, Family, bool) -> Selection,
+    mut select: impl FnMut(usize, Family, bool) -> Selection,
 ) -> BTreeMap<(usize, Family), Targets> {
     let mut external = BTreeMap::<_, bool>::new();
     for entry in entries {
@@ -316,10 +349,14 @@ mod tests {
         Endpoint { ready: false, terminating: true, ..ready(host, node) }
     }
 
+    fn planned(service: &Service, slices: &[Slice], options: &PlanOptions) -> ServicePlan {
+        Asked::of(service, options).plan(slices.iter(), |_| false)
+    }
+
     fn plan(service: &Service, endpoints: Vec<Endpoint>) -> ServicePlan {
         let slice = Slice::new("web-1", service).port("http", 8000);
         let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
-        ServicePlan::of(service, [&slice].into_iter(), &options())
+        planned(service, &[slice], &options())
     }
 
     /// What the cluster IP, the node port from outside and the node port from inside lead to.
@@ -370,7 +407,7 @@ mod tests {
         let skipped = |label: Option<&str>, own: Option<&str>| {
             let service = Service { proxy_name: label.map(Arc::from), ..web(CLUSTER, CLUSTER) };
             let options = PlanOptions { proxy_name: own.map(String::from), ..options() };
-            ServicePlan::of(&service, std::iter::empty(), &options).skipped
+            planned(&service, &[], &options).skipped
         };
 
         assert_eq!(skipped(None, None), None);
@@ -465,7 +502,7 @@ mod tests {
         let mut v6 = Slice::new("v6", &service).port("http", 8000).endpoint(Endpoint::new(ip("fd00:1::1")));
         v6.family = Family::V6;
 
-        let plan = ServicePlan::of(&service, [&v4, &v6].into_iter(), &options());
+        let plan = planned(&service, &[v4, v6], &options());
 
         let backends: Vec<_> = plan
             .wanted
@@ -486,7 +523,7 @@ mod tests {
             ..options()
         };
 
-        let plan = ServicePlan::of(&service, std::iter::empty(), &options);
+        let plan = planned(&service, &[], &options);
 
         assert_eq!(plan.wanted.listeners.len(), 4);
         let on_node = plan.wanted.listeners.iter().filter(|(key, _)| key.port() == 30000);
