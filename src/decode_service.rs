@@ -143,6 +143,7 @@ pub(crate) fn service(
         name: identity.name,
         created: identity.created,
         proxy_name: identity.proxy_name,
+        slices_hidden: identity.headless,
         kind,
         families: families(found, at.key("ipFamilies"), &spec.families),
         ports: ports(found, at.key("ports"), &spec.ports, kind, cluster_ips == ClusterIps::Headless),

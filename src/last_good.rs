@@ -143,14 +143,17 @@ fn list<T>(items: &[T], each: impl Fn(&T) -> Value) -> Option<Value> {
 
 fn service_manifest(service: &Service) -> Value {
     let text = |text: &std::sync::Arc<str>| Value::from(&**text);
-    let labels = service.proxy_name.as_ref().map(|name| json!({"service.kubernetes.io/service-proxy-name": **name}));
+    let labels = present([
+        ("service.kubernetes.io/service-proxy-name", service.proxy_name.as_ref().map(text)),
+        ("service.kubernetes.io/headless", service.slices_hidden.then(|| "".into())),
+    ]);
     let annotations: Map<String, Value> =
         service.annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), text(value))).collect();
     let metadata = present([
         ("name", Some(text(&service.name.name))),
         ("namespace", Some(text(&service.name.namespace))),
         ("creationTimestamp", (!service.created.is_empty()).then(|| text(&service.created))),
-        ("labels", labels),
+        ("labels", labels.as_object().is_some_and(|labels| !labels.is_empty()).then_some(labels)),
         ("annotations", (!annotations.is_empty()).then(|| annotations.into())),
     ]);
     let (cluster_ip, cluster_ips) = match &service.cluster_ips {

@@ -27,6 +27,8 @@ pub struct Service {
     pub created: Arc<str>,
     /// From the label `service.kubernetes.io/service-proxy-name`.
     pub proxy_name: Option<Arc<str>>,
+    /// True with the label `service.kubernetes.io/headless`, whatever its value: its slices are not looked at.
+    pub slices_hidden: bool,
     /// From `spec.type` (default ClusterIP).
     pub kind: ServiceKind,
     /// From `spec.clusterIP` and `spec.clusterIPs`.
@@ -68,6 +70,7 @@ impl Service {
             name: ObjectName::parse(name),
             created: "".into(),
             proxy_name: None,
+            slices_hidden: false,
             kind: ServiceKind::ClusterIp,
             cluster_ips: ClusterIps::Unset,
             families: Vec::new(),

@@ -124,6 +124,8 @@ impl<'a> Asked<'a> {
         if plan.skipped.is_some() {
             return plan;
         }
+        plan.problems.extend(service.slices_hidden.then(|| hidden(service)));
+        let slices = slices.filter(|_| !service.slices_hidden);
         let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
         plan.problems.extend(refused);
         let (health_check, missing) = HealthCheck::of(service, slices.iter().map(AsRef::as_ref), &options.node);
@@ -149,6 +151,11 @@ impl<'a> Asked<'a> {
         plan.wanted = layout.into();
         plan
     }
+}
+
+fn hidden(service: &Service) -> Problem {
+    let text = "label service.kubernetes.io/headless hides its slices: without the label they are used";
+    Problem::note(format_args!("Service {}", service.name), "headless", text)
 }
 
 /// Whose listener it is is not said: that may change without a listener that comes or goes.
