@@ -85,7 +85,7 @@ pub struct Rejected {
     /// The line that its document begins at, from 1.
     pub line: u64,
     /// Its position among the `items` of a list, from 0.
-    pub item: Option<usize>,
+    pub item: Option<u32>,
     /// Follows from what is wrong: the same as long as it is wrong in the same way.
     pub fault: u64,
 }
@@ -479,7 +479,7 @@ impl<'f> Reading<'f> {
                     kind,
                     name,
                     line: slot.line,
-                    item: slot.item.and_then(|item| item.try_into().ok()),
+                    item: slot.item(),
                     content,
                 });
             }
@@ -489,7 +489,7 @@ impl<'f> Reading<'f> {
 
     /// Notes an object that is left out because of an error.
     fn reject(&mut self, kind: Option<Kind>, name: Option<ObjectName>, slot: Slot, fault: u64) {
-        self.decoded.rejected.push(Rejected { kind, name, line: slot.line, item: slot.item, fault });
+        self.decoded.rejected.push(Rejected { kind, name, line: slot.line, item: slot.item(), fault });
     }
 
     fn tell(&mut self, document: Document<'_>, findings: Vec<Finding>) {
@@ -578,6 +578,12 @@ struct Slot {
     item: Option<usize>,
     /// What it is if it does not say.
     kind: Option<Kind>,
+}
+
+impl Slot {
+    fn item(self) -> Option<u32> {
+        self.item.and_then(|item| item.try_into().ok())
+    }
 }
 
 /// What is wrong, as a number.

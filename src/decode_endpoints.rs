@@ -407,7 +407,7 @@ mod tests {
         assert_eq!(slices(&decoded)[0].endpoints.len(), 2);
         let said = "endpoints[1].addresses[0]: \"10.0.0.300\" is not an IP address, the endpoint is left out";
         assert_eq!(messages(&decoded), [said]);
-        assert!(decoded.whole && decoded.rejections.is_empty());
+        assert!(decoded.whole && decoded.rejected.is_empty());
     }
 
     #[test]
