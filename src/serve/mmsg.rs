@@ -110,6 +110,11 @@ fn report_ecn(socket: &Socket, address: SocketAddr) -> io::Result<()> {
 }
 
 /// Asks the kernel to tell with datagrams how many it had to drop before them.
+///
+/// What the queue of a device drops while sending is not told here: it is in the host's `UdpSndbufErrors` and in the
+/// queue's own count. IP_RECVERR would have sending fail with ENOBUFS then. But it also has one client's closed port
+/// fail what is sent to the next client, keeps epoll awake until its own queue of errors is read, and tells flows of
+/// routers' passing troubles as if they were final.
 fn report_overflow(socket: &Socket) -> io::Result<()> {
     set_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
 }
