@@ -21,6 +21,7 @@ use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, ServicePort};
 use crate::name::{BalancerKey, Family, ObjectName};
 use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
+use crate::rejections::Rejections;
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
 use crate::serve::listeners::BindError;
@@ -118,6 +119,7 @@ impl Relay {
             listeners: Listeners::new(options.inside.into(), Arc::clone(&tcp), udp),
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
+            refused: Rejections::default(),
             synced: false,
             inside_moved: false,
             news: false,
@@ -204,6 +206,8 @@ struct Control {
     listeners: Listeners,
     dirty: BTreeSet<ObjectName>,
     source_problems: Vec<Problem>,
+    /// What could be read and not be served, since the start; the source counts the rest.
+    refused: Rejections,
     /// True once the source has delivered its first complete state. The snapshot says so after the steps of that state.
     synced: bool,
     /// True where another set of addresses counts as inside than the listeners were told.
@@ -281,6 +285,7 @@ impl Control {
             Message::Setting(setting) => self.set(*setting),
             Message::Source { status, problems } => {
                 self.status.source = status;
+                self.status.source.rejections.add(self.refused.clone());
                 self.source_problems = problems;
                 self.news = true;
             }
@@ -401,6 +406,10 @@ impl Control {
         let problems: Vec<_> = self.source_problems.iter().chain(self.plan.problems()).cloned().collect();
         if *self.status.problems != problems {
             journal::tell_problems(&self.status.problems, &problems);
+            let mut refused = Rejections::default();
+            refused.count_refused(&self.status.problems, &problems);
+            self.refused.add(refused.clone());
+            self.status.source.rejections.add(refused);
             self.status.problems = Arc::new(problems);
         }
         self.publish.send_replace(Arc::new(self.status.clone()));

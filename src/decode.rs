@@ -109,7 +109,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Service, Self::EndpointSlice, Self::Endpoints];
+    /// Each of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Service, Self::EndpointSlice, Self::Endpoints];
 
     /// The word of the field `kind`.
     pub fn as_str(self) -> &'static str {

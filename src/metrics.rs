@@ -75,7 +75,7 @@ metrics! {
     Ready = Gauge "kuberelay_ready" [] "1 while nothing keeps the process from being ready.";
     ReloadSuccessful = Gauge "kuberelay_config_last_reload_successful" [] "1 where the last read of the manifests was taken whole.";
     ConfigRevision = Gauge "kuberelay_config_revision" [] "How many different states of the manifests were taken.";
-    ObjectsRejected = Counter "kuberelay_objects_rejected_total" ["kind", "reason"] "Objects that were not taken from the source, by kind (unknown where it could not be read) and reason; each of their versions once.";
+    ObjectsRejected = Counter "kuberelay_objects_rejected_total" ["kind", "reason"] "Objects that could not be read or served, or not wholly, by kind (unknown where it could not be read) and reason; each once for as long as that holds.";
     SourceConnected = Gauge "kuberelay_source_connected" [] "1 while the API server answers; only with an API source.";
     SourceAge = Gauge "kuberelay_source_age_seconds" [] "Seconds since the API server last said something, of the kind where that is longest ago; up to 65 is normal.";
     Relists = Counter "kuberelay_kube_relists_total" ["reason"] "Times that all objects of a kind were listed again, by the failure that made it necessary.";

@@ -281,7 +281,8 @@ pub struct SourceStatus {
     pub last_reload_successful: bool,
     /// How many different states were taken.
     pub config_revision: u64,
-    /// How many versions of objects were rejected since the start, by kind and reason.
+    /// How many versions of objects were rejected since the start, by kind and reason: by the source, which cannot read
+    /// them, or by the plan, which cannot serve them or a part of them.
     #[serde(default, skip_serializing_if = "Rejections::is_empty")]
     pub rejections: Rejections,
 }

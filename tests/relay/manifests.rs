@@ -233,6 +233,42 @@ async fn given_two_services_on_one_address_when_served_then_one_wins_and_the_oth
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_t031_given_objects_that_cannot_be_served_when_planned_again_then_each_is_counted_once() {
+    let site = Site::new(51);
+    let web = |backend| {
+        let manifest = Manifest::new(site).tcp().external_ips([site.client(9)]).endpoints([site.backend(backend)]);
+        let sctp = "    - {name: s, protocol: SCTP, port: 9}\n    - {name: t, protocol: SCTP, port: 10}\n---\n";
+        manifest.to_string().replacen("---\n", sctp, 1)
+    };
+    let twice = Manifest::new(site).tcp();
+    let names = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: FQDN\n\
+                 metadata: {name: names, labels: {kubernetes.io/service-name: web}}\n";
+    let text = |backend| format!("{}---\n{twice}{names}", web(backend));
+    let relay = Relay::start(site, text(1)).await;
+    let counted = |relay: &Relay| {
+        let status = relay.status();
+        let all = status.source.rejections.iter();
+        all.map(|(kind, reason, count)| format!("{kind} {reason} {count}")).collect::<Vec<_>>()
+    };
+    let expected = [
+        "EndpointSlice conflict 1",
+        "EndpointSlice family 1",
+        "Service conflict 1",
+        "Service external_ip 1",
+        "Service sctp 1",
+    ];
+
+    relay.until_backends("web", &[site.backend(1)]).await;
+    let first = counted(&relay);
+    relay.edit(text(2));
+    relay.until_backends("web", &[site.backend(2)]).await;
+    relay.edit(format!("# Other lines, the same objects.\n{}", text(1)));
+    relay.until_backends("web", &[site.backend(1)]).await;
+
+    assert_eq!((first, counted(&relay)), (expected.map(str::to_owned).into(), expected.map(str::to_owned).into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn given_an_address_that_another_process_holds_when_served_then_it_is_reported_and_taken_once_it_is_free() {
     let site = Site::new(10);
     let _backend = Backend::named(site.backend(1)).await;
