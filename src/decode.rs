@@ -476,13 +476,7 @@ impl<'f> Reading<'f> {
                 self.reject(Some(kind), Some(name), slot, fault(&found.list[first..]));
             }
             Some(content) => {
-                self.decoded.objects.push(Entry {
-                    kind,
-                    name,
-                    line: slot.line,
-                    item: slot.item(),
-                    content,
-                });
+                self.decoded.objects.push(Entry { kind, name, line: slot.line, item: slot.item(), content });
             }
             None => {}
         }

@@ -12,7 +12,7 @@ use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
 use crate::name::ObjectName;
 use crate::plan::{Plan, PlanOptions};
 use crate::serve::filter::tests::kernel_takes_filters;
-use crate::serve::scripted::{LOOPBACK, expect_turned_away, named, read_all, soon, until};
+use crate::serve::scripted::{LOOPBACK, named, read_all, soon};
 use crate::serve::socket;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp;
@@ -373,7 +373,7 @@ async fn given_a_filter_that_is_not_taken_when_a_target_needs_none_then_what_is_
 }
 
 #[tokio::test]
-async fn given_a_backend_that_is_our_own_listener_when_clients_come_then_no_connection_makes_another() {
+async fn given_backends_that_are_our_own_listeners_when_clients_come_then_they_are_refused_until_it_is_none() {
     let (mut bench, own) = (Bench::new(), tcp_key(21).address());
     let [own_web, first, second] = [web("default/web", 21), web("default/a", 22), web("default/b", 23)];
     // First the listener, then the backend; and the other way round, over two Services.
@@ -383,25 +383,24 @@ async fn given_a_backend_that_is_our_own_listener_when_clients_come_then_no_conn
     bench.take([put(&second), endpoints(&second, &[a.address()])]).await;
 
     for key in [tcp_key(21), a, b] {
-        expect_turned_away(key.address()).await;
-        let stats = &bench.listeners.listeners[&key].target.load_full().port.stats;
-        assert_eq!(stats.accepted.get(), 1, "{key}");
+        assert!(is_refused(key).await, "{key}");
     }
     bench.take([delete(&first)]).await;
-    assert!(!bench.backend(&second, a.address()).is_own(), "nobody listens there now");
+    let other = tokio::net::TcpListener::bind(a.address()).await.expect("nobody listens there now");
+    let client = tokio::spawn(async move { TcpStream::connect(b.address()).await.map(drop) });
+    soon(other.accept()).await.expect("a connection by way of the second Service");
+    soon(client).await.expect("no panic").expect("a listener");
 }
 
 #[tokio::test]
-async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then_it_does_not_go_round() {
+async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then_its_sender_is_told() {
     let (mut bench, dns) = (Bench::new(), dns("default/dns", 24));
     bench.take([put(&dns), endpoints(&dns, &[udp_key(24).address()])]).await;
     let client = udp_client(udp_key(24)).await;
-    let port = Arc::clone(&bench.listeners.listeners[&udp_key(24)].target.load_full().port);
 
-    client.send(b"?").await.expect("sent");
+    let outcome = ask_udp(&client).await;
 
-    until(|| port.stats.dropped.get(DropReason::NoEndpoints) == 1).await;
-    assert_eq!(port.stats.accepted.get(), 0);
+    assert_eq!(outcome.expect_err("port unreachable").kind(), io::ErrorKind::ConnectionRefused);
 }
 
 #[tokio::test]
