@@ -3,6 +3,7 @@
 //! Each watched kind has a [`Client`] of its own, whose [`Wire`] sees all that goes over it: when the server last said
 //! something, when it wants to be asked again, and how soon a watch may follow another. What is asked is `kubernetes`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,6 +31,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const WATCH_BURST: u32 = 3;
 /// Time in which one more watch may begin. A server lets them live for about a minute.
 const WATCH_PACE: Duration = Duration::from_secs(6);
+/// From a connect to its answer. Long enough for three tries; where nobody serves the address, soon enough for the log.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest time that a server can make us wait.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
@@ -91,6 +94,7 @@ impl Api {
         }
         // Its own retries are not seen by anybody, and do not keep to Retry-After.
         config.default_retry = false;
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
         Ok(Self { config })
     }
 
@@ -99,6 +103,12 @@ impl Api {
         let url = &self.config.cluster_url;
         let host = url.authority().map(|authority| authority.as_str().rsplit('@').next().unwrap_or_default());
         format!("{}://{}", url.scheme_str().unwrap_or("https"), host.unwrap_or_default())
+    }
+
+    /// The IP that the server is asked at; `None` where it is a name.
+    pub fn ip(&self) -> Option<IpAddr> {
+        let host = self.config.cluster_url.host()?;
+        host.trim_matches(['[', ']']).parse().ok()
     }
 
     /// A client for the watch of one kind, and what it tells of its wire.
@@ -288,6 +298,7 @@ mod tests {
         let plain = Api::find(&ApiOptions { kubeconfig: kubeconfig.clone(), master: None }).await.expect("found");
         let other = Api::find(&ApiOptions { kubeconfig, master: Some("10.0.0.1:6443".into()) }).await.expect("found");
 
+        assert_eq!(other.ip(), Some([10, 0, 0, 1].into()));
         assert_eq!((plain.server().as_str(), other.server().as_str()), ("http://127.0.0.1:1", "https://10.0.0.1:6443"));
     }
 

@@ -2,11 +2,13 @@
 //!
 //! What is in use of each kind is in its `mirror`; when something is seen is up to `kubernetes`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::mpsc;
+use ipnet::IpNet;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::api_watch::Sighting;
@@ -20,18 +22,40 @@ use crate::model::{Event, Objects};
 use crate::own_node::{OwnNode, Place};
 use crate::plan::Problem;
 use crate::stats::{WatchFailure, WatchedKind};
-use crate::status::SourceStatus;
+use crate::status::{SourceStatus, Status};
 
+/// How long is waited until what was saved is served, at most.
+const SAVED_SERVED: Duration = Duration::from_secs(1);
 const UNKNOWN_KIND: &str = "the server does not know this kind (404)";
 /// How often a log line says that the server is still away.
 const OUTAGE_NEWS: Duration = Duration::from_secs(60);
+
+/// Who is asked.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// For the log.
+    pub(crate) name: String,
+    /// Where it is asked; `None` where that is a name.
+    pub(crate) ip: Option<IpAddr>,
+    /// Where the cluster takes the addresses of Services from, as far as that is known.
+    pub(crate) service_nets: Vec<IpNet>,
+}
+
+impl Server {
+    /// True where it is asked at an address that its own cluster gives to Services, like 10.96.0.1: in place of
+    /// kube-proxy, nobody serves that before this relay does.
+    pub(crate) fn is_a_service(&self) -> bool {
+        self.ip.is_some_and(|ip| self.service_nets.iter().any(|net| net.contains(&ip)))
+    }
+}
 
 /// What was said to the control task, and to the log.
 #[derive(Debug)]
 pub(crate) struct Report {
     messages: mpsc::Sender<Message>,
     contact: Arc<Contact>,
-    server: String,
+    relay: watch::Receiver<Arc<Status>>,
+    pub(crate) server: Server,
     /// Of Services and of endpoints.
     mirrors: [Mirror; 2],
     /// Which of them have been listed completely.
@@ -59,10 +83,11 @@ pub(crate) type Sent = Result<(), mpsc::error::SendError<Message>>;
 
 impl Report {
     /// Nothing has been said yet.
-    pub(crate) fn new(server: String, relay: &Relay, node: NodeReport) -> Self {
+    pub(crate) fn new(server: Server, relay: &Relay, node: NodeReport) -> Self {
         Self {
             messages: relay.messages(),
             contact: relay.contact(),
+            relay: relay.status(),
             server,
             mirrors: [Kind::Service, Kind::EndpointSlice].map(Mirror::new),
             listed: [false; 2],
@@ -76,14 +101,14 @@ impl Report {
 
     /// These kinds are asked for from now on.
     pub(crate) fn begin(&self, kinds: [WatchedKind; 3]) {
-        tracing::info!(server = self.server, node = %self.node.name, "asking the API server");
+        tracing::info!(server = self.server.name, node = %self.node.name, "asking the API server");
         kinds.into_iter().for_each(|kind| self.contact.watch(kind));
     }
 
     /// Endpoints are asked for in place of slices.
     pub(crate) fn without_slices(&mut self) {
         tracing::warn!(
-            server = self.server,
+            server = self.server.name,
             "the API server has no discovery.k8s.io/v1 (before 1.21): reading Endpoints, of which it cuts those with \
              more than 1,000 addresses"
         );
@@ -214,17 +239,20 @@ impl Report {
         };
         let age_seconds = SystemTime::now().duration_since(saved.at).map_or(0, |age| age.as_secs());
         tracing::warn!(
-            server = self.server,
+            server = self.server.name,
             saved_at = crate::timestamp::rfc3339(saved.at),
             age_seconds,
             services = saved.state.objects.services.len(),
-            "the API server does not answer yet: serving the saved state"
+            "the API server has not answered yet: serving the saved state"
         );
         if let Some(setting) = saved.state.node.and_then(|node| self.node.recall(node)) {
             self.messages.send(Message::Setting(setting)).await?;
         }
         self.messages.send(Message::Event(Event::Replace(saved.state.objects))).await?;
-        self.messages.send(Message::Synced).await
+        self.messages.send(Message::Synced).await?;
+        let served = self.relay.wait_for(|status| status.synced);
+        let _ = tokio::time::timeout(SAVED_SERVED, served).await; // It may lead to the server.
+        Ok(())
     }
 
     /// Says what is new about the source, and what is wrong with its objects.
@@ -242,13 +270,24 @@ impl Report {
     }
 
     fn fail(&mut self, kind: WatchedKind, reason: WatchFailure, error: String) {
-        let (server, now) = (&self.server, Instant::now());
+        let (server, now) = (&self.server.name, Instant::now());
+        let outage = |error| Outage { since: now, told: now, failures: 1, error };
+        let nobody = matches!(reason, WatchFailure::Unreachable | WatchFailure::Timeout);
         match &mut self.outage {
             // Every few minutes in the life of a cluster, and mended by a list.
             None if reason == WatchFailure::Expired => tracing::info!(%kind, "the watch has expired, listing anew"),
+            None if nobody && !self.synced && self.server.is_a_service() => {
+                tracing::warn!(
+                    %kind, server, %reason, error,
+                    "the API server is asked at an address of the service range, which nobody serves before this relay \
+                     does, and nobody answers there: give the server's own address with --master (in the DaemonSet \
+                     apiServer of the ConfigMap kube-relay-cluster)"
+                );
+                self.outage = Some(outage(error));
+            }
             None => {
                 tracing::warn!(%kind, server, %reason, error, "the API server does not answer; the last state stays in use");
-                self.outage = Some(Outage { since: now, told: now, failures: 1, error });
+                self.outage = Some(outage(error));
             }
             Some(outage) => {
                 outage.failures += 1;
@@ -260,7 +299,7 @@ impl Report {
     fn restore(&mut self) {
         if self.outage.is_some() && self.contact.is_connected() {
             let away_seconds = self.outage.take().map_or(0, |outage| outage.since.elapsed().as_secs());
-            tracing::info!(server = self.server, away_seconds, "the API server answers again");
+            tracing::info!(server = self.server.name, away_seconds, "the API server answers again");
         }
     }
 
@@ -275,7 +314,13 @@ impl Report {
         if let Some(outage) = self.outage.as_mut().filter(|outage| outage.told.elapsed() >= OUTAGE_NEWS) {
             outage.told = Instant::now();
             let (away_seconds, Outage { failures, error, .. }) = (outage.since.elapsed().as_secs(), outage);
-            tracing::warn!(server = self.server, away_seconds, failures, error, "the API server still does not answer");
+            tracing::warn!(
+                server = self.server.name,
+                away_seconds,
+                failures,
+                error,
+                "the API server still does not answer"
+            );
         }
     }
 }

@@ -601,10 +601,14 @@ impl TryFrom<CheckArgs> for CheckConfig {
 impl ApiFlags {
     /// Manifests come before the cluster that a pod happens to run in, but not before one that somebody names.
     fn checked(self, sources: Vec<PathBuf>) -> Result<SourceConfig, ConfigError> {
-        let (server, in_pod) = (self.options(), non_empty(self.kubernetes_service_host).is_some());
+        let (server, service_host) = (self.options(), non_empty(self.kubernetes_service_host));
         let named = server != ApiOptions::default();
         match sources.first() {
-            None if named || in_pod => Ok(SourceConfig::Api { server, state_dir: non_empty_path(self.state_dir) }),
+            None if named || service_host.is_some() => Ok(SourceConfig::Api {
+                server,
+                state_dir: non_empty_path(self.state_dir),
+                service_host: service_host.and_then(|host| host.parse().ok()),
+            }),
             Some(source) if named => Err(ConfigError {
                 flag: "--source",
                 value: source.display().to_string(),
@@ -767,7 +771,10 @@ mod tests {
         let config = run_fine("kube-relay run --kubeconfig k --master https://10.0.0.1:6443 --state-dir /s");
 
         let options = ApiOptions { kubeconfig: Some("k".into()), master: Some("https://10.0.0.1:6443".into()) };
-        assert_eq!(config.source, SourceConfig::Api { server: options, state_dir: Some("/s".into()) });
+        assert_eq!(
+            config.source,
+            SourceConfig::Api { server: options, state_dir: Some("/s".into()), service_host: None }
+        );
         assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
         assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
         assert!(!config.plan.allow_loopback_endpoints);
@@ -778,7 +785,8 @@ mod tests {
     fn given_a_pod_when_parsed_then_its_cluster_is_the_source_unless_files_are_given() {
         let pod = "kube-relay run --kubernetes-service-host 10.96.0.1";
 
-        assert_eq!(run_fine(pod).source, SourceConfig::Api { server: ApiOptions::default(), state_dir: None });
+        let (server, service_host) = (ApiOptions::default(), Some([10, 96, 0, 1].into()));
+        assert_eq!(run_fine(pod).source, SourceConfig::Api { server, state_dir: None, service_host });
         assert_eq!(
             run_fine(&format!("{pod} -f web.yaml")).source,
             SourceConfig::Manifests(vec![Input::from("web.yaml")])

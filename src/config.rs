@@ -94,6 +94,9 @@ pub enum SourceConfig {
         server: ApiOptions,
         /// Folder of the last state; `None`: it is not kept. From `--state-dir`.
         state_dir: Option<PathBuf>,
+        /// The address that the cluster gives its own server, in a pod: one of a Service, like 10.96.0.1. From
+        /// `KUBERNETES_SERVICE_HOST`.
+        service_host: Option<IpAddr>,
     },
 }
 

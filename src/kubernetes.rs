@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api_client::{Api, ApiError};
-use crate::api_report::{NodeReport, Report};
+use crate::api_report::{NodeReport, Report, Server};
 use crate::api_watch::{Selector, Sighting, Watch, at};
 use crate::control::Relay;
 use crate::decode::Observed;
@@ -38,6 +39,9 @@ pub struct Selection {
     pub proxy_name: Option<String>,
     /// The Node that this relay runs on. From `--node-name`, else the name of this machine.
     pub node_name: Arc<str>,
+    /// Where the cluster takes the addresses of Services from, as far as that is known before it is asked. From
+    /// `KUBERNETES_SERVICE_HOST` and `--service-cluster-ip-range`.
+    pub service_nets: Vec<IpNet>,
     /// Seconds for which the server lets a watch live. Drawn for each, so that a thousand nodes do not come back at once;
     /// short, as a connection that broke without a word is noticed 5 s later. 48 to 60, but for tests.
     pub watch_seconds: RangeInclusive<u32>,
@@ -45,8 +49,8 @@ pub struct Selection {
 
 impl Default for Selection {
     fn default() -> Self {
-        let (state_dir, proxy_name) = (None, None);
-        Self { state_dir, proxy_name, node_name: "".into(), watch_seconds: 48..=60 }
+        let (state_dir, proxy_name, service_nets) = (None, None, Vec::new());
+        Self { state_dir, proxy_name, node_name: "".into(), service_nets, watch_seconds: 48..=60 }
     }
 }
 
@@ -98,7 +102,11 @@ impl Source {
             old_endpoints: Some(Watch::new::<Watched<Endpoints>>(api, &endpoints, &contact, |object| object.observed)?),
             node: Watch::new::<Node>(api, &node, &contact, |object| OwnNode::of(&object))?,
             saved: selection.state_dir.as_deref().map(last_good::path),
-            report: Report::new(api.server(), relay, NodeReport::new(&selection.node_name, place, relay.health())),
+            report: Report::new(
+                Server { name: api.server(), ip: api.ip(), service_nets: selection.service_nets.clone() },
+                relay,
+                NodeReport::new(&selection.node_name, place, relay.health()),
+            ),
         })
     }
 }
@@ -121,6 +129,10 @@ async fn follow(source: Source) {
     report.begin([services.kind, endpoints.kind, node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
+    // Only this relay leads to such a server, and only the file leads to this relay.
+    if report.server.is_a_service() && report.serve_saved(serve_saved.take()).await.is_err() {
+        return;
+    }
     loop {
         let took = tokio::select! {
             sighting = services.next() => report.take(0, sighting).await,

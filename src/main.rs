@@ -10,6 +10,8 @@ use std::thread::available_parallelism;
 
 use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
+#[cfg(feature = "kubernetes")]
+use ipnet::IpNet;
 use kube_relay::admin::{self, AdminOptions};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
@@ -171,11 +173,16 @@ async fn follow(
             tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop));
         }
         #[cfg(feature = "kubernetes")]
-        SourceConfig::Api { server, state_dir } => {
+        SourceConfig::Api { server, state_dir, service_host } => {
             let selection = kubernetes::Selection {
                 proxy_name: config.plan.proxy_name.clone(),
                 state_dir: state_dir.clone(),
                 node_name: config.plan.node.name.clone().unwrap_or_default(),
+                service_nets: service_host
+                    .map(IpNet::from)
+                    .into_iter()
+                    .chain(config.plan.service_cluster_ip_range)
+                    .collect(),
                 ..kubernetes::Selection::default()
             };
             let place = Place { plan: config.plan.clone(), host: host.clone() };

@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use kube_relay::kubernetes::Selection;
 use kube_relay::stats::WatchFailure;
 use tokio::task::JoinHandle;
 
-use crate::stage::{Stage, api_address, node, selection, service, slice, web};
+use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
 use crate::support::api_server::{ApiServer, Mood};
 use crate::support::client;
 use crate::support::site::Site;
@@ -166,18 +165,18 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_c
 async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_it_is_served_until_the_server_is_back() {
     let site = Site::new(227);
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..selection() };
+    let setup = Setup::keeping_in(folder.path());
     let mut server = ApiServer::start(api_address(site)).await;
     server.put("services", web(site));
     server.put("endpointslices", slice("web-1", &[site.backend(1)]));
     server.put("nodes", node(site.node_ip(), &[]));
-    let first = Stage::following_with(site, server, selection.clone(), "").await;
+    let first = Stage::following_with(site, server, setup.clone()).await;
     first.until_backends(&[site.backend(1)]).await;
     first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
     server = first.end().await;
     server.stop().await;
 
-    let mut stage = Stage::following_with(site, server, selection, "").await;
+    let mut stage = Stage::following_with(site, server, setup).await;
     stage.until_backends(&[site.backend(1)]).await;
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
     assert!(stage.status().synced && !stage.status().contact.is_connected());
@@ -193,12 +192,12 @@ async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_i
 async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_relay_waits_for_it() {
     let site = Site::new(27);
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let selection = Selection { state_dir: Some(folder.path().to_owned()), ..selection() };
+    let setup = Setup::keeping_in(folder.path());
     let mut server = ApiServer::start(api_address(site)).await;
     server.stop().await;
     server.put("services", web(site));
 
-    let mut stage = Stage::following_with(site, server, selection, "").await;
+    let mut stage = Stage::following_with(site, server, setup).await;
     stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
     assert!(!stage.status().synced);
 

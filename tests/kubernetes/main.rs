@@ -2,6 +2,7 @@
 //! backends on loopback, and what each of them notices.
 #![cfg(feature = "kubernetes")]
 
+mod bootstrap;
 mod failures;
 mod node;
 mod rollout;

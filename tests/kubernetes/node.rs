@@ -1,8 +1,6 @@
 //! The Node that the relay runs on: what it changes for load balancers and for listeners, and what it does not.
 
-use kube_relay::kubernetes::Selection;
-
-use crate::stage::{Stage, api_address, node, selection, slice, web};
+use crate::stage::{Setup, Stage, api_address, node, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
 use crate::support::site::Site;
@@ -42,9 +40,10 @@ async fn t211_given_nodes_of_other_names_when_followed_then_services_are_served_
     let site = Site::new(31);
     let server = serving(site).await;
     server.put("nodes", node(site.node_ip(), &[]));
-    let other = Selection { node_name: "node-2".into(), ..selection() };
+    let mut other = Setup::default();
+    other.selection.node_name = "node-2".into();
 
-    let stage = Stage::following_with(site, server, other, "").await;
+    let stage = Stage::following_with(site, server, other).await;
 
     stage.until_backends(&[site.backend(1)]).await;
     assert!(!stage.is_eligible());
@@ -70,7 +69,8 @@ async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_an
     let [old, new] = [site.client(51), site.client(52)];
     server.put("nodes", node(old, &[]));
     // In 127/8 no address is `primary`: a wildcard follows the Node's addresses as well.
-    let stage = Stage::following_with(site, server, selection(), "--expose 0.0.0.0:8081=web:http").await;
+    let setup = Setup { flags: "--expose 0.0.0.0:8081=web:http", ..Setup::default() };
+    let stage = Stage::following_with(site, server, setup).await;
     stage.until_backends(&[site.backend(1)]).await;
     let mut open = client::connect((old, 8081).into()).await.expect("the Node's address");
     assert_eq!(client::ask_on(&mut open).await.expect("an answer"), site.backend(1));

@@ -1,6 +1,7 @@
 //! A relay that follows an API server, and the objects that it is told of.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 
 use clap::Parser;
@@ -20,6 +21,40 @@ use crate::support::api_server::ApiServer;
 use crate::support::relay::{picks, service_of};
 use crate::support::site::{SERVICE_PORT, Site};
 use crate::support::{DEADLINE, backend::Backend};
+
+/// How a relay follows.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    /// What it takes, for a start that of a relay on `node-1`.
+    pub(crate) selection: Selection,
+    /// More flags.
+    pub(crate) flags: &'static str,
+    /// Where it asks, in place of the address of the server.
+    pub(crate) master: Option<SocketAddr>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let selection = Selection { node_name: "node-1".into(), ..Selection::default() };
+        Self { selection, flags: "", master: None }
+    }
+}
+
+impl Setup {
+    /// One that keeps its state.
+    pub(crate) fn keeping_in(folder: &Path) -> Self {
+        let mut setup = Self::default();
+        setup.selection.state_dir = Some(folder.to_owned());
+        setup
+    }
+
+    /// One whose watches live for a second or two.
+    pub(crate) fn hasty() -> Self {
+        let mut setup = Self::default();
+        setup.selection.watch_seconds = 1..=2;
+        setup
+    }
+}
 
 /// A server and a relay that follows it.
 pub(crate) struct Stage {
@@ -45,18 +80,18 @@ impl Stage {
 
     /// A relay that has just begun to follow a server.
     pub(crate) async fn following(site: Site, server: ApiServer) -> Self {
-        Self::following_with(site, server, selection(), "").await
+        Self::following_with(site, server, Setup::default()).await
     }
 
-    /// The same, with another selection and more flags.
-    pub(crate) async fn following_with(site: Site, server: ApiServer, selection: Selection, flags: &str) -> Self {
-        let config = config(flags);
+    /// The same, set up in another way.
+    pub(crate) async fn following_with(site: Site, server: ApiServer, setup: Setup) -> Self {
+        let config = config(setup.flags);
         // No address of the machine that tests run on.
         let host = Host { interfaces: Vec::new(), default_sources: Vec::new() };
         let relay = control::Relay::start(config.relay_options(&host)).expect("a relay can be started");
         let cancel = CancellationToken::new();
         let place = Place { plan: config.plan, host };
-        tokio::spawn(kubernetes::run(source(&server, &selection, &relay, place).await, cancel.clone()));
+        tokio::spawn(kubernetes::run(source(&server, &setup, &relay, place).await, cancel.clone()));
         let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
         Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
     }
@@ -116,11 +151,6 @@ pub(crate) fn api_address(site: Site) -> SocketAddr {
     SocketAddr::new(site.client(8), 6443)
 }
 
-/// The one of a relay on `node-1`.
-pub(crate) fn selection() -> Selection {
-    Selection { node_name: "node-1".into(), ..Selection::default() }
-}
-
 /// A static source's, as backends are on loopback here.
 fn config(flags: &str) -> RunConfig {
     let line = format!("kube-relay run -f - --node-name node-1 {flags}");
@@ -130,18 +160,26 @@ fn config(flags: &str) -> RunConfig {
     }
 }
 
-async fn source(server: &ApiServer, selection: &Selection, relay: &control::Relay, place: Place) -> Source {
+async fn source(server: &ApiServer, setup: &Setup, relay: &control::Relay, place: Place) -> Source {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let kubeconfig = folder.path().join("config");
     std::fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
-    let options = ApiOptions { kubeconfig: Some(kubeconfig), master: None };
+    let options =
+        ApiOptions { kubeconfig: Some(kubeconfig), master: setup.master.map(|master| format!("http://{master}")) };
     let api = Api::find(&options).await.expect("a kubeconfig that can be used");
-    Source::new(&api, selection, relay, place).expect("credentials that can be used")
+    Source::new(&api, &setup.selection, relay, place).expect("credentials that can be used")
 }
 
 /// The Service `web` at the site's cluster IP.
 pub(crate) fn web(site: Site) -> Value {
     service("web", &site.cluster_ip().to_string())
+}
+
+/// A slice of another Service, with one backend.
+pub(crate) fn slice_of(service: &str, backend: SocketAddr) -> Value {
+    let mut slice = slice(service, &[backend]);
+    slice["metadata"]["labels"]["kubernetes.io/service-name"] = service.into();
+    slice
 }
 
 /// The Node `node-1`.

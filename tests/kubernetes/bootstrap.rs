@@ -1,0 +1,113 @@
+//! A relay in place of kube-proxy: the cluster's own address of the API server is a cluster IP, which nobody serves before
+//! the relay does.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use ipnet::IpNet;
+
+use crate::stage::{Setup, Stage, api_address, service, slice, slice_of, web};
+use crate::support::api_server::ApiServer;
+use crate::support::site::{SERVICE_PORT, Site};
+use crate::support::{client, within};
+
+/// Where `default/kubernetes` is reached: what 10.96.0.1:443 is in a cluster.
+fn cluster_address(site: Site) -> SocketAddr {
+    SocketAddr::new(site.client(50), SERVICE_PORT)
+}
+
+/// A server that knows itself, and the Service `web`.
+async fn knowing_itself(site: Site) -> ApiServer {
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", service("kubernetes", &cluster_address(site).ip().to_string()));
+    server.put("endpointslices", slice_of("kubernetes", api_address(site)));
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    server
+}
+
+/// A relay that is told the cluster's own address alone.
+fn by_cluster_address(site: Site, mut setup: Setup) -> Setup {
+    setup.selection.service_nets = vec![IpNet::from(cluster_address(site).ip())];
+    setup.master = Some(cluster_address(site));
+    setup
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t227_given_a_first_start_by_the_real_address_when_restarted_by_the_cluster_ip_then_it_finds_the_server_through_itself()
+ {
+    let site = Site::new(33);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = Setup::keeping_in(folder.path());
+    let server = knowing_itself(site).await;
+    assert!(client::refused(cluster_address(site)).await, "nobody serves it yet");
+
+    let first = Stage::following_with(site, server, setup.clone()).await;
+    first.until_backends(&[site.backend(1)]).await;
+    client::connect(cluster_address(site)).await.expect("the cluster's address leads to the server now");
+    first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
+    let server = first.end().await;
+    until_refused(cluster_address(site)).await;
+    let stage = Stage::following_with(site, server, by_cluster_address(site, setup)).await;
+
+    stage.until("contact", |status| status.contact.is_connected()).await;
+    assert_eq!(stage.status().contact.failures().count(), 0, "it was served before it was asked");
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.until_backends(&[site.backend(2)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(2));
+}
+
+/// Listeners of a relay that is gone are closed by its threads, as these end.
+async fn until_refused(address: SocketAddr) {
+    let wait = async {
+        while !client::refused(address).await {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("a listener to be closed", wait).await;
+}
+
+/// The log of this thread.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn lines_with(&self, words: &str) -> Vec<String> {
+        let text = self.0.lock().expect("nobody panics while it holds it").clone();
+        let text = String::from_utf8(text).expect("the log is text");
+        text.lines().filter(|line| line.contains(words)).map(str::to_owned).collect()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("nobody panics while it holds it").write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f2_given_the_cluster_ip_alone_and_no_state_when_started_then_one_line_says_what_is_wrong_and_what_to_do() {
+    let (site, log) = (Site::new(34), Log::default());
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let _logging = tracing::subscriber::set_default(subscriber);
+    let server = knowing_itself(site).await;
+
+    let stage = Stage::following_with(site, server, by_cluster_address(site, Setup::default())).await;
+    stage
+        .until("two tries of each", |status| status.contact.failures().filter(|(_, _, count)| *count > 1).count() == 3)
+        .await;
+
+    assert!(!stage.status().synced);
+    let told = log.lines_with("an address of the service range");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("give the server's own address with --master") && told[0].contains(" WARN "), "{told:?}");
+    assert!(told[0].contains(&cluster_address(site).to_string()), "{told:?}");
+    assert_eq!(log.lines_with(" WARN ").len(), 1, "nothing else");
+}
