@@ -407,6 +407,7 @@ mod tests {
     use crate::health;
     use crate::lifecycle::{LISTENERS, SOURCE};
     use crate::live::sample;
+    use crate::stats::{WatchFailure, WatchedKind};
 
     const LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
@@ -499,6 +500,29 @@ mod tests {
         assert_eq!(body(&blocked), "not ready: listeners, source\n");
         assert_eq!(body(&verbose), "[-]listeners not yet\n[+]source ok\nreadyz check failed\n");
         assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
+    }
+
+    #[tokio::test]
+    async fn f1_given_an_api_server_that_is_away_when_readiness_is_asked_for_then_it_is_ready_and_degraded() {
+        let served = Served::start().await;
+        [SOURCE, LISTENERS].iter().for_each(|blocker| served.readiness.clear(blocker));
+        let contact = Arc::clone(&served.status.borrow().contact);
+        contact.watch(WatchedKind::Service);
+        contact.line(WatchedKind::Service).connect();
+        let before = served.get(Surface::Metrics, "/readyz").await;
+        contact.line(WatchedKind::Service).fail(WatchFailure::Unreachable);
+
+        let plain = served.get(Surface::Metrics, "/readyz").await;
+        let verbose = served.get(Surface::Metrics, "/readyz?verbose").await;
+        let metrics = served.get(Surface::Metrics, "/metrics").await;
+
+        assert_eq!(body(&before), "ok");
+        assert!(plain.starts_with("HTTP/1.1 200 ") && verbose.starts_with("HTTP/1.1 200 "), "{plain}{verbose}");
+        assert_eq!(body(&plain), "ok (degraded: source)\n");
+        assert!(body(&verbose).contains("[~]source degraded: the API server was last heard 0 s ago\n"), "{verbose}");
+        assert!(metrics.contains("\nkuberelay_source_connected 0\n"), "{metrics}");
+        let errors = "\nkuberelay_kube_watch_errors_total{kind=\"Service\",reason=\"unreachable\"} 1\n";
+        assert!(metrics.contains(errors), "{metrics}");
     }
 
     #[tokio::test]

@@ -144,11 +144,12 @@ pub(crate) struct Wire {
     since: Instant,
     /// Until when the server wants to be left alone, in milliseconds after `since`.
     retry_ms: AtomicU64,
+    heard_bytes: AtomicU64,
 }
 
 impl Wire {
-    fn new(kind: WatchedKind, contact: Arc<Contact>) -> Self {
-        Self { kind, contact, since: Instant::now(), retry_ms: AtomicU64::new(0) }
+    pub(crate) fn new(kind: WatchedKind, contact: Arc<Contact>) -> Self {
+        Self { kind, contact, since: Instant::now(), retry_ms: AtomicU64::new(0), heard_bytes: AtomicU64::new(0) }
     }
 
     /// When the server may be asked again, as far as it has said so.
@@ -156,14 +157,21 @@ impl Wire {
         self.since + Duration::from_millis(self.retry_ms.load(Ordering::Relaxed))
     }
 
-    fn hear(&self) {
+    /// Bytes of answers so far.
+    pub(crate) fn heard_bytes(&self) -> u64 {
+        self.heard_bytes.load(Ordering::Relaxed)
+    }
+
+    /// A part of a good answer has come.
+    pub(crate) fn hear(&self, frame: &Frame<Bytes>) {
         self.contact.hear(self.kind);
+        self.heard_bytes.fetch_add(frame.data_ref().map_or(0, |data| data.len() as u64), Ordering::Relaxed);
     }
 
     /// Keeps to what the answer asks for.
     fn note<B>(&self, response: &Response<B>) {
-        self.hear();
         if response.status().is_success() {
+            self.contact.hear(self.kind);
             self.contact.line(self.kind).connect();
         }
         let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -237,9 +245,12 @@ where
             sleep_until(turn).await;
             let response = timeout(ANSWER_TIMEOUT, answer).await??;
             wire.note(&response);
+            let good = response.status().is_success();
             Ok(response.map(|body| {
                 let hear: Box<dyn FnMut(Frame<Bytes>) -> Frame<Bytes> + Send> = Box::new(move |frame| {
-                    wire.hear();
+                    if good {
+                        wire.hear(&frame);
+                    }
                     frame
                 });
                 body.map_frame(hear)

@@ -22,8 +22,12 @@ use crate::contact::Contact;
 use crate::stats::{WatchFailure, WatchedKind};
 use crate::watched::Watchable;
 
-/// From the beginning of a list to its end.
-const LIST_TIMEOUT: Duration = Duration::from_secs(120);
+/// What a list has to bring in each second, over as long a time as a watch may live: a hundredth of what a slow network does.
+const LIST_BYTES_PER_SECOND: u64 = 10_000;
+/// After so many of those times a list is given up, however it moves.
+const LIST_SPANS: u32 = 10;
+/// The longest pause after failures.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Which objects of a kind are asked for, and for how long at a time.
 #[derive(Clone, Debug)]
@@ -67,12 +71,23 @@ pub(crate) struct Watch<O> {
     backoff: DefaultBackoff,
     /// Nothing is asked before.
     pause_until: Option<Instant>,
-    /// When a list that is under way is given up.
-    list_ends: Option<Instant>,
+    /// How long a list may take to move on.
+    list_span: Duration,
+    /// The list that is under way.
+    list: Option<Listing>,
     /// True once a list was complete.
     listed: bool,
     /// Why the next list is not the first.
     relist: Option<WatchFailure>,
+}
+
+/// A list that is under way, in one of its spans.
+#[derive(Clone, Copy, Debug)]
+struct Listing {
+    span_ends: Instant,
+    spans_left: u32,
+    /// What had been heard when the span began.
+    heard_bytes: u64,
 }
 
 impl<O> std::fmt::Debug for Watch<O> {
@@ -90,20 +105,22 @@ impl<O: 'static> Watch<O> {
         read: fn(K) -> O,
     ) -> Result<Self, ApiError> {
         let (client, wire) = api.client(K::watched(), contact)?;
+        let (kind, list_span) = (K::watched(), Duration::from_secs((*selector.seconds.end()).into()));
         let selector = selector.clone();
         let begin = Box::new(move || stream(client.clone(), &selector, read));
-        Ok(Self {
-            kind: K::watched(),
-            stream: begin(),
-            begin,
-            wire,
-            contact: Arc::clone(contact),
-            backoff: DefaultBackoff::default(),
-            pause_until: None,
-            list_ends: None,
-            listed: false,
-            relist: None,
-        })
+        Ok(Self::of(kind, begin, wire, Arc::clone(contact), list_span))
+    }
+
+    fn of(
+        kind: WatchedKind,
+        begin: Box<dyn Fn() -> Stream<O> + Send + Sync>,
+        wire: Arc<Wire>,
+        contact: Arc<Contact>,
+        list_span: Duration,
+    ) -> Self {
+        let backoff = DefaultBackoff::default();
+        let (pause_until, list, listed, relist) = (None, None, false, None);
+        Self { kind, stream: begin(), begin, wire, contact, backoff, pause_until, list_span, list, listed, relist }
     }
 
     /// What is seen next. May be dropped and called again at any time: nothing is lost.
@@ -112,10 +129,17 @@ impl<O: 'static> Watch<O> {
             sleep_until(until).await;
             self.pause_until = None;
         }
-        let item = tokio::select! {
-            biased;
-            item = self.stream.next() => item,
-            () = at(self.list_ends) => return self.give_up(WatchFailure::Timeout, "the list does not come to its end"),
+        let item = loop {
+            tokio::select! {
+                biased;
+                item = self.stream.next() => break item,
+                () = at(self.list.map(|list| list.span_ends)) => {
+                    self.list = self.next_span();
+                    if self.list.is_none() {
+                        return self.give_up(WatchFailure::Timeout, "the list does not come to its end");
+                    }
+                }
+            }
         };
         match item {
             Some(Ok(sighting)) => {
@@ -127,20 +151,31 @@ impl<O: 'static> Watch<O> {
         }
     }
 
+    /// The next span of a list that moved on in the last.
+    fn next_span(&self) -> Option<Listing> {
+        let Listing { spans_left, heard_bytes: before, .. } = self.list?;
+        let heard_bytes = self.wire.heard_bytes();
+        let moves = heard_bytes - before >= LIST_BYTES_PER_SECOND * self.list_span.as_secs();
+        let span_ends = Instant::now() + self.list_span;
+        (moves && spans_left > 0).then(|| Listing { span_ends, spans_left: spans_left - 1, heard_bytes })
+    }
+
     fn note(&mut self, sighting: &Sighting<O>) {
-        self.backoff.reset();
         match sighting {
             Sighting::Begin => {
-                self.list_ends = Some(Instant::now() + LIST_TIMEOUT);
+                let (span_ends, heard_bytes) = (Instant::now() + self.list_span, self.wire.heard_bytes());
+                self.list = Some(Listing { span_ends, spans_left: LIST_SPANS - 1, heard_bytes });
                 if let Some(reason) = self.relist.take() {
                     self.contact.line(self.kind).relist(reason);
                 }
             }
             Sighting::Complete => {
-                self.list_ends = None;
+                self.list = None;
                 self.listed = true;
             }
-            _ => {}
+            // A list alone is no sign of health: whatever ends each watch at once would be asked for lists for ever.
+            Sighting::Put(_) | Sighting::Gone(_) => self.backoff.reset(),
+            Sighting::Listed(_) | Sighting::Failed(..) | Sighting::Unknown => {}
         }
     }
 
@@ -176,8 +211,8 @@ impl<O: 'static> Watch<O> {
     fn put_off(&mut self, reason: WatchFailure) {
         self.contact.line(self.kind).fail(reason);
         self.relist = Some(reason);
-        self.list_ends = None;
-        let pause = Instant::now() + self.backoff.next().unwrap_or(LIST_TIMEOUT);
+        self.list = None;
+        let pause = Instant::now() + self.backoff.next().unwrap_or(LONGEST_PAUSE);
         self.pause_until = Some(pause.max(self.wire.retry_at()));
     }
 }
@@ -255,6 +290,8 @@ pub(crate) async fn at(due: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
+    use hyper::body::Frame;
+
     use super::*;
 
     fn status(code: u16) -> Box<Status> {
@@ -275,6 +312,67 @@ mod tests {
             assert_eq!(reason(&watcher::Error::WatchStartFailed(kube::Error::Api(status(code)))), word);
         }
         assert_eq!(reason(&watcher::Error::NoResourceVersion), WatchFailure::Decode);
+    }
+
+    fn watch() -> Watch<()> {
+        let contact = Arc::new(Contact::default());
+        let wire = Arc::new(Wire::new(WatchedKind::Service, Arc::clone(&contact)));
+        let begin = Box::new(|| futures_util::stream::pending().boxed());
+        Watch::of(WatchedKind::Service, begin, wire, contact, Duration::from_secs(60))
+    }
+
+    /// How often a server is asked in ten minutes that lets each try get as far as `seen` and then fails, and the longest
+    /// pause.
+    fn tries_in_ten_minutes(seen: &[Sighting<()>], error: &watcher::Error) -> (u32, Duration) {
+        let (mut watch, mut tries, mut time, mut longest) = (watch(), 0, Duration::ZERO, Duration::ZERO);
+        while time < Duration::from_secs(600) {
+            seen.iter().for_each(|sighting| watch.note(sighting));
+            watch.fail(error);
+            let pause = watch.pause_until.expect("a pause after a failure").saturating_duration_since(Instant::now());
+            (tries, time, longest) = (tries + 1, time + pause, longest.max(pause));
+        }
+        (tries, longest)
+    }
+
+    #[test]
+    fn f1_f3_given_a_server_that_goes_on_failing_when_asked_then_it_is_less_and_less_often() {
+        let storm = watcher::Error::InitialListFailed(kube::Error::Api(status(500)));
+        let expired = watcher::Error::WatchError(status(410));
+
+        for (seen, error) in [(&[Sighting::Begin][..], storm), (&[Sighting::Begin, Sighting::Complete], expired)] {
+            let (tries, longest) = tries_in_ten_minutes(seen, &error);
+            assert!((15..100).contains(&tries), "{tries}: of three kinds that is less than one in 2 s; {error}");
+            assert!(longest <= 2 * LONGEST_PAUSE, "{longest:?}; {error}");
+        }
+    }
+
+    #[test]
+    fn f3_given_changes_that_come_when_a_watch_fails_then_it_is_tried_again_soon() {
+        let mut watch = watch();
+        let error = watcher::Error::WatchError(status(500));
+        (0..10).for_each(|_| drop(watch.fail(&error)));
+
+        watch.note(&Sighting::Put(()));
+        watch.fail(&error);
+
+        let pause = watch.pause_until.expect("a pause after a failure").saturating_duration_since(Instant::now());
+        assert!(pause < Duration::from_secs(2), "{pause:?}");
+    }
+
+    #[test]
+    fn f5_given_a_list_when_a_minute_is_over_then_it_goes_on_while_it_moves_but_not_for_ever() {
+        let mut watch = watch();
+        assert!(watch.next_span().is_none(), "there is no list");
+        watch.note(&Sighting::Begin);
+        assert!(watch.next_span().is_none(), "nothing came");
+
+        for _ in 1..LIST_SPANS {
+            watch.wire.hear(&Frame::data(vec![0; 600_000].into()));
+            watch.list = watch.next_span();
+            assert!(watch.list.is_some(), "it moves");
+        }
+        watch.wire.hear(&Frame::data(vec![0; 600_000].into()));
+        assert!(watch.next_span().is_none(), "ten minutes");
     }
 
     #[test]

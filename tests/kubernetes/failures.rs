@@ -153,12 +153,19 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_c
     stage.server.stop().await;
     stage.until("the loss to be noticed", |status| !status.contact.is_connected()).await;
     stage.until("the loss to be shown", |status| !status.source.last_reload_successful).await;
+    let before = age(&stage);
+    stage.until("the age to grow", |_| age(&stage) > before + 0.5).await;
     stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
     stage.server.resume().await;
 
     stage.until_backends(&[site.backend(2)]).await;
     stage.until("the return to be shown", |status| status.source.last_reload_successful).await;
     assert!(caller.end().await > 0);
+}
+
+/// Seconds since the server was heard.
+fn age(stage: &Stage) -> f64 {
+    stage.status().contact.report().expect("something is watched").age_seconds
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -203,4 +210,43 @@ async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_r
 
     stage.server.resume().await;
     stage.until("the first state", |status| status.synced).await;
+}
+
+/// How long a change may take to be served behind a watch of 6 s that broke without a word: its end, 5 s more, and a new one.
+const STALE: Duration = Duration::from_secs(6 + 5 + 3);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f5_given_watches_that_fall_silent_when_their_time_is_over_then_new_ones_bring_what_was_missed() {
+    let site = Site::new(28);
+    let stage = Stage::serving_with(site, Setup::hasty()).await;
+    stage
+        .until("watches", |_| stage.server.count("services", true) + stage.server.count("endpointslices", true) >= 2)
+        .await;
+    let (caller, since) = (Caller::start(site), tokio::time::Instant::now());
+
+    stage.server.freeze();
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.until_backends(&[site.backend(2)]).await;
+
+    assert!(since.elapsed() <= STALE, "{:?}", since.elapsed());
+    assert!(stage.status().contact.is_connected() && caller.end().await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f5_given_a_byte_a_second_when_the_server_recovers_then_what_hung_is_given_up_in_time() {
+    let site = Site::new(29);
+    let mut stage = Stage::serving_with(site, Setup::hasty()).await;
+    let caller = Caller::start(site);
+
+    stage.server.mood(Mood::Trickle);
+    stage.server.compact(); // So that everything has to be listed.
+    stage.server.cut().await;
+    stage.until("lists", |_| stage.server.count("endpointslices", false) >= 2).await;
+    stage.server.mood(Mood::Well);
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    let since = tokio::time::Instant::now();
+    stage.until_backends(&[site.backend(2)]).await;
+
+    assert!(since.elapsed() <= STALE, "{:?}", since.elapsed());
+    assert!(caller.end().await > 0);
 }

@@ -48,10 +48,10 @@ impl Setup {
         setup
     }
 
-    /// One whose watches live for a second or two.
+    /// One whose watches live for 6 s.
     pub(crate) fn hasty() -> Self {
         let mut setup = Self::default();
-        setup.selection.watch_seconds = 1..=2;
+        setup.selection.watch_seconds = 6..=6;
         setup
     }
 }
@@ -70,10 +70,15 @@ pub(crate) struct Stage {
 impl Stage {
     /// The Service `web` with its first backend, served.
     pub(crate) async fn serving(site: Site) -> Self {
+        Self::serving_with(site, Setup::default()).await
+    }
+
+    /// The same, set up in another way.
+    pub(crate) async fn serving_with(site: Site, setup: Setup) -> Self {
         let server = ApiServer::start(api_address(site)).await;
         server.put("services", web(site));
         server.put("endpointslices", slice("web-1", &[site.backend(1)]));
-        let stage = Self::following(site, server).await;
+        let stage = Self::following_with(site, server, setup).await;
         stage.until_backends(&[site.backend(1)]).await;
         stage
     }

@@ -82,6 +82,8 @@ struct State {
     /// Versions up to this one are forgotten: a watch from there has expired.
     compacted: u64,
     asked: Vec<Asked>,
+    /// Watches among so many first requests say nothing any more.
+    frozen: usize,
     /// Objects of one page of a list.
     page: usize,
 }
@@ -105,6 +107,7 @@ impl ApiServer {
             history: Vec::new(),
             compacted: 0,
             asked: Vec::new(),
+            frozen: 0,
             page: 2,
         };
         let state = Arc::new(Shared { state: Mutex::new(state), version: watch::Sender::new(1) });
@@ -156,6 +159,12 @@ impl ApiServer {
     /// The server is too old for this resource.
     pub fn unknown(&self, resource: &str) {
         self.state.lock().refused = Some((resource.to_owned(), 404));
+    }
+
+    /// Watches that are open say nothing any more, and do not end: a connection that broke without a word.
+    pub fn freeze(&self) {
+        let mut state = self.state.lock();
+        state.frozen = state.asked.len();
     }
 
     /// Ends all connections, and answers new ones.
@@ -226,6 +235,8 @@ struct Wanted {
     resource: String,
     /// The one name that a field selector asks for.
     name: Option<String>,
+    /// The number of the request, from 1.
+    request: usize,
 }
 
 impl Wanted {
@@ -267,12 +278,12 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
     let query = request.uri().query().unwrap_or_default().to_owned();
     let parameter = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
     let is_watch = matches!(parameter("watch"), Some("true" | "1"));
-    let mood = {
+    let (mood, number_of_request) = {
         let mut state = shared.lock();
         let at = tokio::time::Instant::now();
         state.asked.push(Asked { resource: resource.clone(), watch: is_watch, query: query.clone(), at });
         let refused = state.refused.as_ref().filter(|(refused, _)| *refused == resource);
-        refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code))
+        (refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code)), state.asked.len())
     };
     match mood {
         Mood::Refuse(code) => return refusal(code, None),
@@ -288,7 +299,7 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
     }
     let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
     let name = parameter("fieldSelector").and_then(|text| text.strip_prefix("metadata.name%3D")).map(str::to_owned);
-    let wanted = Wanted { resource, name };
+    let wanted = Wanted { resource, name, request: number_of_request };
     let body = if is_watch {
         let behind = number("resourceVersion");
         if behind < shared.lock().compacted {
@@ -326,6 +337,9 @@ fn follow(shared: Arc<Shared>, wanted: Wanted, behind: u64, ends: tokio::time::I
             return None;
         }
         loop {
+            if wanted.request <= shared.lock().frozen {
+                return std::future::pending().await;
+            }
             let (lines, version) = shared.lock().lines(&wanted, behind);
             behind = version;
             if !lines.is_empty() {
