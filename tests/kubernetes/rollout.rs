@@ -1,10 +1,11 @@
 //! Objects that come, change and go.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::stage::{Stage, api_address, service, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
+use crate::support::relay::picks;
 use crate::support::site::Site;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -92,4 +93,33 @@ async fn f4_given_a_bad_object_among_good_ones_when_it_comes_then_the_others_are
     let problems = stage.status().problems.clone();
     assert!(problems.iter().any(|problem| problem.object == "Service default/bad"), "{problems:?}");
     assert_eq!(stage.status().source.rejections.iter().collect::<Vec<_>>(), [("Service", "decode", 1)]);
+}
+
+/// The items of a list as a server of release 1.20 sent it.
+fn recorded(resource: &str) -> Vec<Value> {
+    let path = format!("{}/tests/manifests/recorded/{resource}.json", env!("CARGO_MANIFEST_DIR"));
+    let list: Value = serde_json::from_slice(&std::fs::read(path).expect("a recorded list")).expect("JSON");
+    list["items"].as_array().expect("items").clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t229_given_what_a_server_of_1_20_sends_when_followed_then_each_service_has_its_endpoints() {
+    let site = Site::new(15);
+    let server = ApiServer::start(api_address(site)).await;
+    server.unknown("endpointslices");
+    for resource in ["services", "endpoints"] {
+        recorded(resource).into_iter().for_each(|object| server.put(resource, object));
+    }
+
+    let stage = Stage::following(site, server).await;
+
+    stage.until("the first state", |status| status.synced).await;
+    let status = stage.status();
+    let three = ["10.200.0.11:8080", "10.200.0.12:8080", "10.200.0.13:8080"];
+    assert_eq!(picks(&status, "web"), three);
+    assert_eq!(picks(&status, "web-lb"), three[..2]);
+    assert_eq!(picks(&status, "manual"), [three[0], three[2]], "written by hand");
+    assert_eq!(picks(&status, "kubernetes"), ["10.200.0.1:16443"]);
+    assert!(picks(&status, "empty").is_empty());
+    assert_eq!(status.source.rejections.iter().count(), 0);
 }
