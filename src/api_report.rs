@@ -61,6 +61,8 @@ pub(crate) struct Report {
     /// Which of them have been listed completely.
     listed: [bool; 2],
     node: NodeReport,
+    /// The start.
+    since: SystemTime,
     /// True once a first complete state of the server has been sent.
     synced: bool,
     status: SourceStatus,
@@ -92,6 +94,7 @@ impl Report {
             mirrors: [Kind::Service, Kind::EndpointSlice].map(Mirror::new),
             listed: [false; 2],
             node,
+            since: SystemTime::now(),
             synced: false,
             status: SourceStatus { kind: "kubernetes".into(), ..SourceStatus::default() },
             outage: None,
@@ -154,6 +157,7 @@ impl Report {
             for event in events {
                 self.messages.send(Message::Event(event)).await?;
             }
+            self.send_triggers().await?;
         }
         self.tell().await
     }
@@ -191,6 +195,7 @@ impl Report {
             let revision = self.status.config_revision;
             tracing::info!(services, endpoints, revision, "state of the API server taken");
             self.messages.send(Message::Event(Event::Replace(self.objects()))).await?;
+            self.send_triggers().await?;
         }
         self.tell().await?;
         if first {
@@ -198,6 +203,17 @@ impl Report {
             self.messages.send(Message::Synced).await?;
         }
         Ok(())
+    }
+
+    /// Behind the changes themselves, so that these are carried out by then. What came about before the start has waited for
+    /// somebody else.
+    async fn send_triggers(&mut self) -> Sent {
+        let mut triggers: Vec<_> = self.mirrors.iter_mut().flat_map(Mirror::take_triggers).collect();
+        triggers.retain(|trigger| *trigger >= self.since);
+        if triggers.is_empty() {
+            return Ok(());
+        }
+        self.messages.send(Message::Triggered(triggers)).await
     }
 
     fn objects(&self) -> Objects {

@@ -7,7 +7,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::available_parallelism;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -27,6 +27,7 @@ use crate::serve::Listeners;
 use crate::serve::listeners::BindError;
 use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
+use crate::stats::PROCESS;
 use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status};
 
 /// Messages that wait for the control task; a source that is faster waits.
@@ -43,6 +44,8 @@ pub enum Message {
     Event(Event),
     /// The first complete state has been sent: act on it.
     Synced,
+    /// When changes had come about that were sent just before: the time since then is measured once they are carried out.
+    Triggered(Vec<SystemTime>),
     /// This node is at another place in the cluster than was known.
     Setting(Box<Setting>),
     /// How the source does, and all that is wrong with its input now (replaces what it said before).
@@ -122,6 +125,7 @@ impl Relay {
             refused: Rejections::default(),
             synced: false,
             inside_moved: false,
+            triggers: Vec::new(),
             news: false,
             status: first,
             publish,
@@ -212,6 +216,8 @@ struct Control {
     synced: bool,
     /// True where another set of addresses counts as inside than the listeners were told.
     inside_moved: bool,
+    /// When changes of this batch had come about.
+    triggers: Vec<SystemTime>,
     /// True where the source has said something that is not in the last snapshot.
     news: bool,
     /// The next snapshot.
@@ -283,6 +289,7 @@ impl Control {
             Message::Event(event) => self.model.apply(event, &mut self.dirty),
             Message::Synced => self.synced = true,
             Message::Setting(setting) => self.set(*setting),
+            Message::Triggered(triggers) => self.triggers.extend(triggers),
             Message::Source { status, problems } => {
                 self.status.source = status;
                 self.status.source.rejections.add(self.refused.clone());
@@ -315,7 +322,15 @@ impl Control {
             self.news = false;
             self.publish();
         }
+        self.measure(SystemTime::now());
         acts
+    }
+
+    /// How long the changes took that are carried out by now. A time to come is another clock's: it says nothing.
+    fn measure(&mut self, now: SystemTime) {
+        for took in self.triggers.drain(..).filter_map(|trigger| now.duration_since(trigger).ok()) {
+            PROCESS.network_programming.observe(took);
+        }
     }
 
     async fn carry_out(&mut self) {

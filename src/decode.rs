@@ -10,7 +10,11 @@ use std::hash::BuildHasher;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
+#[cfg(feature = "kubernetes")]
+use std::time::SystemTime;
 
+#[cfg(feature = "kubernetes")]
+use k8s_openapi::jiff::Timestamp;
 use serde::de::MapAccess;
 #[cfg(feature = "kubernetes")]
 use serde::de::{Deserialize, Deserializer};
@@ -177,6 +181,8 @@ pub(crate) struct Observed {
     pub(crate) name: Option<ObjectName>,
     /// From `metadata.resourceVersion`; empty where there is none.
     pub(crate) version: Arc<str>,
+    /// From the annotation `endpoints.kubernetes.io/last-change-trigger-time`; `None` where there is none that can be read.
+    pub(crate) triggered: Option<SystemTime>,
     /// What it says; `None` where an error forbids to use it.
     pub(crate) content: Option<Content>,
     /// What is wrong with it. Fields that nobody knows are left out: a server may be newer than we are.
@@ -192,15 +198,24 @@ impl Observed {
         let mut reading = Reading::new("API server");
         let mut found = Findings::new(MAX_FINDINGS_PER_OBJECT);
         reading.manifest(&mut found, At::Root, &value, Slot { line: 0, item: None, kind: Some(kind) });
-        let (name, version) = name_and_version(&value);
+        let ((name, version), triggered) = (name_and_version(&value), triggered(&value));
         let content = reading.decoded.objects.pop().map(|entry| entry.content);
         let told = found.list.into_iter().filter(|finding| finding.reason != "unknown_field");
         let problems = told.map(|Finding { object, reason, message, severity, .. }| Problem {
             severity,
             ..Problem::error(object, reason, message)
         });
-        Ok(Self { name, version, content, problems: problems.collect() })
+        Ok(Self { name, version, triggered, content, problems: problems.collect() })
     }
+}
+
+#[cfg(feature = "kubernetes")]
+fn triggered(value: &Object<Manifest>) -> Option<SystemTime> {
+    let Object::Fields(raw, _) = value else { return None };
+    let Object::Fields(metadata, _) = &raw.metadata else { return None };
+    let Object::Fields(annotations, _) = &metadata.annotations else { return None };
+    let Scalar::Text(text) = &annotations.trigger_time else { return None };
+    text.parse::<Timestamp>().ok().map(SystemTime::from)
 }
 
 /// As far as they can be read, whatever else is wrong.
@@ -278,10 +293,16 @@ fields!(Labels {
     "service.kubernetes.io/service-proxy-name" => proxy_name: Scalar,
 } free);
 
-/// The annotations that are ours; others are nobody's business here.
+/// When what endpoints stand for last changed, as the control plane noticed it.
+#[cfg(feature = "kubernetes")]
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// The annotations that are ours, and when endpoints changed; others are nobody's business here.
 #[derive(Debug, Default)]
 pub(crate) struct Annotations {
     ours: Vec<(Box<str>, Scalar)>,
+    #[cfg(feature = "kubernetes")]
+    trigger_time: Scalar,
 }
 
 impl Fields for Annotations {
@@ -290,6 +311,11 @@ impl Fields for Annotations {
     const FREE: bool = true;
 
     fn take<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<bool, A::Error> {
+        #[cfg(feature = "kubernetes")]
+        if key == TRIGGER_TIME {
+            self.trigger_time = map.next_value()?;
+            return Ok(true);
+        }
         let ours = key.starts_with(PREFIX);
         if ours {
             self.ours.push((key.into(), map.next_value()?));

@@ -18,7 +18,7 @@ use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
 use crate::plan::ServicePlan;
 use crate::serve::balancer::Backend;
-use crate::stats::{CloseReason, ConnectFailure, DropReason, PROCESS};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS};
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
@@ -31,6 +31,8 @@ pub enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// Counts in buckets: series with `_bucket` (and the label `le`), `_sum` and `_count` behind the name.
+    Histogram,
 }
 
 impl Kind {
@@ -39,6 +41,7 @@ impl Kind {
         match self {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
         }
     }
 }
@@ -48,7 +51,7 @@ impl Kind {
 pub struct Metric {
     /// Full name, with the unit in it.
     pub name: &'static str,
-    /// Counter or gauge.
+    /// What it is.
     pub kind: Kind,
     /// Its labels, in the order in which they are written.
     pub labels: &'static [&'static str],
@@ -99,6 +102,7 @@ metrics! {
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
+    NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
     Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
@@ -159,6 +163,18 @@ impl Page {
         };
     }
 
+    /// Adds the samples of a metric without labels of its own.
+    fn histogram<const N: usize>(&mut self, id: Id, histogram: &Histogram<N>) {
+        let (name, samples) = (METRICS[id as usize].name, &mut self.samples[id as usize]);
+        // What comes in between is in the count, not in the buckets: it may not be less than they.
+        let (buckets, count) = (histogram.cumulative().collect::<Vec<_>>(), histogram.count());
+        for (bound, sum) in buckets {
+            let _ = writeln!(samples, "{name}_bucket{{le=\"{bound}\"}} {sum}");
+        }
+        let _ = writeln!(samples, "{name}_bucket{{le=\"+Inf\"}} {count}");
+        let _ = writeln!(samples, "{name}_sum {}\n{name}_count {count}", histogram.sum_seconds());
+    }
+
     fn text(self) -> String {
         let mut text = String::with_capacity(self.samples.iter().map(|samples| samples.len() + 200).sum());
         for (metric, samples) in METRICS.iter().zip(&self.samples) {
@@ -173,6 +189,7 @@ impl Page {
 
     fn contact(&mut self, contact: &Contact) {
         if let Some(report) = contact.report() {
+            self.histogram(Id::NetworkProgramming, &PROCESS.network_programming);
             self.sample(Id::SourceConnected, "", u8::from(report.connected));
             self.sample(Id::SourceAge, "", report.age_seconds);
         }
@@ -371,6 +388,23 @@ mod tests {
         let in_order: Vec<_> = METRICS.iter().map(|metric| metric.name).filter(|name| seen.contains(name)).collect();
         assert_eq!(seen, in_order, "each once, in the order of the table");
         assert!(text.ends_with('\n'));
+    }
+
+    #[test]
+    fn t064_given_an_api_source_when_rendered_then_the_time_to_program_is_a_histogram() {
+        let status = sample::status();
+        assert!(!render(&status, true).contains("network_programming"), "a static source has no such time");
+        status.contact.watch(crate::stats::WatchedKind::Service);
+
+        let text = render(&status, true);
+
+        let lines = text.lines().filter(|line| line.contains("kubeproxy_network_programming_duration_seconds"));
+        let lines: Vec<_> = lines.map(|line| line.rsplit_once(' ').map_or("", |(series, _)| series)).collect();
+        assert!(lines.contains(&"kubeproxy_network_programming_duration_seconds_bucket{le=\"0.005\"}"), "{lines:?}");
+        assert!(lines.contains(&"kubeproxy_network_programming_duration_seconds_bucket{le=\"60\"}"), "{lines:?}");
+        assert!(lines.contains(&"kubeproxy_network_programming_duration_seconds_bucket{le=\"+Inf\"}"), "{lines:?}");
+        assert_eq!(lines[lines.len() - 2..].concat().matches("_sum").count(), 1, "{lines:?}");
+        assert!(text.contains("# TYPE kubeproxy_network_programming_duration_seconds histogram\n"), "{text}");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::decode::{Content, Kind, Observed};
 use crate::model::{Event, Objects};
@@ -24,6 +25,8 @@ pub(crate) struct Mirror {
     pub(crate) rejections: Rejections,
     /// True where what is wrong changed since somebody asked.
     news: bool,
+    /// When what was taken since somebody asked had come about, as far as it is told.
+    triggers: Vec<SystemTime>,
 }
 
 /// What is wrong with an object.
@@ -39,12 +42,13 @@ struct Arriving {
     objects: HashMap<ObjectName, Content>,
     flaws: BTreeMap<ObjectName, Flaw>,
     changed: bool,
+    triggers: Vec<SystemTime>,
 }
 
 impl Mirror {
     pub(crate) fn new(kind: Kind) -> Self {
-        let (objects, flaws, rejections) = Default::default();
-        Self { kind, objects, arriving: None, flaws, rejections, news: false }
+        let (objects, flaws, rejections, triggers) = Default::default();
+        Self { kind, objects, arriving: None, flaws, rejections, news: false, triggers }
     }
 
     /// A list begins. One that was broken off is forgotten.
@@ -54,6 +58,7 @@ impl Mirror {
 
     /// An object of the list. What is the same as before is shared with it.
     pub(crate) fn list(&mut self, observed: Observed) {
+        let triggered = observed.triggered;
         let Some((name, content, flaw)) = self.judge(observed) else { return };
         let arriving = self.arriving.get_or_insert_default();
         let known = self.objects.get(&name);
@@ -62,6 +67,7 @@ impl Mirror {
             (Some(known), Some(new)) if *known == new => Some(known.clone()),
             (_, new) => {
                 arriving.changed |= new.is_some();
+                arriving.triggers.extend(triggered.filter(|_| new.is_some()));
                 new
             }
         };
@@ -80,6 +86,7 @@ impl Mirror {
         let gone = self.objects.keys().any(|name| !arrived.objects.contains_key(name));
         arrived.objects.shrink_to_fit();
         self.objects = arrived.objects;
+        self.triggers.append(&mut arrived.triggers);
         self.news |= self.flaws != arrived.flaws;
         self.flaws = arrived.flaws;
         arrived.changed || gone
@@ -87,6 +94,7 @@ impl Mirror {
 
     /// One object was added or changed: what the model is to hear, nothing where it says the same as before.
     pub(crate) fn put(&mut self, observed: Observed) -> Vec<Event> {
+        let triggered = observed.triggered;
         let Some((name, content, flaw)) = self.judge(observed) else { return Vec::new() };
         self.news |= flaw.is_some() || self.flaws.contains_key(&name);
         match flaw {
@@ -95,6 +103,7 @@ impl Mirror {
         }
         match content {
             Some(content) if self.objects.get(&name) != Some(&content) => {
+                self.triggers.extend(triggered);
                 let before = self.objects.insert(name, content.clone());
                 let mut events = before.map_or(Vec::new(), |before| leavers(&before, &content));
                 events.extend(arrivals(content));
@@ -130,6 +139,11 @@ impl Mirror {
         self.flaws.values().flat_map(|flaw| &flaw.problems)
     }
 
+    /// When the changes that were taken since the last call had come about. A deletion has no time.
+    pub(crate) fn take_triggers(&mut self) -> Vec<SystemTime> {
+        std::mem::take(&mut self.triggers)
+    }
+
     /// True where what is wrong changed since the last call.
     pub(crate) fn take_news(&mut self) -> bool {
         std::mem::take(&mut self.news)
@@ -137,7 +151,7 @@ impl Mirror {
 
     /// Name, what of it can be used, and what is wrong with it. `None` for an object without a name.
     fn judge(&mut self, observed: Observed) -> Option<(ObjectName, Option<Content>, Option<Flaw>)> {
-        let Observed { name, version, content, problems } = observed;
+        let Observed { name, version, content, problems, .. } = observed;
         let known = name.as_ref().and_then(|name| self.flaws.get(name)).is_some_and(|flaw| flaw.version == version);
         if content.is_none() && !known {
             self.rejections.count(Some(self.kind.as_str()), "decode");
@@ -237,6 +251,36 @@ mod tests {
         assert!(mirror.put(service("a", 1)).is_empty());
         assert!(matches!(mirror.remove(&ObjectName::parse("default/a"))[..], [Event::DeleteService(_)]));
         assert!(mirror.remove(&ObjectName::parse("default/a")).is_empty());
+    }
+
+    #[test]
+    fn t064_given_the_time_of_a_change_when_endpoints_are_taken_then_each_change_has_it_once_and_nothing_else_does() {
+        let slice = |address: &str, time: Value| {
+            let labels = json!({"kubernetes.io/service-name": "web"});
+            let annotations = json!({"endpoints.kubernetes.io/last-change-trigger-time": time});
+            let object = json!({
+                "metadata": {"name": "web-1", "labels": labels, "annotations": annotations},
+                "addressType": "IPv4", "endpoints": [{"addresses": [address]}], "ports": [{"port": 80}],
+            });
+            Observed::deserialize(object, Kind::EndpointSlice).expect("an object")
+        };
+        let mut mirror = Mirror::new(Kind::EndpointSlice);
+        let at = |seconds| SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(seconds);
+
+        mirror.put(slice("10.0.0.1", "1970-01-01T00:00:01.5Z".into()));
+        assert_eq!(mirror.take_triggers(), [at(1_500)]);
+        mirror.put(slice("10.0.0.1", "1970-01-01T00:00:02Z".into()));
+        assert!(mirror.take_triggers().is_empty(), "nothing changed");
+        for wrong in [Value::Null, 5.into(), "yesterday".into()] {
+            mirror.put(slice("10.0.0.2", wrong));
+            mirror.put(slice("10.0.0.1", Value::Null));
+            assert!(mirror.take_triggers().is_empty());
+        }
+        mirror.begin();
+        mirror.list(slice("10.0.0.3", "1970-01-01T00:00:03Z".into()));
+        assert!(mirror.take_triggers().is_empty(), "not before the list is complete");
+        mirror.complete();
+        assert_eq!(mirror.take_triggers(), [at(3_000)]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::ops::Deref;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -226,6 +227,48 @@ impl Latest {
     }
 }
 
+/// How often durations were how long, in spans up to `N` bounds and one beyond.
+#[derive(Debug)]
+pub struct Histogram<const N: usize> {
+    /// The longest duration of each span, in milliseconds, increasing.
+    bounds_ms: [u64; N],
+    counts: [Counter; N],
+    beyond: Counter,
+    sum_us: Counter,
+}
+
+impl<const N: usize> Histogram<N> {
+    const fn new(bounds_ms: [u64; N]) -> Self {
+        Self { bounds_ms, counts: [const { Counter::new() }; N], beyond: Counter::new(), sum_us: Counter::new() }
+    }
+
+    /// Counts one.
+    pub fn observe(&self, took: Duration) {
+        let span = self.bounds_ms.partition_point(|bound| Duration::from_millis(*bound) < took);
+        self.counts.get(span).unwrap_or(&self.beyond).increment();
+        self.sum_us.add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// Each bound in seconds, with how many durations were no longer.
+    pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> {
+        let sums = self.counts.iter().scan(0, |sum, count| {
+            *sum += count.get();
+            Some(*sum)
+        });
+        self.bounds_ms.iter().map(|bound| Duration::from_millis(*bound).as_secs_f64()).zip(sums)
+    }
+
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().map(Counter::get).sum::<u64>() + self.beyond.get()
+    }
+
+    /// Their sum in seconds.
+    pub fn sum_seconds(&self) -> f64 {
+        Duration::from_micros(self.sum_us.get()).as_secs_f64()
+    }
+}
+
 /// One counter for each word of a vocabulary of at most `N` words.
 #[derive(Debug)]
 pub struct Tally<const N: usize>([Counter; N]);
@@ -324,6 +367,10 @@ pub static PROCESS: ProcessStats = ProcessStats {
     panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
+    // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
+    network_programming: Histogram::new([
+        5, 10, 25, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000,
+    ]),
 };
 
 /// See [`PROCESS`].
@@ -339,6 +386,8 @@ pub struct ProcessStats {
     pub healthz: HealthAnswers,
     /// Answers of `/livez` there.
     pub livez: HealthAnswers,
+    /// From a change of endpoints, as the control plane noticed it, to its being served here.
+    pub network_programming: Histogram<15>,
 }
 
 /// Answers by their code.
@@ -409,6 +458,18 @@ impl Zeros for BackendStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn given_durations_when_observed_then_each_counts_up_to_its_bound_and_beyond() {
+        let histogram = Histogram::new([10, 100]);
+
+        for ms in [0, 10, 11, 100, 5_000] {
+            histogram.observe(Duration::from_millis(ms));
+        }
+
+        assert_eq!(histogram.cumulative().collect::<Vec<_>>(), [(0.01, 2), (0.1, 4)]);
+        assert_eq!((histogram.count(), histogram.sum_seconds()), (5, 5.121));
+    }
 
     #[test]
     fn given_counters_on_demand_when_only_looked_at_then_they_take_no_memory_and_are_zero() {

@@ -1,8 +1,10 @@
 //! Objects that come, change and go.
 
+use kube_relay::stats::PROCESS;
+use kube_relay::status::Status;
 use serde_json::{Value, json};
 
-use crate::stage::{Stage, api_address, service, slice, web};
+use crate::stage::{Stage, api_address, service, slice, slice_of, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
 use crate::support::relay::picks;
@@ -122,4 +124,32 @@ async fn t229_given_what_a_server_of_1_20_sends_when_followed_then_each_service_
     assert_eq!(picks(&status, "kubernetes"), ["10.200.0.1:16443"]);
     assert!(picks(&status, "empty").is_empty());
     assert_eq!(status.source.rejections.iter().count(), 0);
+}
+
+/// How many Services come, and how many at once.
+const MANY: (usize, usize) = (200, 15);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t064_given_many_new_services_when_they_come_then_each_is_measured_once() {
+    let (stage, site) = (Stage::serving(Site::new(64)).await, Site::new(64));
+    let before = PROCESS.network_programming.count();
+
+    for first in (0..MANY.0).step_by(MANY.1) {
+        let names: Vec<_> = (first..MANY.0.min(first + MANY.1)).map(|number| format!("s{number}")).collect();
+        for (number, name) in names.iter().enumerate() {
+            let ip = format!("127.64.{}.{}", first / MANY.1, number + 1);
+            stage.server.put("services", service(name, &ip));
+            let mut slice = slice_of(name, site.backend(1));
+            let now = k8s_openapi::jiff::Timestamp::now().to_string();
+            slice["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": now});
+            stage.server.put("endpointslices", slice);
+        }
+        let served = |status: &Status| names.iter().all(|name| !picks(status, name).is_empty());
+        stage.until("new Services", served).await;
+    }
+
+    let count = || PROCESS.network_programming.count() - before;
+    stage.until("measurements", |_| count() == MANY.0 as u64).await;
+    let within: Vec<_> = PROCESS.network_programming.cumulative().collect();
+    println!("network programming, up to seconds: {within:?}");
 }
