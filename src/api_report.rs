@@ -66,6 +66,7 @@ pub(crate) struct Report {
     /// True once a first complete state of the server has been sent.
     synced: bool,
     status: SourceStatus,
+    told_revision: u64,
     outage: Option<Outage>,
     /// True where the state changed since it was last to be saved.
     changed: bool,
@@ -97,6 +98,7 @@ impl Report {
             since: SystemTime::now(),
             synced: false,
             status: SourceStatus { kind: "kubernetes".into(), ..SourceStatus::default() },
+            told_revision: 0,
             outage: None,
             changed: false,
         }
@@ -152,7 +154,6 @@ impl Report {
         };
         self.restore();
         if self.synced {
-            self.status.config_revision += u64::from(!events.is_empty());
             self.changed |= !events.is_empty();
             for event in events {
                 self.messages.send(Message::Event(event)).await?;
@@ -275,10 +276,12 @@ impl Report {
     async fn tell(&mut self) -> Sent {
         let connected = self.contact.is_connected();
         let news = self.mirrors.iter_mut().fold(false, |news, mirror| mirror.take_news() | news);
-        if !news && connected == self.status.last_reload_successful {
+        let revised = self.told_revision != self.status.config_revision;
+        if !news && !revised && connected == self.status.last_reload_successful {
             return Ok(());
         }
         self.status.last_reload_successful = connected;
+        self.told_revision = self.status.config_revision;
         self.status.rejections = Default::default();
         self.mirrors.iter().for_each(|mirror| self.status.rejections.add(mirror.rejections.clone()));
         let problems: Vec<Problem> = self.mirrors.iter().flat_map(Mirror::problems).cloned().collect();
@@ -298,6 +301,13 @@ impl Report {
                     "the API server is asked at an address of the service range, which nobody serves before this relay \
                      does, and nobody answers there: give the server's own address with --master (in the DaemonSet \
                      apiServer of the ConfigMap kube-relay-cluster)"
+                );
+                self.outage = Some(outage(error));
+            }
+            None if reason == WatchFailure::Forbidden => {
+                tracing::warn!(
+                    %kind, server, %reason, error,
+                    "the API server does not let us read this: get, list and watch are needed; the last state stays in use"
                 );
                 self.outage = Some(outage(error));
             }

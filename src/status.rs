@@ -279,7 +279,7 @@ pub struct SourceStatus {
     pub kind: Cow<'static, str>,
     /// True where the last read was taken whole; of an API source, where its server answers.
     pub last_reload_successful: bool,
-    /// How many different states were taken.
+    /// How many different states were taken as a whole: of an API source, lists that brought something new.
     pub config_revision: u64,
     /// How many versions of objects were rejected since the start, by kind and reason: by the source, which cannot read
     /// them, or by the plan, which cannot serve them or a part of them.
