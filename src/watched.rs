@@ -123,6 +123,7 @@ impl<T: Reduced> Resource for Watched<T> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -132,6 +133,33 @@ mod tests {
         assert_eq!(Watched::<Services>::url_path(&(), None), "/api/v1/services");
         assert_eq!(Watched::<EndpointSlices>::url_path(&(), None), "/apis/discovery.k8s.io/v1/endpointslices");
         assert_eq!(Watched::<Endpoints>::url_path(&(), None), "/api/v1/endpoints");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if full() { 100_000 } else { 2_000 }))]
+
+        #[test]
+        fn f4_given_a_garbled_or_cut_object_when_read_then_nothing_panics(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+            cut in any::<proptest::sample::Index>(),
+            is_cut in any::<bool>(),
+        ) {
+            for text in [SERVICE, SLICE] {
+                let mut bytes = text.as_bytes().to_vec();
+                changes.iter().for_each(|(place, byte)| bytes[place.index(text.len())] = *byte);
+                bytes.truncate(if is_cut { cut.index(text.len()) } else { text.len() });
+                let _ = serde_json::from_slice::<Watched<Services>>(&bytes);
+                let _ = serde_json::from_slice::<Watched<EndpointSlices>>(&bytes);
+                let _ = serde_json::from_slice::<Watched<Endpoints>>(&bytes);
+            }
+        }
+    }
+
+    const SERVICE: &str = r#"{"metadata":{"name":"web","namespace":"default","resourceVersion":"5","annotations":{"kube-relay.dev/balance":"p2c"}},"spec":{"type":"NodePort","clusterIP":"10.96.0.9","clusterIPs":["10.96.0.9"],"ipFamilies":["IPv4"],"sessionAffinity":"ClientIP","sessionAffinityConfig":{"clientIP":{"timeoutSeconds":10}},"externalTrafficPolicy":"Local","ports":[{"name":"http","protocol":"TCP","port":80,"targetPort":"web","nodePort":30080}]},"status":{"loadBalancer":{"ingress":[{"ip":"10.0.0.9"}]}}}"#;
+    const SLICE: &str = r#"{"metadata":{"name":"web-1","resourceVersion":"6","labels":{"kubernetes.io/service-name":"web"},"annotations":{"endpoints.kubernetes.io/last-change-trigger-time":"2026-11-21T06:01:52Z"}},"addressType":"IPv4","ports":[{"name":"http","protocol":"TCP","port":8080}],"endpoints":[{"addresses":["10.244.0.3"],"conditions":{"ready":true,"serving":null,"terminating":false},"nodeName":"n","zone":"z","hints":{"forZones":[{"name":"z"}]},"targetRef":{"kind":"Pod","name":"web-1"}}],"subsets":null}"#;
+
+    fn full() -> bool {
+        std::env::var("KUBE_RELAY_TEST").is_ok_and(|value| value == "full")
     }
 
     #[test]

@@ -145,6 +145,22 @@ async fn f4_given_answers_cut_at_any_byte_when_the_server_recovers_then_all_is_t
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t225_given_watches_that_drop_when_they_resume_then_nothing_is_listed_anew_and_one_change_is_one_batch() {
+    let mut stage = Stage::serving(Site::new(225)).await;
+    let kinds = ["services", "endpointslices", "nodes"];
+    stage.until("watches", |_| kinds.iter().all(|kind| stage.server.count(kind, true) > 0)).await;
+    let revision = stage.status().revision;
+
+    stage.server.cut().await;
+    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    stage.until_backends(&[stage.site.backend(2)]).await;
+    stage.until("contact", |status| status.contact.is_connected()).await;
+
+    assert_eq!(kinds.map(|kind| stage.server.count(kind, false)), [1; 3], "{:#?}", stage.server.asked());
+    assert_eq!(stage.status().revision, revision + 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_comes_and_nobody_noticed() {
     let mut stage = Stage::serving(Site::new(226)).await;
     let site = stage.site;

@@ -6,6 +6,7 @@ mod bootstrap;
 mod failures;
 mod node;
 mod rollout;
+mod scale;
 mod stage;
 
 #[path = "../support/mod.rs"]

@@ -167,6 +167,11 @@ impl ApiServer {
         state.frozen = state.asked.len();
     }
 
+    /// Lists come in pages of so many objects.
+    pub fn page(&self, objects: usize) {
+        self.state.lock().page = objects;
+    }
+
     /// Ends all connections, and answers new ones.
     pub async fn cut(&mut self) {
         self.stop().await;

@@ -23,21 +23,39 @@ pub struct Program {
 impl Program {
     /// Starts it with a manifest and waits until it serves. `prepare` may change how it is started.
     pub async fn start(site: Site, manifest: impl Display, prepare: impl FnOnce(&mut Command)) -> Self {
+        let mut program = Self::spawn(site, |command| {
+            command.args(["-f", "-"]);
+            prepare(command);
+        });
+        let mut stdin = program.child.stdin.take().expect("standard input is a pipe");
+        stdin.write_all(manifest.to_string().as_bytes()).expect("the program reads its input");
+        drop(stdin);
+        program.until("it to be ready", |program| seen::page(program.admin, "/readyz").is_ok()).await;
+        program
+    }
+
+    /// Starts it with an API server as its source and waits until it serves.
+    pub async fn following(site: Site, kubeconfig: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let path = folder.path().join("config");
+        std::fs::write(&path, kubeconfig).expect("the test's folder can be written");
+        let program = Self::spawn(site, |command| {
+            command.arg("--kubeconfig").arg(&path).args(["--node-name", "node-1"]);
+        });
+        program.until("it to be ready", |program| seen::page(program.admin, "/readyz").is_ok()).await;
+        program
+    }
+
+    fn spawn(site: Site, prepare: impl FnOnce(&mut Command)) -> Self {
         let admin = SocketAddr::new(site.client(9), 10249);
         // By descriptor: whoever it runs as may be kept out of the folders above it.
         let binary = File::open(env!("CARGO_BIN_EXE_kube-relay")).expect("cargo has built it");
         let mut command = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()));
-        command.args(["run", "-f", "-", "--healthz-bind-address", "none", "--log-level", "error"]);
+        command.args(["run", "--healthz-bind-address", "none", "--log-level", "error"]);
         command.args(["--nodeport-addresses", &format!("{}/32", site.node_ip())]);
         command.args(["--metrics-bind-address", &admin.to_string()]).env_clear().stdin(Stdio::piped());
         prepare(&mut command);
-        let mut child = command.spawn().expect("the program starts");
-        let mut stdin = child.stdin.take().expect("standard input is a pipe");
-        stdin.write_all(manifest.to_string().as_bytes()).expect("the program reads its input");
-        drop(stdin);
-        let program = Self { child, admin };
-        program.until("it to be ready", |program| seen::page(program.admin, "/readyz").is_ok()).await;
-        program
+        Self { child: command.spawn().expect("the program starts"), admin }
     }
 
     /// The number of its process.
