@@ -366,7 +366,7 @@ struct AddressFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Node")]
 struct NodeFlags {
-    /// Networks of the cluster's pods: traffic from there is internal to externalTrafficPolicy Local
+    /// Networks of the cluster's pods: traffic from there is internal to externalTrafficPolicy Local [default: with an API server, the Node's]
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_CLUSTER_CIDR", value_delimiter = ',')]
     cluster_cidr: Vec<IpNet>,
 
@@ -374,11 +374,11 @@ struct NodeFlags {
     #[arg(long, value_name = "NAME", env = "KUBE_RELAY_PROXY_NAME")]
     proxy_name: Option<String>,
 
-    /// Name of this node: endpoints with it are local to traffic policy Local
+    /// Name of this node: endpoints with it are local to traffic policy Local [default: with an API server, this machine's name]
     #[arg(long, value_name = "NAME", env = "KUBE_RELAY_NODE_NAME", visible_alias = "hostname-override")]
     node_name: Option<String>,
 
-    /// Zone of this node, for topology hints
+    /// Zone of this node, for topology hints [default: with an API server, the Node's]
     #[arg(long, value_name = "ZONE", env = "KUBE_RELAY_ZONE")]
     zone: Option<String>,
 
