@@ -12,7 +12,6 @@ const CASES: std::ops::RangeInclusive<u16> = 1..=151;
 
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
-    (91, 7, "a zone that changes under a running relay comes with the watch of its own Node; its plan is tested"),
     (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
     (150, 12, "state that is handed over belongs to the upgrade"),
 ];

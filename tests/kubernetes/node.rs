@@ -1,5 +1,7 @@
 //! The Node that the relay runs on: what it changes for load balancers and for listeners, and what it does not.
 
+use serde_json::json;
+
 use crate::stage::{Setup, Stage, api_address, node, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
@@ -60,6 +62,28 @@ async fn given_a_server_that_refuses_nodes_when_followed_then_services_are_serve
     stage.until_backends(&[site.backend(1)]).await;
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
     assert!(!stage.is_eligible() && !stage.status().contact.is_connected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t091_given_hints_for_two_zones_when_the_own_node_moves_to_the_other_then_its_backends_are_picked() {
+    let site = Site::new(191);
+    let server = ApiServer::start(api_address(site)).await;
+    let mut hinted = slice("web-1", &[site.backend(1), site.backend(2)]);
+    for (number, zone) in ["zone-1", "zone-2"].into_iter().enumerate() {
+        hinted["endpoints"][number]["hints"] = json!({"forZones": [{"name": zone}]});
+    }
+    server.put("services", web(site));
+    server.put("endpointslices", hinted);
+    server.put("nodes", node(site.node_ip(), &[]));
+    let stage = Stage::following(site, server).await;
+    stage.until_backends(&[site.backend(1)]).await;
+
+    let mut elsewhere = node(site.node_ip(), &[]);
+    elsewhere["metadata"]["labels"]["topology.kubernetes.io/zone"] = "zone-2".into();
+    stage.server.put("nodes", elsewhere);
+
+    stage.until_backends(&[site.backend(2)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(2));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -28,7 +28,7 @@ async fn t228_given_a_served_manifest_when_it_is_replaced_by_rename_then_the_new
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t228_given_a_served_manifest_when_it_is_written_in_place_then_the_new_one_is_served() {
-    let site = Site::new(5);
+    let site = Site::new(11);
     let manifest = Manifest::new(site).tcp();
     let relay = Relay::start(site, manifest.clone().endpoints([site.backend(1)])).await;
 
@@ -41,7 +41,7 @@ async fn t228_given_a_served_manifest_when_it_is_written_in_place_then_the_new_o
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t228_given_a_served_manifest_when_it_breaks_then_the_old_state_serves_and_the_line_is_shown_until_it_is_mended()
  {
-    let site = Site::new(6);
+    let site = Site::new(12);
     let _running = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
     let manifest = Manifest::new(site).tcp();
     let relay = Relay::start(site, manifest.clone().endpoints([site.backend(1)])).await;

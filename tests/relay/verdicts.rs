@@ -198,7 +198,7 @@ async fn t111_given_more_ranges_than_a_filter_holds_when_asked_then_the_process_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t094_t112_given_open_connections_when_their_listener_is_parked_made_silent_and_revived_then_they_go_on() {
-    let site = Site::new(94);
+    let site = Site::new(96);
     let backend = site.backend(1);
     let _tcp = Backend::named(backend).await;
     let policy = "  internalTrafficPolicy: Local\n";
