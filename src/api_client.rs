@@ -56,6 +56,18 @@ pub enum ApiError {
         /// Why.
         source: KubeconfigError,
     },
+    /// The kubeconfig is no YAML, or of another shape.
+    ///
+    /// Only the place is told: the parser's own text shows the lines around it, and with them tokens and keys.
+    #[error("{}:{line}:{column}: not the YAML of a kubeconfig", path.display())]
+    KubeconfigSyntax {
+        /// The file.
+        path: PathBuf,
+        /// From 1; 0 where it is not known.
+        line: u64,
+        /// From 1; 0 where it is not known.
+        column: u64,
+    },
     /// Neither a file nor a cluster around us.
     #[error("no API server is known here: give --kubeconfig, or run in a pod with a service account")]
     NotInCluster(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -125,7 +137,13 @@ async fn from_file(path: PathBuf) -> Result<Config, ApiError> {
         let kubeconfig = Kubeconfig::read_from(&path)?;
         Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await
     };
-    read.await.map_err(|source| ApiError::Kubeconfig { path, source })
+    read.await.map_err(|source| match source {
+        KubeconfigError::Parse(error) => {
+            let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
+            ApiError::KubeconfigSyntax { path, line, column }
+        }
+        source => ApiError::Kubeconfig { path, source },
+    })
 }
 
 /// `https://host:port`, or as much of it as is there.
@@ -276,6 +294,20 @@ mod tests {
 
         assert_eq!(waits, [0, 0, 0, 6, 12]);
         assert_eq!(pace.take(start + Duration::from_secs(60)), start + Duration::from_secs(60), "forgiven");
+    }
+
+    #[tokio::test]
+    async fn given_a_kubeconfig_with_a_slip_beside_a_token_when_read_then_the_error_has_the_place_and_no_secret() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let text = "apiVersion: v1\nkind: Config\nusers:\n- name: me\n  user:\n    token: s3cr3t\n   as: [\n";
+        std::fs::write(file.path(), text).expect("written");
+
+        let error = from_file(file.path().into()).await.expect_err("no YAML");
+
+        let debug = format!("{error:?}");
+        let told = format!("{debug} {:#}", anyhow::Error::from(error));
+        assert!(told.contains(": not the YAML of a kubeconfig"), "{told}");
+        assert!(!told.contains("s3cr3t"), "{told}");
     }
 
     #[test]

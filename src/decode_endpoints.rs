@@ -104,12 +104,16 @@ pub(crate) fn slice(found: &mut Findings, at: At<'_>, identity: &Identity, raw: 
     let list_at = at.key("endpoints");
     let items = found.list(list_at, raw.endpoints);
     let mut endpoints = Vec::with_capacity(items.len());
+    let mut unreadable = false;
     for (index, item) in items.iter().enumerate() {
         let at = list_at.index(index);
-        if let Some(raw) = found.object(at, item) {
-            endpoints.extend(endpoint(found, at, raw, family));
+        let Some(raw) = found.object(at, item) else { continue };
+        match endpoint(found, at, raw, family) {
+            Ok(endpoint) => endpoints.extend(endpoint),
+            Err(Unreadable) => unreadable = true,
         }
     }
+    refuse_if_all_unreadable(found, list_at, unreadable, &endpoints);
     let ports = ports(found, at.key("ports"), raw.ports);
     if ports.is_empty() && !endpoints.is_empty() {
         let text = "no usable entry, so nobody is reached through this slice; write name (\"\" if the Service port has none) and port";
@@ -120,14 +124,23 @@ pub(crate) fn slice(found: &mut Findings, at: At<'_>, identity: &Identity, raw: 
     Some(Slice { name, service, family, ports, endpoints })
 }
 
-fn endpoint(found: &mut Findings, at: At<'_>, raw: &SliceEndpoint, family: Family) -> Option<Endpoint> {
+/// An address is no IP address.
+struct Unreadable;
+
+/// `None` for an endpoint without an address, or of another family.
+fn endpoint(
+    found: &mut Findings,
+    at: At<'_>,
+    raw: &SliceEndpoint,
+    family: Family,
+) -> Result<Option<Endpoint>, Unreadable> {
     let addresses_at = at.key("addresses");
     let addresses = found.list(addresses_at, &raw.addresses);
     if addresses.len() > 1 {
         let text = "only the first address is used; write one entry of endpoints for each address";
         found.warn(addresses_at, "decode", text);
     }
-    let address = addresses.first().and_then(|value| address(found, addresses_at.index(0), value));
+    let address = addresses.first().map_or(Ok(None), |value| address(found, addresses_at.index(0), value));
     let topology_at = at.key("topology");
     let topology = found.object(topology_at, &raw.topology);
     let node = found.text(at.key("nodeName"), &raw.node_name);
@@ -140,22 +153,22 @@ fn endpoint(found: &mut Findings, at: At<'_>, raw: &SliceEndpoint, family: Famil
     let (ready, serving, terminating) = conditions(found, at.key("conditions"), &raw.conditions);
     let (zone_hints, node_hints) = hints(found, at.key("hints"), &raw.hints);
     let pod = pod(found, at.key("targetRef"), &raw.target_ref);
-    let address = address?;
+    let Some(address) = address? else { return Ok(None) };
     if Family::of(address) != family {
         let text = format!("{address} is not {family}, it is left out; addresses of each family have their own slice");
         found.warn(addresses_at.index(0), "family", text);
-        return None;
+        return Ok(None);
     }
-    Some(Endpoint { address, ready, serving, terminating, node, zone, zone_hints, node_hints, pod })
+    Ok(Some(Endpoint { address, ready, serving, terminating, node, zone, zone_hints, node_hints, pod }))
 }
 
-fn address(found: &mut Findings, at: At<'_>, value: &Scalar) -> Option<IpAddr> {
-    let text = found.text(at, value)?;
-    let ip = parse_ip(&text);
-    if ip.is_none() {
+fn address(found: &mut Findings, at: At<'_>, value: &Scalar) -> Result<Option<IpAddr>, Unreadable> {
+    let Some(text) = found.text(at, value) else { return Ok(None) };
+    let Some(ip) = parse_ip(&text) else {
         found.warn(at, "decode", format!("{value} is not an IP address, the endpoint is left out"));
-    }
-    ip
+        return Err(Unreadable);
+    };
+    Ok(Some(ip))
 }
 
 /// Ready, serving, terminating.
@@ -259,6 +272,7 @@ pub(crate) fn endpoints(
 fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, ready: bool) -> Vec<Endpoint> {
     let items = found.list(at, list);
     let mut endpoints = Vec::with_capacity(items.len());
+    let mut unreadable = false;
     for (index, item) in items.iter().enumerate() {
         let at = at.index(index);
         let Some(raw) = found.object(at, item) else { continue };
@@ -269,7 +283,8 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
         let address = address(found, ip, &raw.ip);
         let node = found.text(at.key("nodeName"), &raw.node_name);
         let pod = pod(found, at.key("targetRef"), &raw.target_ref);
-        let Some(address) = address else { continue };
+        unreadable |= address.is_err();
+        let Ok(Some(address)) = address else { continue };
         endpoints.push(Endpoint {
             address,
             ready,
@@ -282,7 +297,15 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
             pod,
         });
     }
+    refuse_if_all_unreadable(found, at, unreadable, &endpoints);
     endpoints
+}
+
+/// Without backends, a Service would turn everybody away for a slip of the pen.
+fn refuse_if_all_unreadable(found: &mut Findings, at: At<'_>, unreadable: bool, endpoints: &[Endpoint]) {
+    if unreadable && endpoints.is_empty() {
+        found.error(at, "no address that can be read");
+    }
 }
 
 #[cfg(test)]
@@ -396,6 +419,14 @@ mod tests {
 
         assert_eq!(messages(&missing), ["addressType: missing; write IPv4 or IPv6"]);
         assert!(missing.objects.is_empty());
+    }
+
+    #[test]
+    fn f4_given_addresses_none_of_which_can_be_read_when_read_then_the_slice_is_refused_as_a_whole() {
+        let decoded = decoded("addressType: IPv4\nports: [{port: 1}]\nendpoints: [{addresses: [10.0.0.300]}]\n");
+
+        assert!(decoded.objects.is_empty() && !decoded.whole, "the last good one stays");
+        assert!(messages(&decoded).contains(&"endpoints: no address that can be read"), "{decoded:?}");
     }
 
     #[test]

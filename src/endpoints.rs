@@ -67,7 +67,7 @@ pub struct Selection {
     pub local: Option<Usable>,
     /// True where some endpoint anywhere could serve: it tells *drop* from *reject*.
     pub any: bool,
-    /// Those that could, were they not listeners of this process: what is sent there comes back. Counted nowhere else.
+    /// Those that could, were they not listeners of this process: what is sent there comes back.
     pub own: Vec<SocketAddr>,
 }
 

@@ -1,7 +1,7 @@
 //! The program: arguments, logs, runtime, exit code. What the commands do lives in the library.
 
 use std::collections::BTreeSet;
-use std::future::Future;
+use std::future::{Future, pending};
 use std::io::{self, Write};
 use std::mem;
 use std::process::ExitCode;
@@ -38,6 +38,7 @@ use kube_relay::status::Report;
 use kube_relay::{logs, overview, panics, peer};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -143,11 +144,12 @@ async fn serve(mut config: RunConfig, workers: usize) -> anyhow::Result<()> {
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    follow(&config, &host, &relay, &reload, &stop).await?;
+    let source = follow(&config, &host, &relay, &reload, &stop).await?;
     let times = tokio::select! {
         times = end(&mut signals, &reload, config.shutdown) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
+        () = panicked(source) => bail!("the source task has panicked, no change is followed any more"),
     };
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
@@ -158,6 +160,14 @@ async fn serve(mut config: RunConfig, workers: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Resolves when a task has panicked. One that has ended otherwise is nobody's trouble.
+async fn panicked(task: JoinHandle<()>) {
+    match task.await {
+        Err(error) if error.is_panic() => {}
+        _ => pending().await,
+    }
+}
+
 /// Starts the source.
 async fn follow(
     config: &RunConfig,
@@ -165,12 +175,12 @@ async fn follow(
     relay: &Relay,
     reload: &Arc<Notify>,
     stop: &CancellationToken,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<JoinHandle<()>> {
     let stop = stop.clone();
-    match &config.source {
+    Ok(match &config.source {
         SourceConfig::Manifests(inputs) => {
             let source = Source::new(inputs.clone(), config.plan.ranges());
-            tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop));
+            tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop))
         }
         #[cfg(feature = "kubernetes")]
         SourceConfig::Api { server, state_dir, service_host } => {
@@ -187,10 +197,9 @@ async fn follow(
             };
             let place = Place { plan: config.plan.clone(), host: host.clone() };
             let source = kubernetes::Source::new(&Api::find(server).await?, &selection, relay, place)?;
-            tokio::spawn(kubernetes::run(source, stop));
+            tokio::spawn(kubernetes::run(source, stop))
         }
-    }
-    Ok(())
+    })
 }
 
 /// Waits for a signal to end, and passes those to reload on.

@@ -143,8 +143,9 @@ impl File {
 /// True where the file seems to end too early: in the middle of a line, and its last document is wrong. JSON is left
 /// out, as a part of it is no JSON.
 fn is_cut(bytes: &[u8], decoded: &Decoded) -> bool {
-    let last_document = decoded.objects.last().map_or(0, |entry| entry.line);
-    let ends_wrong = decoded.rejected.last().is_some_and(|rejected| rejected.line > last_document);
+    // Items of a list stand in one document.
+    let last_good = decoded.objects.last().map(|entry| (entry.line, entry.item));
+    let ends_wrong = decoded.rejected.last().is_some_and(|rejected| Some((rejected.line, rejected.item)) > last_good);
     ends_wrong && !bytes.ends_with(b"\n") && !bytes.trim_ascii_start().starts_with(b"{")
 }
 

@@ -222,9 +222,9 @@ impl Plan {
         }
     }
 
-    /// All claims are known: an endpoint at one of them is a loop, whoever's it is.
+    /// All claims are known: an endpoint at a cluster IP of any Service is a loop.
     fn replace(&mut self, model: &Model, asked: &Anew<'_>) {
-        let plans = plans_of(model, asked, |key| self.claims.winner(key).is_some());
+        let plans = plans_of(model, asked, |key| self.is_cluster_ip(key, asked));
         let mut planned = Vec::with_capacity(plans.len());
         for (name, plan) in plans {
             match plan {
@@ -233,6 +233,18 @@ impl Plan {
             }
         }
         add_all(&mut self.services, planned);
+    }
+
+    /// True where a key is a cluster IP's. No pod has that address, whether the listener can be bound or not. A node's
+    /// address is another matter: a pod on the host network may hold the very port, and then our listener fails. What
+    /// is bound in the end, and a backend all the same, is for `Listeners` to find.
+    fn is_cluster_ip(&self, key: &ListenKey, asked: &Anew<'_>) -> bool {
+        let Some(winner) = self.claims.winner(key) else { return false };
+        let kind = match asked.get(winner) {
+            Some(asked) => asked.as_ref().and_then(|asked| asked.kind(key)),
+            None => self.services.get(winner).and_then(|plan| Some(plan.wanted.listeners.get(key)?.kind)),
+        };
+        kind == Some(ListenerKind::ClusterIp)
     }
 
     fn report_conflicts(&mut self) {
@@ -269,11 +281,11 @@ impl Plan {
 fn plans_of<'n>(
     model: &Model,
     asked: &'n Anew<'_>,
-    is_listener: impl Fn(&ListenKey) -> bool + Sync,
+    is_cluster_ip: impl Fn(&ListenKey) -> bool + Sync,
 ) -> Vec<(&'n ObjectName, Option<ServicePlan>)> {
     let plan = |(name, asked): (&'n ObjectName, &Option<Asked<'_>>)| {
         let slices = model.slices(name).map(AsRef::as_ref);
-        (name, asked.as_ref().map(|asked| asked.plan(slices, &is_listener)))
+        (name, asked.as_ref().map(|asked| asked.plan(slices, &is_cluster_ip)))
     };
     if asked.len() < 2 * SERVICES_PER_THREAD {
         return asked.iter().map(plan).collect();
@@ -699,7 +711,7 @@ mod tests {
         assert_eq!(control.problems(), [] as [&str; 0]);
         assert_eq!(kinds(&control.batch([put(&front)])), "swap swap bind", "before it listens, nobody is sent there");
 
-        let said = "endpoint 10.96.0.20:8000/TCP is not used: this relay listens there itself";
+        let said = "endpoint 10.96.0.20:8000/TCP is not used: it is the cluster IP of a Service";
         assert_eq!(control.problems(), [format!("Service default/web: {said}")]);
         assert!(control.plan.touched().contains(&web().name), "its report is to be made anew");
         control.batch([put_slice(&slice("web-1", &[1]))]);

@@ -136,6 +136,7 @@ fn unfed(objects: &Objects) -> Vec<&Arc<Service>> {
             && service.proxy_name.is_none()
             && service.kind != ServiceKind::ExternalName
             && service.cluster_ips != ClusterIps::Headless
+            && !service.slices_hidden
             && !fed.contains(&service.name)
     };
     objects.services.iter().filter(waits).collect()

@@ -1,6 +1,6 @@
 //! What one Service asks for: its listeners, its balancers, and what is wrong with it by itself.
 //!
-//! Other Services do not exist here: who gets a listen key that two ask for is settled in `plan`.
+//! Of other Services, only their cluster IPs are known here: who gets a listen key that two ask for is settled in `plan`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -111,11 +111,16 @@ impl<'a> Asked<'a> {
         self.entries.iter().flat_map(|entries| &entries.list).map(|entry| entry.key)
     }
 
-    /// Plans the Service from its slices. `is_listener` tells where this process listens itself.
+    /// As what it asks for a key.
+    pub(crate) fn kind(&self, key: &ListenKey) -> Option<ListenerKind> {
+        self.entries.iter().flat_map(|entries| &entries.list).find(|entry| entry.key == *key).map(|entry| entry.kind)
+    }
+
+    /// Plans the Service from its slices. `is_cluster_ip` tells which addresses are those of Services, not of pods.
     pub(crate) fn plan<'s>(
         &self,
         slices: impl Iterator<Item = &'s Slice>,
-        is_listener: impl Fn(&ListenKey) -> bool,
+        is_cluster_ip: impl Fn(&ListenKey) -> bool,
     ) -> ServicePlan {
         let Self { service, options, skipped, entries } = self;
         let mut plan = ServicePlan { skipped: *skipped, ..ServicePlan::default() };
@@ -140,7 +145,7 @@ impl<'a> Asked<'a> {
             let port = &service.ports[port];
             let key = |address| ListenKey::at(address, port.protocol);
             let slices = slices.iter().map(AsRef::as_ref);
-            let is_own = |address| is_listener(&key(address));
+            let is_own = |address| is_cluster_ip(&key(address));
             let selection = endpoints::usable(service, port, family, external, slices, &options.node, is_own);
             loops.extend(selection.own.iter().map(|address| key(*address)));
             selection
@@ -160,7 +165,7 @@ fn hidden(service: &Service) -> Problem {
 
 /// Whose listener it is is not said: that may change without a listener that comes or goes.
 fn looping(service: &Service, key: &ListenKey) -> Problem {
-    let text = format!("endpoint {key} is not used: this relay listens there itself");
+    let text = format!("endpoint {key} is not used: it is the cluster IP of a Service");
     Problem::error(format_args!("Service {}", service.name), "loop", text)
 }
 

@@ -184,8 +184,13 @@ impl Listeners {
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
         let protocol = key.port.protocol;
         let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey::at(endpoint.address, protocol));
-        self.turned.extend(keys.filter(|key| self.listeners.contains_key(key)));
+        let own: Vec<_> = keys.filter(|key| self.listeners.contains_key(key)).collect();
         self.ports.swap(key.clone(), wanted);
+        if !own.is_empty() {
+            // Not only at the end of the batch: until then each connection would come back here again and again.
+            self.turned.extend(own);
+            self.ports.mark_own_backends(&self.turned, |key| self.listeners.contains_key(key));
+        }
         if protocol == Protocol::Udp {
             self.sweep(&key);
         }
