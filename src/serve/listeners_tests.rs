@@ -8,11 +8,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UdpSocket as AsyncUdpSocket};
 
 use super::*;
+use crate::endpoints::{Usable, UsableEndpoint};
 use crate::model::{Endpoint, Event, Model, Service, Slice, TrafficPolicy};
-use crate::name::ObjectName;
+use crate::name::{ObjectName, Scope};
 use crate::plan::{Plan, PlanOptions};
 use crate::serve::filter::tests::kernel_takes_filters;
-use crate::serve::scripted::{LOOPBACK, named, read_all, soon};
+use crate::serve::scripted::{LOOPBACK, expect_turned_away, named, read_all, soon, until};
 use crate::serve::socket;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp;
@@ -48,6 +49,17 @@ impl Bench {
         events.into_iter().for_each(|event| self.model.apply(event, &mut dirty));
         let steps = self.plan.update(&self.model, &dirty, &self.options);
         self.listeners.apply(steps, self.now).await;
+    }
+
+    /// Leads a Service to an address that its plan would leave out: as it is for a moment while listeners come and go.
+    async fn lead(&mut self, service: &Service, address: SocketAddr) {
+        let port = &service.ports[0];
+        let port = ServicePortName::new(service.name.clone(), Arc::clone(&port.name), port.protocol);
+        let key = BalancerKey { port, family: Family::of(address.ip()), scope: Scope::Cluster };
+        let endpoint = UsableEndpoint { address, local: false, terminating: false, pod: None };
+        let usable = Usable { picks: [endpoint.clone()].into(), serving: [endpoint].into() };
+        let backends = Backends { usable, ..Backends::default() };
+        self.listeners.apply(vec![Step::Swap(key, backends)], self.now).await;
     }
 
     /// Lets the time of the next retry come.
@@ -401,6 +413,41 @@ async fn given_a_udp_backend_that_is_our_own_listener_when_a_datagram_comes_then
     let outcome = ask_udp(&client).await;
 
     assert_eq!(outcome.expect_err("port unreachable").kind(), io::ErrorKind::ConnectionRefused);
+}
+
+#[tokio::test]
+async fn given_a_table_that_leads_to_our_own_listener_when_clients_come_then_no_connection_makes_another() {
+    let mut bench = Bench::new();
+    let services @ [own, first, second] = &[web("default/web", 25), web("default/a", 26), web("default/b", 27)];
+    let nobody = SocketAddr::from(([127, 84, 2, 25], 80));
+    bench.take(services.iter().flat_map(|service| [put(service), endpoints(service, &[nobody])])).await;
+
+    // To itself, and round over two Services.
+    for (service, leads_to) in [(own, 25), (first, 27), (second, 26)] {
+        bench.lead(service, tcp_key(leads_to).address()).await;
+    }
+
+    for key in [25, 26, 27].map(tcp_key) {
+        expect_turned_away(key.address()).await;
+        let stats = &bench.listeners.listeners[&key].target.load_full().port.stats;
+        assert_eq!(stats.accepted.get(), 1, "{key}");
+    }
+    bench.take([delete(first)]).await;
+    assert!(!bench.backend(second, tcp_key(26).address()).is_own(), "nobody listens there now");
+}
+
+#[tokio::test]
+async fn given_a_table_that_leads_to_our_own_udp_listener_when_a_datagram_comes_then_it_does_not_go_round() {
+    let (mut bench, dns) = (Bench::new(), dns("default/dns", 28));
+    bench.take([put(&dns), endpoints(&dns, &[SocketAddr::from(([127, 84, 2, 28], 80))])]).await;
+    bench.lead(&dns, udp_key(28).address()).await;
+    let client = udp_client(udp_key(28)).await;
+    let port = Arc::clone(&bench.listeners.listeners[&udp_key(28)].target.load_full().port);
+
+    client.send(b"?").await.expect("sent");
+
+    until(|| port.stats.dropped.get(DropReason::NoEndpoints) == 1).await;
+    assert_eq!(port.stats.accepted.get(), 0);
 }
 
 #[tokio::test]
