@@ -123,7 +123,8 @@ async fn t229_given_what_a_server_of_1_20_sends_when_followed_then_each_service_
     assert_eq!(picks(&status, "manual"), [three[0], three[2]], "written by hand");
     assert_eq!(picks(&status, "kubernetes"), ["10.200.0.1:16443"]);
     assert!(picks(&status, "empty").is_empty());
-    assert_eq!(status.source.rejections.iter().count(), 0);
+    let refused: Vec<_> = status.source.rejections.iter().collect();
+    assert_eq!(refused, [("Service", "external_ip", 1)], "one has an external IP that nobody allowed");
 }
 
 /// How many Services come, and how many at once.
