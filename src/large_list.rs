@@ -2,6 +2,9 @@
 //!
 //! Nothing is judged here: brackets and quotes are counted, and whoever reads the pieces finds what is wrong with them.
 
+/// All that JSON has between its tokens: less than Rust and YAML call blank.
+const BLANKS: [char; 4] = [' ', '\t', '\n', '\r'];
+
 /// A list, taken apart.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Cut<'t> {
@@ -11,7 +14,8 @@ pub(crate) struct Cut<'t> {
     pub(crate) items: Vec<&'t str>,
 }
 
-/// Cuts the array that the outermost mapping has under the key `items`; `None` where there is not exactly one.
+/// Cuts the array that the outermost mapping has under the key `items`; `None` where there is not exactly one, and where
+/// a key is spelled with a `\`, as it may be another one of that name.
 ///
 /// From text that is no JSON come pieces that are none.
 pub(crate) fn cut(text: &str) -> Option<Cut<'_>> {
@@ -19,10 +23,12 @@ pub(crate) fn cut(text: &str) -> Option<Cut<'_>> {
     let mut array = None;
     scan.expect(b'{')?;
     loop {
-        let key = scan.value(b":")?;
+        let key = text[scan.value(b":")?].trim_matches(BLANKS);
         scan.expect(b':')?;
-        scan.skip_blank();
-        if text[key].trim() != "\"items\"" {
+        scan.skip_blanks();
+        if key.contains('\\') {
+            return None;
+        } else if key != "\"items\"" {
             scan.value(b",}")?;
         } else if array.is_some() {
             return None;
@@ -51,13 +57,13 @@ impl Scan<'_> {
         self.expect(b'[')?;
         let mut items = Vec::new();
         loop {
-            let item = text[self.value(b",]")?].trim();
+            let item = text[self.value(b",]")?].trim_matches(BLANKS);
             let last = self.next()? == b']';
             if !(last && items.is_empty() && item.is_empty()) {
                 items.push(item);
             }
             if last {
-                self.skip_blank();
+                self.skip_blanks();
                 return Some(items);
             }
         }
@@ -91,12 +97,12 @@ impl Scan<'_> {
         }
     }
 
-    fn skip_blank(&mut self) {
-        self.at += self.bytes[self.at..].iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+    fn skip_blanks(&mut self) {
+        self.at += self.bytes[self.at..].iter().take_while(|byte| BLANKS.contains(&char::from(**byte))).count();
     }
 
     fn expect(&mut self, wanted: u8) -> Option<()> {
-        self.skip_blank();
+        self.skip_blanks();
         (self.next()? == wanted).then_some(())
     }
 
@@ -160,11 +166,24 @@ mod tests {
             assert_eq!(items(text), None, "{text}");
         }
         assert_eq!(items(r#"{"items": [1], "items": [2]}"#), None);
+        assert_eq!(items(r#"{"items": [1], "\u0069tems": [2]}"#), None);
+        assert_eq!(items(r#"{"items": [1], "a": "\u0069tems"}"#), Some(vec!["1"]));
     }
 
     #[test]
     fn given_a_list_that_is_no_json_when_cut_then_a_piece_is_none() {
         assert_eq!(items(r#"{"items": [1,]}"#), Some(vec!["1", ""]));
         assert_eq!(items(r#"{"items": [{} {}]}"#), Some(vec!["{} {}"]));
+    }
+
+    #[test]
+    fn given_blanks_that_json_has_not_when_cut_then_they_stay_where_they_are() {
+        for blank in ['\u{a0}', '\u{c}'] {
+            assert_eq!(items(&format!("{{\"items\": [{blank}1]}}")), Some(vec![&*format!("{blank}1")]));
+            assert_eq!(items(&format!("{{\"items\": [{blank}]}}")), Some(vec![&*blank.to_string()]));
+            assert_eq!(items(&format!("{{\"items\": {blank}[1]}}")), None);
+            assert_eq!(items(&format!("{{{blank}\"items\": [1]}}")), None);
+        }
+        assert_eq!(items("{ \"items\"\t: [\r\n1 ] \n}"), Some(vec!["1"]));
     }
 }
