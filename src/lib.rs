@@ -110,6 +110,7 @@ pub mod overview;
 #[cfg(feature = "kubernetes")]
 pub mod own_node;
 pub mod panics;
+mod parts;
 pub mod peer;
 pub mod plan;
 mod problem;

@@ -7,9 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread::{self, available_parallelism};
+use std::thread::available_parallelism;
 
 use ipnet::IpNet;
 
@@ -18,6 +17,7 @@ use crate::endpoints::Node;
 use crate::frozen::add_all;
 use crate::model::{Endpoint, Model, ServicePort, Slice};
 use crate::name::{ListenKey, ObjectName, Protocol};
+use crate::parts::in_parts;
 use crate::rare::Rare;
 use crate::service_plan::Asked;
 
@@ -292,12 +292,8 @@ fn plans_of<'n>(
     }
     let threads = available_parallelism().map_or(1, usize::from).min(asked.len() / SERVICES_PER_THREAD);
     let asked: Vec<_> = asked.iter().collect();
-    thread::scope(|scope| {
-        let parts = asked.chunks(asked.len().div_ceil(threads));
-        let plan_part = |part: &[(&'n ObjectName, _)]| part.iter().map(|one| plan(*one)).collect::<Vec<_>>();
-        let running: Vec<_> = parts.map(|part| scope.spawn(move || plan_part(part))).collect();
-        running.into_iter().flat_map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    })
+    let parts = in_parts(&asked, threads, |part| part.iter().map(|one| plan(*one)).collect::<Vec<_>>());
+    parts.into_iter().flatten().collect()
 }
 
 /// What an older Service has taken from this one, by port and rival.
