@@ -7,9 +7,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::BuildHasher;
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread;
+use std::thread::available_parallelism;
 #[cfg(feature = "kubernetes")]
 use std::time::SystemTime;
 
@@ -26,6 +25,7 @@ use crate::large_list::{self, Cut};
 use crate::locate::At;
 use crate::model::{Service, Slice};
 use crate::name::ObjectName;
+use crate::parts::in_parts;
 use crate::plan::{Problem, Severity};
 use crate::texts::Texts;
 use crate::timestamp::Moment;
@@ -41,7 +41,7 @@ const MAX_FINDINGS_PER_OBJECT: usize = 10;
 /// Text that one thread reads in about 100 ms; below that, more of them would not be noticed.
 const BYTES_PER_WORKER: usize = 1024 * 1024;
 
-/// Threads that read one file; the relay needs the other processors.
+/// Threads that read one file, on however many processors.
 const MAX_WORKERS: usize = 4;
 
 /// What one file says.
@@ -367,37 +367,59 @@ impl<'f> Reading<'f> {
 
     fn text(&mut self, text: &str) {
         let documents = yaml::documents(text);
-        let workers = text.len().div_ceil(BYTES_PER_WORKER).min(MAX_WORKERS);
-        if workers < 2 {
+        if text.len() <= BYTES_PER_WORKER {
             return documents.into_iter().for_each(|document| self.document(document));
         }
+        let processors = available_parallelism().map_or(1, usize::from);
+        let workers = text.len().div_ceil(BYTES_PER_WORKER).min(max_workers(processors));
         if let [document] = documents[..]
             && self.large_list(document, workers)
         {
             return;
         }
-        let parts = read_in_parts(self.file, &documents, workers, |reading, document| {
-            reading.document(*document);
-            true
+        let parts = in_parts(&documents, workers, |part| {
+            let mut reading = Reading::new(self.file);
+            part.iter().for_each(|document| reading.document(*document));
+            reading
         });
-        parts.into_iter().flatten().for_each(|part| self.join(part));
+        parts.into_iter().for_each(|part| self.join(part));
     }
 
-    /// Reads a list of JSON in parts; false where it is none, or where something in it is no JSON: then it is to be
-    /// read as one, to tell where.
+    /// Reads a list of JSON in parts; false where it is none, or where something around its items is wrong or something
+    /// in it no JSON: then it is to be read as one, to tell where. With one worker, too: no item waits in memory for the
+    /// last.
     fn large_list(&mut self, document: Document<'_>, workers: usize) -> bool {
         let Some(Cut { envelope, items }) = large_list::cut(document.text) else { return false };
         let Ok(Object::Fields(list, _)) = serde_json::from_str::<Object<Manifest>>(&envelope) else { return false };
         let mut found = Findings::new(0);
         let Some(Sort::List(kind)) = sort(&mut found, At::Root, &list, None) else { return false };
+        if found.errors() > 0 {
+            return false;
+        }
         let items: Vec<_> = items.into_iter().enumerate().collect();
-        let parts = read_in_parts(self.file, &items, workers, |reading, (index, item)| {
-            let Ok(value) = serde_json::from_str(item) else { return false };
-            let slot = Slot { line: document.line, item: Some(*index), kind };
-            reading.value(document, At::Object(&At::Root.key("items").index(*index)), &value, slot);
-            true
-        });
-        parts.map(|parts| parts.into_iter().for_each(|part| self.join(part))).is_some()
+        let parts = in_parts(&items, workers, |part| self.items(part, document.line, kind));
+        let Some(parts) = parts.into_iter().collect::<Option<Vec<_>>>() else { return false };
+        // One walk for all: each goes through the whole document.
+        let mut findings = Vec::new();
+        for (part, found) in parts {
+            self.join(part);
+            findings.extend(found);
+        }
+        self.tell(document, findings);
+        true
+    }
+
+    /// Reads some items of the list that begins at `line`, with what is found in them; `None` where one is no JSON.
+    fn items(&self, items: &[(usize, &str)], line: u64, kind: Option<Kind>) -> Option<(Self, Vec<Finding>)> {
+        let mut reading = Reading::new(self.file);
+        let mut found = Findings::new(MAX_FINDINGS);
+        for (index, item) in items {
+            let value = serde_json::from_str(item).ok()?;
+            let slot = Slot { line, item: Some(*index), kind };
+            reading.manifest(&mut found, At::Object(&At::Root.key("items").index(*index)), &value, slot);
+        }
+        let findings = reading.count(found);
+        Some((reading, findings))
     }
 
     /// Adds what another worker read behind what this one did.
@@ -425,10 +447,16 @@ impl<'f> Reading<'f> {
         let mut found = Findings::new(MAX_FINDINGS.saturating_sub(self.decoded.problems.len()));
         found.texts = std::mem::take(&mut self.texts);
         self.manifest(&mut found, at, value, slot);
+        let findings = self.count(found);
+        self.tell(document, findings);
+    }
+
+    /// Keeps the sums of what was found, and returns it.
+    fn count(&mut self, found: Findings) -> Vec<Finding> {
         self.decoded.whole &= found.errors() == 0;
         self.untold += found.untold;
         self.texts = found.texts;
-        self.tell(document, found.list);
+        found.list
     }
 
     /// Reads an object or a list, which may stand in a list itself.
@@ -513,6 +541,7 @@ impl<'f> Reading<'f> {
         self.decoded.rejected.push(Rejected { kind, name, line: slot.line, item: slot.item(), fault });
     }
 
+    /// Adds what was found in a document, with the places. Walks through all of it.
     fn tell(&mut self, document: Document<'_>, findings: Vec<Finding>) {
         self.decoded.problems.extend(findings::located(findings, document, self.file));
     }
@@ -574,22 +603,10 @@ impl<'f> Reading<'f> {
     }
 }
 
-/// Has each of some threads read a part of all pieces; `None` where a piece could not be read. In the order of the pieces.
-fn read_in_parts<'f, P: Sync>(
-    file: &'f str,
-    pieces: &[P],
-    workers: usize,
-    read: impl Fn(&mut Reading<'f>, &P) -> bool + Sync,
-) -> Option<Vec<Reading<'f>>> {
-    thread::scope(|scope| {
-        let read_part = |part: &[P]| {
-            let mut reading = Reading::new(file);
-            part.iter().all(|piece| read(&mut reading, piece)).then_some(reading)
-        };
-        let parts = pieces.chunks(pieces.len().div_ceil(workers).max(1));
-        let running: Vec<_> = parts.map(|part| scope.spawn(move || read_part(part))).collect();
-        running.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    })
+/// Threads that may read one file. One processor is left to the relay, but of two both are used: a start, where nobody
+/// is served yet, is faster by it, and at a reload the scheduler shares them.
+fn max_workers(processors: usize) -> usize {
+    processors.saturating_sub(1).clamp(2, MAX_WORKERS).min(processors)
 }
 
 /// Where an object stands.
@@ -767,6 +784,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::locate::WALKS;
 
     const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n";
 
@@ -979,6 +997,81 @@ mod tests {
         let names: Vec<String> = (0..5).map(|number| format!("Service default/web-{number}")).collect();
         assert_eq!(labels(&decoded), names);
         assert_eq!(decoded.objects.iter().map(|entry| entry.line).collect::<Vec<_>>(), [2, 8, 14, 20, 26]);
+    }
+
+    #[test]
+    fn given_few_processors_when_a_large_file_is_read_then_one_is_left_to_the_relay_where_there_are_three() {
+        assert_eq!([1, 2, 3, 4, 5, 64].map(max_workers), [1, 2, 2, 3, 4, 4]);
+    }
+
+    /// Blanks that make a text a large one, and change nothing else.
+    fn enlarged(text: &str) -> String {
+        format!("{text}{}", " ".repeat(BYTES_PER_WORKER))
+    }
+
+    #[test]
+    fn given_findings_in_each_item_of_a_large_list_when_read_then_the_text_is_walked_once() {
+        let item = |number| {
+            let name = format!(r#"{{"name": "web-{number}"}}"#);
+            format!(
+                r#"{{"apiVersion": "v1", "kind": "Service", "metadata": {name}, "spec": {{"ports": [{{"port": 80}}]}}, "zz": 1}}"#
+            )
+        };
+        let items = (0..2_000).map(item).collect::<Vec<_>>().join(",\n");
+        let text = enlarged(&format!("{{\"apiVersion\": \"v1\", \"kind\": \"List\", \"items\": [\n{items}]}}"));
+        let walks = WALKS.get();
+
+        let decoded = read(&text);
+
+        assert_eq!(WALKS.get() - walks, 1);
+        let unknown = decoded.problems.iter().filter(|problem| problem.reason == "unknown_field");
+        let lines: Vec<u64> = unknown.filter_map(|problem| problem.line).collect();
+        assert_eq!(lines, (2..).take(MAX_FINDINGS).collect::<Vec<_>>());
+        assert_eq!(decoded.problems.len(), MAX_FINDINGS + 1);
+    }
+
+    #[test]
+    fn given_a_list_when_it_is_large_then_it_is_read_as_a_small_one() {
+        let item = |name: &str| {
+            format!(
+                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}"}},"spec":{{"ports":[{{"port":80}}]}}}}"#
+            )
+        };
+        let (a, b) = (item("a"), item("b"));
+        let list = format!(r#""apiVersion":"v1","kind":"List","items":[{a}]"#);
+        let in_parts = [
+            format!("{{{list}}}"),
+            format!("{{{}}}", list.replace("80", "\"x\"")),
+            format!("{{ {list}\t,\r\n\"metadata\": {{}} }}"),
+        ];
+        let as_one = [
+            format!("{{{}}}", list.replace("\"v1\"", "1")),
+            format!("{{{}}}", list.replace("\"List\"", "5")),
+            format!(r#"{{{list},"\u0069tems":[{b}]}}"#),
+            format!(r#"{{"\u0069tems":[{b}],{list}}}"#),
+            format!(r#"{{{list},"\u0069tems":[]}}"#),
+            format!(r#"{{{list},"items":[{b}]}}"#),
+            format!("{{{list}\u{a0}}}"),
+            format!("{{{list}\u{c}}}"),
+            format!("{{{}}}", list.replace("[{\"api", "[\u{a0}{\"api")),
+            format!("{{{}}}", list.replace(":[{\"api", ":\u{c}[{\"api")),
+            format!("{{{list}}} x"),
+        ];
+        let document = |text| Document { text, line: 1 };
+
+        for text in &in_parts {
+            assert!(Reading::new("a.yaml").large_list(document(text), 2), "{text}");
+        }
+        for text in &as_one {
+            assert!(!Reading::new("a.yaml").large_list(document(text), 2), "{text}");
+        }
+        for text in in_parts.iter().chain(&as_one) {
+            let (small, large) = (read(text), read(&enlarged(text)));
+
+            assert_eq!(labels(&large), labels(&small), "{text}");
+            assert_eq!((large.problems, large.whole), (small.problems, small.whole), "{text}");
+            assert_eq!(large.rejected, small.rejected, "{text}");
+        }
     }
 
     #[test]

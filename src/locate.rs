@@ -114,6 +114,8 @@ pub(crate) struct Wanted<'p> {
 ///
 /// `text` is one document that has been read before, so that the parser's limits were kept.
 pub(crate) fn locate(text: &str, wanted: &[Wanted<'_>]) -> Vec<Option<Place>> {
+    #[cfg(test)]
+    WALKS.set(WALKS.get() + 1);
     let mut options = Options::default();
     options.emit_comments = false;
     let parser = Parser::new_from_str_with_options(text, options);
@@ -121,6 +123,12 @@ pub(crate) fn locate(text: &str, wanted: &[Wanted<'_>]) -> Vec<Option<Place>> {
     // It ends early where the text is JSON that YAML cannot read: what was found stands.
     let _ = walk.document();
     walk.places
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How often this thread has walked a text.
+    pub(crate) static WALKS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 struct Walk<'t, 'w> {
