@@ -1,6 +1,6 @@
 //! The way to an API server: which one, with what credentials, and how patiently.
 //!
-//! Each watched kind has a [`Client`] of its own, whose [`Wire`] sees all that goes over it: when the server last said
+//! Each watched kind has a [`Client`] of its own, whose `Wire` sees all that goes over it: when the server last said
 //! something, when it wants to be asked again, and how soon a watch may follow another. What is asked is `kubernetes`.
 
 use std::net::IpAddr;
