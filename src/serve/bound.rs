@@ -11,7 +11,6 @@
 //! `mmsg` and `filter`.
 
 use std::collections::BTreeSet;
-use std::fmt::Display;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
@@ -21,7 +20,7 @@ use tracing::warn;
 
 use crate::name::{Family, ListenKey, Protocol};
 use crate::plan::Listener;
-use crate::serve::filter::Filter;
+use crate::serve::filter::{Filter, TooLong};
 use crate::serve::tcp::{TcpServer, TcpShared};
 use crate::serve::udp::{UdpServer, UdpShards};
 use crate::serve::{Target, TargetCell, socket, udp};
@@ -53,6 +52,27 @@ pub(super) enum Bound {
     ParkedUdp(UdpSocket),
 }
 
+/// A listener's sockets as [`Servers::open`] leaves them.
+#[derive(Debug)]
+pub(super) enum Opened {
+    /// It listens, with its filter unless that is missing.
+    Tcp(TcpSocket, Option<NoFilter>),
+    /// Connects are refused.
+    ParkedTcp(TcpSocket),
+    /// One for each shard that is to read. What filters them is set by these.
+    Udp(Vec<UdpSocket>),
+    /// Senders get port unreachable.
+    ParkedUdp(UdpSocket),
+}
+
+/// Why a socket has not the filter that it should have.
+#[derive(Debug)]
+pub(super) struct NoFilter {
+    cause: String,
+    /// What the operator can do.
+    remedy: &'static str,
+}
+
 /// A TCP listener's socket. It keeps its filter while it is parked.
 #[derive(Debug)]
 pub(super) struct TcpSocket {
@@ -67,24 +87,48 @@ impl Servers {
         Self { tcp, udp, told: BTreeSet::new() }
     }
 
-    /// Opens a listener's socket in the state that its target asks for.
-    pub(super) fn open(&mut self, key: ListenKey, wanted: &Listener, target: &TargetCell) -> io::Result<Bound> {
-        match (key.protocol, wanted.target.parked()) {
+    /// Opens a listener's sockets in the state that its target asks for; nobody serves there yet. System calls and nothing
+    /// else: several threads may do this at once.
+    pub(super) fn open(&self, key: ListenKey, wanted: &Listener, target: &Target) -> io::Result<Opened> {
+        Ok(match (key.protocol, wanted.target.parked()) {
             (Protocol::Tcp, true) => {
                 let socket = socket::listen_tcp(key)?;
                 socket::park_tcp(&socket)?;
-                Ok(Bound::ParkedTcp(TcpSocket { socket: socket.into(), filtered: false }))
+                Opened::ParkedTcp(TcpSocket::unfiltered(socket))
             }
             (Protocol::Tcp, false) => {
-                let mut bound = TcpSocket { socket: socket::bind_tcp(key)?.into(), filtered: false };
-                self.filter_tcp(key, &mut bound, &target.load())?; // Before anybody can connect.
-                socket::listen(&bound.socket)?;
-                self.accept_from(key, bound, target)
+                let mut socket = TcpSocket::unfiltered(socket::bind_tcp(key)?);
+                let missing = socket.filter(key, target)?; // Before anybody can connect.
+                socket::listen(&socket.socket)?;
+                Opened::Tcp(socket, missing)
             }
-            (Protocol::Udp, true) => Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?)),
-            (Protocol::Udp, false) => self.open_udp(key, wanted, target),
-            (Protocol::Sctp, _) => Err(io::Error::new(io::ErrorKind::Unsupported, "SCTP is not served")),
-        }
+            (Protocol::Udp, true) => Opened::ParkedUdp(udp::hold_udp(key.address())?),
+            (Protocol::Udp, false) => Opened::Udp(self.udp.bind(key, wanted.udp_settings())?),
+            (Protocol::Sctp, _) => return Err(io::Error::new(io::ErrorKind::Unsupported, "SCTP is not served")),
+        })
+    }
+
+    /// Has what was [opened](Self::open) served, unless it is parked.
+    pub(super) fn serve(
+        &mut self,
+        key: ListenKey,
+        opened: Opened,
+        wanted: &Listener,
+        target: &TargetCell,
+    ) -> io::Result<Bound> {
+        Ok(match opened {
+            Opened::Tcp(socket, missing) => {
+                self.tell_of(key, missing);
+                return self.accept_from(key, socket, target);
+            }
+            Opened::ParkedTcp(socket) => Bound::ParkedTcp(socket),
+            Opened::Udp(sockets) => {
+                let server = self.udp.add(key, sockets, Arc::clone(target), wanted.udp_settings());
+                let filtered = self.filter_udp(key, server, false, &target.load());
+                Bound::Udp { server, filtered }
+            }
+            Opened::ParkedUdp(socket) => Bound::ParkedUdp(socket),
+        })
     }
 
     /// Gives a bound socket the state that its new target asks for. What it has accepted goes on.
@@ -102,11 +146,13 @@ impl Servers {
                 Ok(Bound::ParkedTcp(bound))
             }
             (Bound::Tcp(mut bound, server), false) => {
-                self.filter_tcp(key, &mut bound, &target.load())?;
+                let missing = bound.filter(key, &target.load())?;
+                self.tell_of(key, missing);
                 Ok(Bound::Tcp(bound, server))
             }
             (Bound::ParkedTcp(mut bound), false) => {
-                self.filter_tcp(key, &mut bound, &target.load())?;
+                let missing = bound.filter(key, &target.load())?;
+                self.tell_of(key, missing);
                 socket::revive_tcp(&bound.socket)?;
                 self.accept_from(key, bound, target)
             }
@@ -122,7 +168,8 @@ impl Servers {
             }
             (Bound::ParkedUdp(holder), false) => {
                 drop(holder);
-                self.open_udp(key, wanted, target)
+                let opened = self.open(key, wanted, &target.load())?;
+                self.serve(key, opened, wanted, target)
             }
             (parked @ (Bound::ParkedTcp(_) | Bound::ParkedUdp(_)), true) => Ok(parked),
         }
@@ -145,30 +192,6 @@ impl Servers {
         Ok(Bound::Tcp(bound, server))
     }
 
-    fn open_udp(&mut self, key: ListenKey, wanted: &Listener, target: &TargetCell) -> io::Result<Bound> {
-        let server = self.udp.open(key, Arc::clone(target), wanted.udp_settings())?;
-        let filtered = self.filter_udp(key, server, false, &target.load());
-        Ok(Bound::Udp { server, filtered })
-    }
-
-    /// Gives a socket the filter that the target asks for, or none. Without one where it should be, the server task
-    /// turns clients away: a reset instead of silence.
-    ///
-    /// # Errors
-    /// A filter that should go stays: it would drop what is to be served.
-    fn filter_tcp(&mut self, key: ListenKey, bound: &mut TcpSocket, target: &Target) -> io::Result<()> {
-        let filter = self.filter(key, target);
-        let attached = filter.is_some_and(|filter| {
-            let outcome = filter.attach(&bound.socket);
-            outcome.inspect_err(|error| self.fall_back(key, error, "run it with CAP_NET_ADMIN")).is_ok()
-        });
-        if bound.filtered && !attached {
-            Filter::detach(&bound.socket)?;
-        }
-        bound.filtered = attached;
-        Ok(())
-    }
-
     /// Has the shards filter as the target asks for; true where they do. Without a filter they judge each datagram:
     /// silence all the same.
     fn filter_udp(&mut self, key: ListenKey, server: UdpServer, filtered: bool, target: &Target) -> bool {
@@ -181,15 +204,61 @@ impl Servers {
     }
 
     fn filter(&mut self, key: ListenKey, target: &Target) -> Option<Filter> {
-        let filter = Filter::of_target(target, Family::of(key.ip()));
-        filter.inspect_err(|error| self.fall_back(key, error, "name fewer networks")).ok().flatten()
+        match filter_for(key, target) {
+            Ok(filter) => filter,
+            Err(missing) => {
+                self.tell_of(key, Some(missing));
+                None
+            }
+        }
     }
 
     /// Counts that a listener works without its filter, and says each cause once.
-    fn fall_back(&mut self, key: ListenKey, error: &impl Display, remedy: &str) {
+    fn tell_of(&mut self, key: ListenKey, missing: Option<NoFilter>) {
+        let Some(NoFilter { cause, remedy }) = missing else { return };
         PROCESS.filter_fallbacks.increment();
-        if self.told.insert(error.to_string()) {
-            warn!(listen = %key, %error, remedy, "no filter: sources that should get no answer are reset after accept");
+        if !self.told.contains(&cause) {
+            let what = "no filter: sources that should get no answer are reset after accept";
+            warn!(listen = %key, error = %cause, remedy, "{what}");
+            self.told.insert(cause);
         }
+    }
+}
+
+impl TcpSocket {
+    fn unfiltered(socket: OwnedFd) -> Self {
+        Self { socket: socket.into(), filtered: false }
+    }
+
+    /// Gives it the filter that the target asks for, or none. Without one where it should be, which is returned, the
+    /// server task turns clients away: a reset instead of silence.
+    ///
+    /// # Errors
+    /// A filter that should go stays: it would drop what is to be served.
+    fn filter(&mut self, key: ListenKey, target: &Target) -> io::Result<Option<NoFilter>> {
+        let attached = filter_for(key, target).and_then(|filter| match filter {
+            Some(filter) => filter.attach(&self.socket).map(|()| true).map_err(|error| NoFilter::not_taken(&error)),
+            None => Ok(false),
+        });
+        let filters = matches!(attached, Ok(true));
+        if self.filtered && !filters {
+            Filter::detach(&self.socket)?;
+        }
+        self.filtered = filters;
+        Ok(attached.err())
+    }
+}
+
+fn filter_for(key: ListenKey, target: &Target) -> Result<Option<Filter>, NoFilter> {
+    Filter::of_target(target, Family::of(key.ip())).map_err(|error| NoFilter::too_long(&error))
+}
+
+impl NoFilter {
+    fn too_long(error: &TooLong) -> Self {
+        Self { cause: error.to_string(), remedy: "name fewer networks" }
+    }
+
+    fn not_taken(error: &io::Error) -> Self {
+        Self { cause: error.to_string(), remedy: "run it with CAP_NET_ADMIN" }
     }
 }

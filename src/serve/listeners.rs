@@ -5,8 +5,10 @@
 //! targets in `bound`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -17,9 +19,10 @@ use tokio::task::coop::consume_budget;
 
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
+use crate::parts::in_parts;
 use crate::plan::{self, Backends, Listener, Side, Step};
 use crate::serve::balancer::{Backend, PortState};
-use crate::serve::bound::{Bound, Servers};
+use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::failures::{Due, Failures};
 use crate::serve::ports::Ports;
 use crate::serve::tcp::TcpShared;
@@ -30,6 +33,13 @@ pub use crate::serve::failures::BindError;
 
 /// Steps after which the UDP shards are woken: often enough for those who wait, and a hundredth of the wakes.
 const FLUSH_AFTER: usize = 64;
+
+/// Listeners that are opened in one go, in which this thread does nothing else: some milliseconds.
+const BINDS_AT_ONCE: usize = 512;
+/// What makes another thread worth its while: it is begun in a few dozen microseconds, and a listener is opened in ten.
+const BINDS_PER_THREAD: usize = 64;
+/// More threads would only wait for each other in the kernel: for its tables of ports and of this process's descriptors.
+const MOST_BINDERS: usize = 4;
 
 /// What runs. Steps change it; nothing else does.
 #[derive(Debug)]
@@ -46,6 +56,17 @@ pub struct Listeners {
     ports: Ports,
     inside: Arc<[IpNet]>,
     servers: Servers,
+    /// How many threads may open listeners at once.
+    binders: usize,
+}
+
+/// A listener that is to be opened.
+#[derive(Debug)]
+struct Bind {
+    key: ListenKey,
+    wanted: Listener,
+    /// How long it had to wait for this try, if it has failed before.
+    waited: Option<Duration>,
 }
 
 /// A bound listener.
@@ -68,6 +89,7 @@ impl Listeners {
             ports: Ports::default(),
             inside,
             servers: Servers::new(tcp, udp),
+            binders: available_parallelism().map_or(1, usize::from).min(MOST_BINDERS),
         }
     }
 
@@ -85,17 +107,21 @@ impl Listeners {
             Step::Swap(key, _) => Some(&key.port),
             _ => None,
         }));
+        let mut binds = Vec::new();
         for (count, step) in steps.into_iter().enumerate() {
-            consume_budget().await; // Ten thousand binds in one go would keep a worker from its connections.
+            consume_budget().await; // Ten thousand steps in one go would keep this thread from what else it is for.
             if count % FLUSH_AFTER == 0 {
                 self.servers.udp.flush();
+            }
+            if binds.len() == BINDS_AT_ONCE || !matches!(step, Step::Bind(..)) {
+                self.bind_all(std::mem::take(&mut binds), now);
             }
             match step {
                 Step::Swap(key, backends) => {
                     changed_ports.push(key.port.clone());
                     self.swap(key, &backends);
                 }
-                Step::Bind(key, listener) => self.bind(key, listener, None, now),
+                Step::Bind(key, wanted) => binds.push(Bind { key, wanted, waited: None }),
                 Step::Point(key, listener) | Step::Revive(key, listener) | Step::Park(key, listener) => {
                     self.point(key, listener, now).await;
                 }
@@ -106,6 +132,7 @@ impl Listeners {
                 }
             }
         }
+        self.bind_all(binds, now);
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         changed_ports.iter().for_each(|port| self.ports.forget(port));
         self.finish().await;
@@ -135,7 +162,7 @@ impl Listeners {
     pub async fn retry(&mut self, now: Instant) {
         for Due { key, wanted, waited } in self.failures.take_due(now) {
             consume_budget().await;
-            self.bind(key, wanted, Some(waited), now);
+            self.bind_all(vec![Bind { key, wanted, waited: Some(waited) }], now);
         }
         self.finish().await;
     }
@@ -206,18 +233,36 @@ impl Listeners {
         }
     }
 
-    /// Opens a listener, or notes why it could not be opened: again, if it had `waited` for this try.
-    fn bind(&mut self, key: ListenKey, wanted: Listener, waited: Option<Duration>, now: Instant) {
-        if self.closed {
+    /// Opens listeners, or notes why they could not be opened. What the kernel has to do is shared among threads where it
+    /// is much, as that is most of a start; all else is done here and in the order of the binds.
+    fn bind_all(&mut self, binds: Vec<Bind>, now: Instant) {
+        if self.closed || binds.is_empty() {
             return;
         }
-        let Some(target) = self.target(&key, &wanted) else {
-            debug_assert!(false, "{key}: planned without a balancer");
-            return;
-        };
+        let (this, threads) = (&*self, self.binders.min(binds.len() / BINDS_PER_THREAD));
+        let opened = in_parts(&binds, threads, |part| part.iter().map(|bind| this.open(bind)).collect::<Vec<_>>());
+        let opened: Vec<_> = opened.into_iter().flatten().collect();
+        for (bind, opened) in binds.into_iter().zip(opened) {
+            match opened {
+                Some((target, opened)) => self.serve(bind, target, opened, now),
+                None => debug_assert!(false, "{}: planned without a balancer", bind.key),
+            }
+        }
+    }
+
+    /// Opens a listener's sockets; `None` where a side names a balancer that is not there.
+    fn open(&self, Bind { key, wanted, .. }: &Bind) -> Option<(Target, io::Result<Opened>)> {
+        let target = self.target(key, wanted)?;
+        let opened = self.servers.open(*key, wanted, &target);
+        Some((target, opened))
+    }
+
+    /// Has a listener served that was opened, or notes why it was not: again, if it had `waited` for this try.
+    fn serve(&mut self, bind: Bind, target: Target, opened: io::Result<Opened>, now: Instant) {
+        let Bind { key, wanted, waited } = bind;
         let port = Arc::clone(&target.port);
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
-        match self.servers.open(key, &wanted, &target) {
+        match opened.and_then(|opened| self.servers.serve(key, opened, &wanted, &target)) {
             Ok(bound) => {
                 self.turned.insert(key);
                 self.own(&key, &port);

@@ -472,6 +472,36 @@ async fn given_listeners_of_each_kind_when_closed_then_all_is_free_and_nothing_o
 }
 
 #[tokio::test]
+async fn given_hundreds_of_listeners_when_opened_at_once_then_each_serves_its_own_but_those_whose_address_is_held() {
+    let (mut bench, one) = (Bench::new(), named("one").await);
+    let address = |number: u8| IpAddr::from([127, 84, 3, number]);
+    let key = |number, protocol| ListenKey::new(address(number), 7400, protocol);
+    let service = |number: u8| {
+        let service = Service::new(&format!("default/s{number}")).cluster_ip(address(number));
+        service.port("http", 7400).udp_port("dns", 7400)
+    };
+    let held = [key(5, Protocol::Tcp), key(99, Protocol::Udp)];
+    let _tcp = std::net::TcpListener::bind(held[0].address()).expect("a free address");
+    let _udp = std::net::UdpSocket::bind(held[1].address()).expect("a free address");
+    bench.listeners.binders = 3;
+
+    let services: Vec<_> = (1..=100).map(service).collect();
+    bench.take(services.iter().flat_map(|service| [put(service), endpoints(service, &[one])])).await;
+
+    assert_eq!(bench.listeners.bound_count(), 198);
+    assert_eq!(bench.listeners.take_failure_news(), BTreeSet::from(held));
+    for (number, service) in (1..=100).zip(&services) {
+        for key in [Protocol::Tcp, Protocol::Udp].map(|protocol| key(number, protocol)) {
+            let owner = bench.listeners.owner(&key).map(|owner| &owner.service);
+            assert_eq!(owner, (!held.contains(&key)).then_some(&service.name), "{key}");
+        }
+    }
+    for number in [1, 6, 50, 100] {
+        assert_eq!(ask(key(number, Protocol::Tcp)).await, "one");
+    }
+}
+
+#[tokio::test]
 async fn t061_t158_given_services_that_come_and_go_when_the_last_is_gone_then_nothing_is_left() {
     let mut bench = Bench::new();
 

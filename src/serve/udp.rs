@@ -129,16 +129,20 @@ impl UdpShards {
         Ok(Self { shards: shards.collect::<io::Result<_>>()?, options, idle: Arc::new(options.idle) })
     }
 
-    /// Opens a listener's sockets, one for each shard that is to share it, and serves there.
-    ///
-    /// The number of shards stays as long as the listener lives: with another one, flows would lose their sockets.
+    /// Opens a listener's sockets and serves there: [`bind`](Self::bind) and [`add`](Self::add) in one.
     pub fn open(&self, key: ListenKey, target: TargetCell, settings: &UdpSettings) -> io::Result<UdpServer> {
-        let wanted = settings.shards.unwrap_or(self.options.shards_per_listener).get();
-        let count = usize::from(wanted).min(self.shards.len());
-        Ok(self.add(key, bind_udp_group(key.address(), count)?, target, settings))
+        Ok(self.add(key, self.bind(key, settings)?, target, settings))
     }
 
-    /// Serves a listener on sockets of [`bind_udp`] or [`bind_udp_group`], no more than there are shards. Takes the
+    /// Opens a listener's sockets, one for each shard that is to share it. The shards are not told yet: datagrams wait.
+    ///
+    /// The number of shards stays as long as the listener lives: with another one, flows would lose their sockets.
+    pub fn bind(&self, key: ListenKey, settings: &UdpSettings) -> io::Result<Vec<UdpSocket>> {
+        let wanted = settings.shards.unwrap_or(self.options.shards_per_listener).get();
+        bind_udp_group(key.address(), usize::from(wanted).min(self.shards.len()))
+    }
+
+    /// Serves a listener on sockets of [`bind`](Self::bind) or [`bind_udp`], no more than there are shards. Takes the
     /// place of one with the same key.
     pub fn add(
         &self,
