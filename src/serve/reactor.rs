@@ -63,7 +63,24 @@ struct Entry {
     /// What its task waits for; nothing while it runs.
     wanted: Cell<Ready>,
     waker: Cell<Option<Waker>>,
-    age: Cell<u8>,
+    age: Cell<Age>,
+}
+
+/// Whom a relay's socket leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Party {
+    /// Who has connected to us.
+    Client,
+    /// Whom we have connected to.
+    Backend,
+}
+
+/// How often [`Reactor::grow_older`] has met a socket whose age counts.
+#[derive(Clone, Copy)]
+enum Age {
+    Uncounted,
+    Never(Party),
+    Once(Party),
 }
 
 /// A socket in the table. Dropped, it is closed.
@@ -130,7 +147,7 @@ impl Reactor {
             ready: Cell::new(Ready::empty()),
             wanted: Cell::new(Ready::empty()),
             waker: Cell::new(None),
-            age: Cell::new(0),
+            age: Cell::new(Age::Uncounted),
         });
         table.insert(Rc::clone(&entry));
         Ok(Watched { entry, reactor: Rc::clone(self) })
@@ -172,20 +189,20 @@ impl Reactor {
         self.table.borrow().entries.iter().flatten().for_each(|entry| entry.wake());
     }
 
-    /// Hands over the sockets of age 2 (they are of age 0 then), and makes those of age 1 a year older. Returns how many
-    /// have an age yet.
-    pub(crate) fn grow_older(&self, mut aged: impl FnMut(BorrowedFd<'_>)) -> usize {
+    /// Hands over the sockets that it meets for the second time since their age counts; no more after that. Returns how
+    /// many it has met for the first time.
+    pub(crate) fn grow_older(&self, mut aged: impl FnMut(BorrowedFd<'_>, Party)) -> usize {
         let mut young = 0;
         for entry in self.table.borrow().entries.iter().flatten() {
             match entry.age.get() {
-                0 => {}
-                1 => {
-                    entry.age.set(2);
+                Age::Uncounted => {}
+                Age::Never(party) => {
+                    entry.age.set(Age::Once(party));
                     young += 1;
                 }
-                _ => {
-                    entry.age.set(0);
-                    aged(entry.socket.as_fd());
+                Age::Once(party) => {
+                    entry.age.set(Age::Uncounted);
+                    aged(entry.socket.as_fd(), party);
                 }
             }
         }
@@ -276,8 +293,8 @@ impl Watched {
     }
 
     /// Lets it be handed over by the second [`Reactor::grow_older`] from now.
-    pub(crate) fn count_age(&self) {
-        self.entry.age.set(1);
+    pub(crate) fn count_age(&self, party: Party) {
+        self.entry.age.set(Age::Never(party));
     }
 }
 
@@ -495,14 +512,14 @@ mod tests {
         let reactor = reactor();
         let [(_a, first), (_b, second), (_c, _other)] = [(); 3].map(|()| watched(&reactor));
         let older = || {
-            let mut aged = 0;
-            (reactor.grow_older(|_| aged += 1), aged)
+            let mut aged = Vec::new();
+            (reactor.grow_older(|_, party| aged.push(party)), aged)
         };
 
-        first.count_age();
-        assert_eq!(older(), (1, 0));
-        second.count_age();
+        first.count_age(Party::Client);
+        assert_eq!(older(), (1, vec![]));
+        second.count_age(Party::Backend);
 
-        assert_eq!([older(), older(), older()], [(1, 1), (0, 1), (0, 0)]);
+        assert_eq!([older(), older(), older()], [(1, vec![Party::Client]), (0, vec![Party::Backend]), (0, vec![])]);
     }
 }

@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use socket2::SockRef;
 
 use crate::serve::pipe::Pipe;
-use crate::serve::reactor::{READABLE, Ready, Unwatched, WRITABLE, Watched};
+use crate::serve::reactor::{Party, READABLE, Ready, Unwatched, WRITABLE, Watched};
 use crate::serve::worker;
 
 /// A connected (or connecting) socket that does not block. Lives on the worker that it was made on; dropped, it is closed.
@@ -68,8 +68,8 @@ impl Stream {
     }
 
     /// Has its age counted, for who is told of connections that last.
-    pub(crate) fn count_age(&self) {
-        self.socket.count_age();
+    pub(crate) fn count_age(&self, party: Party) {
+        self.socket.count_age(party);
     }
 
     fn take_error(&self) -> io::Error {

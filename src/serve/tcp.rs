@@ -13,7 +13,7 @@
 //!
 //! | call | why |
 //! |---|---|
-//! | `accept4` | the client; not blocking at once, TCP_NODELAY and keep-alive inherited from the listener |
+//! | `accept4` | the client; not blocking at once, TCP_NODELAY inherited from the listener; keep-alive after five seconds (`lasting`) |
 //! | `epoll_ctl` add | its only registration |
 //! | `socket`, `connect` | the backend; no option before the second write (`direction`) or the fifth second (`lasting`) |
 //! | `epoll_ctl` add | its only registration; the loop tells of success, so SO_ERROR is read after failures alone |
@@ -49,7 +49,7 @@ use tracing::{Level, debug, enabled, warn};
 use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
-use crate::serve::lasting::{LastingOptions, set_if_it_lasts};
+use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_last};
 use crate::serve::mailbox::Seat;
 use crate::serve::pool::{Listening, Pool};
 use crate::serve::reactor::{Foreign, Unwatched};
@@ -86,6 +86,13 @@ impl Default for TcpOptions {
             keepalive_probes: 3,
             workers: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
+    }
+}
+
+impl TcpOptions {
+    fn if_lasting(&self) -> IfLasting {
+        let client = KeepAlive { idle: self.keepalive_idle, probes: self.keepalive_probes };
+        IfLasting { client, backend: self.lasting }
     }
 }
 
@@ -150,8 +157,6 @@ impl TcpServer {
         target: TargetCell,
         shared: Arc<TcpShared>,
     ) -> io::Result<Self> {
-        let TcpOptions { keepalive_idle, keepalive_probes, .. } = shared.options;
-        socket::keep_alive(&listener, keepalive_idle, keepalive_probes)?; // Accepted sockets inherit it.
         let lack = News::since(Instant::now());
         let server = Server { listener: Arc::clone(&listener), key, target, shared: Arc::clone(&shared), lack };
         let server = Arc::new(server);
@@ -413,7 +418,7 @@ async fn reach(
     match reached {
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
-            set_if_it_lasts(&stream, shared.options.lasting);
+            set_if_they_last(&client, &stream, shared.options.if_lasting());
             Some((Arc::clone(&guest.port), Connection::open(client, stream, backend)))
         }
         Err(reason) => {

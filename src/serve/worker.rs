@@ -31,7 +31,7 @@ use rustix::event::epoll::{self, EventFlags};
 use tracing::error;
 
 use crate::serve::mailbox::{Mailbox, Order};
-use crate::serve::reactor::{Foreign, Reactor, Unwatched, Watched};
+use crate::serve::reactor::{Foreign, Party, Reactor, Unwatched, Watched};
 use crate::serve::sleep::{Sleep, Timers};
 
 /// The number by which a worker's event loop knows its alarm.
@@ -292,8 +292,8 @@ impl Worker {
         });
     }
 
-    /// Calls `aged` for each socket whose age is counted ([`Watched::count_age`]), at its second birthday.
-    pub(crate) fn grow_older(&self, aged: impl FnMut(BorrowedFd<'_>)) -> usize {
+    /// Hands over each socket whose age is counted ([`Watched::count_age`]) when it is called the second time since.
+    pub(crate) fn grow_older(&self, aged: impl FnMut(BorrowedFd<'_>, Party)) -> usize {
         self.reactor.grow_older(aged)
     }
 }
