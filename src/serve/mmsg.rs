@@ -39,16 +39,30 @@ const UPSTREAM_BUFFER_BYTES: usize = 1 << 20;
 ///
 /// Neither SO_REUSEADDR nor SO_REUSEPORT: with them another process could take the address over.
 pub fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    listening(bound(address)?, address)
+    Ok(listening(bound(address)?))
 }
 
-fn listening(socket: Socket, address: SocketAddr) -> io::Result<UdpSocket> {
-    // What follows makes it better, but a socket without is better than none.
-    let _ = socket.set_recv_buffer_size(LISTENER_BUFFER_BYTES);
-    let _ = socket.set_send_buffer_size(LISTENER_BUFFER_BYTES);
-    let _ = report_overflow(&socket);
-    report_ecn(&socket, address)?;
-    Ok(socket.into())
+/// Room for what comes before anybody reads; all other options wait for the first datagram ([`equip`]).
+fn listening(socket: Socket) -> UdpSocket {
+    let _ = socket.set_recv_buffer_size(LISTENER_BUFFER_BYTES); // Better with more, but a socket with less is one, too.
+    socket.into()
+}
+
+/// Gives a listener's socket what it needs once datagrams come: to be called before the first one is received, as
+/// thousands of listeners never get any, and each option is a system call more at the start. What waits already is
+/// told with its ECN bits and with what was dropped before it all the same.
+///
+/// `trains`: datagrams of equal length from one sender are to be handed over as one, where the kernel can.
+///
+/// Best effort: a socket without is better than none.
+pub fn equip(socket: &UdpSocket, address: SocketAddr, trains: bool) {
+    let options = SockRef::from(socket);
+    let _ = options.set_send_buffer_size(LISTENER_BUFFER_BYTES);
+    let _ = report_overflow(&options);
+    let _ = report_ecn(&options, address);
+    if trains {
+        let _ = receive_trains(socket);
+    }
 }
 
 /// Holds an address while nothing serves there: senders get *port unreachable*, and nobody else can bind it.
@@ -86,7 +100,7 @@ pub fn bind_udp_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSo
         let socket = unbound(address)?;
         socket.set_reuse_port(true)?;
         bind_here(&socket, address)?;
-        listening(socket, address)
+        Ok(listening(socket))
     });
     std::iter::once(Ok(first)).chain(others).collect()
 }
@@ -699,11 +713,13 @@ mod tests {
             let marked = 0b1011_1010; // a DSCP of 46 and ECT(0)
             let options = socket2::SockRef::from(&client);
             if any.is_ipv4() { options.set_tos_v4(marked) } else { options.set_tclass_v6(marked) }.expect("marked");
+            equip(&backend, any, false);
             let upstream = connect_udp(address_of(&backend)).expect("a way to loopback");
             client.send_to(b"x", address).expect("sent");
             let (mut batch, mut arrived) = (Batch::default(), Batch::default());
 
             wait_readable(&service);
+            equip(&service, address, true); // Not before the first datagram is there.
             batch.receive(service.as_fd(), BATCH).expect("received");
             batch.send(upstream.as_fd(), &[0], Place::default(), To::Connected).expect("sent");
             wait_readable(&backend);
@@ -749,6 +765,7 @@ mod tests {
         }
 
         wait_readable(&service);
+        equip(&service, "127.18.0.5:5301".parse().expect("an address"), true);
         let received = batch.receive(service.as_fd(), BATCH).expect("received");
         batch.clear();
         client.send_to(&[0; 512], "127.18.0.5:5301").expect("sent");
@@ -831,7 +848,8 @@ mod tests {
             let service = bind_udp(address).expect("a free address");
             let any = SocketAddr::new(address.ip(), 0);
             let (client, backend) = (plain(&any.to_string()), bind_udp(any).expect("a free port"));
-            receive_trains(&backend).expect("a kernel with UDP_GRO");
+            equip(&backend, any, true);
+            equip(&service, address, false);
             let upstream = connect_udp(address_of(&backend)).expect("a way to loopback");
             for ecn in [2, 2, 3, 3, 3, 0] {
                 let options = socket2::SockRef::from(&client);

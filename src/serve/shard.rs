@@ -26,7 +26,7 @@ use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
 use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
-use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, receive_trains};
+use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, equip, receive_trains};
 use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
 use crate::serve::socket::dropped_packets;
@@ -88,6 +88,8 @@ struct Listener {
     /// Those of the flags, for all that have no others.
     idle: Arc<IdleTimes>,
     losses: Losses,
+    /// True once its socket has all its options.
+    equipped: bool,
 }
 
 /// What the kernel drops at a listener's socket. It tells one number for what its filter drops and for what finds no
@@ -200,6 +202,9 @@ impl Shard {
     /// Moves one batch of a listener's datagrams to backends. What else waits comes in the next turn, after others.
     fn forward(&mut self, index: usize, now: Instant) {
         let Some(listener) = self.listeners.get_mut(index).and_then(Option::as_mut) else { return };
+        if !mem::replace(&mut listener.equipped, true) {
+            equip(&listener.socket, listener.key.address(), self.takes_trains);
+        }
         let received = match self.batch.receive(listener.socket.as_fd(), BATCH) {
             Ok(received) => received,
             Err(error) => return debug!(listen = %listener.key, %error, "nothing received"),
@@ -436,7 +441,6 @@ impl Shard {
 
     fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>) {
         self.remove(&key); // one socket for each key
-        self.prefer_trains(&socket);
         self.listen(key, socket, target, idle, Losses::NONE);
     }
 
@@ -457,7 +461,7 @@ impl Shard {
         if self.listeners.len() <= id.index() {
             self.listeners.resize_with(id.index() + 1, || None);
         }
-        self.listeners[id.index()] = Some(Listener { id, key, socket, target, idle, losses });
+        self.listeners[id.index()] = Some(Listener { id, key, socket, target, idle, losses, equipped: false });
         self.keys.insert(key, id);
     }
 
