@@ -91,10 +91,11 @@ pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Out
     let mut command = Command::new(KUBE_RELAY);
     command.args(["run", "-f"]).arg(&file).args(RELAY_FLAGS);
 
+    let node = stage.rig.node(PROXY_NODE);
+    let wanted = node.run(in_use)? + 2 * count;
     let started = Instant::now();
-    let mut relay = start(command, stage.rig.node(PROXY_NODE), &log)?;
-    stage.rig.node(PROXY_NODE).run(|| all_bound(&mut relay, count, started, &log))?;
-    let start_up = started.elapsed();
+    let mut relay = start(command, node, &log)?;
+    let start_up = node.run(|| all_bound(&mut relay, count, wanted, started, &log))?;
 
     thread::sleep(span.warm_up);
     let pids = relay.pids();
@@ -110,10 +111,12 @@ pub(crate) fn services(wanted: u32, stage: &Stage, span: Span) -> io::Result<Out
     Ok(outcome)
 }
 
-/// Waits until all Services' sockets are bound, in the calling thread's namespace and at little cost to who binds them.
-fn all_bound(relay: &mut Process, count: u32, since: Instant, log: &Path) -> io::Result<()> {
+/// Waits until all Services' sockets are bound, in the calling thread's namespace and at little cost to who binds them:
+/// the kernel's counts are read at once, its tables only to see that the counts were of these sockets.
+fn all_bound(relay: &mut Process, count: u32, wanted: u32, since: Instant, log: &Path) -> io::Result<Duration> {
     let last = SocketAddr::new(cluster_ip(count - 1).into(), PORT);
-    while !(TcpStream::connect(last).is_ok() && bound()? >= 2 * count) {
+    let mut start_up = Duration::ZERO;
+    while start_up.is_zero() || bound()? < 2 * count {
         if let Some(status) = relay.ended()? {
             return Err(io::Error::other(format!("{status}: {}", last_words(log))));
         }
@@ -121,8 +124,11 @@ fn all_bound(relay: &mut Process, count: u32, since: Instant, log: &Path) -> io:
             return Err(io::Error::other(format!("{} of {} sockets bound; {}", bound()?, 2 * count, last_words(log))));
         }
         thread::sleep(Duration::from_millis(1));
+        if start_up.is_zero() && in_use()? >= wanted && TcpStream::connect(last).is_ok() {
+            start_up = since.elapsed();
+        }
     }
-    Ok(())
+    Ok(start_up)
 }
 
 /// Services with a TCP and a UDP port, each on a loopback address of its own.
@@ -138,6 +144,16 @@ fn manifest(count: u32, backends: &[SocketAddr]) -> String {
 fn cluster_ip(number: u32) -> Ipv4Addr {
     let [_, _, high, low] = number.to_be_bytes();
     Ipv4Addr::new(127, 97, high, low)
+}
+
+/// How many sockets there are of TCP, those of TIME_WAIT aside, and of UDP, in the calling thread's namespace.
+fn in_use() -> io::Result<u32> {
+    let text = fs::read_to_string("/proc/thread-self/net/sockstat")?;
+    let of = |line: &str| -> Option<u32> {
+        let words = line.strip_prefix("TCP: inuse ").or_else(|| line.strip_prefix("UDP: inuse "))?;
+        words.split_whitespace().next()?.parse().ok()
+    };
+    Ok(text.lines().filter_map(of).sum())
 }
 
 /// How many sockets of the Services there are, in the calling thread's namespace: listening ones and UDP.

@@ -9,11 +9,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, epoll, epoll::EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::rig::Namespace;
 
@@ -24,6 +25,8 @@ const BLOCK_BYTES: usize = 128 * 1024;
 /// What one system call may discard in bulk.
 const DISCARD_BYTES: usize = 1024 * 1024;
 const BACKLOG: i32 = 4096;
+/// A bulk stream on which nothing moved for so long is over.
+const STALLED: Duration = Duration::from_secs(3);
 
 /// What a connection asks for by its first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,6 +235,9 @@ impl Connection {
 impl Bulk {
     /// Hands a connection to threads of its own.
     fn start(this: &Arc<Self>, ask: Ask, stream: TcpStream) {
+        // A client's reset can get lost in a full queue. Nobody would tell us again.
+        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(STALLED));
+        let _ = stream.set_read_timeout(Some(STALLED));
         let Ok(second) = stream.set_nonblocking(false).and_then(|()| stream.try_clone()) else { return };
         if matches!(ask, Ask::Down | Ask::Both) {
             this.thread(move |_| fill(&stream));
