@@ -7,13 +7,16 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The cases of what a proxy owes a Service: intake, slices, selection, verdicts, balancing and affinity.
-const CASES: std::ops::RangeInclusive<u16> = 1..=151;
+/// The cases of what a proxy owes a Service: intake, slices, selection, verdicts, balancing and affinity; then of TCP and of
+/// UDP on the way.
+const CASES: std::ops::RangeInclusive<u16> = 1..=200;
 
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
     (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
     (150, 12, "state that is handed over belongs to the upgrade"),
+    (171, 9, "connections end with their endpoint once `kube-relay.dev/reset-after` is acted on"),
+    (172, 9, "a connection has no greatest age yet"),
 ];
 
 #[test]

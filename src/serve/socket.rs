@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrAny, SocketFlags, SocketType};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::name::{Family, ListenKey};
@@ -116,10 +116,12 @@ pub fn dropped_packets(socket: impl AsFd) -> io::Result<u32> {
 /// Takes one waiting connection from a listener: its socket, non-blocking, and who it is.
 pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     let (socket, peer) = rustix::net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
-    match peer.and_then(|peer| SocketAddr::try_from(peer).ok()) {
-        Some(peer) => Ok((socket, peer)),
-        None => Err(Errno::CONNABORTED.into()), // Gone before it was accepted: there is nobody to serve.
-    }
+    Ok((socket, address_of(peer)?))
+}
+
+/// Who a client is. Without an address it was gone before it was accepted, and there is nobody to serve.
+fn address_of(peer: Option<SocketAddrAny>) -> io::Result<SocketAddr> {
+    peer.and_then(|peer| SocketAddr::try_from(peer).ok()).ok_or_else(|| Errno::CONNABORTED.into())
 }
 
 // ---- TCP: connections ----
@@ -222,6 +224,19 @@ mod tests {
         let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
         assert_eq!(rustix::event::poll(&mut waiting, Some(&limit)), Ok(1), "a connection in time");
         accept(listener).expect("a connection")
+    }
+
+    #[test]
+    fn t177_given_a_client_without_an_address_when_accepted_then_it_is_gone_and_one_of_port_0_is_served() {
+        use rustix::net::SocketAddrUnix;
+
+        let unix = SocketAddrUnix::new_unnamed().into();
+        let of_port_0 = SocketAddr::from(([192, 0, 2, 1], 0));
+
+        for peer in [None, Some(unix)] {
+            assert_eq!(address_of(peer).expect_err("no address").kind(), ErrorKind::ConnectionAborted);
+        }
+        assert_eq!(address_of(Some(of_port_0.into())).expect("an address"), of_port_0);
     }
 
     #[test]

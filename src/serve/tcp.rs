@@ -103,6 +103,7 @@ pub struct TcpShared {
     workers: Pool,
     connections: TaskTracker,
     aborting: AtomicBool,
+    lack_of_ports: News,
 }
 
 impl TcpShared {
@@ -112,7 +113,8 @@ impl TcpShared {
     /// No thread, descriptor or memory is left.
     pub fn new(options: TcpOptions) -> io::Result<Self> {
         let workers = Pool::start(options.workers.get())?;
-        Ok(Self { options, workers, connections: TaskTracker::new(), aborting: AtomicBool::new(false) })
+        let lack_of_ports = News::since(Instant::now());
+        Ok(Self { options, workers, connections: TaskTracker::new(), aborting: AtomicBool::new(false), lack_of_ports })
     }
 
     /// Connections that are open or being made.
@@ -347,6 +349,7 @@ impl Pause {
 
 /// Something that several workers find out, and that is told by one of them, and by none again for a time: at the
 /// limit, pauses and accepts come by turns.
+#[derive(Debug)]
 struct News {
     since: Instant,
     /// Not to be told before, in milliseconds.
@@ -422,6 +425,10 @@ async fn reach(
             Some((Arc::clone(&guest.port), Connection::open(client, stream, backend)))
         }
         Err(reason) => {
+            if reason == DropReason::LocalPorts && shared.lack_of_ports.is_news(Instant::now()) {
+                let remedy = "another --upstream-source, or a wider net.ipv4.ip_local_port_range";
+                warn!(service = %guest.port.name, %reason, remedy, "no source port is left towards any backend: clients are reset");
+            }
             guest.reason = reason;
             None
         }
@@ -911,7 +918,6 @@ mod tests {
         });
     }
 
-    /// T177: a client without an address is one that is gone (`socket::accept`).
     #[test]
     fn given_what_accept_says_when_judged_then_only_a_lack_pauses() {
         let refusal = |errno: Errno| Refusal::of(&errno.into());
@@ -919,6 +925,7 @@ mod tests {
         assert_eq!(refusal(Errno::AGAIN), Refusal::Empty);
         assert_eq!(refusal(Errno::CONNABORTED), Refusal::Gone);
         assert_eq!(refusal(Errno::NETUNREACH), Refusal::Gone);
+        assert_eq!(refusal(Errno::INTR), Refusal::Gone);
         assert_eq!(refusal(Errno::MFILE), Refusal::Lack(DropReason::FdLimit));
         assert_eq!(refusal(Errno::NOBUFS), Refusal::Lack(DropReason::Memory));
         assert_eq!(refusal(Errno::INVAL), Refusal::Broken);
