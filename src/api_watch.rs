@@ -220,7 +220,8 @@ impl<O: 'static> Watch<O> {
 fn stream<K: Watchable, O: 'static>(client: Client, selector: &Selector, read: fn(K) -> O) -> Stream<O> {
     let seconds = rand::rng().random_range(selector.seconds.clone());
     // From the server's cache: a quorum read for each node at once is what a large cluster does not live through.
-    let mut options = watcher::Config::default().any_semantic().timeout(seconds);
+    // Only a list without a limit is one: with pages, `kube` leaves out the `resourceVersion=0` that asks for the cache.
+    let mut options = watcher::Config { page_size: None, ..watcher::Config::default() }.any_semantic().timeout(seconds);
     options.label_selector = selector.labels.clone();
     options.field_selector = selector.fields.clone();
     let sighting = move |event| match event {

@@ -4,6 +4,7 @@
 //! told of all this `api_report`; what of its objects is in use `mirror`; how it does is read in `contact`. Nothing is taken
 //! out of use because the server is away: the last state stays until a complete new one is there.
 
+use std::io;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
+use tokio::runtime::Builder;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -75,6 +78,43 @@ impl Selection {
     }
 }
 
+/// The source cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The server cannot be asked.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// There is no thread for it.
+    #[error("cannot start the runtime of the API source")]
+    Runtime(#[source] io::Error),
+}
+
+/// Follows an API server until `cancel`, on a thread and a runtime of its own: the list of a large cluster is tens of
+/// megabytes, and who reads them does nothing else for a second. To be called on a runtime, whose end it does not outlive.
+///
+/// # Errors
+/// Where the credentials cannot be used, or no thread is left.
+pub fn start(
+    api: &Api,
+    selection: &Selection,
+    relay: &Relay,
+    place: Place,
+    cancel: CancellationToken,
+) -> Result<JoinHandle<()>, StartError> {
+    let runtime = Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
+    let source = {
+        let _entered = runtime.enter(); // The clients have tasks.
+        Source::new(api, selection, relay, place)
+    };
+    match source {
+        Ok(source) => Ok(spawn_blocking(move || runtime.block_on(run(source, cancel)))),
+        Err(error) => {
+            runtime.shutdown_background(); // To wait for its end is not allowed on another one.
+            Err(error.into())
+        }
+    }
+}
+
 /// The source, ready to begin. Owned by the task of [`run`].
 #[derive(Debug)]
 pub struct Source {
@@ -89,7 +129,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Prepares the watches for a relay at a place: Services, EndpointSlices and the own Node. Sends nothing.
+    /// Prepares the watches for a relay at a place: Services, EndpointSlices and the own Node. Sends nothing. To be called
+    /// on the runtime that it is to run on.
     ///
     /// # Errors
     /// Where the credentials cannot be used.

@@ -201,8 +201,7 @@ async fn follow(
                 ..kubernetes::Selection::default()
             };
             let place = Place { plan: config.plan.clone(), host: host.clone() };
-            let source = kubernetes::Source::new(&Api::find(server).await?, &selection, relay, place)?;
-            tokio::spawn(kubernetes::run(source, stop))
+            kubernetes::start(&Api::find(server).await?, &selection, relay, place, stop)?
         }
     })
 }

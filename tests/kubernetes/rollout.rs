@@ -11,6 +11,23 @@ use crate::support::relay::picks;
 use crate::support::site::Site;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_start_when_all_is_listed_then_it_comes_from_the_servers_cache_and_in_one_piece() {
+    let stage = Stage::serving(Site::new(16)).await;
+    let kinds = ["services", "endpointslices", "nodes"];
+
+    stage.until("watches", |_| kinds.iter().all(|kind| stage.server.count(kind, true) > 0)).await;
+
+    let asked = stage.server.asked();
+    let lists: Vec<_> = asked.iter().filter(|asked| !asked.watch).collect();
+    assert_eq!(lists.len(), kinds.len(), "{asked:#?}");
+    for list in lists {
+        let parameters: Vec<_> = list.query.split('&').collect();
+        assert!(parameters.contains(&"resourceVersion=0"), "no quorum read: {list:?}");
+        assert!(!parameters.iter().any(|parameter| parameter.starts_with("limit=")), "no page of etcd: {list:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn given_a_service_of_an_api_server_when_its_slice_changes_then_clients_follow() {
     let stage = Stage::serving(Site::new(11)).await;
     let site = stage.site;
@@ -23,21 +40,6 @@ async fn given_a_service_of_an_api_server_when_its_slice_changes_then_clients_fo
     stage.server.delete("services", "default/web");
     stage.until_known("web", false).await;
     assert!(client::refused(site.service()).await);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn given_more_objects_than_a_page_when_listed_then_all_are_served() {
-    let site = Site::new(12);
-    let server = ApiServer::start(api_address(site)).await;
-    for number in 0..7 {
-        server.put("services", service(&format!("s{number}"), &format!("127.0.12.{}", 10 + number)));
-    }
-
-    let stage = Stage::following(site, server).await;
-
-    stage.until("the first state", |status| status.synced).await;
-    assert_eq!(stage.status().services.len(), 7);
-    assert_eq!(stage.server.count("services", false), 4, "pages of two");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -15,8 +15,6 @@ use crate::support::site::Site;
 const SERVICES: u64 = 10_000;
 const SHORT_SERVICES: u64 = 300;
 const ENDPOINTS: u8 = 10;
-/// As real servers' clients ask for.
-const PAGE: usize = 500;
 /// One by one: each is a batch by itself.
 const CHANGES: u64 = 20;
 const PACE: Duration = Duration::from_millis(50);
@@ -54,7 +52,6 @@ async fn t231_f19_given_a_large_cluster_when_the_program_starts_and_one_slice_ch
     let (site, descriptors) = (Site::new(35), Descriptors::take().await);
     let services = descriptors.fitting(if full() { SERVICES } else { SHORT_SERVICES }, 1);
     let server = ApiServer::start(api_address(site)).await;
-    server.page(PAGE);
     for number in 0..services {
         server.put("services", service(&name(number), &format!("127.135.{}.{}", number / 250, number % 250 + 1)));
         server.put("endpointslices", slice(number, ENDPOINTS));
@@ -82,4 +79,5 @@ async fn t231_f19_given_a_large_cluster_when_the_program_starts_and_one_slice_ch
     );
     assert_eq!(program.metric("kuberelay_listeners", &["state=\"serving\""]), services);
     assert!(memory < MEMORY_BYTES, "{memory} bytes");
+    assert_eq!(["services", "endpointslices"].map(|kind| server.count(kind, false)), [1, 1], "each in one piece");
 }

@@ -1,5 +1,5 @@
-//! An API server of one's own: lists with pages and versions, watches with bookmarks, and every way to fail that real
-//! ones have. Real HTTP on loopback.
+//! An API server of one's own: lists with versions, and with pages for who asks for them, watches with bookmarks, and every
+//! way to fail that real ones have. Real HTTP on loopback.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -84,8 +84,6 @@ struct State {
     asked: Vec<Asked>,
     /// Watches among so many first requests say nothing any more.
     frozen: usize,
-    /// Objects of one page of a list.
-    page: usize,
 }
 
 impl Shared {
@@ -108,7 +106,6 @@ impl ApiServer {
             compacted: 0,
             asked: Vec::new(),
             frozen: 0,
-            page: 2,
         };
         let state = Arc::new(Shared { state: Mutex::new(state), version: watch::Sender::new(1) });
         let mut server = Self { address, state, running: None };
@@ -165,11 +162,6 @@ impl ApiServer {
     pub fn freeze(&self) {
         let mut state = self.state.lock();
         state.frozen = state.asked.len();
-    }
-
-    /// Lists come in pages of so many objects.
-    pub fn page(&self, objects: usize) {
-        self.state.lock().page = objects;
     }
 
     /// Ends all connections, and answers new ones.
@@ -314,16 +306,16 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
         follow(shared, wanted, behind, tokio::time::Instant::now() + lifetime)
     } else {
         let state = shared.lock();
-        let from: usize = parameter("continue").and_then(|text| text.parse().ok()).unwrap_or_default();
-        text(list(&state, &wanted, from))
+        let count = |name| parameter(name).and_then(|text| text.parse::<usize>().ok());
+        text(list(&state, &wanted, count("continue").unwrap_or_default(), count("limit")))
     };
     Response::new(spoil(mood, body))
 }
 
-fn list(state: &State, wanted: &Wanted, from: usize) -> String {
+fn list(state: &State, wanted: &Wanted, from: usize, limit: Option<usize>) -> String {
     let all = state.objects.iter().filter(|((of, _), object)| wanted.takes(of, object));
     let all: Vec<&Value> = all.map(|(_, object)| object).collect();
-    let page: Vec<_> = all.iter().skip(from).take(state.page).collect();
+    let page: Vec<_> = all.iter().skip(from).take(limit.unwrap_or(usize::MAX)).collect();
     let mut metadata = json!({"resourceVersion": state.version.to_string()});
     if from + page.len() < all.len() {
         metadata["continue"] = (from + page.len()).to_string().into();
