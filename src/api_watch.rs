@@ -181,9 +181,10 @@ impl<O: 'static> Watch<O> {
 
     fn fail(&mut self, error: &watcher::Error) -> Sighting<O> {
         let reason = reason(error);
-        // After these the watch would go on as if nothing were missing: it passes over text that it cannot read, and asks
-        // for ever to continue from where it cannot.
+        // After these the watch would go on as if nothing were missing: it passes over text that it cannot read, or that is
+        // no event, and asks for ever to continue from where it cannot.
         let lost = match error {
+            watcher::Error::WatchFailed(kube::Error::Api(_)) => true,
             watcher::Error::WatchFailed(_) => reason == WatchFailure::Decode,
             watcher::Error::WatchStartFailed(_) => matches!(reason, WatchFailure::Expired | WatchFailure::Decode),
             _ => false,
@@ -239,6 +240,8 @@ fn reason(error: &watcher::Error) -> WatchFailure {
     match error {
         watcher::Error::WatchError(status) => reason_of_status(status),
         watcher::Error::NoResourceVersion => WatchFailure::Decode,
+        // To `kube`, any object that is no event is a status, of which each field may be missing.
+        watcher::Error::WatchFailed(kube::Error::Api(status)) if status.code == 0 => WatchFailure::Decode,
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
         | watcher::Error::WatchFailed(error) => match error {
@@ -313,6 +316,8 @@ mod tests {
             assert_eq!(reason(&watcher::Error::WatchStartFailed(kube::Error::Api(status(code)))), word);
         }
         assert_eq!(reason(&watcher::Error::NoResourceVersion), WatchFailure::Decode);
+        assert_eq!(reason(&watcher::Error::WatchFailed(kube::Error::Api(status(0)))), WatchFailure::Decode);
+        assert_eq!(reason(&watcher::Error::WatchFailed(kube::Error::Api(status(410)))), WatchFailure::Expired);
     }
 
     fn watch() -> Watch<()> {

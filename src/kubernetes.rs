@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Node;
 use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
@@ -24,7 +23,7 @@ use crate::control::Relay;
 use crate::decode::Observed;
 use crate::last_good::{self, Keeper};
 use crate::own_node::{OwnNode, Place};
-use crate::watched::{EndpointSlices, Endpoints, Services, Watched};
+use crate::watched::{EndpointSlices, Endpoints, Services, Watched, WatchedNode};
 
 /// How often it is looked whether the server is back: a watch that goes on without news says nothing by itself.
 const OUTAGE_LOOK: Duration = Duration::from_secs(1);
@@ -141,7 +140,7 @@ impl Source {
             services: Watch::new::<Watched<Services>>(api, &services, &contact, |object| object.observed)?,
             endpoints: Watch::new::<Watched<EndpointSlices>>(api, &endpoints, &contact, |object| object.observed)?,
             old_endpoints: Some(Watch::new::<Watched<Endpoints>>(api, &endpoints, &contact, |object| object.observed)?),
-            node: Watch::new::<Node>(api, &node, &contact, |object| OwnNode::of(&object))?,
+            node: Watch::new::<WatchedNode>(api, &node, &contact, |object| object.node)?,
             saved: selection.state_dir.as_deref().map(last_good::path),
             report: Report::new(
                 Server { name: api.server(), ip: api.ip(), service_nets: selection.service_nets.clone() },

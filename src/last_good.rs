@@ -108,7 +108,7 @@ fn node(text: &[u8]) -> Option<OwnNode> {
     let lines = text.split(|byte| *byte == b'\n').take(2);
     let is_node = |value: &Value| value["kind"] == "Node";
     let node = lines.filter_map(|line| serde_json::from_slice(line).ok()).find(is_node)?;
-    serde_json::from_value(node).ok().map(|node| OwnNode::of(&node))
+    Some(OwnNode::of(&node))
 }
 
 /// Writes a state beside its place and renames it into it: whoever reads sees a whole one, whenever power fails.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
 
 use crate::config::PlanConfig;
@@ -39,20 +38,19 @@ pub struct OwnNode {
 }
 
 impl OwnNode {
-    /// Reads an object. What is no address or network in it is passed over.
-    pub fn of(node: &Node) -> Self {
-        let (metadata, spec) = (&node.metadata, node.spec.as_ref());
-        let zone = metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
-        let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.clone()).filter(|cidrs| !cidrs.is_empty());
-        let pod_cidrs = pod_cidrs.or_else(|| Some(vec![spec?.pod_cidr.clone()?])).unwrap_or_default();
-        let taints = spec.and_then(|spec| spec.taints.as_ref()).into_iter().flatten();
+    /// Reads an object. What is no address or network in it is passed over, and so is a field of another type than the
+    /// API's: one of them must not hide all others.
+    pub fn of(node: &Value) -> Self {
+        let (metadata, spec) = (&node["metadata"], &node["spec"]);
+        let zone = metadata["labels"][ZONE_LABEL].as_str();
+        let taints = items(&spec["taints"]).filter_map(|taint| taint["key"].as_str());
         Self {
-            name: metadata.name.as_deref().unwrap_or_default().into(),
-            zone: zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into()),
-            addresses: addresses(node),
-            pod_cidrs: pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect(),
-            deleting: metadata.deletion_timestamp.is_some(),
-            taints: taints.map(|taint| taint.key.clone()).collect(),
+            name: metadata["name"].as_str().unwrap_or_default().into(),
+            zone: zone.filter(|zone| !zone.is_empty()).map(Into::into),
+            addresses: addresses(&node["status"]),
+            pod_cidrs: pod_cidrs(spec),
+            deleting: !metadata["deletionTimestamp"].is_null(),
+            taints: taints.map(str::to_owned).collect(),
         }
     }
 
@@ -103,10 +101,20 @@ impl Place {
     }
 }
 
-fn addresses(node: &Node) -> Vec<IpAddr> {
-    let all = node.status.as_ref().and_then(|status| status.addresses.as_ref());
-    let of_type = |kind: &'static str| all.into_iter().flatten().filter(move |address| address.type_ == kind);
-    ADDRESS_TYPES.into_iter().flat_map(of_type).filter_map(|address| address.address.parse().ok()).collect()
+fn pod_cidrs(spec: &Value) -> Vec<IpNet> {
+    let list = &spec["podCIDRs"];
+    let old_field = std::iter::once(&spec["podCIDR"]).filter(|_| items(list).next().is_none());
+    items(list).chain(old_field).filter_map(|cidr| cidr.as_str()?.parse().ok()).collect()
+}
+
+fn addresses(status: &Value) -> Vec<IpAddr> {
+    let of_type = |kind: &'static str| items(&status["addresses"]).filter(move |address| address["type"] == kind);
+    let ips = ADDRESS_TYPES.into_iter().flat_map(of_type);
+    ips.filter_map(|address| address["address"].as_str()?.parse().ok()).collect()
+}
+
+fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
 }
 
 #[cfg(test)]
@@ -115,7 +123,22 @@ mod tests {
     use crate::host::NodePortSelector;
 
     fn node(object: Value) -> OwnNode {
-        OwnNode::of(&serde_json::from_value(object).expect("a Node"))
+        OwnNode::of(&object)
+    }
+
+    #[test]
+    fn f4_given_fields_of_another_type_when_read_then_all_others_count() {
+        let node = node(json!({
+            "metadata": {"name": "worker-1", "labels": {(ZONE_LABEL): 7, "x": "y"}},
+            "spec": {"podCIDRs": "10.244.1.0/24", "podCIDR": "10.244.2.0/24", "taints": [7, {"key": "a", "effect": []}]},
+            "status": {"addresses": [{"type": "InternalIP", "address": 5}, {"type": "InternalIP", "address": "10.0.0.5"}]},
+        }));
+
+        assert_eq!((&*node.name, node.zone.as_deref()), ("worker-1", None));
+        assert_eq!(node.taints, ["a"]);
+        assert_eq!(node.addresses.map_to_text(), ["10.0.0.5"]);
+        assert_eq!(node.pod_cidrs.map_to_text(), ["10.244.2.0/24"]);
+        assert_eq!(OwnNode::of(&json!({"metadata": [], "spec": 1, "status": "x"})), OwnNode::default());
     }
 
     #[test]

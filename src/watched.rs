@@ -6,14 +6,15 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::{ClusterResourceScope, NamespaceResourceScope};
 use kube::Resource;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::decode::{Kind, Observed};
+use crate::own_node::OwnNode;
 use crate::stats::WatchedKind;
 
 /// An object that can be watched.
@@ -24,7 +25,7 @@ pub(crate) trait Watchable:
     fn watched() -> WatchedKind;
 }
 
-impl Watchable for Node {
+impl Watchable for WatchedNode {
     fn watched() -> WatchedKind {
         WatchedKind::Node
     }
@@ -121,6 +122,52 @@ impl<T: Reduced> Resource for Watched<T> {
     }
 }
 
+/// A Node.
+#[derive(Clone, Debug)]
+pub(crate) struct WatchedNode {
+    /// What a proxy reads in it.
+    pub(crate) node: OwnNode,
+    /// Only the resource version, as in [`Watched`].
+    metadata: ObjectMeta,
+}
+
+impl<'de> Deserialize<'de> for WatchedNode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let object = Value::deserialize(deserializer)?;
+        let resource_version = object["metadata"]["resourceVersion"].as_str().map(str::to_owned);
+        Ok(Self { node: OwnNode::of(&object), metadata: ObjectMeta { resource_version, ..ObjectMeta::default() } })
+    }
+}
+
+impl Resource for WatchedNode {
+    type DynamicType = ();
+    type Scope = ClusterResourceScope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        "Node".into()
+    }
+
+    fn group(_: &()) -> Cow<'_, str> {
+        "".into()
+    }
+
+    fn version(_: &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural(_: &()) -> Cow<'_, str> {
+        "nodes".into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -133,6 +180,7 @@ mod tests {
         assert_eq!(Watched::<Services>::url_path(&(), None), "/api/v1/services");
         assert_eq!(Watched::<EndpointSlices>::url_path(&(), None), "/apis/discovery.k8s.io/v1/endpointslices");
         assert_eq!(Watched::<Endpoints>::url_path(&(), None), "/api/v1/endpoints");
+        assert_eq!(WatchedNode::url_path(&(), None), "/api/v1/nodes");
     }
 
     proptest! {
@@ -151,6 +199,7 @@ mod tests {
                 let _ = serde_json::from_slice::<Watched<Services>>(&bytes);
                 let _ = serde_json::from_slice::<Watched<EndpointSlices>>(&bytes);
                 let _ = serde_json::from_slice::<Watched<Endpoints>>(&bytes);
+                let _ = serde_json::from_slice::<WatchedNode>(&bytes);
             }
         }
     }

@@ -85,7 +85,7 @@ async fn t225_f3_given_watches_that_expire_by_status_when_listed_anew_then_nobod
 
     outage(&mut stage, Mood::ExpireStatus, WatchFailure::Expired, 6).await;
 
-    assert!(stage.relists(WatchFailure::Expired) >= 4);
+    stage.until_relists(WatchFailure::Expired, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -94,7 +94,25 @@ async fn t225_f3_given_watches_that_expire_by_an_event_when_listed_anew_then_nob
 
     outage(&mut stage, Mood::ExpireEvent, WatchFailure::Expired, 6).await;
 
-    assert!(stage.relists(WatchFailure::Expired) >= 4);
+    stage.until_relists(WatchFailure::Expired, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t225_f3_given_watches_that_expire_by_a_bare_status_when_listed_anew_then_nobody_noticed() {
+    let mut stage = Stage::serving(Site::new(36)).await;
+
+    outage(&mut stage, Mood::ExpireBare, WatchFailure::Expired, 6).await;
+
+    stage.until_relists(WatchFailure::Expired, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_events_of_no_known_shape_when_watched_then_all_is_listed_anew_and_nothing_is_missed() {
+    let mut stage = Stage::serving(Site::new(37)).await;
+
+    outage(&mut stage, Mood::Misshape, WatchFailure::Decode, 6).await;
+
+    stage.until_relists(WatchFailure::Decode, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

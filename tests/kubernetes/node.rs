@@ -65,6 +65,25 @@ async fn given_a_server_that_refuses_nodes_when_followed_then_services_are_serve
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_a_node_with_fields_of_another_type_when_followed_then_the_rest_of_it_counts() {
+    let site = Site::new(38);
+    let server = serving(site).await;
+    let mut odd = node(site.node_ip(), &[]);
+    odd["metadata"]["labels"] = json!(["a", 7]);
+    odd["status"]["capacity"] = json!({"cpu": []});
+    server.put("nodes", odd.clone());
+
+    let stage = Stage::following(site, server).await;
+
+    stage.until_backends(&[site.backend(1)]).await;
+    stage.until("the Node", |status| status.contact.is_connected() && stage.is_eligible()).await;
+    odd["spec"]["taints"] = json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": 7}]);
+    stage.server.put("nodes", odd);
+    stage.until("the taint", |_| !stage.is_eligible()).await;
+    assert_eq!(stage.status().contact.failures().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t091_given_hints_for_two_zones_when_the_own_node_moves_to_the_other_then_its_backends_are_picked() {
     let site = Site::new(191);
     let server = ApiServer::start(api_address(site)).await;

@@ -145,9 +145,10 @@ impl Stage {
         self.until("a Service to come or go", |status| service_of(status, service).is_some() == known).await;
     }
 
-    /// How often all objects of a kind were listed again for a reason.
-    pub(crate) fn relists(&self, reason: WatchFailure) -> u64 {
-        self.status().contact.relists().find(|(why, _)| *why == reason).map_or(0, |(_, count)| count)
+    /// Waits until all objects of a kind were listed again so often for a reason.
+    pub(crate) async fn until_relists(&self, reason: WatchFailure, times: u64) {
+        let often = |status: &Status| status.contact.relists().any(|(why, count)| why == reason && count >= times);
+        self.until("lists", often).await;
     }
 }
 

@@ -34,6 +34,10 @@ pub enum Mood {
     ExpireStatus,
     /// Watches are answered with 200 and an ERROR event of code 410.
     ExpireEvent,
+    /// Watches are answered with 200 and the status that has the code 410, which is no event.
+    ExpireBare,
+    /// Watches are answered with 200 and JSON that is no event.
+    Misshape,
     /// Every answer breaks off after so many bytes.
     Cut(usize),
     /// Every answer but the headers is text that is no JSON.
@@ -286,11 +290,9 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
         Mood::Refuse(code) => return refusal(code, None),
         Mood::Throttle(seconds) => return refusal(429, Some(seconds)),
         Mood::ExpireStatus if is_watch => return refusal(410, None),
-        Mood::ExpireEvent if is_watch => {
-            let status =
-                json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"});
-            return whole(StatusCode::OK, format!("{}\n", json!({"type": "ERROR", "object": status})));
-        }
+        Mood::ExpireEvent if is_watch => return line(json!({"type": "ERROR", "object": expired()})),
+        Mood::ExpireBare if is_watch => return line(expired()),
+        Mood::Misshape if is_watch => return line(json!({"type": "MOVED", "object": {"metadata": {"name": "web"}}})),
         Mood::Silent => std::future::pending::<()>().await,
         _ => {}
     }
@@ -368,6 +370,15 @@ fn whole(code: StatusCode, body: String) -> Response<Body> {
     let mut response = Response::new(text(body));
     *response.status_mut() = code;
     response
+}
+
+/// A watch of one line.
+fn line(object: Value) -> Response<Body> {
+    whole(StatusCode::OK, format!("{object}\n"))
+}
+
+fn expired() -> Value {
+    json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"})
 }
 
 fn refusal(code: u16, retry_after: Option<u64>) -> Response<Body> {
