@@ -26,6 +26,9 @@ use crate::watched::Watchable;
 const LIST_BYTES_PER_SECOND: u64 = 10_000;
 /// After so many of those times a list is given up, however it moves.
 const LIST_SPANS: u32 = 10;
+/// Watches that a server refuses one after the other before all is listed anew: what it does not let us continue from, it
+/// may not have any more, whatever it calls that.
+const REFUSALS: u32 = 3;
 /// The longest pause after failures.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -71,14 +74,19 @@ pub(crate) struct Watch<O> {
     backoff: DefaultBackoff,
     /// Nothing is asked before.
     pause_until: Option<Instant>,
-    /// How long a list may take to move on.
-    list_span: Duration,
+    /// The longest life of a watch: how long a list may take to move on, and how long the server may be away before all is
+    /// listed anew.
+    span: Duration,
     /// The list that is under way.
     list: Option<Listing>,
     /// True once a list was complete.
     listed: bool,
-    /// Why the next list is not the first.
+    /// Why all has to be listed again, until that is done.
     relist: Option<WatchFailure>,
+    /// Watches that the server refused one after the other.
+    refusals: u32,
+    /// Since when no good answer has come, and why not.
+    away: Option<(Instant, WatchFailure)>,
 }
 
 /// A list that is under way, in one of its spans.
@@ -105,10 +113,10 @@ impl<O: 'static> Watch<O> {
         read: fn(K) -> O,
     ) -> Result<Self, ApiError> {
         let (client, wire) = api.client(K::watched(), contact)?;
-        let (kind, list_span) = (K::watched(), Duration::from_secs((*selector.seconds.end()).into()));
+        let (kind, span) = (K::watched(), Duration::from_secs((*selector.seconds.end()).into()));
         let selector = selector.clone();
         let begin = Box::new(move || stream(client.clone(), &selector, read));
-        Ok(Self::of(kind, begin, wire, Arc::clone(contact), list_span))
+        Ok(Self::of(kind, begin, wire, Arc::clone(contact), span))
     }
 
     fn of(
@@ -116,11 +124,23 @@ impl<O: 'static> Watch<O> {
         begin: Box<dyn Fn() -> Stream<O> + Send + Sync>,
         wire: Arc<Wire>,
         contact: Arc<Contact>,
-        list_span: Duration,
+        span: Duration,
     ) -> Self {
-        let backoff = DefaultBackoff::default();
-        let (pause_until, list, listed, relist) = (None, None, false, None);
-        Self { kind, stream: begin(), begin, wire, contact, backoff, pause_until, list_span, list, listed, relist }
+        Self {
+            kind,
+            stream: begin(),
+            begin,
+            wire,
+            contact,
+            backoff: DefaultBackoff::default(),
+            pause_until: None,
+            span,
+            list: None,
+            listed: false,
+            relist: None,
+            refusals: 0,
+            away: None,
+        }
     }
 
     /// What is seen next. May be dropped and called again at any time: nothing is lost.
@@ -128,6 +148,7 @@ impl<O: 'static> Watch<O> {
         if let Some(until) = self.pause_until {
             sleep_until(until).await;
             self.pause_until = None;
+            self.begin_anew_after_an_outage(Instant::now());
         }
         let item = loop {
             tokio::select! {
@@ -151,36 +172,56 @@ impl<O: 'static> Watch<O> {
         }
     }
 
+    /// Where the server was away for long, it may be another one that comes back, with a past of its own: the next question
+    /// is what there is, not what is new.
+    fn begin_anew_after_an_outage(&mut self, now: Instant) {
+        if let Some((_, reason)) = self.away.filter(|(since, _)| now.saturating_duration_since(*since) >= self.span) {
+            self.begin_anew(reason);
+        }
+    }
+
+    /// With a list.
+    fn begin_anew(&mut self, reason: WatchFailure) {
+        self.stream = (self.begin)();
+        self.relist.get_or_insert(reason);
+        self.list = None;
+        self.refusals = 0;
+    }
+
     /// The next span of a list that moved on in the last.
     fn next_span(&self) -> Option<Listing> {
         let Listing { spans_left, heard_bytes: before, .. } = self.list?;
         let heard_bytes = self.wire.heard_bytes();
-        let moves = heard_bytes - before >= LIST_BYTES_PER_SECOND * self.list_span.as_secs();
-        let span_ends = Instant::now() + self.list_span;
+        let moves = heard_bytes - before >= LIST_BYTES_PER_SECOND * self.span.as_secs();
+        let span_ends = Instant::now() + self.span;
         (moves && spans_left > 0).then(|| Listing { span_ends, spans_left: spans_left - 1, heard_bytes })
     }
 
     fn note(&mut self, sighting: &Sighting<O>) {
         match sighting {
             Sighting::Begin => {
-                let (span_ends, heard_bytes) = (Instant::now() + self.list_span, self.wire.heard_bytes());
+                let (span_ends, heard_bytes) = (Instant::now() + self.span, self.wire.heard_bytes());
                 self.list = Some(Listing { span_ends, spans_left: LIST_SPANS - 1, heard_bytes });
-                if let Some(reason) = self.relist.take() {
-                    self.contact.line(self.kind).relist(reason);
-                }
             }
             Sighting::Complete => {
                 self.list = None;
+                if let Some(reason) = self.relist.take().filter(|_| self.listed) {
+                    self.contact.line(self.kind).relist(reason);
+                }
                 self.listed = true;
             }
             // A list alone is no sign of health: whatever ends each watch at once would be asked for lists for ever.
-            Sighting::Put(_) | Sighting::Gone(_) => self.backoff.reset(),
+            Sighting::Put(_) | Sighting::Gone(_) => {
+                self.backoff.reset();
+                self.refusals = 0;
+            }
             Sighting::Listed(_) | Sighting::Failed(..) | Sighting::Unknown => {}
         }
     }
 
     fn fail(&mut self, error: &watcher::Error) -> Sighting<O> {
-        let reason = reason(error);
+        let (reason, message) = (reason(error), message(error));
+        self.count_refusal(error, reason);
         // After these the watch would go on as if nothing were missing: it passes over text that it cannot read, or that is
         // no event, and asks for ever to continue from where it cannot.
         let lost = match error {
@@ -189,11 +230,13 @@ impl<O: 'static> Watch<O> {
             watcher::Error::WatchStartFailed(_) => matches!(reason, WatchFailure::Expired | WatchFailure::Decode),
             _ => false,
         };
-        let message = message(error);
-        if lost {
+        if lost || self.refusals >= REFUSALS {
             return self.give_up(reason, &message);
         }
         self.put_off(reason);
+        if is_listed_anew(error) {
+            self.relist.get_or_insert(reason);
+        }
         match error {
             watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404 && !self.listed => {
                 Sighting::Unknown
@@ -202,16 +245,40 @@ impl<O: 'static> Watch<O> {
         }
     }
 
+    /// Counts a watch that was refused with a status. One that the server knows a better word for has its own remedy.
+    fn count_refusal(&mut self, error: &watcher::Error, reason: WatchFailure) {
+        let is_refusal = match error {
+            watcher::Error::WatchStartFailed(kube::Error::Api(_)) => {
+                if self.contact.line(self.kind).is_connected() {
+                    self.refusals = 0; // The one before was answered well.
+                }
+                true
+            }
+            watcher::Error::WatchError(_) => true,
+            _ => false,
+        };
+        if is_refusal && reason == WatchFailure::Server {
+            self.refusals += 1;
+        }
+    }
+
     /// Begins anew, with a list.
     fn give_up(&mut self, reason: WatchFailure, message: &str) -> Sighting<O> {
-        self.stream = (self.begin)();
+        self.begin_anew(reason);
         self.put_off(reason);
         Sighting::Failed(reason, message.to_owned())
     }
 
     fn put_off(&mut self, reason: WatchFailure) {
-        self.contact.line(self.kind).fail(reason);
-        self.relist = Some(reason);
+        let line = self.contact.line(self.kind);
+        if line.is_connected() {
+            self.away = None;
+        }
+        // Who refuses is there.
+        if !matches!(reason, WatchFailure::Throttled | WatchFailure::Forbidden) {
+            self.away.get_or_insert((Instant::now(), reason));
+        }
+        line.fail(reason);
         self.list = None;
         let pause = Instant::now() + self.backoff.next().unwrap_or(LONGEST_PAUSE);
         self.pause_until = Some(pause.max(self.wire.retry_at()));
@@ -233,6 +300,15 @@ fn stream<K: Watchable, O: 'static>(client: Client, selector: &Selector, read: f
         watcher::Event::Delete(object) => Sighting::Gone(read(object)),
     };
     watcher(Resources::<K>::all(client), options).map(move |event| event.map(sighting)).boxed()
+}
+
+/// True where `kube` goes on with a list by itself.
+fn is_listed_anew(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(_) | watcher::Error::NoResourceVersion => true,
+        watcher::Error::WatchError(status) => reason_of_status(status) == WatchFailure::Expired,
+        watcher::Error::WatchStartFailed(_) | watcher::Error::WatchFailed(_) => false,
+    }
 }
 
 /// The word for a failure.
@@ -363,6 +439,65 @@ mod tests {
 
         let pause = watch.pause_until.expect("a pause after a failure").saturating_duration_since(Instant::now());
         assert!(pause < Duration::from_secs(2), "{pause:?}");
+    }
+
+    fn refused(code: u16) -> watcher::Error {
+        watcher::Error::WatchStartFailed(kube::Error::Api(status(code)))
+    }
+
+    #[test]
+    fn f3_given_watches_that_are_refused_when_it_is_the_third_in_a_row_then_all_is_listed_anew() {
+        for (codes, anew) in [([500; 3], true), ([429; 3], false), ([403; 3], false), ([500, 429, 500], false)] {
+            let mut watch = watch();
+
+            codes.into_iter().for_each(|code| drop(watch.fail(&refused(code))));
+
+            assert_eq!(watch.relist.is_some(), anew, "{codes:?}");
+        }
+        let mut watch = watch();
+        for _ in 0..6 {
+            watch.contact.line(watch.kind).connect();
+            watch.fail(&refused(500));
+        }
+        assert_eq!(watch.relist, None, "not in a row");
+    }
+
+    #[test]
+    fn t226_given_an_outage_when_it_was_as_long_as_a_watch_may_live_then_all_is_listed_anew() {
+        let gone = || watcher::Error::WatchStartFailed(kube::Error::Service("refused".into()));
+        let later = |seconds| Instant::now() + Duration::from_secs(seconds);
+        let mut watch = watch();
+        watch.fail(&gone());
+        watch.fail(&gone());
+
+        watch.begin_anew_after_an_outage(later(58));
+        assert_eq!(watch.relist, None);
+        watch.contact.line(watch.kind).connect();
+        watch.fail(&gone());
+        watch.begin_anew_after_an_outage(later(58));
+        assert_eq!(watch.relist, None, "it was back");
+        watch.begin_anew_after_an_outage(later(61));
+
+        assert_eq!(watch.relist, Some(WatchFailure::Unreachable));
+    }
+
+    #[test]
+    fn given_lists_when_they_fail_and_then_come_to_their_end_then_only_that_counts_with_what_made_it_necessary() {
+        let mut watch = watch();
+        let relists = |watch: &Watch<()>| watch.contact.relists().collect::<Vec<_>>();
+        let list_failed = || watcher::Error::InitialListFailed(kube::Error::Api(status(500)));
+        watch.fail(&list_failed());
+        watch.note(&Sighting::Complete);
+        assert!(relists(&watch).is_empty(), "the first is not again");
+
+        watch.fail(&watcher::Error::WatchError(status(410)));
+        watch.note(&Sighting::Begin);
+        watch.fail(&list_failed());
+        assert!(relists(&watch).is_empty());
+        watch.note(&Sighting::Begin);
+        watch.note(&Sighting::Complete);
+
+        assert_eq!(relists(&watch), [(WatchFailure::Expired, 1)]);
     }
 
     #[test]

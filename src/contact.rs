@@ -128,12 +128,13 @@ impl Line {
         self.failures.count(reason);
     }
 
-    /// Everything is listed again, for this reason.
+    /// Everything was listed again, for this reason.
     pub fn relist(&self, reason: WatchFailure) {
         self.relists.count(reason);
     }
 
-    fn is_connected(&self) -> bool {
+    /// True where the last thing heard was no failure.
+    pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
     }
 }

@@ -116,6 +116,38 @@ async fn f4_given_events_of_no_known_shape_when_watched_then_all_is_listed_anew_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f3_given_a_server_that_refuses_each_watch_when_something_changes_then_a_list_brings_it() {
+    let mut stage = Stage::serving(Site::new(39)).await;
+    stage.until("a watch", |_| stage.server.count("endpointslices", true) > 0).await;
+    let caller = Caller::start(stage.site);
+    stage.server.mood(Mood::RefuseWatches(500));
+    stage.server.cut().await;
+
+    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    stage.until_backends(&[stage.site.backend(2)]).await;
+
+    stage.until_relists(WatchFailure::Server, 1).await;
+    assert!(stage.server.count("endpointslices", true) >= 4, "one good watch and three tries");
+    assert!(caller.end().await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t226_given_a_server_that_was_away_for_long_when_it_is_back_then_all_is_listed_anew() {
+    let mut stage = Stage::serving_with(Site::new(40), Setup::hasty()).await;
+    let kinds = ["services", "endpointslices", "nodes"];
+    stage.until("watches", |_| kinds.iter().all(|kind| stage.server.count(kind, true) > 0)).await;
+
+    stage.server.stop().await;
+    stage.until("a long time", |_| age(&stage) > 8.0).await;
+    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    stage.server.resume().await;
+
+    stage.until_backends(&[stage.site.backend(2)]).await;
+    stage.until_relists(WatchFailure::Unreachable, 3).await;
+    assert_eq!(kinds.map(|kind| stage.server.count(kind, false)), [2; 3], "{:#?}", stage.server.asked());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f3_given_a_server_that_says_when_to_come_back_when_asked_then_nobody_comes_before() {
     let stage = Stage::serving(Site::new(24)).await;
     stage.server.mood(Mood::Throttle(3));

@@ -28,6 +28,8 @@ pub enum Mood {
     Well,
     /// Every request is refused with this code.
     Refuse(u16),
+    /// Every watch is refused with this code; lists are fine.
+    RefuseWatches(u16),
     /// Every request is refused with 429, to come back after so many seconds.
     Throttle(u64),
     /// Watches are refused with 410.
@@ -288,6 +290,7 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
     };
     match mood {
         Mood::Refuse(code) => return refusal(code, None),
+        Mood::RefuseWatches(code) if is_watch => return refusal(code, None),
         Mood::Throttle(seconds) => return refusal(429, Some(seconds)),
         Mood::ExpireStatus if is_watch => return refusal(410, None),
         Mood::ExpireEvent if is_watch => return line(json!({"type": "ERROR", "object": expired()})),
