@@ -19,6 +19,7 @@ use crate::health::Health;
 use crate::last_good::{self, State};
 use crate::mirror::Mirror;
 use crate::model::{Event, Objects};
+use crate::outage::{News, Outage};
 use crate::own_node::{OwnNode, Place};
 use crate::plan::Problem;
 use crate::stats::{WatchFailure, WatchedKind};
@@ -27,8 +28,6 @@ use crate::status::{SourceStatus, Status};
 /// How long is waited until what was saved is served, at most.
 const SAVED_SERVED: Duration = Duration::from_secs(1);
 const UNKNOWN_KIND: &str = "the server does not know this kind (404)";
-/// How often a log line says that the server is still away.
-const OUTAGE_NEWS: Duration = Duration::from_secs(60);
 
 /// Who is asked.
 #[derive(Debug)]
@@ -67,18 +66,12 @@ pub(crate) struct Report {
     synced: bool,
     status: SourceStatus,
     told_revision: u64,
-    outage: Option<Outage>,
+    /// The server does not answer, or not what it was asked for.
+    silence: Outage,
+    /// It does not let us read what we ask for: that may last for ever, and must not hide the other.
+    refusal: Outage,
     /// True where the state changed since it was last to be saved.
     changed: bool,
-}
-
-/// A time without contact.
-#[derive(Debug)]
-struct Outage {
-    since: Instant,
-    told: Instant,
-    failures: u64,
-    error: String,
 }
 
 /// Fails when nobody listens any more.
@@ -99,7 +92,8 @@ impl Report {
             synced: false,
             status: SourceStatus { kind: "kubernetes".into(), ..SourceStatus::default() },
             told_revision: 0,
-            outage: None,
+            silence: Outage::default(),
+            refusal: Outage::default(),
             changed: false,
         }
     }
@@ -122,9 +116,9 @@ impl Report {
         self.mirrors[1] = Mirror::new(Kind::Endpoints);
     }
 
-    /// True while the server does not answer.
+    /// True while something cannot be read.
     pub(crate) fn is_away(&self) -> bool {
-        self.outage.is_some()
+        self.silence.is_on() || self.refusal.is_on()
     }
 
     /// Takes what was seen of Services (place 0) or of endpoints (place 1).
@@ -290,62 +284,72 @@ impl Report {
 
     fn fail(&mut self, kind: WatchedKind, reason: WatchFailure, error: String) {
         let (server, now) = (&self.server.name, Instant::now());
-        let outage = |error| Outage { since: now, told: now, failures: 1, error };
-        let nobody = matches!(reason, WatchFailure::Unreachable | WatchFailure::Timeout);
-        match &mut self.outage {
-            // Every few minutes in the life of a cluster, and mended by a list.
-            None if reason == WatchFailure::Expired => tracing::info!(%kind, "the watch has expired, listing anew"),
-            None if nobody && !self.synced && self.server.is_a_service() => {
-                tracing::warn!(
-                    %kind, server, %reason, error,
-                    "the API server is asked at an address of the service range, which nobody serves before this relay \
-                     does, and nobody answers there: give the server's own address with --master (in the DaemonSet \
-                     apiServer of the ConfigMap kube-relay-cluster)"
-                );
-                self.outage = Some(outage(error));
-            }
-            None if reason == WatchFailure::Forbidden => {
+        if reason == WatchFailure::Forbidden {
+            if !self.refusal.has(kind) {
                 tracing::warn!(
                     %kind, server, %reason, error,
                     "the API server does not let us read this: get, list and watch are needed; the last state stays in use"
                 );
-                self.outage = Some(outage(error));
             }
-            None => {
-                tracing::warn!(%kind, server, %reason, error, "the API server does not answer; the last state stays in use");
-                self.outage = Some(outage(error));
+            return self.refusal.fail(kind, error, now);
+        }
+        self.refusal.forget(kind);
+        if !self.silence.is_on() {
+            // Every few minutes in the life of a cluster, and mended by a list.
+            if reason == WatchFailure::Expired {
+                return tracing::info!(%kind, "the watch has expired, listing anew");
             }
-            Some(outage) => {
-                outage.failures += 1;
-                outage.error = error;
-            }
+            self.tell_of_silence(kind, reason, &error);
+        }
+        self.silence.fail(kind, error, now);
+    }
+
+    fn tell_of_silence(&self, kind: WatchedKind, reason: WatchFailure, error: &str) {
+        let server = &self.server.name;
+        let nobody = matches!(reason, WatchFailure::Unreachable | WatchFailure::Timeout);
+        if nobody && !self.synced && self.server.is_a_service() {
+            tracing::warn!(
+                %kind, server, %reason, error,
+                "the API server is asked at an address of the service range, which nobody serves before this relay \
+                 does, and nobody answers there: give the server's own address with --master (in the DaemonSet \
+                 apiServer of the ConfigMap kube-relay-cluster)"
+            );
+        } else {
+            tracing::warn!(%kind, server, %reason, error, "the API server does not answer; the last state stays in use");
         }
     }
 
     fn restore(&mut self) {
-        if self.outage.is_some() && self.contact.is_connected() {
-            let away_seconds = self.outage.take().map_or(0, |outage| outage.since.elapsed().as_secs());
-            tracing::info!(server = self.server.name, away_seconds, "the API server answers again");
+        let (server, now, contact, refusal) = (&self.server.name, Instant::now(), &self.contact, &self.refusal);
+        let is_silent = |kind| contact.is_away(kind) && !refusal.has(kind); // Who refuses answers.
+        if let Some(length) = self.silence.keep(is_silent, now) {
+            tracing::info!(server, away_seconds = length.as_secs(), "the API server answers again");
+        }
+        if let Some(length) = self.refusal.keep(|kind| contact.is_away(kind), now) {
+            tracing::info!(server, refused_seconds = length.as_secs(), "the API server lets us read everything again");
         }
     }
 
     /// Looks whether the server is back: a watch that goes on says nothing by itself.
     pub(crate) async fn look(&mut self) -> Sent {
         self.restore();
-        self.tell_outage();
+        self.tell_outages();
         self.tell().await
     }
 
-    fn tell_outage(&mut self) {
-        if let Some(outage) = self.outage.as_mut().filter(|outage| outage.told.elapsed() >= OUTAGE_NEWS) {
-            outage.told = Instant::now();
-            let (away_seconds, Outage { failures, error, .. }) = (outage.since.elapsed().as_secs(), outage);
+    fn tell_outages(&mut self) {
+        let (server, now) = (&self.server.name, Instant::now());
+        if let Some(News { seconds: away_seconds, failures, error, kinds }) = self.silence.news(now) {
+            tracing::warn!(server, kinds, away_seconds, failures, error, "the API server still does not answer");
+        }
+        if let Some(News { seconds: refused_seconds, failures, error, kinds }) = self.refusal.news(now) {
             tracing::warn!(
-                server = self.server.name,
-                away_seconds,
+                server,
+                kinds,
+                refused_seconds,
                 failures,
                 error,
-                "the API server still does not answer"
+                "the API server still does not let us read this: get, list and watch are needed"
             );
         }
     }

@@ -94,6 +94,12 @@ impl Contact {
         self.report().is_some_and(|report| report.connected)
     }
 
+    /// True where a kind is watched, and the last thing heard of it was a failure, or nothing yet.
+    pub fn is_away(&self, kind: WatchedKind) -> bool {
+        let line = self.line(kind);
+        line.watched.load(Ordering::Relaxed) && !line.is_connected()
+    }
+
     /// How often each kind was listed again, by reason; reasons that never were are left out.
     pub fn relists(&self) -> impl Iterator<Item = (WatchFailure, u64)> {
         WatchFailure::ALL

@@ -13,7 +13,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api_client::{Api, ApiError};
@@ -169,6 +169,8 @@ async fn follow(source: Source) {
     report.begin([services.kind, endpoints.kind, node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
+    let mut look = interval(OUTAGE_LOOK); // Also where news of other kinds come more often.
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Only this relay leads to such a server, and only the file leads to this relay.
     if report.server.is_a_service() && report.serve_saved(serve_saved.take()).await.is_err() {
         return;
@@ -188,7 +190,7 @@ async fn follow(source: Source) {
                 }
             },
             sighting = node.next() => report.take_node(sighting).await,
-            () = tokio::time::sleep(OUTAGE_LOOK), if report.is_away() => report.look().await,
+            _ = look.tick(), if report.is_away() => report.look().await,
             () = sleep_until(start + SAVED_AFTER), if serve_saved.is_some() => {
                 report.serve_saved(serve_saved.take()).await
             }

@@ -106,6 +106,8 @@ pub mod metrics;
 mod mirror;
 pub mod model;
 pub mod name;
+#[cfg(feature = "kubernetes")]
+mod outage;
 pub mod overview;
 #[cfg(feature = "kubernetes")]
 pub mod own_node;

@@ -1,12 +1,11 @@
 //! A relay in place of kube-proxy: the cluster's own address of the API server is a cluster IP, which nobody serves before
 //! the relay does.
 
-use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 
 use ipnet::IpNet;
 
+use crate::log::Log;
 use crate::stage::{Setup, Stage, api_address, service, slice, slice_of, web};
 use crate::support::api_server::ApiServer;
 use crate::support::site::{SERVICE_PORT, Site};
@@ -68,35 +67,10 @@ async fn until_refused(address: SocketAddr) {
     within("a listener to be closed", wait).await;
 }
 
-/// The log of this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn lines_with(&self, words: &str) -> Vec<String> {
-        let text = self.0.lock().expect("nobody panics while it holds it").clone();
-        let text = String::from_utf8(text).expect("the log is text");
-        text.lines().filter(|line| line.contains(words)).map(str::to_owned).collect()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().expect("nobody panics while it holds it").write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// On one thread, so that all it logs is seen.
 #[tokio::test]
 async fn f2_given_the_cluster_ip_alone_and_no_state_when_started_then_one_line_says_what_is_wrong_and_what_to_do() {
-    let (site, log) = (Site::new(34), Log::default());
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-    let _logging = tracing::subscriber::set_default(subscriber);
+    let (site, (log, _logging)) = (Site::new(34), Log::of_this_thread());
     let server = knowing_itself(site).await;
 
     let stage = Stage::following_with(site, server, by_cluster_address(site, Setup::default())).await;

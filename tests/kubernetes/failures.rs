@@ -7,6 +7,7 @@ use std::time::Duration;
 use kube_relay::stats::WatchFailure;
 use tokio::task::JoinHandle;
 
+use crate::log::Log;
 use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
 use crate::support::api_server::{ApiServer, Mood};
 use crate::support::client;
@@ -227,6 +228,30 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_c
     stage.until_backends(&[site.backend(2)]).await;
     stage.until("the return to be shown", |status| status.source.last_reload_successful).await;
     assert!(caller.end().await > 0);
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f1_given_nodes_that_nobody_may_read_when_the_server_goes_and_comes_back_then_the_log_says_so_all_the_same() {
+    let (site, (log, _logging)) = (Site::new(41), Log::of_this_thread());
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    server.forbid("nodes");
+    let mut stage = Stage::following(site, server).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    let kinds = ["services", "endpointslices"];
+    stage.until("watches", |_| kinds.iter().all(|kind| stage.server.count(kind, true) > 0)).await;
+    stage.until("refusals", |_| stage.server.count("nodes", false) > 1).await;
+    assert_eq!(log.lines_with("does not let us read this").len(), 1);
+
+    stage.server.stop().await;
+    stage.until("a line of the loss", |_| !log.lines_with("does not answer").is_empty()).await;
+    stage.server.resume().await;
+    stage.until("a line of the return", |_| !log.lines_with("answers again").is_empty()).await;
+
+    assert_eq!(["does not answer", "answers again"].map(|words| log.lines_with(words).len()), [1, 1]);
+    assert!(log.lines_with("lets us read everything again").is_empty());
 }
 
 /// Seconds since the server was heard.

@@ -4,6 +4,7 @@
 
 mod bootstrap;
 mod failures;
+mod log;
 mod node;
 mod rollout;
 mod scale;

@@ -159,6 +159,11 @@ impl ApiServer {
         self.state.lock().refused = resource.map(|resource| (resource.to_owned(), 500));
     }
 
+    /// Nobody may read this resource.
+    pub fn forbid(&self, resource: &str) {
+        self.state.lock().refused = Some((resource.to_owned(), 403));
+    }
+
     /// The server is too old for this resource.
     pub fn unknown(&self, resource: &str) {
         self.state.lock().refused = Some((resource.to_owned(), 404));
