@@ -11,18 +11,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use http_body_util::BodyExt;
-use http_body_util::combinators::MapFrame;
 use hyper::body::{Body, Bytes, Frame};
 use hyper::header::RETRY_AFTER;
 use hyper::{Request, Response, Uri};
 use kube::client::{Body as RequestBody, ClientBuilder};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
+use rand::RngExt;
 use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Layer, Service};
 
 use crate::contact::Contact;
+use crate::heard::{Heard, Limit};
 use crate::stats::WatchedKind;
 
 /// From a request to the first byte of its answer. A list of a hundred thousand endpoints takes a server seconds.
@@ -33,8 +33,16 @@ const WATCH_BURST: u32 = 3;
 const WATCH_PACE: Duration = Duration::from_secs(6);
 /// From a connect to its answer. Long enough for three tries; where nobody serves the address, soon enough for the log.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The longest time that a server can make us wait.
+/// The longest time that a server can make us wait, but for [`RETRY_JITTER`].
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// A server tells all nodes the same time: this part of it may be added, so that they do not come back as one.
+const RETRY_JITTER: f64 = 0.2;
+/// One event of a watch. A server takes objects of 3 MB, and the largest slice, of a thousand endpoints, is a fifth of that.
+const MAX_EVENT_BYTES: usize = 8 << 20;
+/// One list. The endpoints of the largest cluster that is supported, 150,000 pods, are a third of that.
+const MAX_LIST_BYTES: usize = 256 << 20;
+/// One answer that says why not.
+const MAX_REFUSAL_BYTES: usize = 1 << 20;
 
 /// Which API server, as an operator says it. Without either of both: the one of the cluster that this pod runs in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -194,10 +202,15 @@ impl Wire {
         }
         let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         if let Some(seconds) = seconds.filter(|_| !response.status().is_success()) {
-            let until = self.since.elapsed() + Duration::from_secs(seconds).min(MAX_RETRY_AFTER);
+            let until = self.since.elapsed() + patience(seconds, rand::rng().random());
             self.retry_ms.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
     }
+}
+
+/// How long nothing is asked when the server wants to be left alone for some seconds. `share` of the jitter, 0 to 1.
+fn patience(seconds: u64, share: f64) -> Duration {
+    Duration::from_secs(seconds).min(MAX_RETRY_AFTER).mul_f64(1.0 + RETRY_JITTER * share)
 }
 
 /// Watches that may begin: some at once, then one after the other.
@@ -237,14 +250,12 @@ struct Tapped<S> {
     watches: Pace,
 }
 
-/// A body whose frames are heard.
-type Heard<B> = MapFrame<B, Box<dyn FnMut(Frame<Bytes>) -> Frame<Bytes> + Send>>;
-
 impl<S, B> Service<Request<RequestBody>> for Tapped<S>
 where
     S: Service<Request<RequestBody>, Response = Response<B>, Error = BoxError> + Send + 'static,
     S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
 {
     type Response = Response<Heard<B>>;
     type Error = BoxError;
@@ -256,7 +267,11 @@ where
 
     fn call(&mut self, request: Request<RequestBody>) -> Self::Future {
         let now = Instant::now();
-        let turn = if is_watch(request.uri()) { self.watches.take(now) } else { now };
+        let (turn, limit) = if is_watch(request.uri()) {
+            (self.watches.take(now), Limit::Line(MAX_EVENT_BYTES))
+        } else {
+            (now, Limit::Whole(MAX_LIST_BYTES))
+        };
         let wire = Arc::clone(&self.wire);
         let answer = self.inner.call(request); // Lazy: nothing is sent before it is polled.
         Box::pin(async move {
@@ -264,15 +279,8 @@ where
             let response = timeout(ANSWER_TIMEOUT, answer).await??;
             wire.note(&response);
             let good = response.status().is_success();
-            Ok(response.map(|body| {
-                let hear: Box<dyn FnMut(Frame<Bytes>) -> Frame<Bytes> + Send> = Box::new(move |frame| {
-                    if good {
-                        wire.hear(&frame);
-                    }
-                    frame
-                });
-                body.map_frame(hear)
-            }))
+            let (wire, limit) = if good { (Some(wire), limit) } else { (None, Limit::Whole(MAX_REFUSAL_BYTES)) };
+            Ok(response.map(|body| Heard::new(body, wire, limit)))
         })
     }
 }
@@ -294,6 +302,13 @@ mod tests {
 
         assert_eq!(waits, [0, 0, 0, 6, 12]);
         assert_eq!(pace.take(start + Duration::from_secs(60)), start + Duration::from_secs(60), "forgiven");
+    }
+
+    #[test]
+    fn f3_given_a_time_to_wait_when_jittered_then_it_is_never_shorter_and_has_an_end() {
+        assert_eq!(patience(10, 0.0), Duration::from_secs(10));
+        assert_eq!(patience(10, 1.0), Duration::from_secs(12));
+        assert_eq!(patience(u64::MAX, 1.0), Duration::from_secs(72));
     }
 
     #[tokio::test]

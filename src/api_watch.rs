@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::api_client::{Api, ApiError, Wire};
 use crate::contact::Contact;
+use crate::heard::TooLong;
 use crate::stats::{WatchFailure, WatchedKind};
 use crate::watched::Watchable;
 
@@ -313,6 +314,9 @@ fn is_listed_anew(error: &watcher::Error) -> bool {
 
 /// The word for a failure.
 fn reason(error: &watcher::Error) -> WatchFailure {
+    if is_too_long(error) {
+        return WatchFailure::Decode;
+    }
     match error {
         watcher::Error::WatchError(status) => reason_of_status(status),
         watcher::Error::NoResourceVersion => WatchFailure::Decode,
@@ -330,6 +334,11 @@ fn reason(error: &watcher::Error) -> WatchFailure {
             _ => WatchFailure::Unreachable,
         },
     }
+}
+
+fn is_too_long(error: &watcher::Error) -> bool {
+    let mut causes = std::iter::successors(std::error::Error::source(error), |&cause| cause.source());
+    causes.any(|cause| cause.is::<TooLong>())
 }
 
 fn reason_of_status(status: &Status) -> WatchFailure {

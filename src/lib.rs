@@ -85,6 +85,8 @@ pub mod frozen;
 pub mod health;
 mod health_check;
 pub mod heap;
+#[cfg(feature = "kubernetes")]
+mod heard;
 mod hints;
 pub mod host;
 mod input;

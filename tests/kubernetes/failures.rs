@@ -175,6 +175,25 @@ async fn f4_given_answers_that_are_no_json_when_the_server_recovers_then_nobody_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f4_given_an_object_of_20_mb_when_it_comes_then_the_watch_is_given_up_and_all_is_listed() {
+    let stage = Stage::serving(Site::new(42)).await;
+    stage.until("a watch", |_| stage.server.count("services", true) > 0).await;
+    let caller = Caller::start(stage.site);
+
+    let mut huge = service("huge", "127.0.42.9");
+    huge["metadata"]["annotations"] = serde_json::json!({"note": "x".repeat(20_000_000)});
+    stage.server.put("services", huge);
+
+    stage.until_relists(WatchFailure::Decode, 1).await;
+    stage.until_known("huge", true).await;
+    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    stage.until_backends(&[stage.site.backend(2)]).await;
+    stage.server.put("services", service("more", "127.0.42.8"));
+    stage.until_known("more", true).await;
+    assert!(caller.end().await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f4_given_answers_cut_at_any_byte_when_the_server_recovers_then_all_is_true_and_few_were_asked() {
     let mut stage = Stage::serving(Site::new(26)).await;
     let site = stage.site;
