@@ -362,8 +362,12 @@ fn readyz(readiness: &Readiness, contact: &Contact, verbose: bool) -> Answer {
     let ready = readiness.is_ready();
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let away = contact.report().filter(|report| !report.connected);
-    let degraded = away
-        .map(|report| format!("[~]source degraded: the API server was last heard {:.0} s ago\n", report.age_seconds));
+    let degraded = away.map(|report| match report.saved_at {
+        Some(at) => {
+            format!("[~]source degraded: the API server has not answered yet, serving the state saved at {at}\n")
+        }
+        None => format!("[~]source degraded: the API server was last heard {:.0} s ago\n", report.age_seconds),
+    });
     let body = match (verbose, ready) {
         (false, true) if degraded.is_some() => "ok (degraded: source)\n".to_owned(),
         (false, true) => "ok".to_owned(),
@@ -521,6 +525,9 @@ mod tests {
         assert_eq!(body(&plain), "ok (degraded: source)\n");
         assert!(body(&verbose).contains("[~]source degraded: the API server was last heard 0 s ago\n"), "{verbose}");
         assert!(metrics.contains("\nkuberelay_source_connected 0\n"), "{metrics}");
+        contact.serve_saved(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_800_000_000));
+        let verbose = served.get(Surface::Metrics, "/readyz?verbose").await;
+        assert!(body(&verbose).contains("serving the state saved at 2027-01-15T08:00:00Z\n"), "{verbose}");
         let errors = "\nkuberelay_kube_watch_errors_total{kind=\"Service\",reason=\"unreachable\"} 1\n";
         assert!(metrics.contains(errors), "{metrics}");
     }

@@ -1,6 +1,7 @@
 //! What an API server was seen to say, as messages to the control task and as lines of the log.
 //!
-//! What is in use of each kind is in its `mirror`; when something is seen is up to `kubernetes`.
+//! What is in use of each kind is in its `mirror`, what is said of the own Node in `node_report`; when something is seen is up
+//! to `kubernetes`.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -11,19 +12,24 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use crate::api_client::Api;
 use crate::api_watch::Sighting;
+use crate::causes::causes;
 use crate::contact::Contact;
-use crate::control::{Message, Relay, Setting};
+use crate::control::{Message, Relay};
 use crate::decode::{Kind, Observed};
-use crate::health::Health;
-use crate::last_good::{self, State};
+use crate::heap;
+use crate::last_good::{self, Origin, Saved, State};
 use crate::mirror::Mirror;
 use crate::model::{Event, Objects};
+use crate::name::ObjectName;
+use crate::node_report::NodeReport;
 use crate::outage::{News, Outage};
-use crate::own_node::{OwnNode, Place};
+use crate::own_node::OwnNode;
 use crate::plan::Problem;
 use crate::stats::{WatchFailure, WatchedKind};
 use crate::status::{SourceStatus, Status};
+use crate::timestamp::rfc3339;
 
 /// How long is waited until what was saved is served, at most.
 const SAVED_SERVED: Duration = Duration::from_secs(1);
@@ -34,9 +40,9 @@ const UNKNOWN_KIND: &str = "the server does not know this kind (404)";
 pub(crate) struct Server {
     /// For the log.
     pub(crate) name: String,
-    /// Where it is asked; `None` where that is a name.
-    pub(crate) ip: Option<IpAddr>,
-    /// Where the cluster takes the addresses of Services from, as far as that is known.
+    /// The way to it.
+    pub(crate) api: Api,
+    /// Where the cluster takes the addresses of Services from, as far as that is known, and as far as this relay serves them.
     pub(crate) service_nets: Vec<IpNet>,
 }
 
@@ -44,7 +50,7 @@ impl Server {
     /// True where it is asked at an address that its own cluster gives to Services, like 10.96.0.1: in place of
     /// kube-proxy, nobody serves that before this relay does.
     pub(crate) fn is_a_service(&self) -> bool {
-        self.ip.is_some_and(|ip| self.service_nets.iter().any(|net| net.contains(&ip)))
+        self.api.ip().is_some_and(|ip| self.service_nets.iter().any(|net| net.contains(&ip)))
     }
 }
 
@@ -100,20 +106,28 @@ impl Report {
 
     /// These kinds are asked for from now on.
     pub(crate) fn begin(&self, kinds: [WatchedKind; 3]) {
-        tracing::info!(server = self.server.name, node = %self.node.name, "asking the API server");
+        tracing::info!(server = self.server.name, node = self.node.name(), "asking the API server");
+        self.node.begin();
         kinds.into_iter().for_each(|kind| self.contact.watch(kind));
     }
 
-    /// Endpoints are asked for in place of slices.
-    pub(crate) fn without_slices(&mut self) {
-        tracing::warn!(
-            server = self.server.name,
-            "the API server has no discovery.k8s.io/v1 (before 1.21): reading Endpoints, of which it cuts those with \
-             more than 1,000 addresses"
-        );
-        self.contact.forget(WatchedKind::EndpointSlice);
-        self.contact.watch(WatchedKind::Endpoints);
-        self.mirrors[1] = Mirror::new(Kind::Endpoints);
+    /// Endpoints come from another kind from now on.
+    pub(crate) fn turn_to(&mut self, kind: Kind) {
+        let server = &self.server.name;
+        match kind {
+            Kind::Endpoints => tracing::warn!(
+                server,
+                "the API server has no discovery.k8s.io/v1 (before 1.21): reading Endpoints, of which it cuts those with \
+                 more than 1,000 addresses"
+            ),
+            _ => tracing::info!(server, "the API server has discovery.k8s.io/v1 now: reading EndpointSlices"),
+        }
+        let before = self.mirrors[1].kind().into();
+        self.contact.forget(before);
+        self.contact.watch(kind.into());
+        self.silence.forget(before);
+        self.refusal.forget(before);
+        self.mirrors[1].turn_to(kind);
     }
 
     /// True while something cannot be read.
@@ -174,6 +188,7 @@ impl Report {
 
     async fn complete(&mut self, place: usize) -> Sent {
         let changed = self.mirrors[place].complete();
+        heap::give_back(); // A list is the most that is read at once.
         self.listed[place] = true;
         self.restore();
         self.send_state(changed).await
@@ -182,7 +197,7 @@ impl Report {
     /// Sends all as one message, where it `changed` and as soon as there is all of it: a Service and the slices that came
     /// with it belong to one moment.
     async fn send_state(&mut self, changed: bool) -> Sent {
-        let first = !self.synced && self.node.asked && self.listed.iter().all(|listed| *listed);
+        let first = !self.synced && self.node.was_asked_for() && self.listed.iter().all(|listed| *listed);
         if first || changed && self.synced {
             self.status.config_revision += 1;
             self.changed = true;
@@ -195,6 +210,7 @@ impl Report {
         self.tell().await?;
         if first {
             self.synced = true;
+            self.contact.serve_heard();
             self.messages.send(Message::Synced).await?;
         }
         Ok(())
@@ -219,7 +235,9 @@ impl Report {
 
     /// All that is in use.
     pub(crate) fn state(&self) -> State {
-        State { objects: self.objects(), node: self.node.known.clone() }
+        let cluster = (*self.server.api.cluster()).clone();
+        let origin = Origin { server: self.server.name.clone(), cluster };
+        State { origin, objects: self.objects(), node: self.node.known().cloned() }
     }
 
     /// True where the state changed since this was asked last.
@@ -235,35 +253,78 @@ impl Report {
     /// Serves what the last run did, until the server says what is so now.
     pub(crate) async fn serve_saved(&mut self, path: Option<PathBuf>) -> Sent {
         let Some(path) = path else { return Ok(()) };
-        let name = path.display().to_string();
-        let loaded = tokio::task::spawn_blocking(move || last_good::load(&path)).await;
-        let saved = match loaded.unwrap_or_else(|panic| Err(panic.into())) {
-            Ok(Some(saved)) => saved,
-            Ok(None) => {
-                tracing::info!(file = name, "no saved state; nothing is served before the API server answers");
-                return Ok(());
-            }
-            Err(error) => {
-                tracing::warn!(file = name, %error, "the saved state cannot be read");
-                return Ok(());
-            }
-        };
-        let age_seconds = SystemTime::now().duration_since(saved.at).map_or(0, |age| age.as_secs());
+        let Some(Saved { mut state, at }) = self.load(path).await else { return Ok(()) };
+        if let Some(ip) = self.server.api.ip() {
+            self.clear_the_way(&mut state, ip);
+        }
+        let age_seconds = SystemTime::now().duration_since(at).map_or(0, |age| age.as_secs());
         tracing::warn!(
             server = self.server.name,
-            saved_at = crate::timestamp::rfc3339(saved.at),
+            saved_at = rfc3339(at),
             age_seconds,
-            services = saved.state.objects.services.len(),
+            services = state.objects.services.len(),
             "the API server has not answered yet: serving the saved state"
         );
-        if let Some(setting) = saved.state.node.and_then(|node| self.node.recall(node)) {
+        if let Some(setting) = state.node.and_then(|node| self.node.recall(node)) {
             self.messages.send(Message::Setting(setting)).await?;
         }
-        self.messages.send(Message::Event(Event::Replace(saved.state.objects))).await?;
+        self.contact.serve_saved(at);
+        self.messages.send(Message::Event(Event::Replace(state.objects))).await?;
         self.messages.send(Message::Synced).await?;
         let served = self.relay.wait_for(|status| status.synced);
         let _ = tokio::time::timeout(SAVED_SERVED, served).await; // It may lead to the server.
         Ok(())
+    }
+
+    /// The saved state, where there is one of this cluster.
+    async fn load(&self, path: PathBuf) -> Option<Saved> {
+        let (file, server) = (path.display().to_string(), &self.server.name);
+        let loaded = tokio::task::spawn_blocking(move || last_good::load(&path)).await;
+        let saved = match loaded {
+            Ok(Ok(Some(saved))) => saved,
+            Ok(Ok(None)) => {
+                tracing::info!(file, "no saved state; nothing is served before the API server answers");
+                return None;
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(file, error = causes(&error), "the saved state cannot be used");
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(file, %error, "the saved state cannot be used");
+                return None;
+            }
+        };
+        if saved.state.origin.cluster.is_not(&self.server.api.cluster()) {
+            tracing::warn!(
+                file,
+                server,
+                saved_from = saved.state.origin.server,
+                saved_at = rfc3339(saved.at),
+                "the saved state is of another cluster, as other authorities vouch for its API server: it is not \
+                 served, and replaced once this one answers"
+            );
+            return None;
+        }
+        Some(saved)
+    }
+
+    /// What is saved may be wrong by now. So it must not take the server's own address from us, where the way there does not
+    /// lead through this relay anyway: nobody could set it right any more.
+    fn clear_the_way(&self, state: &mut State, ip: IpAddr) {
+        let server = &self.server.name;
+        state.objects.services.retain(|service| {
+            let leads_to_it = service.name == ObjectName::new("default", "kubernetes");
+            let stands_in_the_way = service.addresses().any(|address| address == ip) && !leads_to_it;
+            if stands_in_the_way {
+                tracing::warn!(
+                    service = %service.name,
+                    server,
+                    "a saved Service has the address of the API server: it is not served before the server answers"
+                );
+            }
+            !stands_in_the_way
+        });
     }
 
     /// Says what is new about the source, and what is wrong with its objects.
@@ -288,7 +349,8 @@ impl Report {
             if !self.refusal.has(kind) {
                 tracing::warn!(
                     %kind, server, %reason, error,
-                    "the API server does not let us read this: get, list and watch are needed; the last state stays in use"
+                    "the API server does not let us read this: it wants credentials that it knows (401), or get, list and \
+                     watch for them (403); the last state stays in use"
                 );
             }
             return self.refusal.fail(kind, error, now);
@@ -307,16 +369,30 @@ impl Report {
     fn tell_of_silence(&self, kind: WatchedKind, reason: WatchFailure, error: &str) {
         let server = &self.server.name;
         let nobody = matches!(reason, WatchFailure::Unreachable | WatchFailure::Timeout);
-        if nobody && !self.synced && self.server.is_a_service() {
+        if !nobody || self.synced || !self.server.is_a_service() {
+            tracing::warn!(%kind, server, %reason, error, "the API server does not answer; the last state stays in use");
+        } else if self.leads_to_the_server() {
             tracing::warn!(
                 %kind, server, %reason, error,
-                "the API server is asked at an address of the service range, which nobody serves before this relay \
-                 does, and nobody answers there: give the server's own address with --master (in the DaemonSet \
-                 apiServer of the ConfigMap kube-relay-cluster)"
+                "the API server is asked at an address of the service range, which this relay serves from the saved \
+                 state, and does not answer behind it: where it has another address by now, give that with --master (in \
+                 the DaemonSet apiServer of the ConfigMap kube-relay-cluster)"
             );
         } else {
-            tracing::warn!(%kind, server, %reason, error, "the API server does not answer; the last state stays in use");
+            tracing::warn!(
+                %kind, server, %reason, error,
+                "the API server is asked at an address of the service range, which this relay does not serve before it \
+                 knows more, and nobody answers there: unless another proxy on this node serves it, give the server's \
+                 own address with --master (in the DaemonSet apiServer of the ConfigMap kube-relay-cluster)"
+            );
         }
+    }
+
+    /// True where this relay listens at the address that the server is asked at.
+    fn leads_to_the_server(&self) -> bool {
+        let (Some(ip), status) = (self.server.api.ip(), self.relay.borrow()) else { return false };
+        let mut listeners = status.services.values().flat_map(|service| service.plan.listeners());
+        listeners.any(|(key, _)| key.address().ip() == ip && !status.failed.contains_key(key))
     }
 
     fn restore(&mut self) {
@@ -349,98 +425,9 @@ impl Report {
                 refused_seconds,
                 failures,
                 error,
-                "the API server still does not let us read this: get, list and watch are needed"
+                "the API server still does not let us read this: it wants credentials that it knows (401), or get, list and \
+                 watch for them (403)"
             );
-        }
-    }
-}
-
-/// What was told of the Node that this relay runs on.
-#[derive(Debug)]
-pub(crate) struct NodeReport {
-    name: Arc<str>,
-    place: Place,
-    health: Health,
-    /// As it was last seen: what a Node said that is gone stays in use, as the traffic of its pods does.
-    known: Option<OwnNode>,
-    /// What is being listed, until the list is complete.
-    arriving: Option<OwnNode>,
-    /// True once the server was asked, whatever came of it: nobody waits for a Node that may not be there.
-    asked: bool,
-    standing: Option<Standing>,
-}
-
-/// What the cluster wants of a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    Staying,
-    Leaving,
-    Missing,
-}
-
-impl NodeReport {
-    /// Nothing is known of the Node: load balancers are told to send nothing here.
-    pub(crate) fn new(name: &Arc<str>, place: Place, health: Health) -> Self {
-        health.set_node_eligible(false);
-        Self { name: Arc::clone(name), place, health, known: None, arriving: None, asked: false, standing: None }
-    }
-
-    /// The setting that comes of what was seen, where it is another one than before.
-    fn take(&mut self, sighting: Sighting<OwnNode>) -> Option<Box<Setting>> {
-        self.asked |= !matches!(sighting, Sighting::Begin | Sighting::Listed(_));
-        match sighting {
-            Sighting::Begin => self.arriving = None,
-            Sighting::Listed(node) => self.arriving = Some(node),
-            Sighting::Complete => {
-                let node = self.arriving.take();
-                return self.see(node);
-            }
-            Sighting::Put(node) => return self.see(Some(node)),
-            Sighting::Gone(_) => return self.see(None),
-            Sighting::Failed(..) | Sighting::Unknown => {}
-        }
-        None
-    }
-
-    /// The same, of what the last run knew.
-    fn recall(&mut self, node: OwnNode) -> Option<Box<Setting>> {
-        let is_ours = self.known.is_none() && node.name == self.name;
-        if is_ours { self.see(Some(node)) } else { None }
-    }
-
-    fn see(&mut self, node: Option<OwnNode>) -> Option<Box<Setting>> {
-        self.judge(node.as_ref());
-        let node = node?;
-        if self.known.as_ref() == Some(&node) {
-            return None;
-        }
-        let setting = self.place.setting(&node);
-        self.known = Some(node);
-        Some(Box::new(setting))
-    }
-
-    fn judge(&mut self, node: Option<&OwnNode>) {
-        let standing = match node {
-            Some(node) if node.is_eligible() => Standing::Staying,
-            Some(_) => Standing::Leaving,
-            None => Standing::Missing,
-        };
-        self.health.set_node_eligible(standing == Standing::Staying);
-        if self.standing.replace(standing) == Some(standing) {
-            return;
-        }
-        let node = &*self.name;
-        match standing {
-            Standing::Staying => tracing::info!(node, "this Node may get traffic"),
-            Standing::Leaving => tracing::info!(node, "this Node is about to go: /healthz sends load balancers away"),
-            Standing::Missing if self.known.is_some() => {
-                tracing::warn!(node, "this Node was deleted: /healthz sends load balancers away, others are served");
-            }
-            Standing::Missing => tracing::warn!(
-                node,
-                "the API server has no Node of this name: /healthz sends load balancers away, endpoints here are not \
-                 known as local; give the right name with --node-name"
-            ),
         }
     }
 }

@@ -17,11 +17,13 @@ use kube::{Api as Resources, Client};
 use rand::RngExt;
 use tokio::time::{Instant, sleep_until};
 
-use crate::api_client::{Api, ApiError, Wire};
+use crate::api_client::{Api, ApiError};
+use crate::causes::causes;
 use crate::contact::Contact;
 use crate::heard::TooLong;
 use crate::stats::{WatchFailure, WatchedKind};
 use crate::watched::Watchable;
+use crate::wire::Wire;
 
 /// What a list has to bring in each second, over as long a time as a watch may live: a hundredth of what a slow network does.
 const LIST_BYTES_PER_SECOND: u64 = 10_000;
@@ -59,7 +61,7 @@ pub(crate) enum Sighting<O> {
     Gone(O),
     /// A request or the watch failed; it is tried again.
     Failed(WatchFailure, String),
-    /// The server does not know this kind, before it ever listed any.
+    /// A list failed, as there is no such kind (404): on this server, or where a proxy in between leads.
     Unknown,
 }
 
@@ -176,7 +178,8 @@ impl<O: 'static> Watch<O> {
     /// Where the server was away for long, it may be another one that comes back, with a past of its own: the next question
     /// is what there is, not what is new.
     fn begin_anew_after_an_outage(&mut self, now: Instant) {
-        if let Some((_, reason)) = self.away.filter(|(since, _)| now.saturating_duration_since(*since) >= self.span) {
+        let span = self.span;
+        if let Some((_, reason)) = self.away.take_if(|(since, _)| now.saturating_duration_since(*since) >= span) {
             self.begin_anew(reason);
         }
     }
@@ -221,7 +224,7 @@ impl<O: 'static> Watch<O> {
     }
 
     fn fail(&mut self, error: &watcher::Error) -> Sighting<O> {
-        let (reason, message) = (reason(error), message(error));
+        let (reason, message) = (reason(error), causes(error));
         self.count_refusal(error, reason);
         // After these the watch would go on as if nothing were missing: it passes over text that it cannot read, or that is
         // no event, and asks for ever to continue from where it cannot.
@@ -239,9 +242,7 @@ impl<O: 'static> Watch<O> {
             self.relist.get_or_insert(reason);
         }
         match error {
-            watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404 && !self.listed => {
-                Sighting::Unknown
-            }
+            watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404 => Sighting::Unknown,
             _ => Sighting::Failed(reason, message),
         }
     }
@@ -271,13 +272,15 @@ impl<O: 'static> Watch<O> {
     }
 
     fn put_off(&mut self, reason: WatchFailure) {
-        let line = self.contact.line(self.kind);
+        let (line, now, span) = (self.contact.line(self.kind), Instant::now(), self.span);
         if line.is_connected() {
             self.away = None;
         }
-        // Who refuses is there.
-        if !matches!(reason, WatchFailure::Throttled | WatchFailure::Forbidden) {
-            self.away.get_or_insert((Instant::now(), reason));
+        if matches!(reason, WatchFailure::Throttled | WatchFailure::Forbidden) {
+            // Who refuses is there: the outage is over, and only a long one is remembered.
+            self.away.take_if(|(since, _)| now.saturating_duration_since(*since) < span);
+        } else {
+            self.away.get_or_insert((now, reason));
         }
         line.fail(reason);
         self.list = None;
@@ -324,15 +327,20 @@ fn reason(error: &watcher::Error) -> WatchFailure {
         watcher::Error::WatchFailed(kube::Error::Api(status)) if status.code == 0 => WatchFailure::Decode,
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
-        | watcher::Error::WatchFailed(error) => match error {
-            kube::Error::Api(status) => reason_of_status(status),
-            kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) | kube::Error::LinesCodecMaxLineLengthExceeded => {
-                WatchFailure::Decode
-            }
-            kube::Error::Auth(_) => WatchFailure::Forbidden,
-            kube::Error::Service(error) if error.is::<tokio::time::error::Elapsed>() => WatchFailure::Timeout,
-            _ => WatchFailure::Unreachable,
-        },
+        | watcher::Error::WatchFailed(error) => reason_of_request(error),
+    }
+}
+
+/// The word for a request that failed.
+pub(crate) fn reason_of_request(error: &kube::Error) -> WatchFailure {
+    match error {
+        kube::Error::Api(status) => reason_of_status(status),
+        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) | kube::Error::LinesCodecMaxLineLengthExceeded => {
+            WatchFailure::Decode
+        }
+        kube::Error::Auth(_) => WatchFailure::Forbidden,
+        kube::Error::Service(error) if error.is::<tokio::time::error::Elapsed>() => WatchFailure::Timeout,
+        _ => WatchFailure::Unreachable,
     }
 }
 
@@ -348,25 +356,6 @@ fn reason_of_status(status: &Status) -> WatchFailure {
         401 | 403 => WatchFailure::Forbidden,
         _ => WatchFailure::Server,
     }
-}
-
-/// The error with its causes, each once: some of kube's name theirs themselves.
-fn message(error: &watcher::Error) -> String {
-    const LONGEST: usize = 500; // A proxy in between may answer with a page.
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
-        text.truncate(end);
-        text.push('…');
-    }
-    text
 }
 
 /// Waits for ever where there is nothing to wait for.
@@ -485,6 +474,10 @@ mod tests {
         watch.fail(&gone());
         watch.begin_anew_after_an_outage(later(58));
         assert_eq!(watch.relist, None, "it was back");
+        watch.fail(&refused(429));
+        watch.begin_anew_after_an_outage(later(61));
+        assert_eq!(watch.relist, None, "it is there, and has too much to do");
+        watch.fail(&gone());
         watch.begin_anew_after_an_outage(later(61));
 
         assert_eq!(watch.relist, Some(WatchFailure::Unreachable));
@@ -523,12 +516,5 @@ mod tests {
         }
         watch.wire.hear(&Frame::data(vec![0; 600_000].into()));
         assert!(watch.next_span().is_none(), "ten minutes");
-    }
-
-    #[test]
-    fn given_a_page_as_an_error_when_told_then_it_is_cut() {
-        let long = Box::new(Status::failure(&"é".repeat(2_000), "Page"));
-
-        assert!(message(&watcher::Error::WatchError(long)).chars().count() <= 501);
     }
 }

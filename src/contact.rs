@@ -3,17 +3,20 @@
 //! Written by the source (`kubernetes`), read at `/metrics`, `/status` and `/readyz`. Atomics, as those read at any time.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use crate::decode::Kind;
 use crate::stats::{WatchFailure, WatchFailureTally, WatchedKind};
+use crate::timestamp::rfc3339;
 
 /// The contact of one relay with its API server. Owned by the source, shared with whoever reads it.
 #[derive(Debug)]
 pub struct Contact {
     since: Instant,
+    /// When the state was written that is served in place of what the server says, in seconds since 1970; 0: none is.
+    saved_at: AtomicU64,
     /// In the order of [`WatchedKind::ALL`].
     lines: [Line; WatchedKind::ALL.len()],
 }
@@ -38,8 +41,12 @@ pub struct Line {
 pub struct ContactReport {
     /// True where the last thing heard of each kind was no failure.
     pub connected: bool,
-    /// Seconds since the server last said something, of the kind where that is longest ago.
+    /// How old what is served may be, in seconds: since the server last said something, of the kind where that is longest
+    /// ago, or since `saved_at`.
     pub age_seconds: f64,
+    /// When the state of an earlier run was written that is served until the server answers, in RFC 3339; absent else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved_at: Option<String>,
 }
 
 impl From<Kind> for WatchedKind {
@@ -54,7 +61,7 @@ impl From<Kind> for WatchedKind {
 
 impl Default for Contact {
     fn default() -> Self {
-        Self { since: Instant::now(), lines: Default::default() }
+        Self { since: Instant::now(), saved_at: AtomicU64::new(0), lines: Default::default() }
     }
 }
 
@@ -81,12 +88,35 @@ impl Contact {
         self.line(kind).heard_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
+    /// What was saved at a moment is served in place of what the server says.
+    pub fn serve_saved(&self, at: SystemTime) {
+        let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        self.saved_at.store(seconds.max(1), Ordering::Relaxed);
+    }
+
+    /// What the server says is served.
+    pub fn serve_heard(&self) {
+        self.saved_at.store(0, Ordering::Relaxed);
+    }
+
     /// How the contact is now; `None` where nothing is watched.
     pub fn report(&self) -> Option<ContactReport> {
+        self.report_at(SystemTime::now())
+    }
+
+    fn report_at(&self, wall: SystemTime) -> Option<ContactReport> {
         let watched = || self.lines.iter().filter(|line| line.watched.load(Ordering::Relaxed));
         let oldest_ms = watched().map(|line| line.heard_ms.load(Ordering::Relaxed)).min()?;
-        let age = Duration::from_millis(self.now_ms().saturating_sub(oldest_ms));
-        Some(ContactReport { connected: watched().all(Line::is_connected), age_seconds: age.as_secs_f64() })
+        let saved_at = match self.saved_at.load(Ordering::Relaxed) {
+            0 => None,
+            seconds => Some(UNIX_EPOCH + Duration::from_secs(seconds)),
+        };
+        let age = match saved_at {
+            None => Duration::from_millis(self.now_ms().saturating_sub(oldest_ms)),
+            Some(at) => wall.duration_since(at).unwrap_or_default(), // A clock that was set back.
+        };
+        let connected = watched().all(Line::is_connected);
+        Some(ContactReport { connected, age_seconds: age.as_secs_f64(), saved_at: saved_at.map(rfc3339) })
     }
 
     /// True where the last thing heard of each watched kind was no failure.
@@ -165,6 +195,23 @@ mod tests {
 
         assert!(contact.is_connected());
         assert_eq!(contact.failures().collect::<Vec<_>>(), [(WatchedKind::EndpointSlice, WatchFailure::Server, 1)]);
+    }
+
+    #[test]
+    fn f2_given_a_saved_state_when_it_is_served_then_its_age_counts_until_the_server_is_heard() {
+        let contact = Contact::default();
+        contact.watch(WatchedKind::Service);
+        let saved = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let report = |wall| contact.report_at(wall).expect("a kind is watched");
+
+        contact.serve_saved(saved);
+        let served = report(saved + Duration::from_secs(3_600));
+        assert_eq!((served.age_seconds, served.saved_at.as_deref()), (3_600.0, Some("2027-01-15T08:00:00Z")));
+        assert_eq!(report(saved - Duration::from_secs(5)).age_seconds, 0.0, "saved in the future");
+        contact.serve_heard();
+
+        let heard = report(saved + Duration::from_secs(3_600));
+        assert!(heard.age_seconds < 3_000.0 && heard.saved_at.is_none(), "{heard:?}");
     }
 
     #[test]

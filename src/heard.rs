@@ -1,6 +1,6 @@
 //! A body of an answer of the API server: heard as it comes, and broken off where it is longer than any good one.
 //!
-//! What is kept of what was heard is in the `Wire` of `api_client`.
+//! What is kept of what was heard is in `wire`.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use tower::BoxError;
 
-use crate::api_client::Wire;
+use crate::wire::Wire;
 
 /// What a body may be at most, in bytes: who reads it keeps a whole piece in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

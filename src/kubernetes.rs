@@ -1,8 +1,9 @@
 //! The API source: Services, their endpoints and the own Node as an API server tells them, for as long as it takes.
 //!
-//! Here is what is watched. One watch, and when to try it again, is `api_watch`; the way to the server `api_client`; what is
-//! told of all this `api_report`; what of its objects is in use `mirror`; how it does is read in `contact`. Nothing is taken
-//! out of use because the server is away: the last state stays until a complete new one is there.
+//! Here is what is watched. One watch, and when to try it again, is `api_watch`, the choice between two kinds of endpoints
+//! `endpoints_watch`; who is asked `api_client`, and as whom `login`; what is told of all this `api_report`; what of its
+//! objects is in use `mirror`; how it does is read in `contact`. Nothing is taken out of use because the server is away: the
+//! last state stays until a complete new one is there.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -17,13 +18,15 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api_client::{Api, ApiError};
-use crate::api_report::{NodeReport, Report, Server};
-use crate::api_watch::{Selector, Sighting, Watch, at};
+use crate::api_report::{Report, Server};
+use crate::api_watch::{Selector, Watch, at};
 use crate::control::Relay;
 use crate::decode::Observed;
+use crate::endpoints_watch::{EndpointsSighting, EndpointsWatch};
 use crate::last_good::{self, Keeper};
+use crate::node_report::NodeReport;
 use crate::own_node::{OwnNode, Place};
-use crate::watched::{EndpointSlices, Endpoints, Services, Watched, WatchedNode};
+use crate::watched::{Services, Watched, WatchedNode};
 
 /// How often it is looked whether the server is back: a watch that goes on without news says nothing by itself.
 const OUTAGE_LOOK: Duration = Duration::from_secs(1);
@@ -57,6 +60,12 @@ impl Default for Selection {
 }
 
 impl Selection {
+    /// Networks whose addresses nobody but this relay serves on this node. One that takes Services of its own label alone
+    /// has another proxy beside it, which serves the cluster's own.
+    fn served_nets(&self) -> Vec<IpNet> {
+        if self.proxy_name.is_some() { Vec::new() } else { self.service_nets.clone() }
+    }
+
     fn services(&self) -> Selector {
         const LABEL: &str = "service.kubernetes.io/service-proxy-name";
         let labels = match &self.proxy_name {
@@ -118,9 +127,7 @@ pub fn start(
 #[derive(Debug)]
 pub struct Source {
     services: Watch<Observed>,
-    /// EndpointSlices, or Endpoints once it is known that the server has no slices.
-    endpoints: Watch<Observed>,
-    old_endpoints: Option<Watch<Observed>>,
+    endpoints: EndpointsWatch,
     node: Watch<OwnNode>,
     /// The file with the last state.
     saved: Option<PathBuf>,
@@ -138,12 +145,11 @@ impl Source {
         let (services, endpoints, node) = (selection.services(), selection.endpoints(), selection.node());
         Ok(Self {
             services: Watch::new::<Watched<Services>>(api, &services, &contact, |object| object.observed)?,
-            endpoints: Watch::new::<Watched<EndpointSlices>>(api, &endpoints, &contact, |object| object.observed)?,
-            old_endpoints: Some(Watch::new::<Watched<Endpoints>>(api, &endpoints, &contact, |object| object.observed)?),
+            endpoints: EndpointsWatch::new(api, &endpoints, &contact)?,
             node: Watch::new::<WatchedNode>(api, &node, &contact, |object| object.node)?,
             saved: selection.state_dir.as_deref().map(last_good::path),
             report: Report::new(
-                Server { name: api.server(), ip: api.ip(), service_nets: selection.service_nets.clone() },
+                Server { name: api.server(), api: api.clone(), service_nets: selection.served_nets() },
                 relay,
                 NodeReport::new(&selection.node_name, place, relay.health()),
             ),
@@ -165,8 +171,8 @@ pub async fn run(source: Source, cancel: CancellationToken) {
 
 /// Ends when nobody listens any more.
 async fn follow(source: Source) {
-    let Source { mut services, mut endpoints, mut old_endpoints, mut node, saved, mut report } = source;
-    report.begin([services.kind, endpoints.kind, node.kind]);
+    let Source { mut services, mut endpoints, mut node, saved, mut report } = source;
+    report.begin([services.kind, endpoints.kind().into(), node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
     let mut look = interval(OUTAGE_LOOK); // Also where news of other kinds come more often.
@@ -178,15 +184,11 @@ async fn follow(source: Source) {
     loop {
         let took = tokio::select! {
             sighting = services.next() => report.take(0, sighting).await,
-            sighting = endpoints.next() => match (sighting, old_endpoints.take()) {
-                (Sighting::Unknown, Some(old)) => {
-                    report.without_slices();
-                    endpoints = old;
+            sighting = endpoints.next() => match sighting {
+                EndpointsSighting::Of(sighting) => report.take(1, sighting).await,
+                EndpointsSighting::Turn(kind) => {
+                    report.turn_to(kind);
                     Ok(())
-                }
-                (sighting, old) => {
-                    old_endpoints = old;
-                    report.take(1, sighting).await
                 }
             },
             sighting = node.next() => report.take_node(sighting).await,
@@ -220,5 +222,15 @@ mod tests {
         let labels = |selection: &Selection| selection.services().labels;
         assert_eq!(labels(&own).as_deref(), Some("service.kubernetes.io/service-proxy-name=kube-relay"));
         assert_eq!(labels(&Selection::default()).as_deref(), Some("!service.kubernetes.io/service-proxy-name"));
+    }
+
+    #[test]
+    fn f2_given_a_proxy_name_when_the_server_is_asked_by_its_cluster_ip_then_another_proxy_leads_there() {
+        let service_nets = vec![IpNet::from(std::net::IpAddr::from([10, 96, 0, 1]))];
+        let alone = Selection { service_nets: service_nets.clone(), ..Selection::default() };
+        let beside = Selection { proxy_name: Some("kube-relay".into()), ..alone.clone() };
+
+        assert_eq!(alone.served_nets(), service_nets);
+        assert!(beside.served_nets().is_empty());
     }
 }

@@ -1,35 +1,53 @@
 //! The last state of an API server that was served, kept in a file: what a relay begins with when the server is away.
 //!
-//! The file is a manifest, one JSON object a line, and `run -f` reads it, too. Only what a proxy reads of an object is in it.
+//! The file is a manifest, one JSON object a line, and `run -f` reads it, too: a head that says whose state it is and of when,
+//! the Node, the objects (`saved_object`), and an end, without which the file counts for nothing. Whether it is
+//! served is up to `api_report`.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use serde_json::{Map, Value, json};
+use k8s_openapi::jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
+use crate::cluster::Cluster;
 use crate::decode::decode;
-use crate::decode_service::PREFIX;
-use crate::model::{ClusterIps, Endpoint, Objects, Service, ServiceKind, ServicePort, Slice, SliceName, TrafficPolicy};
-use crate::name::Family;
+use crate::model::Objects;
 use crate::own_node::OwnNode;
+use crate::saved_object::{service_manifest, slice_manifest};
 use crate::timestamp::rfc3339;
 
 /// Its name in `--state-dir`.
 const FILE: &str = "last-known-good.json";
 /// How often the state is saved, where it changed.
 const SAVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Of its first and its last line.
+const API_VERSION: &str = "kube-relay.dev/v1alpha1";
 
 /// What is kept.
 #[derive(Debug, Default)]
 pub(crate) struct State {
+    /// Whose it is.
+    pub(crate) origin: Origin,
     /// Services and endpoints.
     pub(crate) objects: Objects,
     /// The Node that the relay ran on.
     pub(crate) node: Option<OwnNode>,
+}
+
+/// Whose state it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// The address that the server was asked at. For people.
+    pub(crate) server: String,
+    /// The cluster.
+    #[serde(default, rename = "authorities")]
+    pub(crate) cluster: Cluster,
 }
 
 /// A state that was read back.
@@ -38,6 +56,52 @@ pub(crate) struct Saved {
     pub(crate) state: State,
     /// When it was written.
     pub(crate) at: SystemTime,
+}
+
+/// A file that holds no state.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    /// It is there, and cannot be read.
+    #[error("it cannot be read")]
+    Read(#[source] io::Error),
+    /// Its first line is no head.
+    #[error("its first line does not say whose state it is, and of when")]
+    Head,
+    /// Its last line is no end, or that of a longer file.
+    #[error("it is cut off: it does not end with a line that counts its objects")]
+    Cut,
+}
+
+/// The first line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Head {
+    api_version: String,
+    kind: HeadKind,
+    /// In RFC 3339.
+    saved_at: String,
+    #[serde(flatten)]
+    origin: Origin,
+}
+
+/// The last line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct End {
+    api_version: String,
+    kind: EndKind,
+    /// Lines between the first and this one.
+    objects: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum HeadKind {
+    SavedState,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum EndKind {
+    SavedStateEnd,
 }
 
 /// Who keeps the last state in its file.
@@ -77,7 +141,7 @@ impl Keeper {
             return;
         }
         self.running = Some(spawn_blocking(move || {
-            if let Err(error) = save(&path, &state) {
+            if let Err(error) = save(&path, &state, SystemTime::now()) {
                 tracing::warn!(file = %path.display(), %error, "the state cannot be saved for the next start");
             }
         }));
@@ -89,164 +153,71 @@ pub(crate) fn path(state_dir: &Path) -> PathBuf {
     state_dir.join(FILE)
 }
 
-/// Reads a state; `None` where none was ever saved. What of it cannot be used is left out.
-pub(crate) fn load(path: &Path) -> io::Result<Option<Saved>> {
-    let (text, at) = match fs::read(path) {
-        Ok(text) => (text, fs::metadata(path)?.modified()?),
+/// Reads a state; `None` where none was ever saved. What of its objects cannot be used is left out.
+pub(crate) fn load(path: &Path) -> Result<Option<Saved>, LoadError> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
+        Err(error) => return Err(LoadError::Read(error)),
     };
+    let (head, lines) = parts(&text)?;
+    let at = head.saved_at.parse::<Timestamp>().map_err(|_| LoadError::Head)?.into();
     let mut objects = Objects::default();
     decode(&text, FILE).objects.iter().for_each(|entry| objects.add(&entry.content));
     let empty = objects.services.is_empty() && objects.slices.is_empty();
-    let state = State { objects, node: node(&text) };
+    let state = State { origin: head.origin, objects, node: lines.first().and_then(|line| node(line)) };
     Ok((!empty).then_some(Saved { state, at }))
 }
 
-/// The Node stands in one of the first lines.
-fn node(text: &[u8]) -> Option<OwnNode> {
-    let lines = text.split(|byte| *byte == b'\n').take(2);
-    let is_node = |value: &Value| value["kind"] == "Node";
-    let node = lines.filter_map(|line| serde_json::from_slice(line).ok()).find(is_node)?;
-    Some(OwnNode::of(&node))
+/// The head and the lines up to the end, which says how many these are.
+fn parts(text: &[u8]) -> Result<(Head, Vec<&[u8]>), LoadError> {
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let head = lines.next().and_then(|line| serde_json::from_slice(line).ok()).ok_or(LoadError::Head)?;
+    let mut lines: Vec<_> = lines.collect();
+    // Behind the last line break nothing is left.
+    let whole = lines.pop().is_some_and(<[u8]>::is_empty);
+    let end = lines.pop().and_then(|line| serde_json::from_slice::<End>(line).ok());
+    match end {
+        Some(end) if whole && end.objects == lines.len() => Ok((head, lines)),
+        _ => Err(LoadError::Cut),
+    }
+}
+
+fn node(line: &[u8]) -> Option<OwnNode> {
+    let value: Value = serde_json::from_slice(line).ok()?;
+    (value["kind"] == "Node").then(|| OwnNode::of(&value))
 }
 
 /// Writes a state beside its place and renames it into it: whoever reads sees a whole one, whenever power fails.
-pub(crate) fn save(path: &Path, state: &State) -> io::Result<()> {
+pub(crate) fn save(path: &Path, state: &State, at: SystemTime) -> io::Result<()> {
     let new = path.with_extension("new");
     let mut file = BufWriter::new(File::create(&new)?);
-    let head =
-        json!({"apiVersion": "kube-relay.dev/v1alpha1", "kind": "SavedState", "savedAt": rfc3339(SystemTime::now())});
-    writeln!(file, "{head}")?;
-    if let Some(node) = &state.node {
-        writeln!(file, "{}", node.manifest())?;
+    let State { origin, objects, node } = state;
+    let (api_version, saved_at) = (API_VERSION.to_owned(), rfc3339(at));
+    write(&mut file, &Head { api_version, kind: HeadKind::SavedState, saved_at, origin: origin.clone() })?;
+    if let Some(node) = node {
+        write(&mut file, &node.manifest())?;
     }
-    for service in &state.objects.services {
-        writeln!(file, "{}", service_manifest(service))?;
-    }
-    for slice in &state.objects.slices {
-        writeln!(file, "{}", slice_manifest(slice))?;
-    }
+    objects.services.iter().try_for_each(|service| write(&mut file, &service_manifest(service)))?;
+    objects.slices.iter().try_for_each(|slice| write(&mut file, &slice_manifest(slice)))?;
+    let objects = usize::from(node.is_some()) + objects.services.len() + objects.slices.len();
+    write(&mut file, &End { api_version: API_VERSION.to_owned(), kind: EndKind::SavedStateEnd, objects })?;
     file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
     fs::rename(new, path)
 }
 
-/// An object with what is there of its fields.
-fn present<const N: usize>(fields: [(&str, Option<Value>); N]) -> Value {
-    fields.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect::<Map<_, _>>().into()
-}
-
-/// A list that says something.
-fn list<T>(items: &[T], each: impl Fn(&T) -> Value) -> Option<Value> {
-    (!items.is_empty()).then(|| items.iter().map(each).collect())
-}
-
-fn service_manifest(service: &Service) -> Value {
-    let text = |text: &std::sync::Arc<str>| Value::from(&**text);
-    let labels = present([
-        ("service.kubernetes.io/service-proxy-name", service.proxy_name.as_ref().map(text)),
-        ("service.kubernetes.io/headless", service.slices_hidden.then(|| "".into())),
-    ]);
-    let annotations: Map<String, Value> =
-        service.annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), text(value))).collect();
-    let metadata = present([
-        ("name", Some(text(&service.name.name))),
-        ("namespace", Some(text(&service.name.namespace))),
-        ("creationTimestamp", (!service.created.is_empty()).then(|| text(&service.created))),
-        ("labels", labels.as_object().is_some_and(|labels| !labels.is_empty()).then_some(labels)),
-        ("annotations", (!annotations.is_empty()).then(|| annotations.into())),
-    ]);
-    let (cluster_ip, cluster_ips) = match &service.cluster_ips {
-        ClusterIps::Unset => (None, None),
-        ClusterIps::Headless => (Some("None".into()), None),
-        ClusterIps::Addresses { addresses, .. } => {
-            (addresses.first().map(|ip| ip.to_string().into()), list(addresses, |ip| ip.to_string().into()))
-        }
-    };
-    let local = |policy| (policy == TrafficPolicy::Local).then(|| "Local".into());
-    let affinity = service.affinity_timeout.map(|time| json!({"clientIP": {"timeoutSeconds": time.as_secs()}}));
-    let spec = present([
-        ("type", Some(service.kind.as_str().into())),
-        ("externalName", (service.kind == ServiceKind::ExternalName).then(|| "saved.invalid".into())),
-        ("clusterIP", cluster_ip),
-        ("clusterIPs", cluster_ips),
-        ("ipFamilies", list(&service.families, |family| family.to_string().into())),
-        ("ports", list(&service.ports, port_manifest)),
-        ("externalIPs", list(&service.external_ips, |ip| ip.to_string().into())),
-        ("loadBalancerSourceRanges", list(&service.source_ranges, |net| net.to_string().into())),
-        ("sessionAffinity", affinity.as_ref().map(|_| "ClientIP".into())),
-        ("sessionAffinityConfig", affinity),
-        ("externalTrafficPolicy", local(service.external_policy)),
-        ("internalTrafficPolicy", local(service.internal_policy)),
-        ("healthCheckNodePort", service.health_check_node_port.map(Value::from)),
-        ("allocateLoadBalancerNodePorts", (!service.allocate_node_ports).then_some(false.into())),
-        ("trafficDistribution", service.traffic_distribution.as_ref().map(text)),
-        // That there is one is all that a proxy reads of it.
-        ("selector", service.has_selector.then(|| json!({"saved": "true"}))),
-    ]);
-    let ingress = list(&service.load_balancer_ips, |ip| json!({"ip": ip.to_string()}));
-    present([
-        ("apiVersion", Some("v1".into())),
-        ("kind", Some("Service".into())),
-        ("metadata", Some(metadata)),
-        ("spec", Some(spec)),
-        ("status", ingress.map(|ingress| json!({"loadBalancer": {"ingress": ingress}}))),
-    ])
-}
-
-fn port_manifest(port: &ServicePort) -> Value {
-    let target = |text: &std::sync::Arc<str>| text.parse::<u16>().map_or_else(|_| Value::from(&**text), Value::from);
-    present([
-        ("name", (!port.name.is_empty()).then(|| Value::from(&*port.name))),
-        ("protocol", Some(port.protocol.as_str().into())),
-        ("port", Some(port.port.into())),
-        ("targetPort", port.target_port.as_ref().map(target)),
-        ("nodePort", port.node_port.map(Value::from)),
-        ("appProtocol", port.app_protocol.as_ref().map(|text| Value::from(&**text))),
-    ])
-}
-
-fn slice_manifest(slice: &Slice) -> Value {
-    let (namespace, name) = match &slice.name {
-        SliceName::EndpointSlice(name) => (&name.namespace, name.name.to_string()),
-        SliceName::Endpoints(name, subset, family) => {
-            let family = if *family == Family::V4 { 4 } else { 6 };
-            (&name.namespace, format!("{}.endpoints-{subset}-v{family}", name.name))
-        }
-    };
-    json!({
-        "apiVersion": "discovery.k8s.io/v1",
-        "kind": "EndpointSlice",
-        "metadata": {
-            "name": name, "namespace": **namespace, "labels": {"kubernetes.io/service-name": *slice.service.name},
-        },
-        "addressType": slice.family.to_string(),
-        "ports": slice.ports.iter().map(|port| {
-            json!({"name": *port.name, "protocol": port.protocol.as_str(), "port": port.port})
-        }).collect::<Vec<_>>(),
-        "endpoints": slice.endpoints.iter().map(endpoint_manifest).collect::<Vec<_>>(),
-    })
-}
-
-fn endpoint_manifest(endpoint: &Endpoint) -> Value {
-    let text = |text: &Option<std::sync::Arc<str>>| text.as_ref().map(|text| Value::from(&**text));
-    let names = |names: &[std::sync::Arc<str>]| list(names, |name| json!({"name": **name}));
-    let (zones, nodes) = (names(&endpoint.zone_hints), names(&endpoint.node_hints));
-    let hints = (zones.is_some() || nodes.is_some()).then(|| present([("forZones", zones), ("forNodes", nodes)]));
-    let Endpoint { ready, serving, terminating, .. } = endpoint;
-    present([
-        ("addresses", Some(json!([endpoint.address.to_string()]))),
-        ("conditions", Some(json!({"ready": ready, "serving": serving, "terminating": terminating}))),
-        ("nodeName", text(&endpoint.node)),
-        ("zone", text(&endpoint.zone)),
-        ("hints", hints),
-        ("targetRef", endpoint.pod.as_ref().map(|pod| json!({"kind": "Pod", "name": **pod}))),
-    ])
+/// As one line.
+fn write(file: &mut impl Write, object: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *file, object)?;
+    file.write_all(b"\n")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::{Slice, SliceName};
 
     fn objects(text: &[u8]) -> Objects {
         let mut objects = Objects::default();
@@ -254,36 +225,72 @@ mod tests {
         objects
     }
 
-    #[test]
-    fn given_every_field_when_saved_and_loaded_then_nothing_changed() {
-        let folder = tempfile::tempdir().expect("a folder");
+    fn every_field() -> State {
         let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/manifests/every_field.yaml");
-        let state = objects(&fs::read(manifests).expect("the test's manifest"));
-        let node = OwnNode { name: "worker-1".into(), zone: Some("eu-1a".into()), ..OwnNode::default() };
-        assert!(!state.services.is_empty() && !state.slices.is_empty());
-        let named = |state: &Objects| -> Vec<Slice> {
-            let plain = |slice: &std::sync::Arc<Slice>| matches!(slice.name, SliceName::EndpointSlice(_));
-            state.slices.iter().filter(|slice| plain(slice)).map(|slice| (**slice).clone()).collect()
-        };
+        State {
+            origin: Origin {
+                server: "https://10.0.0.1:6443".into(),
+                cluster: Cluster::vouched_for_by(&[b"a".to_vec(), b"b".to_vec()]),
+            },
+            objects: objects(&fs::read(manifests).expect("the test's manifest")),
+            node: Some(OwnNode { name: "worker-1".into(), zone: Some("eu-1a".into()), ..OwnNode::default() }),
+        }
+    }
 
-        let whole = State { objects: state.clone(), node: Some(node.clone()) };
-        save(&path(folder.path()), &whole).expect("saved");
-        let State { objects: saved, node: saved_node } =
-            load(&path(folder.path())).expect("read").expect("there is one").state;
-
-        assert_eq!(saved.services, state.services);
-        assert_eq!(named(&saved)[..named(&state).len()], named(&state));
-        assert_eq!(saved.slices.len(), state.slices.len());
-        assert_eq!(saved_node, Some(node));
+    /// A moment without fractions of a second.
+    fn moment() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
     }
 
     #[test]
-    fn f2_given_no_file_or_one_that_is_no_manifest_when_loaded_then_there_is_no_state() {
+    fn given_every_field_when_saved_and_loaded_then_nothing_changed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let whole = every_field();
+        assert!(!whole.objects.services.is_empty() && !whole.objects.slices.is_empty());
+        let named = |state: &Objects| -> Vec<Slice> {
+            let plain = |slice: &Arc<Slice>| matches!(slice.name, SliceName::EndpointSlice(_));
+            state.slices.iter().filter(|slice| plain(slice)).map(|slice| (**slice).clone()).collect()
+        };
+
+        save(&path(folder.path()), &whole, moment()).expect("saved");
+        let Saved { state: saved, at } = load(&path(folder.path())).expect("read").expect("there is one");
+
+        assert_eq!(saved.objects.services, whole.objects.services);
+        assert_eq!(named(&saved.objects)[..named(&whole.objects).len()], named(&whole.objects));
+        assert_eq!(saved.objects.slices.len(), whole.objects.slices.len());
+        assert_eq!((saved.node, saved.origin, at), (whole.node, whole.origin, moment()));
+    }
+
+    #[test]
+    fn f2_given_no_file_or_one_that_is_no_state_when_loaded_then_there_is_no_state() {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(load(&path(folder.path())).expect("no file is fine").is_none());
 
-        fs::write(path(folder.path()), b"\xff{{{").expect("a file");
+        for text in [&b"\xff{{{"[..], b"", b"\n", b"{}\n", b"kind: Service\n"] {
+            fs::write(path(folder.path()), text).expect("a file");
+            assert!(matches!(load(&path(folder.path())), Err(LoadError::Head)), "{text:?}");
+        }
+    }
 
-        assert!(load(&path(folder.path())).expect("it can be read").is_none());
+    #[test]
+    fn f2_given_a_file_that_is_cut_anywhere_or_lacks_a_line_when_loaded_then_it_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = path(folder.path());
+        save(&path, &every_field(), moment()).expect("saved");
+        let text = fs::read(&path).expect("just written");
+        let refused = |text: &[u8]| {
+            fs::write(&path, text).expect("a file");
+            matches!(load(&path), Err(LoadError::Head | LoadError::Cut))
+        };
+
+        for length in (0..text.len()).rev().take(300).chain((0..text.len()).step_by(97)) {
+            assert!(refused(&text[..length]), "{length} of {} bytes", text.len());
+        }
+        let lines: Vec<_> = text.split_inclusive(|byte| *byte == b'\n').collect();
+        for left_out in 0..lines.len() {
+            let others = lines.iter().enumerate().filter(|(number, _)| *number != left_out);
+            assert!(refused(&others.flat_map(|(_, line)| line.to_vec()).collect::<Vec<_>>()), "line {left_out}");
+        }
+        assert!(!refused(&text));
     }
 }

@@ -40,6 +40,7 @@
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
+//! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
 //! # What always holds
@@ -65,8 +66,12 @@ mod api_report;
 #[cfg(feature = "kubernetes")]
 mod api_watch;
 mod balancing;
+#[cfg(feature = "kubernetes")]
+mod causes;
 mod claims;
 pub mod cli;
+#[cfg(feature = "kubernetes")]
+mod cluster;
 pub mod config;
 mod config_fields;
 pub mod config_file;
@@ -77,7 +82,11 @@ mod decode_endpoints;
 mod decode_service;
 mod describe;
 pub mod endpoints;
+#[cfg(feature = "kubernetes")]
+mod endpoints_watch;
 mod entries;
+#[cfg(feature = "kubernetes")]
+mod file_stamps;
 mod findings;
 pub mod flag_defaults;
 mod follow;
@@ -100,6 +109,8 @@ mod layout;
 pub mod lifecycle;
 pub mod live;
 mod locate;
+#[cfg(feature = "kubernetes")]
+mod login;
 pub mod logs;
 pub mod manifest;
 mod manifest_file;
@@ -108,6 +119,8 @@ pub mod metrics;
 mod mirror;
 pub mod model;
 pub mod name;
+#[cfg(feature = "kubernetes")]
+mod node_report;
 #[cfg(feature = "kubernetes")]
 mod outage;
 pub mod overview;
@@ -122,6 +135,8 @@ pub mod rare;
 mod reading;
 pub mod rejections;
 pub mod remedy;
+#[cfg(feature = "kubernetes")]
+mod saved_object;
 pub mod scaffold;
 pub mod serve;
 mod service_plan;
@@ -135,4 +150,6 @@ pub mod value;
 mod watch;
 #[cfg(feature = "kubernetes")]
 mod watched;
+#[cfg(feature = "kubernetes")]
+mod wire;
 mod yaml;

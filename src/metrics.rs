@@ -80,7 +80,7 @@ metrics! {
     ConfigRevision = Gauge "kuberelay_config_revision" [] "How many different states of the manifests were taken.";
     ObjectsRejected = Counter "kuberelay_objects_rejected_total" ["kind", "reason"] "Objects that could not be read or served, or not wholly, by kind (unknown where it could not be read) and reason; each once for as long as that holds.";
     SourceConnected = Gauge "kuberelay_source_connected" [] "1 while the API server answers; only with an API source.";
-    SourceAge = Gauge "kuberelay_source_age_seconds" [] "Seconds since the API server last said something, of the kind where that is longest ago; up to 65 is normal.";
+    SourceAge = Gauge "kuberelay_source_age_seconds" [] "How old what is served may be: seconds since the API server last said something, of the kind where that is longest ago (up to 65 is normal), or since the saved state was written that is served until it answers.";
     Relists = Counter "kuberelay_kube_relists_total" ["reason"] "Times that all objects of a kind were listed again, by the failure that made it necessary.";
     WatchErrors = Counter "kuberelay_kube_watch_errors_total" ["kind", "reason"] "Requests and watches that failed, by kind of object and reason.";
     Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";

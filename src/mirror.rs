@@ -51,6 +51,11 @@ impl Mirror {
         Self { kind, objects, arriving: None, flaws, rejections, news: false, triggers }
     }
 
+    /// Another kind says the same from now on. What is in use stays until its first list is complete.
+    pub(crate) fn turn_to(&mut self, kind: Kind) {
+        (self.kind, self.arriving) = (kind, None);
+    }
+
     /// A list begins. One that was broken off is forgotten.
     pub(crate) fn begin(&mut self) {
         self.arriving = Some(Arriving::default());
@@ -192,6 +197,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::model::SliceName;
 
     fn service(name: &str, port: impl Into<Value>) -> Observed {
         let object = json!({
@@ -313,6 +319,30 @@ mod tests {
         assert!(mirror.put(nameless).is_empty());
 
         assert_eq!(mirror.rejections.iter().count(), 1);
+    }
+
+    #[test]
+    fn t229_given_slices_when_endpoints_take_their_place_then_they_stay_until_these_are_listed() {
+        let slice = json!({
+            "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.0.0.1"]}], "ports": [{"port": 80}],
+        });
+        let endpoints = json!({"metadata": {"name": "web"}, "subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": [{"port": 80}]}]});
+        let mut mirror = Mirror::new(Kind::EndpointSlice);
+        mirror.put(Observed::deserialize(slice, Kind::EndpointSlice).expect("an object"));
+
+        mirror.turn_to(Kind::Endpoints);
+        mirror.begin();
+        mirror.list(Observed::deserialize(endpoints, Kind::Endpoints).expect("an object"));
+        let slices = |mirror: &Mirror| {
+            let mut objects = Objects::default();
+            mirror.add_to(&mut objects);
+            objects.slices.iter().map(|slice| slice.name.clone()).collect::<Vec<_>>()
+        };
+        assert!(matches!(slices(&mirror)[..], [SliceName::EndpointSlice(_)]));
+
+        assert!(mirror.complete());
+        assert!(matches!(slices(&mirror)[..], [SliceName::Endpoints(..)]));
     }
 
     #[test]

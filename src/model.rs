@@ -89,6 +89,15 @@ impl Service {
         }
     }
 
+    /// All addresses that it is to be served at: cluster, external and load-balancer IPs.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let cluster_ips = match &self.cluster_ips {
+            ClusterIps::Addresses { addresses, .. } => addresses.as_slice(),
+            ClusterIps::Unset | ClusterIps::Headless => &[],
+        };
+        cluster_ips.iter().chain(self.external_ips.iter()).chain(self.load_balancer_ips.iter()).copied()
+    }
+
     /// Adds a cluster IP: one for each family that the Service is to have.
     pub fn cluster_ip(mut self, address: impl Into<IpAddr>) -> Self {
         let mut addresses = match self.cluster_ips {

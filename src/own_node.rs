@@ -1,6 +1,6 @@
 //! What the cluster says of the node that this relay runs on: where it is, how it is reached, and whether it stays.
 //!
-//! Pure. Who asks for the Node is `kubernetes`; what is told of it to load balancers and to the log is `api_report`.
+//! Pure. Who asks for the Node is `kubernetes`; what is told of it to load balancers and to the log is `node_report`.
 
 use std::net::IpAddr;
 use std::sync::Arc;

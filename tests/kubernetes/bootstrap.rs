@@ -79,9 +79,49 @@ async fn f2_given_the_cluster_ip_alone_and_no_state_when_started_then_one_line_s
         .await;
 
     assert!(!stage.status().synced);
-    let told = log.lines_with("an address of the service range");
+    let told = log.lines_with("an address of the service range, which this relay does not serve before it knows more");
     assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("unless another proxy on this node serves it"), "{told:?}");
     assert!(told[0].contains("give the server's own address with --master") && told[0].contains(" WARN "), "{told:?}");
     assert!(told[0].contains(&cluster_address(site).to_string()), "{told:?}");
     assert_eq!(log.lines_with(" WARN ").len(), 1, "nothing else");
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f2_given_the_cluster_ip_and_a_saved_state_when_the_server_is_away_then_the_line_says_who_serves_the_address() {
+    let (site, (log, _logging)) = (Site::new(75), Log::of_this_thread());
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = Setup::keeping_in(folder.path());
+    let first = Stage::following_with(site, knowing_itself(site).await, setup.clone()).await;
+    first.until_backends(&[site.backend(1)]).await;
+    first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
+    let mut server = first.end().await;
+    until_refused(cluster_address(site)).await;
+    server.stop().await;
+
+    let mut stage = Stage::following_with(site, server, by_cluster_address(site, setup)).await;
+    stage.until("a line", |_| !log.lines_with("an address of the service range").is_empty()).await;
+
+    let told = log.lines_with("an address of the service range");
+    assert!(told[0].contains("which this relay serves from the saved state"), "{told:?}");
+    assert!(log.lines_with("another proxy").is_empty());
+    stage.server.resume().await;
+    stage.until("contact", |status| status.contact.is_connected()).await;
+    assert_eq!(log.lines_with("an address of the service range").len(), 1);
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f2_given_the_cluster_ip_beside_another_proxy_when_the_server_is_away_then_nothing_is_said_of_the_address() {
+    let (site, (log, _logging)) = (Site::new(76), Log::of_this_thread());
+    let server = knowing_itself(site).await;
+    let mut setup = by_cluster_address(site, Setup::default());
+    setup.selection.proxy_name = Some("kube-relay".into());
+
+    let stage = Stage::following_with(site, server, setup).await;
+    stage.until("a line", |_| !log.lines_with("the API server does not answer").is_empty()).await;
+
+    assert!(log.lines_with("an address of the service range").is_empty());
+    assert!(!stage.status().synced);
 }

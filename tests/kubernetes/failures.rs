@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use kube_relay::stats::WatchFailure;
+use kube_relay::stats::{WatchFailure, WatchedKind};
 use tokio::task::JoinHandle;
 
 use crate::log::Log;
-use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
+use crate::stage::{Setup, Stage, api_address, service, slice, web};
 use crate::support::api_server::{ApiServer, Mood};
 use crate::support::client;
 use crate::support::site::Site;
@@ -186,6 +186,9 @@ async fn f4_given_an_object_of_20_mb_when_it_comes_then_the_watch_is_given_up_an
 
     stage.until_relists(WatchFailure::Decode, 1).await;
     stage.until_known("huge", true).await;
+    let failures: Vec<_> = stage.status().contact.failures().collect();
+    assert_eq!(failures, [(WatchedKind::Service, WatchFailure::Decode, 1)]);
+    assert_eq!(stage.server.count("services", false), 2);
     stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
     stage.until_backends(&[stage.site.backend(2)]).await;
     stage.server.put("services", service("more", "127.0.42.8"));
@@ -276,50 +279,6 @@ async fn f1_given_nodes_that_nobody_may_read_when_the_server_goes_and_comes_back
 /// Seconds since the server was heard.
 fn age(stage: &Stage) -> f64 {
     stage.status().contact.report().expect("something is watched").age_seconds
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_it_is_served_until_the_server_is_back() {
-    let site = Site::new(227);
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let setup = Setup::keeping_in(folder.path());
-    let mut server = ApiServer::start(api_address(site)).await;
-    server.put("services", web(site));
-    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
-    server.put("nodes", node(site.node_ip(), &[]));
-    let first = Stage::following_with(site, server, setup.clone()).await;
-    first.until_backends(&[site.backend(1)]).await;
-    first.until("the state to be saved", |_| folder.path().join("last-known-good.json").exists()).await;
-    server = first.end().await;
-    server.stop().await;
-
-    let mut stage = Stage::following_with(site, server, setup).await;
-    stage.until_backends(&[site.backend(1)]).await;
-    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
-    assert!(stage.status().synced && !stage.status().contact.is_connected());
-    assert!(stage.is_eligible(), "the Node is in the file, too");
-
-    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
-    stage.server.resume().await;
-    stage.until_backends(&[site.backend(2)]).await;
-    stage.until("contact", |status| status.contact.is_connected()).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_relay_waits_for_it() {
-    let site = Site::new(27);
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let setup = Setup::keeping_in(folder.path());
-    let mut server = ApiServer::start(api_address(site)).await;
-    server.stop().await;
-    server.put("services", web(site));
-
-    let mut stage = Stage::following_with(site, server, setup).await;
-    stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
-    assert!(!stage.status().synced);
-
-    stage.server.resume().await;
-    stage.until("the first state", |status| status.synced).await;
 }
 
 /// How long a change may take to be served behind a watch of 6 s that broke without a word: its end, 5 s more, and a new one.

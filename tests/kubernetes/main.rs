@@ -3,10 +3,12 @@
 #![cfg(feature = "kubernetes")]
 
 mod bootstrap;
+mod credentials;
 mod failures;
 mod log;
 mod node;
 mod rollout;
+mod saved;
 mod scale;
 mod stage;
 

@@ -65,22 +65,68 @@ async fn t224_given_services_without_their_slices_when_one_list_fails_then_nothi
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
 }
 
+/// What `web` has on a server without slices.
+fn endpoints(site: Site, number: u8) -> Value {
+    let addresses = json!([{"ip": site.backend(number).ip().to_string()}]);
+    let ports = json!([{"name": "http", "port": site.backend(number).port()}]);
+    json!({"metadata": {"name": "web"}, "subsets": [{"addresses": addresses, "ports": ports}]})
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t229_given_a_server_without_endpoint_slices_when_followed_then_endpoints_are_read() {
     let site = Site::new(14);
     let server = ApiServer::start(api_address(site)).await;
     server.unknown("endpointslices");
     server.put("services", web(site));
-    let addresses = json!([{"ip": site.backend(1).ip().to_string()}]);
-    let ports = json!([{"name": "http", "port": site.backend(1).port()}]);
-    server
-        .put("endpoints", json!({"metadata": {"name": "web"}, "subsets": [{"addresses": addresses, "ports": ports}]}));
+    server.put("endpoints", endpoints(site, 1));
 
     let stage = Stage::following(site, server).await;
 
     stage.until_backends(&[site.backend(1)]).await;
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
     stage.until("contact", |status| status.contact.is_connected()).await;
+    assert_eq!(stage.server.count("apis", false), 1, "asked once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t229_given_slices_that_are_not_found_for_a_while_when_the_server_has_them_then_endpoints_are_not_read() {
+    let site = Site::new(78);
+    let server = ApiServer::start(api_address(site)).await;
+    server.lose("endpointslices");
+    server.put("services", web(site));
+    server.put("endpoints", endpoints(site, 2));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+
+    let stage = Stage::following(site, server).await;
+    stage.until("two tries", |_| stage.server.count("endpointslices", false) >= 2).await;
+    assert!(!stage.status().synced);
+    stage.server.refuse_only(None);
+
+    stage.until_backends(&[site.backend(1)]).await;
+    stage.until("contact", |status| status.contact.is_connected()).await;
+    assert_eq!(stage.server.count("endpoints", false), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t229_given_a_server_that_is_upgraded_when_endpoints_are_not_found_then_slices_take_over_and_none_is_missed() {
+    let site = Site::new(79);
+    let server = ApiServer::start(api_address(site)).await;
+    server.unknown("endpointslices");
+    server.put("services", web(site));
+    server.put("endpoints", endpoints(site, 1));
+    let mut stage = Stage::following(site, server).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    stage.until("a watch", |_| stage.server.count("endpoints", true) > 0).await;
+
+    stage.server.lose("endpoints");
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(1), site.backend(2)]));
+    stage.server.compact(); // So that everything has to be listed.
+    stage.server.cut().await;
+    stage.until_backends_without_a_gap(&[site.backend(1), site.backend(2)]).await;
+
+    stage.until("contact", |status| status.contact.is_connected()).await;
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.until_backends(&[site.backend(2)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

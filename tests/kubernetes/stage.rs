@@ -1,7 +1,7 @@
 //! A relay that follows an API server, and the objects that it is told of.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Parser;
@@ -31,12 +31,16 @@ pub(crate) struct Setup {
     pub(crate) flags: &'static str,
     /// Where it asks, in place of the address of the server.
     pub(crate) master: Option<SocketAddr>,
+    /// The folder of its kubeconfig, where that is to stay.
+    pub(crate) kubeconfig_in: Option<PathBuf>,
+    /// The certificate, among those of the tests, that is to vouch for the server.
+    pub(crate) authority: Option<&'static str>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let selection = Selection { node_name: "node-1".into(), ..Selection::default() };
-        Self { selection, flags: "", master: None }
+        Self { selection, flags: "", master: None, kubeconfig_in: None, authority: None }
     }
 }
 
@@ -90,13 +94,19 @@ impl Stage {
 
     /// The same, set up in another way.
     pub(crate) async fn following_with(site: Site, server: ApiServer, setup: Setup) -> Self {
+        let kubeconfig = server.kubeconfig();
+        Self::following_by(site, server, &kubeconfig, setup).await
+    }
+
+    /// The same, with another kubeconfig than the server's.
+    pub(crate) async fn following_by(site: Site, server: ApiServer, kubeconfig: &str, setup: Setup) -> Self {
         let config = config(setup.flags);
         // No address of the machine that tests run on.
         let host = Host { interfaces: Vec::new(), default_sources: Vec::new() };
         let relay = control::Relay::start(config.relay_options(&host)).expect("a relay can be started");
         let cancel = CancellationToken::new();
         let place = Place { plan: config.plan, host };
-        tokio::spawn(kubernetes::run(source(&server, &setup, &relay, place).await, cancel.clone()));
+        tokio::spawn(kubernetes::run(source(kubeconfig, &setup, &relay, place).await, cancel.clone()));
         let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
         Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
     }
@@ -140,6 +150,17 @@ impl Stage {
         self.until("other backends", |status| picks(status, "web") == wanted).await;
     }
 
+    /// The same; and until then it has some all the time.
+    pub(crate) async fn until_backends_without_a_gap(&self, backends: &[SocketAddr]) {
+        let wanted: Vec<String> = backends.iter().map(ToString::to_string).collect();
+        let picked = |status: &Status| {
+            let picks = picks(status, "web");
+            assert!(!picks.is_empty(), "nothing is taken out of use");
+            picks == wanted
+        };
+        self.until("other backends", picked).await;
+    }
+
     /// Waits until a Service is known, or is not any more.
     pub(crate) async fn until_known(&self, service: &str, known: bool) {
         self.until("a Service to come or go", |status| service_of(status, service).is_some() == known).await;
@@ -166,14 +187,23 @@ fn config(flags: &str) -> RunConfig {
     }
 }
 
-async fn source(server: &ApiServer, setup: &Setup, relay: &control::Relay, place: Place) -> Source {
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let kubeconfig = folder.path().join("config");
-    std::fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
+async fn source(text: &str, setup: &Setup, relay: &control::Relay, place: Place) -> Source {
+    let temporary = tempfile::tempdir().expect("a folder can be made");
+    let kubeconfig = setup.kubeconfig_in.as_deref().unwrap_or(temporary.path()).join("config");
+    std::fs::write(&kubeconfig, with_authority(text, setup.authority)).expect("a folder of the test");
     let options =
         ApiOptions { kubeconfig: Some(kubeconfig), master: setup.master.map(|master| format!("http://{master}")) };
     let api = Api::find(&options).await.expect("a kubeconfig that can be used");
     Source::new(&api, &setup.selection, relay, place).expect("credentials that can be used")
+}
+
+fn with_authority(kubeconfig: &str, authority: Option<&str>) -> String {
+    let mut kubeconfig: Value = serde_json::from_str(kubeconfig).expect("JSON");
+    if let Some(authority) = authority {
+        let path = format!("{}/tests/api/{authority}", env!("CARGO_MANIFEST_DIR"));
+        kubeconfig["clusters"][0]["cluster"]["certificate-authority"] = path.into();
+    }
+    kubeconfig.to_string()
 }
 
 /// The Service `web` at the site's cluster IP.

@@ -67,6 +67,7 @@ pub struct Asked {
 pub struct ApiServer {
     address: SocketAddr,
     state: Arc<Shared>,
+    listener: Option<Arc<TcpListener>>,
     running: Option<JoinSet<()>>,
 }
 
@@ -80,6 +81,10 @@ struct State {
     mood: Mood,
     /// A resource that is refused with a code, whatever the mood.
     refused: Option<(String, u16)>,
+    /// A resource that the server is too old for.
+    unknown: Option<String>,
+    /// Who does not show this token is not known here.
+    token: Option<String>,
     version: u64,
     /// By resource and `namespace/name`.
     objects: BTreeMap<(String, String), Value>,
@@ -106,6 +111,8 @@ impl ApiServer {
         let state = State {
             mood: Mood::Well,
             refused: None,
+            unknown: None,
+            token: None,
             version: 1,
             objects: BTreeMap::new(),
             history: Vec::new(),
@@ -114,13 +121,18 @@ impl ApiServer {
             frozen: 0,
         };
         let state = Arc::new(Shared { state: Mutex::new(state), version: watch::Sender::new(1) });
-        let mut server = Self { address, state, running: None };
+        let mut server = Self { address, state, listener: None, running: None };
         server.resume().await;
         server
     }
 
     /// The process is gone: connections are cut, new ones refused. Its objects are kept elsewhere.
     pub async fn stop(&mut self) {
+        self.hang_up().await;
+        self.listener = None;
+    }
+
+    async fn hang_up(&mut self) {
         if let Some(mut tasks) = self.running.take() {
             tasks.shutdown().await;
         }
@@ -131,7 +143,12 @@ impl ApiServer {
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_reuseaddr(true).expect("an option");
         socket.bind(self.address).expect("a free address");
-        let listener = socket.listen(64).expect("a listener");
+        self.listener = Some(Arc::new(socket.listen(64).expect("a listener")));
+        self.answer_all();
+    }
+
+    fn answer_all(&mut self) {
+        let listener = Arc::clone(self.listener.as_ref().expect("it listens"));
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, Arc::clone(&self.state)));
         self.running = Some(tasks);
@@ -139,12 +156,12 @@ impl ApiServer {
 
     /// A kubeconfig that leads here.
     pub fn kubeconfig(&self) -> String {
-        let server = format!("http://{}", self.address);
+        let (server, token) = (format!("http://{}", self.address), self.state.lock().token.clone());
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": {"server": server}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-            "users": [{"name": "test", "user": {"token": "not-a-secret"}}],
+            "users": [{"name": "test", "user": {"token": token.as_deref().unwrap_or("not-a-secret")}}],
         })
         .to_string()
     }
@@ -164,9 +181,21 @@ impl ApiServer {
         self.state.lock().refused = Some((resource.to_owned(), 403));
     }
 
-    /// The server is too old for this resource.
+    /// The server is too old for this resource, and does not name its group either.
     pub fn unknown(&self, resource: &str) {
-        self.state.lock().refused = Some((resource.to_owned(), 404));
+        self.lose(resource);
+        self.state.lock().unknown = Some(resource.to_owned());
+    }
+
+    /// Lists of this resource are led to where nobody knows it (404). The server has it, and names its group.
+    pub fn lose(&self, resource: &str) {
+        let mut state = self.state.lock();
+        (state.refused, state.unknown) = (Some((resource.to_owned(), 404)), None);
+    }
+
+    /// Only who shows this token is answered from now on; it is in each kubeconfig that is made from now on.
+    pub fn expect_token(&self, token: &str) {
+        self.state.lock().token = Some(token.to_owned());
     }
 
     /// Watches that are open say nothing any more, and do not end: a connection that broke without a word.
@@ -175,10 +204,10 @@ impl ApiServer {
         state.frozen = state.asked.len();
     }
 
-    /// Ends all connections, and answers new ones.
+    /// Ends all connections, and answers new ones: nobody is refused meanwhile.
     pub async fn cut(&mut self) {
-        self.stop().await;
-        self.resume().await;
+        self.hang_up().await;
+        self.answer_all();
     }
 
     /// Creates or replaces an object.
@@ -267,7 +296,7 @@ fn kind_of(resource: &str) -> (&'static str, &'static str) {
     }
 }
 
-async fn serve(listener: TcpListener, state: Arc<Shared>) {
+async fn serve(listener: Arc<TcpListener>, state: Arc<Shared>) {
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         let state = Arc::clone(&state);
@@ -286,11 +315,16 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
     let query = request.uri().query().unwrap_or_default().to_owned();
     let parameter = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
     let is_watch = matches!(parameter("watch"), Some("true" | "1"));
+    let shown = request.headers().get("authorization").and_then(|value| value.to_str().ok());
     let (mood, number_of_request) = {
         let mut state = shared.lock();
         let at = tokio::time::Instant::now();
         state.asked.push(Asked { resource: resource.clone(), watch: is_watch, query: query.clone(), at });
-        let refused = state.refused.as_ref().filter(|(refused, _)| *refused == resource);
+        if state.token.as_ref().is_some_and(|token| shown != Some(&*format!("Bearer {token}"))) {
+            return refusal(401, None);
+        }
+        let refused = state.refused.as_ref();
+        let refused = refused.filter(|(refused, code)| *refused == resource && !(is_watch && *code == 404));
         (refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code)), state.asked.len())
     };
     match mood {
@@ -303,6 +337,9 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
         Mood::Misshape if is_watch => return line(json!({"type": "MOVED", "object": {"metadata": {"name": "web"}}})),
         Mood::Silent => std::future::pending::<()>().await,
         _ => {}
+    }
+    if request.uri().path() == "/apis" {
+        return Response::new(text(groups(&shared.lock())));
     }
     let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
     let name = parameter("fieldSelector").and_then(|text| text.strip_prefix("metadata.name%3D")).map(str::to_owned);
@@ -320,6 +357,20 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
         text(list(&state, &wanted, count("continue").unwrap_or_default(), count("limit")))
     };
     Response::new(spoil(mood, body))
+}
+
+/// The groups of the API besides the first one.
+fn groups(state: &State) -> String {
+    let mut names = vec!["apps", "events.k8s.io"];
+    if state.unknown.as_deref() != Some("endpointslices") {
+        names.push("discovery.k8s.io");
+    }
+    let group = |name| {
+        let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
+        json!({"name": name, "versions": [version], "preferredVersion": version})
+    };
+    let groups: Vec<_> = names.into_iter().map(group).collect();
+    json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}).to_string()
 }
 
 fn list(state: &State, wanted: &Wanted, from: usize, limit: Option<usize>) -> String {

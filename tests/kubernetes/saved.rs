@@ -1,0 +1,133 @@
+//! A start without the server: the state of the last run is served, where it is whole and this cluster's.
+
+use std::fs;
+use std::path::Path;
+
+use crate::log::Log;
+use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
+use crate::support::api_server::ApiServer;
+use crate::support::client;
+use crate::support::relay::service_of;
+use crate::support::site::Site;
+
+const FILE: &str = "last-known-good.json";
+
+/// A server that a relay has followed and that is away now, with the Service `web` and its first backend.
+async fn after_a_run(site: Site, setup: &Setup, more: impl FnOnce(&ApiServer)) -> ApiServer {
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    server.put("nodes", node(site.node_ip(), &[]));
+    more(&server);
+    let first = Stage::following_with(site, server, setup.clone()).await;
+    first.until_backends(&[site.backend(1)]).await;
+    let folder = setup.selection.state_dir.clone().expect("it keeps its state");
+    first.until("the state to be saved", |_| folder.join(FILE).exists()).await;
+    let mut server = first.end().await;
+    server.stop().await;
+    server
+}
+
+/// One that keeps its state, of a server that an authority vouches for.
+fn keeping_in(folder: &Path, authority: &'static str) -> Setup {
+    Setup { authority: Some(authority), ..Setup::keeping_in(folder) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_it_is_served_until_the_server_is_back() {
+    let site = Site::new(227);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = keeping_in(folder.path(), "authority-1.pem");
+    let server = after_a_run(site, &setup, |_| {}).await;
+
+    let mut stage = Stage::following_with(site, server, setup).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    assert!(stage.status().synced && !stage.status().contact.is_connected());
+    assert!(stage.is_eligible(), "the Node is in the file, too");
+    let saved_at = |stage: &Stage| stage.status().contact.report().and_then(|report| report.saved_at);
+    let head = fs::read_to_string(folder.path().join(FILE)).expect("the state");
+    let told = saved_at(&stage).expect("a saved state is served");
+    assert!(head.starts_with('{') && head.lines().next().is_some_and(|head| head.contains(&told)), "{told}: {head}");
+
+    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    stage.server.resume().await;
+    stage.until_backends(&[site.backend(2)]).await;
+    stage.until("contact", |status| status.contact.is_connected()).await;
+    assert_eq!(saved_at(&stage), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f2_given_no_saved_state_when_the_server_is_away_at_the_start_then_the_relay_waits_for_it() {
+    let site = Site::new(27);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = Setup::keeping_in(folder.path());
+    let mut server = ApiServer::start(api_address(site)).await;
+    server.stop().await;
+    server.put("services", web(site));
+
+    let mut stage = Stage::following_with(site, server, setup).await;
+    stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
+    assert!(!stage.status().synced);
+
+    stage.server.resume().await;
+    stage.until("the first state", |status| status.synced).await;
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f2_given_the_state_of_another_cluster_when_the_server_is_away_then_it_is_not_served_and_soon_replaced() {
+    let (site, (log, _logging)) = (Site::new(70), Log::of_this_thread());
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let server = after_a_run(site, &keeping_in(folder.path(), "authority-1.pem"), |_| {}).await;
+    let before = fs::read(folder.path().join(FILE)).expect("the state");
+
+    let mut stage = Stage::following_with(site, server, keeping_in(folder.path(), "authority-2.pem")).await;
+    stage.until("a word on it", |_| !log.lines_with("the saved state is of another cluster").is_empty()).await;
+    stage.until("two tries", |status| status.contact.failures().any(|(_, _, count)| count >= 2)).await;
+    assert!(!stage.status().synced);
+    let told = log.lines_with("the saved state is of another cluster");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains(" WARN ") && told[0].contains("saved_from=\"http://"), "{told:?}");
+
+    stage.server.resume().await;
+    stage.until_backends(&[site.backend(1)]).await;
+    let replaced = || fs::read(folder.path().join(FILE)).is_ok_and(|now| now != before);
+    stage.until("the state to be this cluster's", |_| replaced()).await;
+}
+
+/// On one thread, so that all it logs is seen.
+#[tokio::test]
+async fn f2_given_a_saved_state_that_is_cut_off_when_the_server_is_away_then_nothing_of_it_is_served() {
+    let (site, (log, _logging)) = (Site::new(71), Log::of_this_thread());
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = Setup::keeping_in(folder.path());
+    let server = after_a_run(site, &setup, |_| {}).await;
+    let whole = fs::read(folder.path().join(FILE)).expect("the state");
+    fs::write(folder.path().join(FILE), &whole[..whole.len() - 40]).expect("the test's folder can be written");
+
+    let mut stage = Stage::following_with(site, server, setup).await;
+    stage.until("a word on it", |_| !log.lines_with("the saved state cannot be used").is_empty()).await;
+    assert!(log.lines_with("the saved state cannot be used")[0].contains("it is cut off"));
+    assert!(!stage.status().synced);
+
+    stage.server.resume().await;
+    stage.until_backends(&[site.backend(1)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f2_given_a_saved_service_at_the_servers_own_address_when_served_then_the_way_to_the_server_stays_free() {
+    let site = Site::new(72);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let setup = Setup::keeping_in(folder.path());
+    let usurper = |server: &ApiServer| server.put("services", service("usurper", &api_address(site).ip().to_string()));
+    let server = after_a_run(site, &setup, usurper).await;
+
+    let mut stage = Stage::following_with(site, server, setup).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    assert!(stage.status().contact.report().is_some_and(|report| report.saved_at.is_some()));
+    assert!(service_of(&stage.status(), "usurper").is_none());
+
+    stage.server.resume().await;
+    stage.until_known("usurper", true).await; // What the server says now counts as it is.
+}
