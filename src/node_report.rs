@@ -82,7 +82,10 @@ impl NodeReport {
 
     fn see(&mut self, node: Option<OwnNode>) -> Option<Box<Setting>> {
         self.judge(node.as_ref());
-        let node = node?;
+        let mut node = node?;
+        if let Some(known) = &self.known {
+            node.keep_missing(known);
+        }
         if self.known.as_ref() == Some(&node) {
             return None;
         }

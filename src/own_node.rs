@@ -60,6 +60,17 @@ impl OwnNode {
         node_is_eligible(Some(NodeSigns { deleting: self.deleting, taints: &taints }))
     }
 
+    /// Keeps what every node has and this object does not say yet: a kubelet that registers its node anew begins without.
+    /// All else may go, like the label of a zone.
+    pub(crate) fn keep_missing(&mut self, before: &Self) {
+        if self.addresses.is_empty() {
+            self.addresses.clone_from(&before.addresses);
+        }
+        if self.pod_cidrs.is_empty() {
+            self.pod_cidrs.clone_from(&before.pod_cidrs);
+        }
+    }
+
     /// An object that says the same.
     pub(crate) fn manifest(&self) -> Value {
         let addresses: Vec<_> =
@@ -198,6 +209,27 @@ mod tests {
         for original in [full, OwnNode { name: "bare".into(), ..OwnNode::default() }] {
             assert_eq!(node(original.manifest()), original);
         }
+    }
+
+    #[test]
+    fn t220_t222_given_a_node_that_is_registered_anew_when_it_has_no_addresses_yet_then_the_last_ones_count() {
+        let with = |zone: Option<&str>, address: Option<[u8; 4]>, cidr: Option<&str>| OwnNode {
+            zone: zone.map(Into::into),
+            addresses: address.map(Into::into).into_iter().collect(),
+            pod_cidrs: cidr.map(|cidr| cidr.parse().expect("a network")).into_iter().collect(),
+            ..OwnNode::default()
+        };
+        let before = with(Some("eu-1a"), Some([10, 0, 0, 5]), Some("10.244.1.0/24"));
+
+        let kept = |mut node: OwnNode| {
+            node.keep_missing(&before);
+            node
+        };
+
+        let bare = kept(with(None, None, None));
+        assert_eq!(bare, with(None, Some([10, 0, 0, 5]), Some("10.244.1.0/24")), "a zone may go");
+        let new = with(Some("eu-1b"), Some([10, 0, 0, 6]), Some("10.244.2.0/24"));
+        assert_eq!(kept(new.clone()), new);
     }
 
     fn place(zone: Option<&str>, cluster_cidrs: &[&str]) -> Place {

@@ -1,11 +1,20 @@
 //! The Node that the relay runs on: what it changes for load balancers and for listeners, and what it does not.
 
+use std::net::IpAddr;
+
+use kube_relay::status::Status;
 use serde_json::json;
 
 use crate::stage::{Setup, Stage, api_address, node, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
+use crate::support::relay::service_of;
 use crate::support::site::Site;
+
+/// True where `web` is exposed at an address.
+fn listens_at(status: &Status, ip: IpAddr) -> bool {
+    service_of(status, "web").is_some_and(|web| web.plan.listeners().any(|(key, _)| key.address() == (ip, 8081).into()))
+}
 
 /// A server with the Service `web` and its first backend.
 async fn serving(site: Site) -> ApiServer {
@@ -119,14 +128,31 @@ async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_an
     assert_eq!(client::ask_on(&mut open).await.expect("an answer"), site.backend(1));
 
     stage.server.put("nodes", node(new, &[]));
-    stage
-        .until("the move", |status| {
-            crate::support::relay::service_of(status, "web")
-                .is_some_and(|web| web.plan.listeners().any(|(key, _)| key.address() == (new, 8081).into()))
-        })
-        .await;
+    stage.until("the move", |status| listens_at(status, new)).await;
 
     assert_eq!(client::ask((new, 8081).into()).await.expect("a backend answers"), site.backend(1));
     assert!(client::refused((old, 8081).into()).await);
     assert_eq!(client::ask_on(&mut open).await.expect("it goes on"), site.backend(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t220_given_a_node_that_is_registered_anew_when_it_has_no_addresses_yet_then_listeners_stay_where_they_are() {
+    let site = Site::new(77);
+    let server = serving(site).await;
+    let [old, new] = [site.client(51), site.client(52)];
+    server.put("nodes", node(old, &[]));
+    let setup = Setup { flags: "--expose 0.0.0.0:8081=web:http", ..Setup::default() };
+    let stage = Stage::following_with(site, server, setup).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    stage.until("the Node", |_| stage.is_eligible()).await;
+
+    stage.server.delete("nodes", "default/node-1");
+    stage.until("the Node to go", |_| !stage.is_eligible()).await;
+    stage.server.put("nodes", json!({"metadata": {"name": "node-1", "uid": "another"}, "spec": {}, "status": {}}));
+    stage.until("the Node to come back", |_| stage.is_eligible()).await;
+    assert_eq!(client::ask((old, 8081).into()).await.expect("a backend answers"), site.backend(1));
+
+    stage.server.put("nodes", node(new, &[]));
+    stage.until("the move", |status| listens_at(status, new)).await;
+    assert!(!listens_at(&stage.status(), old));
 }
