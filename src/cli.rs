@@ -778,6 +778,8 @@ mod tests {
         assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
         assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
         assert!(!config.plan.allow_loopback_endpoints);
+        let awaits_node = |config: &RunConfig| config.relay_options(&crate::host::Host::loopback_only()).awaits_node;
+        assert!(awaits_node(&config) && !awaits_node(&run_fine("kube-relay run -f x")));
     }
 
     #[cfg(feature = "kubernetes")]

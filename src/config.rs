@@ -171,6 +171,7 @@ impl RunConfig {
                 ..UdpOptions::default()
             },
             udp_shards: self.workers.and_then(NonZeroUsize::new),
+            awaits_node: self.source.is_cluster(),
         }
     }
 }

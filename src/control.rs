@@ -79,6 +79,8 @@ pub struct RelayOptions {
     pub udp: UdpOptions,
     /// Threads that relay datagrams. From `--workers`; default: the CPUs that this process may use.
     pub udp_shards: Option<NonZeroUsize>,
+    /// True where a source is to tell whether the node may get traffic: until it does, load balancers are told no.
+    pub awaits_node: bool,
 }
 
 /// A running relay: sources send it messages, everybody may read its status. Dropping it ends its control task.
@@ -114,6 +116,7 @@ impl Relay {
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start(shards, options.udp)?;
         let health = Health::new(Instant::now());
+        health.set_node_eligible(!options.awaits_node); // Before anybody can ask.
         let control = Control {
             options: options.plan,
             health: health.clone(),
@@ -525,6 +528,17 @@ mod tests {
         let mut stream = soon(TcpStream::connect(key.address())).await.expect("a listener");
         stream.shutdown().await.expect("a connection");
         String::from_utf8(read_all(&mut stream).await.0).expect("a name")
+    }
+
+    #[tokio::test]
+    async fn t211_given_a_node_that_nobody_told_of_when_the_relay_has_just_started_then_load_balancers_are_told_no() {
+        for awaits_node in [false, true] {
+            let options = RelayOptions { awaits_node, udp_shards: NonZeroUsize::new(1), ..RelayOptions::default() };
+
+            let relay = Relay::start(options).expect("threads and descriptors");
+
+            assert_eq!(relay.health().check(Instant::now()).node_eligible, !awaits_node);
+        }
     }
 
     #[tokio::test]
