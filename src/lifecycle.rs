@@ -98,7 +98,7 @@ pub async fn watch_start(mut status: watch::Receiver<Arc<Status>>, readiness: Re
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Read the manifests again.
+    /// Read the manifests again, where Services come from them.
     Reload,
     /// End, but let what is under way come to its end first.
     Drain,

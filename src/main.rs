@@ -151,7 +151,7 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
     let source = follow(&config, &host, &relay, &reload, &stop).await?;
     let times = tokio::select! {
-        times = end(&mut signals, &reload, config.shutdown) => times,
+        times = end(&mut signals, &config, &reload) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
         () = panicked(source) => bail!("the source task has panicked, no change is followed any more"),
@@ -207,14 +207,20 @@ async fn follow(
 }
 
 /// Waits for a signal to end, and passes those to reload on.
-async fn end(signals: &mut Signals, reload: &Notify, patient: ShutdownTimes) -> ShutdownTimes {
+async fn end(signals: &mut Signals, config: &RunConfig, reload: &Notify) -> ShutdownTimes {
     loop {
         match signals.next().await {
+            // Changes come by themselves there, and so do credentials (`login`).
+            Request::Reload if config.source.is_cluster() => {
+                info!(
+                    "SIGHUP changes nothing: the API server is followed all the time, and files are read as they change"
+                );
+            }
             Request::Reload => {
                 info!("reading the manifests again");
                 reload.notify_one();
             }
-            Request::Drain => return patient,
+            Request::Drain => return config.shutdown,
             Request::Stop => return ShutdownTimes::NONE,
         }
     }

@@ -634,6 +634,19 @@ mod run {
         assert!(running.end().success());
     }
 
+    #[cfg(feature = "kubernetes")]
+    #[test]
+    fn given_an_api_server_as_the_source_when_sighup_comes_then_the_log_says_that_nothing_is_to_be_read_again() {
+        let mut command = run_command(&[]);
+        command.args(["--master", "http://127.0.0.1:1", "--node-name", "node-1"]);
+        let running = Running::start(command);
+        running.until_says(&["asking the API server", "http://127.0.0.1:1"]);
+
+        running.signal(rustix::process::Signal::HUP);
+
+        running.until_says(&["SIGHUP changes nothing"]);
+    }
+
     fn connect_until_accepted(service: SocketAddr) -> TcpStream {
         let deadline = Instant::now() + DEADLINE;
         loop {
