@@ -318,7 +318,8 @@ fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Rare<Problem> {
     let problem = |((kind, number, protocol, winner), keys): (&(ListenerKind, u16, _, _), &Vec<&ListenKey>)| {
         let addresses = keys.iter().map(|key| key.ip().to_string()).collect::<Vec<_>>().join(", ");
         let what = match (kind, keys.as_slice()) {
-            (ListenerKind::NodePort, _) => format!("node port {number}/{protocol} ({addresses})"),
+            // Without addresses, which are others on each node: what is said is true of all.
+            (ListenerKind::NodePort, _) => format!("node port {number}/{protocol}"),
             (_, [key]) => format!("{} {key}", kind.in_words()),
             _ => format!("{} {number}/{protocol} ({addresses})", kind.in_words()),
         };
@@ -535,8 +536,7 @@ mod tests {
         assert_eq!(control.at("127.0.0.1:30000").as_deref(), Some("default/b:http"));
         assert_eq!(control.at("10.96.0.1:80").as_deref(), Some("default/a:http"), "the rest of the loser is served");
         let remedy = "the older, then the first by name, keeps it; give this one another number or address";
-        let said =
-            format!("Service default/a: node port 30000/TCP (127.0.0.1) is taken by Service default/b: {remedy}");
+        let said = format!("Service default/a: node port 30000/TCP is taken by Service default/b: {remedy}");
         assert_eq!(control.problems(), [said]);
         assert_eq!(control.plan.listeners(&a.name).count(), 1);
 
