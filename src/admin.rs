@@ -95,10 +95,22 @@ pub struct AdminError {
     source: io::Error,
 }
 
+/// An admin address that cannot be bound now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unbound {
+    /// What it was to tell.
+    pub surface: Surface,
+    /// The address.
+    pub address: SocketAddr,
+    /// The whole error, with the remedy.
+    pub error: String,
+}
+
 /// Running servers. Dropping it ends them and their connections.
 #[derive(Debug)]
 pub struct Admin {
     bound: Vec<(Surface, SocketAddr)>,
+    unbound: watch::Sender<Vec<Unbound>>,
     _servers: JoinSet<()>,
 }
 
@@ -106,6 +118,11 @@ impl Admin {
     /// The addresses that were bound at the start, in the order of the options (metrics first).
     pub fn bound(&self) -> &[(Surface, SocketAddr)] {
         &self.bound
+    }
+
+    /// The addresses that cannot be bound: those of the start, less those that could be bound since.
+    pub fn unbound(&self) -> watch::Receiver<Vec<Unbound>> {
+        self.unbound.subscribe()
     }
 }
 
@@ -116,7 +133,7 @@ pub async fn start(
     readiness: Readiness,
     health: Health,
 ) -> Result<Admin, AdminError> {
-    let mut admin = Admin { bound: Vec::new(), _servers: JoinSet::new() };
+    let mut admin = Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), _servers: JoinSet::new() };
     let view = Arc::new(View { status, readiness, health });
     let metrics = options.metrics.iter().map(|address| (Surface::Metrics, *address));
     let health = options.health.iter().map(|address| (Surface::Health, *address));
@@ -136,19 +153,23 @@ pub async fn start(
                     listen = %address, reason = %BindFailure::of(&error.source), error = %error.source, remedy = error.remedy,
                     "admin server cannot listen; trying again every 5 s"
                 );
-                admin._servers.spawn(serve_once_bound(address, surface, view));
+                let failure = Unbound { surface, address, error: error.to_string() };
+                admin.unbound.send_modify(|all| all.push(failure.clone()));
+                admin._servers.spawn(serve_once_bound(failure, admin.unbound.clone(), view));
             }
         }
     }
     Ok(admin)
 }
 
-async fn serve_once_bound(address: SocketAddr, surface: Surface, view: Arc<View>) {
+async fn serve_once_bound(failure: Unbound, unbound: watch::Sender<Vec<Unbound>>, view: Arc<View>) {
+    let Unbound { surface, address, .. } = failure;
     loop {
         tokio::time::sleep(BIND_RETRY).await;
         match TcpListener::bind(address).await {
             Ok(listener) => {
                 info!(listen = %address, "admin server listens now");
+                unbound.send_modify(|all| all.retain(|other| *other != failure));
                 return serve(listener, surface, view, HEADER_TIMEOUT).await;
             }
             Err(error) => debug!(listen = %address, %error, "admin server still cannot listen"),
@@ -411,6 +432,7 @@ mod tests {
     use crate::health;
     use crate::lifecycle::{LISTENERS, SOURCE};
     use crate::live::sample;
+    use crate::serve::scripted::soon;
     use crate::stats::{WatchFailure, WatchedKind};
 
     const LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -749,16 +771,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_a_taken_address_when_started_without_hard_fail_then_the_other_surface_is_served() {
-        let taken = TcpListener::bind(LOCALHOST).await.expect("a free port");
-        let health = vec![taken.local_addr().expect("a bound socket")];
+    async fn given_a_taken_address_when_started_without_hard_fail_then_the_other_surface_is_served_and_it_later() {
+        let address = SocketAddr::from(([127, 85, 2, 1], 10256)); // Nobody else's, also while it is free.
+        let taken = TcpListener::bind(address).await.expect("a free address");
         let (_status, receiver) = watch::channel(Arc::new(Status::default()));
-        let options = AdminOptions { metrics: vec![LOCALHOST], health, hard_fail: false };
+        let options = AdminOptions { metrics: vec![LOCALHOST], health: vec![address], hard_fail: false };
 
         let admin =
             start(options, receiver, Readiness::blocked_by(&[]), Health::new(Instant::now())).await.expect("not fatal");
+        let mut unbound = admin.unbound();
+        let at_the_start = unbound.borrow().clone();
+        drop(taken);
+        soon(unbound.wait_for(Vec::is_empty)).await.expect("it is tried again");
 
         assert_eq!(admin.bound().len(), 1);
         assert_eq!(admin.bound()[0].0, Surface::Metrics);
+        assert_eq!(at_the_start.len(), 1);
+        assert_eq!((at_the_start[0].surface, at_the_start[0].address), (Surface::Health, address));
+        assert!(at_the_start[0].error.starts_with(&format!("admin server: cannot listen on {address}: ")));
+        TcpStream::connect(address).await.expect("it is served now");
     }
 }
