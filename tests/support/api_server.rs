@@ -14,12 +14,16 @@ use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+
+// By its path, as an example may take this file by its path, too.
+#[path = "api_events.rs"]
+mod events;
 
 /// How a request is answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,8 +59,12 @@ pub enum Mood {
 pub struct Asked {
     /// `services`.
     pub resource: String,
-    /// True for a watch, false for a list.
+    /// True for a watch.
     pub watch: bool,
+    /// As in the rules of a role: `list`, `watch`, `get`, `create`, `patch`.
+    pub verb: &'static str,
+    /// `events.k8s.io`; empty for the first API.
+    pub group: String,
     /// Its query.
     pub query: String,
     /// When it came.
@@ -85,6 +93,8 @@ struct State {
     unknown: Option<String>,
     /// Who does not show this token is not known here.
     token: Option<String>,
+    /// A resource about which nothing is answered.
+    silenced: Option<String>,
     version: u64,
     /// By resource and `namespace/name`.
     objects: BTreeMap<(String, String), Value>,
@@ -113,6 +123,7 @@ impl ApiServer {
             refused: None,
             unknown: None,
             token: None,
+            silenced: None,
             version: 1,
             objects: BTreeMap::new(),
             history: Vec::new(),
@@ -181,6 +192,11 @@ impl ApiServer {
         self.state.lock().refused = Some((resource.to_owned(), 403));
     }
 
+    /// Requests for this resource are taken and never answered.
+    pub fn silence(&self, resource: &str) {
+        self.state.lock().silenced = Some(resource.to_owned());
+    }
+
     /// The server is too old for this resource, and does not name its group either.
     pub fn unknown(&self, resource: &str) {
         self.lose(resource);
@@ -247,7 +263,18 @@ impl ApiServer {
 
     /// How many lists or watches of a resource there were.
     pub fn count(&self, resource: &str, watch: bool) -> usize {
-        self.asked().iter().filter(|asked| asked.resource == resource && asked.watch == watch).count()
+        self.count_of(resource, if watch { "watch" } else { "list" })
+    }
+
+    /// How many requests with a verb there were for a resource.
+    pub fn count_of(&self, resource: &str, verb: &str) -> usize {
+        self.asked().iter().filter(|asked| asked.resource == resource && asked.verb == verb).count()
+    }
+
+    /// All objects of a resource.
+    pub fn objects(&self, resource: &str) -> Vec<Value> {
+        let state = self.state.lock();
+        state.objects.iter().filter(|((of, _), _)| of == resource).map(|(_, object)| object.clone()).collect()
     }
 }
 
@@ -302,7 +329,7 @@ async fn serve(listener: Arc<TcpListener>, state: Arc<Shared>) {
         let state = Arc::clone(&state);
         let service = service_fn(move |request| {
             let state = Arc::clone(&state);
-            async move { Ok::<_, Infallible>(answer(&request, state).await) }
+            async move { Ok::<_, Infallible>(answer(request, state).await) }
         });
         connections.spawn(async move {
             let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await; // Clients may go away.
@@ -310,22 +337,112 @@ async fn serve(listener: Arc<TcpListener>, state: Arc<Shared>) {
     }
 }
 
-async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Body> {
-    let resource = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+/// What the path of a request leads to.
+struct Target {
+    /// `events.k8s.io`; empty for the first API.
+    group: String,
+    namespace: Option<String>,
+    resource: String,
+    /// Of one object.
+    name: Option<String>,
+}
+
+impl Target {
+    /// `/api/v1/…` or `/apis/GROUP/v1/…`, then `namespaces/NAMESPACE/` or nothing, `RESOURCE` and perhaps `/NAME`.
+    fn of(path: &str) -> Self {
+        let mut parts = path.trim_matches('/').split('/');
+        let group = if parts.next() == Some("apis") { parts.next().unwrap_or_default() } else { "" };
+        let rest: Vec<&str> = parts.skip(1).collect();
+        let (namespace, rest) = match rest.as_slice() {
+            ["namespaces", namespace, rest @ ..] => (Some((*namespace).to_owned()), rest),
+            rest => (None, rest),
+        };
+        let part = |index: usize| rest.get(index).map(|part| (*part).to_owned());
+        let resource = part(0).unwrap_or_else(|| path.trim_matches('/').to_owned()); // `/apis` itself.
+        Self { group: group.to_owned(), namespace, resource, name: part(1) }
+    }
+
+    fn key(&self, name: &str) -> (String, String) {
+        (self.resource.clone(), format!("{}/{name}", self.namespace.as_deref().unwrap_or("default")))
+    }
+
+    fn verb(&self, method: &Method, is_watch: bool) -> &'static str {
+        match *method {
+            Method::POST => "create",
+            Method::PATCH => "patch",
+            _ if is_watch => "watch",
+            _ if self.name.is_some() => "get",
+            _ => "list",
+        }
+    }
+}
+
+/// Takes or gives one object. Of what is written, only Events are known here.
+async fn answer_of_one(request: Request<Incoming>, target: &Target, shared: &Shared) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let mut state = shared.lock();
+    match head.method {
+        Method::POST => create_event(&mut state, target, body),
+        Method::PATCH => patch_event(&mut state, target, &body),
+        _ => match state.objects.get(&target.key(target.name.as_deref().unwrap_or_default())) {
+            Some(object) => whole(StatusCode::OK, object.to_string()),
+            None => failure(404, "NotFound", "there is no such object"),
+        },
+    }
+}
+
+fn create_event(state: &mut State, target: &Target, event: Value) -> Response<Body> {
+    let faults = events::faults_of_new(&event, target.namespace.as_deref().unwrap_or_default());
+    if !faults.is_empty() {
+        return failure(422, "Invalid", &faults.join(", "));
+    }
+    let key = target.key(event["metadata"]["name"].as_str().unwrap_or_default());
+    if state.objects.contains_key(&key) {
+        return failure(409, "AlreadyExists", &key.1);
+    }
+    let answer = whole(StatusCode::CREATED, event.to_string());
+    state.objects.insert(key, event);
+    answer
+}
+
+fn patch_event(state: &mut State, target: &Target, change: &Value) -> Response<Body> {
+    let Some(event) = state.objects.get_mut(&target.key(target.name.as_deref().unwrap_or_default())) else {
+        return failure(404, "NotFound", "there is no such Event");
+    };
+    let mut after = event.clone();
+    for (field, value) in change.as_object().into_iter().flatten() {
+        after[field.as_str()] = value.clone();
+    }
+    let faults = events::faults_of_change(event, &after);
+    if !faults.is_empty() {
+        return failure(422, "Invalid", &faults.join(", "));
+    }
+    *event = after;
+    whole(StatusCode::OK, event.to_string())
+}
+
+async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Body> {
+    let target = Target::of(request.uri().path());
     let query = request.uri().query().unwrap_or_default().to_owned();
     let parameter = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
     let is_watch = matches!(parameter("watch"), Some("true" | "1"));
+    let verb = target.verb(request.method(), is_watch);
     let shown = request.headers().get("authorization").and_then(|value| value.to_str().ok());
     let (mood, number_of_request) = {
         let mut state = shared.lock();
         let at = tokio::time::Instant::now();
-        state.asked.push(Asked { resource: resource.clone(), watch: is_watch, query: query.clone(), at });
+        let (resource, group) = (target.resource.clone(), target.group.clone());
+        state.asked.push(Asked { resource, watch: is_watch, verb, group, query: query.clone(), at });
         if state.token.as_ref().is_some_and(|token| shown != Some(&*format!("Bearer {token}"))) {
             return refusal(401, None);
         }
         let refused = state.refused.as_ref();
-        let refused = refused.filter(|(refused, code)| *refused == resource && !(is_watch && *code == 404));
-        (refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code)), state.asked.len())
+        let refused = refused.filter(|(refused, code)| *refused == target.resource && !(is_watch && *code == 404));
+        let silenced = state.silenced.as_ref() == Some(&target.resource);
+        let mood = refused.map_or_else(|| state.mood.clone(), |(_, code)| Mood::Refuse(*code));
+        (if silenced { Mood::Silent } else { mood }, state.asked.len())
     };
     match mood {
         Mood::Refuse(code) => return refusal(code, None),
@@ -341,6 +458,10 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Bo
     if request.uri().path() == "/apis" {
         return Response::new(text(groups(&shared.lock())));
     }
+    if !matches!(verb, "list" | "watch") {
+        return answer_of_one(request, &target, &shared).await;
+    }
+    let resource = target.resource;
     let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
     let name = parameter("fieldSelector").and_then(|text| text.strip_prefix("metadata.name%3D")).map(str::to_owned);
     let wanted = Wanted { resource, name, request: number_of_request };
@@ -441,12 +562,16 @@ fn expired() -> Value {
 }
 
 fn refusal(code: u16, retry_after: Option<u64>) -> Response<Body> {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "Test", "message": "refused"});
-    let mut response = whole(StatusCode::from_u16(code).expect("a code"), status.to_string());
+    let mut response = failure(code, "Test", "refused");
     if let Some(seconds) = retry_after {
         response.headers_mut().insert("retry-after", seconds.into());
     }
     response
+}
+
+fn failure(code: u16, reason: &str, message: &str) -> Response<Body> {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": message});
+    whole(StatusCode::from_u16(code).expect("a code"), status.to_string())
 }
 
 /// A body as a server in this mood sends it.
