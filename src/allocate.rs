@@ -283,8 +283,9 @@ fn band(size: u128, part: u128, most: u128) -> u128 {
 
 /// FNV-1a of 64 bits over the parts, each closed by a byte that no name contains.
 ///
-/// Written out, as it must never change: people remember the addresses that follow from it.
-fn fnv1a(parts: &[&[u8]]) -> u64 {
+/// Written out, as it must never change: people remember the addresses that follow from it, and relays of all versions agree
+/// on the names of Events.
+pub(crate) fn fnv1a(parts: &[&[u8]]) -> u64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
     let bytes = parts.iter().flat_map(|part| part.iter().chain(&[0xff]));

@@ -8,17 +8,28 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::decode::Kind;
-use crate::stats::{WatchFailure, WatchFailureTally, WatchedKind};
+use crate::stats::{Counter, WatchFailure, WatchFailureTally, WatchedKind};
 use crate::timestamp::rfc3339;
 
 /// The contact of one relay with its API server. Owned by the source, shared with whoever reads it.
 #[derive(Debug)]
 pub struct Contact {
     since: Instant,
+    /// What the server was told in Events.
+    pub events: EventCounts,
     /// When the state was written that is served in place of what the server says, in seconds since 1970; 0: none is.
     saved_at: AtomicU64,
     /// In the order of [`WatchedKind::ALL`].
     lines: [Line; WatchedKind::ALL.len()],
+}
+
+/// Events that the cluster was to be told, for people.
+#[derive(Debug, Default)]
+pub struct EventCounts {
+    /// Taken by the server: new ones, and new counts of old ones.
+    pub sent: Counter,
+    /// Told to nobody: there were too many, or the server refused them.
+    pub dropped: Counter,
 }
 
 /// What is heard of one kind.
@@ -61,7 +72,8 @@ impl From<Kind> for WatchedKind {
 
 impl Default for Contact {
     fn default() -> Self {
-        Self { since: Instant::now(), saved_at: AtomicU64::new(0), lines: Default::default() }
+        let events = EventCounts::default();
+        Self { since: Instant::now(), events, saved_at: AtomicU64::new(0), lines: Default::default() }
     }
 }
 

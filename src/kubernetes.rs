@@ -1,28 +1,33 @@
 //! The API source: Services, their endpoints and the own Node as an API server tells them, for as long as it takes.
 //!
 //! Here is what is watched. One watch, and when to try it again, is `api_watch`, the choice between two kinds of endpoints
-//! `endpoints_watch`; who is asked `api_client`, and as whom `login`; what is told of all this `api_report`; what of its
-//! objects is in use `mirror`; how it does is read in `contact`. Nothing is taken out of use because the server is away: the
-//! last state stays until a complete new one is there.
+//! `endpoints_watch`; who is asked `api_client`, and as whom `login`; what is told of all this `api_report`, and to the
+//! cluster `events`; what of its objects is in use `mirror`; how it does is read in `contact`. Nothing is taken out of use
+//! because the server is away: the last state stays until a complete new one is there.
 
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use rand::RngExt;
 use tokio::runtime::Builder;
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::Unbound;
 use crate::api_client::{Api, ApiError};
 use crate::api_report::{Report, Server};
 use crate::api_watch::{Selector, Watch, at};
 use crate::control::Relay;
 use crate::decode::Observed;
 use crate::endpoints_watch::{EndpointsSighting, EndpointsWatch};
+use crate::events::Herald;
 use crate::last_good::{self, Keeper};
 use crate::node_report::NodeReport;
 use crate::own_node::{OwnNode, Place};
@@ -50,12 +55,16 @@ pub struct Selection {
     /// Seconds for which the server lets a watch live. Drawn for each, so that a thousand nodes do not come back at once;
     /// short, as a connection that broke without a word is noticed 5 s later. 48 to 60, but for tests.
     pub watch_seconds: RangeInclusive<u32>,
+    /// How long something has to be wrong before the cluster is told in an Event: what mends itself is no news. Drawn once,
+    /// so that a thousand nodes, which see the same, do not tell it as one. 1 to 30 s, but for tests.
+    pub event_delay: RangeInclusive<Duration>,
 }
 
 impl Default for Selection {
     fn default() -> Self {
         let (state_dir, proxy_name, service_nets) = (None, None, Vec::new());
-        Self { state_dir, proxy_name, node_name: "".into(), service_nets, watch_seconds: 48..=60 }
+        let event_delay = Duration::from_secs(1)..=Duration::from_secs(30);
+        Self { state_dir, proxy_name, node_name: "".into(), service_nets, watch_seconds: 48..=60, event_delay }
     }
 }
 
@@ -99,6 +108,7 @@ pub enum StartError {
 
 /// Follows an API server until `cancel`, on a thread and a runtime of its own: the list of a large cluster is tens of
 /// megabytes, and who reads them does nothing else for a second. To be called on a runtime, whose end it does not outlive.
+/// `unbound`: as for [`Source::telling_of`].
 ///
 /// # Errors
 /// Where the credentials cannot be used, or no thread is left.
@@ -107,6 +117,7 @@ pub fn start(
     selection: &Selection,
     relay: &Relay,
     place: Place,
+    unbound: watch::Receiver<Vec<Unbound>>,
     cancel: CancellationToken,
 ) -> Result<JoinHandle<()>, StartError> {
     let runtime = Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
@@ -115,7 +126,7 @@ pub fn start(
         Source::new(api, selection, relay, place)
     };
     match source {
-        Ok(source) => Ok(spawn_blocking(move || runtime.block_on(run(source, cancel)))),
+        Ok(source) => Ok(spawn_blocking(move || runtime.block_on(run(source.telling_of(unbound), cancel)))),
         Err(error) => {
             runtime.shutdown_background(); // To wait for its end is not allowed on another one.
             Err(error.into())
@@ -132,6 +143,7 @@ pub struct Source {
     /// The file with the last state.
     saved: Option<PathBuf>,
     report: Report,
+    herald: Herald,
 }
 
 impl Source {
@@ -143,6 +155,7 @@ impl Source {
     pub fn new(api: &Api, selection: &Selection, relay: &Relay, place: Place) -> Result<Self, ApiError> {
         let contact = relay.contact();
         let (services, endpoints, node) = (selection.services(), selection.endpoints(), selection.node());
+        let event_delay = rand::rng().random_range(selection.event_delay.clone());
         Ok(Self {
             services: Watch::new::<Watched<Services>>(api, &services, &contact, |object| object.observed)?,
             endpoints: EndpointsWatch::new(api, &endpoints, &contact)?,
@@ -153,14 +166,23 @@ impl Source {
                 relay,
                 NodeReport::new(&selection.node_name, place, relay.health()),
             ),
+            herald: Herald::new(api, Arc::clone(&selection.node_name), relay, event_delay)?,
         })
+    }
+
+    /// Tells on the own Node which of these there are: see [`crate::admin::Admin::unbound`].
+    #[must_use]
+    pub fn telling_of(mut self, unbound: watch::Receiver<Vec<Unbound>>) -> Self {
+        self.herald.watch_unbound(unbound);
+        self
     }
 }
 
 /// Follows the API server until `cancel`.
 ///
 /// Sends `Synced` once Services and endpoints have both been listed and the Node was asked for, then each change; what was
-/// deleted while the server could not be reached, together with all else that changed, when it can.
+/// deleted while the server could not be reached, together with all else that changed, when it can. Meanwhile Events tell
+/// the cluster what is wrong with its objects here.
 pub async fn run(source: Source, cancel: CancellationToken) {
     tokio::select! {
         biased;
@@ -171,7 +193,8 @@ pub async fn run(source: Source, cancel: CancellationToken) {
 
 /// Ends when nobody listens any more.
 async fn follow(source: Source) {
-    let Source { mut services, mut endpoints, mut node, saved, mut report } = source;
+    let Source { mut services, mut endpoints, mut node, saved, mut report, herald } = source;
+    let mut telling = pin!(herald.run());
     report.begin([services.kind, endpoints.kind().into(), node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
@@ -200,6 +223,7 @@ async fn follow(source: Source) {
                 save.save(report.state());
                 Ok(())
             }
+            () = &mut telling => return,
         };
         if took.is_err() {
             return;

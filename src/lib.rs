@@ -40,6 +40,7 @@
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
+//! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
@@ -85,6 +86,12 @@ pub mod endpoints;
 #[cfg(feature = "kubernetes")]
 mod endpoints_watch;
 mod entries;
+#[cfg(feature = "kubernetes")]
+mod event_ledger;
+#[cfg(feature = "kubernetes")]
+mod event_news;
+#[cfg(feature = "kubernetes")]
+mod events;
 #[cfg(feature = "kubernetes")]
 mod file_stamps;
 mod findings;

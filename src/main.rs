@@ -12,7 +12,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
 #[cfg(feature = "kubernetes")]
 use ipnet::IpNet;
-use kube_relay::admin::{self, AdminOptions};
+use kube_relay::admin::{self, Admin, AdminOptions};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
 use kube_relay::cli::{
@@ -149,7 +149,7 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let source = follow(&config, &host, &relay, &reload, &stop).await?;
+    let source = follow(&config, &host, &relay, &admin, &reload, &stop).await?;
     let times = tokio::select! {
         times = end(&mut signals, &config, &reload) => times,
         // Whoever supervises this process starts another one, which serves.
@@ -178,6 +178,7 @@ async fn follow(
     config: &RunConfig,
     #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] host: &Host,
     relay: &Relay,
+    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] admin: &Admin,
     reload: &Arc<Notify>,
     stop: &CancellationToken,
 ) -> anyhow::Result<JoinHandle<()>> {
@@ -201,7 +202,7 @@ async fn follow(
                 ..kubernetes::Selection::default()
             };
             let place = Place { plan: config.plan.clone(), host: host.clone() };
-            kubernetes::start(&Api::find(server).await?, &selection, relay, place, stop)?
+            kubernetes::start(&Api::find(server).await?, &selection, relay, place, admin.unbound(), stop)?
         }
     })
 }

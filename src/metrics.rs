@@ -83,6 +83,7 @@ metrics! {
     SourceAge = Gauge "kuberelay_source_age_seconds" [] "How old what is served may be: seconds since the API server last said something, of the kind where that is longest ago (up to 65 is normal), or since the saved state was written that is served until it answers.";
     Relists = Counter "kuberelay_kube_relists_total" ["reason"] "Times that all objects of a kind were listed again, by the failure that made it necessary.";
     WatchErrors = Counter "kuberelay_kube_watch_errors_total" ["kind", "reason"] "Requests and watches that failed, by kind of object and reason.";
+    KubeEvents = Counter "kuberelay_kube_events_total" ["result"] "Events on Services and the Node that the API server took (sent), or that were too many or refused (dropped); only with an API source.";
     Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";
     ListenerFailures = Gauge "kuberelay_listener_failures" ["reason"] "Listeners that cannot be bound now, by reason.";
     ServiceBackends = Gauge "kuberelay_service_backends" ["namespace", "service", "port", "protocol", "state"] "Backends that get new traffic (ready), or only keep what they have (draining).";
@@ -192,6 +193,8 @@ impl Page {
             self.histogram(Id::NetworkProgramming, &PROCESS.network_programming);
             self.sample(Id::SourceConnected, "", u8::from(report.connected));
             self.sample(Id::SourceAge, "", report.age_seconds);
+            self.sample(Id::KubeEvents, &label("result", "sent"), contact.events.sent.get());
+            self.sample(Id::KubeEvents, &label("result", "dropped"), contact.events.dropped.get());
         }
         for (reason, count) in contact.relists() {
             self.sample(Id::Relists, &label("reason", reason.as_str()), count);

@@ -175,7 +175,6 @@ fn given_the_role_when_read_then_it_may_read_what_a_proxy_reads_and_write_events
         ("", "endpoints", "get,list,watch"),
         ("", "nodes", "get,list,watch"),
         ("discovery.k8s.io", "endpointslices", "get,list,watch"),
-        ("", "events", "create,patch"),
         ("events.k8s.io", "events", "create,patch"),
     ];
     assert_eq!(grants, wanted.map(|(group, resource, verbs)| (group.into(), resource.into(), verbs.into())).into());

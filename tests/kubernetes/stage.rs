@@ -3,8 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
+use kube_relay::admin::Unbound;
 use kube_relay::api_client::{Api, ApiOptions};
 use kube_relay::cli::{Cli, Command};
 use kube_relay::config::RunConfig;
@@ -15,6 +17,7 @@ use kube_relay::own_node::Place;
 use kube_relay::stats::WatchFailure;
 use kube_relay::status::Status;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::support::api_server::ApiServer;
@@ -35,12 +38,16 @@ pub(crate) struct Setup {
     pub(crate) kubeconfig_in: Option<PathBuf>,
     /// The certificate, among those of the tests, that is to vouch for the server.
     pub(crate) authority: Option<&'static str>,
+    /// What of the program's own servers cannot be bound.
+    pub(crate) unbound: watch::Receiver<Vec<Unbound>>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        let selection = Selection { node_name: "node-1".into(), ..Selection::default() };
-        Self { selection, flags: "", master: None, kubeconfig_in: None, authority: None }
+        let event_delay = Duration::ZERO..=Duration::ZERO;
+        let selection = Selection { node_name: "node-1".into(), event_delay, ..Selection::default() };
+        let unbound = watch::Sender::new(Vec::new()).subscribe();
+        Self { selection, flags: "", master: None, kubeconfig_in: None, authority: None, unbound }
     }
 }
 
@@ -106,7 +113,8 @@ impl Stage {
         let relay = control::Relay::start(config.relay_options(&host)).expect("a relay can be started");
         let cancel = CancellationToken::new();
         let place = Place { plan: config.plan, host };
-        tokio::spawn(kubernetes::run(source(kubeconfig, &setup, &relay, place).await, cancel.clone()));
+        let source = source(kubeconfig, &setup, &relay, place).await.telling_of(setup.unbound);
+        tokio::spawn(kubernetes::run(source, cancel.clone()));
         let backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
         Self { site, server, relay, _source: cancel.drop_guard(), _backends: backends }
     }
@@ -135,7 +143,7 @@ impl Stage {
         let wait = async {
             while !condition(&status.borrow_and_update()) {
                 // Counters move without a new snapshot: look again soon.
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(5), status.changed()).await;
+                let _ = tokio::time::timeout(Duration::from_millis(5), status.changed()).await;
             }
         };
         if tokio::time::timeout(DEADLINE, wait).await.is_err() {
