@@ -13,6 +13,7 @@ COPY Cargo.toml Cargo.lock ./
 COPY src src
 # Not built, but Cargo looks for the file of each target that Cargo.toml names.
 COPY benches benches
+COPY examples examples
 COPY tests tests
 # The image has no use for symbols; release builds elsewhere keep them for perf.
 ENV CARGO_PROFILE_RELEASE_STRIP=symbols

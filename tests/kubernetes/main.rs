@@ -12,6 +12,7 @@ mod rollout;
 mod saved;
 mod scale;
 mod stage;
+mod story;
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,10 +1,11 @@
 //! An API server of one's own: lists with versions, and with pages for who asks for them, watches with bookmarks, and every
-//! way to fail that real ones have. Real HTTP on loopback.
+//! way to fail that real ones have. Real HTTP on loopback. What clients write and read one by one is in `api_writes`.
+//! Labels do not select here.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ use tokio::task::JoinSet;
 // By its path, as an example may take this file by its path, too.
 #[path = "api_events.rs"]
 mod events;
+#[path = "api_writes.rs"]
+mod writes;
 
 /// How a request is answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,7 +64,7 @@ pub struct Asked {
     pub resource: String,
     /// True for a watch.
     pub watch: bool,
-    /// As in the rules of a role: `list`, `watch`, `get`, `create`, `patch`.
+    /// As in the rules of a role: `list`, `watch`, `get`, `create`, `update`, `patch`, `delete`.
     pub verb: &'static str,
     /// `events.k8s.io`; empty for the first API.
     pub group: String,
@@ -80,6 +83,8 @@ pub struct ApiServer {
 }
 
 struct Shared {
+    /// Where the server is. Services that are created without a cluster IP get one beside it.
+    ip: IpAddr,
     state: Mutex<State>,
     /// The version of the last change.
     version: watch::Sender<u64>,
@@ -105,6 +110,8 @@ struct State {
     asked: Vec<Asked>,
     /// Watches among so many first requests say nothing any more.
     frozen: usize,
+    /// Watches of an earlier one have expired.
+    epoch: u64,
 }
 
 impl Shared {
@@ -130,8 +137,10 @@ impl ApiServer {
             compacted: 0,
             asked: Vec::new(),
             frozen: 0,
+            epoch: 0,
         };
-        let state = Arc::new(Shared { state: Mutex::new(state), version: watch::Sender::new(1) });
+        let version = watch::Sender::new(1);
+        let state = Arc::new(Shared { ip: address.ip(), state: Mutex::new(state), version });
         let mut server = Self { address, state, listener: None, running: None };
         server.resume().await;
         server
@@ -220,6 +229,13 @@ impl ApiServer {
         state.frozen = state.asked.len();
     }
 
+    /// Watches that are open end with an ERROR event of code 410: from where they are nothing can be continued.
+    pub fn expire(&self) {
+        let mut state = self.state.lock();
+        state.epoch += 1;
+        self.state.version.send_replace(state.version);
+    }
+
     /// Ends all connections, and answers new ones: nobody is refused meanwhile.
     pub async fn cut(&mut self) {
         self.hang_up().await;
@@ -227,24 +243,16 @@ impl ApiServer {
     }
 
     /// Creates or replaces an object.
-    pub fn put(&self, resource: &str, mut object: Value) {
+    pub fn put(&self, resource: &str, object: Value) {
         let mut state = self.state.lock();
-        state.version += 1;
-        object["metadata"]["resourceVersion"] = state.version.to_string().into();
-        let before = state.objects.insert((resource.to_owned(), key(&object)), object.clone());
-        let kind = if before.is_some() { "MODIFIED" } else { "ADDED" };
-        state.note(resource, kind, object);
+        state.put(resource, object);
         self.state.version.send_replace(state.version);
     }
 
     /// Deletes an object.
     pub fn delete(&self, resource: &str, name: &str) {
         let mut state = self.state.lock();
-        state.version += 1;
-        let mut object =
-            state.objects.remove(&(resource.to_owned(), name.to_owned())).expect("there is such an object");
-        object["metadata"]["resourceVersion"] = state.version.to_string().into();
-        state.note(resource, "DELETED", object);
+        state.remove(resource, name).expect("there is such an object");
         self.state.version.send_replace(state.version);
     }
 
@@ -254,6 +262,11 @@ impl ApiServer {
         state.version += 1;
         state.compacted = state.version;
         state.history.clear();
+    }
+
+    /// Forgets which requests there were.
+    pub fn forget_requests(&self) {
+        self.state.lock().asked = Vec::new();
     }
 
     /// The requests so far.
@@ -279,6 +292,25 @@ impl ApiServer {
 }
 
 impl State {
+    /// Creates or replaces an object, and says what became of it.
+    fn put(&mut self, resource: &str, mut object: Value) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        let before = self.objects.insert((resource.to_owned(), key(&object)), object.clone());
+        let kind = if before.is_some() { "MODIFIED" } else { "ADDED" };
+        self.note(resource, kind, object.clone());
+        object
+    }
+
+    /// Deletes an object; `None` where there is none of this `namespace/name`.
+    fn remove(&mut self, resource: &str, name: &str) -> Option<Value> {
+        let mut object = self.objects.remove(&(resource.to_owned(), name.to_owned()))?;
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        self.note(resource, "DELETED", object.clone());
+        Some(object)
+    }
+
     fn note(&mut self, resource: &str, kind: &str, mut object: Value) {
         let (api, name) = kind_of(resource);
         object["apiVersion"] = api.into();
@@ -297,21 +329,30 @@ impl State {
 /// What a request asks for.
 struct Wanted {
     resource: String,
+    /// `None`: objects of all namespaces.
+    namespace: Option<String>,
     /// The one name that a field selector asks for.
     name: Option<String>,
     /// The number of the request, from 1.
     request: usize,
+    /// When it was made.
+    epoch: u64,
 }
 
 impl Wanted {
     fn takes(&self, resource: &str, object: &Value) -> bool {
-        resource == self.resource && self.name.as_deref().is_none_or(|name| object["metadata"]["name"] == name)
+        resource == self.resource
+            && self.namespace.as_deref().is_none_or(|namespace| namespace_of(object) == namespace)
+            && self.name.as_deref().is_none_or(|name| object["metadata"]["name"] == name)
     }
 }
 
 fn key(object: &Value) -> String {
-    let metadata = &object["metadata"];
-    format!("{}/{}", metadata["namespace"].as_str().unwrap_or("default"), metadata["name"].as_str().unwrap_or_default())
+    format!("{}/{}", namespace_of(object), object["metadata"]["name"].as_str().unwrap_or_default())
+}
+
+fn namespace_of(object: &Value) -> &str {
+    object["metadata"]["namespace"].as_str().unwrap_or("default")
 }
 
 fn kind_of(resource: &str) -> (&'static str, &'static str) {
@@ -319,6 +360,7 @@ fn kind_of(resource: &str) -> (&'static str, &'static str) {
         "services" => ("v1", "Service"),
         "endpointslices" => ("discovery.k8s.io/v1", "EndpointSlice"),
         "nodes" => ("v1", "Node"),
+        "events" => ("events.k8s.io/v1", "Event"),
         _ => ("v1", "Endpoints"),
     }
 }
@@ -326,6 +368,7 @@ fn kind_of(resource: &str) -> (&'static str, &'static str) {
 async fn serve(listener: Arc<TcpListener>, state: Arc<Shared>) {
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
+        let _ = stream.set_nodelay(true); // As real servers do: else an event may wait 40 ms for an acknowledgement.
         let state = Arc::clone(&state);
         let service = service_fn(move |request| {
             let state = Arc::clone(&state);
@@ -345,10 +388,12 @@ struct Target {
     resource: String,
     /// Of one object.
     name: Option<String>,
+    /// The one part of it that is meant: `status`.
+    part: Option<String>,
 }
 
 impl Target {
-    /// `/api/v1/…` or `/apis/GROUP/v1/…`, then `namespaces/NAMESPACE/` or nothing, `RESOURCE` and perhaps `/NAME`.
+    /// `/api/v1/…` or `/apis/GROUP/v1/…`, then `namespaces/NAMESPACE/` or nothing, `RESOURCE`, perhaps `/NAME` and `/PART`.
     fn of(path: &str) -> Self {
         let mut parts = path.trim_matches('/').split('/');
         let group = if parts.next() == Some("apis") { parts.next().unwrap_or_default() } else { "" };
@@ -359,7 +404,7 @@ impl Target {
         };
         let part = |index: usize| rest.get(index).map(|part| (*part).to_owned());
         let resource = part(0).unwrap_or_else(|| path.trim_matches('/').to_owned()); // `/apis` itself.
-        Self { group: group.to_owned(), namespace, resource, name: part(1) }
+        Self { group: group.to_owned(), namespace, resource, name: part(1), part: part(2) }
     }
 
     fn key(&self, name: &str) -> (String, String) {
@@ -369,58 +414,14 @@ impl Target {
     fn verb(&self, method: &Method, is_watch: bool) -> &'static str {
         match *method {
             Method::POST => "create",
+            Method::PUT => "update",
             Method::PATCH => "patch",
+            Method::DELETE => "delete",
             _ if is_watch => "watch",
             _ if self.name.is_some() => "get",
             _ => "list",
         }
     }
-}
-
-/// Takes or gives one object. Of what is written, only Events are known here.
-async fn answer_of_one(request: Request<Incoming>, target: &Target, shared: &Shared) -> Response<Body> {
-    let (head, body) = request.into_parts();
-    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let mut state = shared.lock();
-    match head.method {
-        Method::POST => create_event(&mut state, target, body),
-        Method::PATCH => patch_event(&mut state, target, &body),
-        _ => match state.objects.get(&target.key(target.name.as_deref().unwrap_or_default())) {
-            Some(object) => whole(StatusCode::OK, object.to_string()),
-            None => failure(404, "NotFound", "there is no such object"),
-        },
-    }
-}
-
-fn create_event(state: &mut State, target: &Target, event: Value) -> Response<Body> {
-    let faults = events::faults_of_new(&event, target.namespace.as_deref().unwrap_or_default());
-    if !faults.is_empty() {
-        return failure(422, "Invalid", &faults.join(", "));
-    }
-    let key = target.key(event["metadata"]["name"].as_str().unwrap_or_default());
-    if state.objects.contains_key(&key) {
-        return failure(409, "AlreadyExists", &key.1);
-    }
-    let answer = whole(StatusCode::CREATED, event.to_string());
-    state.objects.insert(key, event);
-    answer
-}
-
-fn patch_event(state: &mut State, target: &Target, change: &Value) -> Response<Body> {
-    let Some(event) = state.objects.get_mut(&target.key(target.name.as_deref().unwrap_or_default())) else {
-        return failure(404, "NotFound", "there is no such Event");
-    };
-    let mut after = event.clone();
-    for (field, value) in change.as_object().into_iter().flatten() {
-        after[field.as_str()] = value.clone();
-    }
-    let faults = events::faults_of_change(event, &after);
-    if !faults.is_empty() {
-        return failure(422, "Invalid", &faults.join(", "));
-    }
-    *event = after;
-    whole(StatusCode::OK, event.to_string())
 }
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Body> {
@@ -459,12 +460,12 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Bod
         return Response::new(text(groups(&shared.lock())));
     }
     if !matches!(verb, "list" | "watch") {
-        return answer_of_one(request, &target, &shared).await;
+        return writes::answer(request, &target, &shared).await.map(|body| spoil(mood, body));
     }
-    let resource = target.resource;
+    let Target { resource, namespace, .. } = target;
     let number = |name| parameter(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
     let name = parameter("fieldSelector").and_then(|text| text.strip_prefix("metadata.name%3D")).map(str::to_owned);
-    let wanted = Wanted { resource, name, request: number_of_request };
+    let wanted = Wanted { resource, namespace, name, request: number_of_request, epoch: shared.lock().epoch };
     let body = if is_watch {
         let behind = number("resourceVersion");
         if behind < shared.lock().compacted {
@@ -518,6 +519,10 @@ fn follow(shared: Arc<Shared>, wanted: Wanted, behind: u64, ends: tokio::time::I
         loop {
             if wanted.request <= shared.lock().frozen {
                 return std::future::pending().await;
+            }
+            if wanted.epoch < shared.lock().epoch {
+                let expiry = format!("{}\n", json!({"type": "ERROR", "object": expired()}));
+                return Some((frame(expiry), (shared, wanted, behind, changes, true)));
             }
             let (lines, version) = shared.lock().lines(&wanted, behind);
             behind = version;
