@@ -32,8 +32,15 @@ use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, St
 
 /// Messages that wait for the control task; a source that is faster waits.
 const QUEUE: usize = 1024;
-/// Events that arrive within this time of the last change are taken together. The first one after quiet waits for nothing.
+/// Events that arrive within this time of the last change are taken together at its end, or before if no more come. The
+/// first one after quiet waits for nothing.
 const BATCH_WINDOW: Duration = Duration::from_millis(20);
+/// After so long without another event a window closes before its time: what came together is there. The clock of the
+/// runtime counts whole milliseconds; one would often be none.
+const BATCH_GAP: Duration = Duration::from_millis(2);
+/// What the gap is at least, in times that the last batch took: events that come one by one, a gap between them, leave four
+/// fifths of a processor to others.
+const BATCH_REST: u32 = 4;
 /// Failed listeners that are logged one by one when many fail at once.
 const TOLD_AT_ONCE: usize = 10;
 
@@ -203,6 +210,32 @@ impl Drainable for Relay {
     }
 }
 
+/// For how long events are gathered into one batch.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    /// It is shut then, whatever comes.
+    ends: Instant,
+    /// And after so long without an event.
+    gap: Duration,
+}
+
+impl Window {
+    /// Nothing is gathered: what is there is a batch.
+    fn shut(now: Instant) -> Self {
+        Self { ends: now, gap: Duration::ZERO }
+    }
+
+    /// The one that follows a batch which took so long.
+    fn after(took: Duration, now: Instant) -> Self {
+        Self { ends: now + BATCH_WINDOW, gap: took.saturating_mul(BATCH_REST).clamp(BATCH_GAP, BATCH_WINDOW) }
+    }
+
+    /// When it closes if nothing comes from now on.
+    fn closes(self, now: Instant) -> Instant {
+        self.ends.min(now + self.gap)
+    }
+}
+
 /// The state of the control task, owned by value.
 struct Control {
     options: PlanOptions,
@@ -232,7 +265,7 @@ impl Control {
     /// Until the relay is dropped. Retries come before events, as a flood of these must not keep a freed port waiting;
     /// they are due twice a second at most.
     async fn run(mut self, mut inbox: mpsc::Receiver<Message>, mut orders: mpsc::Receiver<Order>) {
-        let mut window_end = Instant::now();
+        let mut window = Window::shut(Instant::now());
         loop {
             tokio::select! {
                 biased;
@@ -248,10 +281,12 @@ impl Control {
                     let Some(message) = message else { return };
                     self.health.queued(&Family::ALL, Instant::now());
                     self.take(message);
-                    self.take_batch(&mut inbox, window_end).await;
+                    self.take_batch(&mut inbox, window).await;
+                    let began = Instant::now();
                     if self.settle().await {
-                        self.health.updated(&Family::ALL, Instant::now());
-                        window_end = Instant::now() + BATCH_WINDOW;
+                        let now = Instant::now();
+                        self.health.updated(&Family::ALL, now);
+                        window = Window::after(now - began, now);
                     } else {
                         self.health.idle(&Family::ALL);
                     }
@@ -277,8 +312,8 @@ impl Control {
     }
 
     /// Takes what comes until the window closes, and then what is waiting.
-    async fn take_batch(&mut self, inbox: &mut mpsc::Receiver<Message>, window_end: Instant) {
-        while let Ok(Some(message)) = timeout_at(window_end, inbox.recv()).await {
+    async fn take_batch(&mut self, inbox: &mut mpsc::Receiver<Message>, window: Window) {
+        while let Ok(Some(message)) = timeout_at(window.closes(Instant::now()), inbox.recv()).await {
             self.take(message);
         }
         for _ in 0..QUEUE {
@@ -626,20 +661,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_quiet_when_two_events_come_then_the_first_is_acted_on_at_once_and_the_second_after_the_window() {
+    async fn given_quiet_when_two_events_come_then_the_first_is_acted_on_at_once_and_the_second_after_a_gap() {
         let relay = start();
         sync(&relay, vec![], vec![]).await;
-        let mut at_once = Duration::MAX;
+        let (mut at_once, mut soon_after) = (Duration::MAX, Duration::MAX);
 
         for _ in 0..5 {
             tokio::time::sleep(BATCH_WINDOW).await; // What quiet is.
             let began = Instant::now();
             at_once = at_once.min(settle(&relay, put(headless())).await);
-            settle(&relay, delete(&headless())).await;
-            assert!(began.elapsed() >= BATCH_WINDOW);
+            soon_after = soon_after.min(settle(&relay, delete(&headless())).await);
+            assert!(began.elapsed() >= BATCH_GAP);
         }
 
         assert!(at_once < BATCH_WINDOW / 2, "{at_once:?} at best");
+        assert!(soon_after < BATCH_WINDOW, "{soon_after:?} at best");
+    }
+
+    #[test]
+    fn t232_given_events_that_keep_coming_when_gathered_then_the_window_closes_in_time_and_else_after_a_gap() {
+        let now = Instant::now();
+        let after = |took_ms| Window::after(Duration::from_millis(took_ms), now);
+
+        assert_eq!(after(0).closes(now), now + BATCH_GAP);
+        assert_eq!(after(0).closes(now + BATCH_WINDOW), now + BATCH_WINDOW, "however many come");
+        assert_eq!(after(3).closes(now), now + Duration::from_millis(12), "a costly batch is followed by a rest");
+        assert_eq!(after(1_000).closes(now), now + BATCH_WINDOW, "which is no longer than the window");
+        assert!(Window::shut(now).closes(now) <= now);
     }
 
     #[tokio::test]
