@@ -7,6 +7,7 @@ mod credentials;
 mod events;
 mod failures;
 mod log;
+mod many;
 mod node;
 mod rollout;
 mod saved;

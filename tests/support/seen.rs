@@ -30,8 +30,17 @@ pub(crate) fn sum(metrics: &str, metric: &str, labels: &[&str]) -> u64 {
 
 /// Memory that the process shares with nobody, in bytes.
 pub(crate) fn private_bytes(pid: u32) -> u64 {
+    memory(pid, "RssAnon:")
+}
+
+/// All memory that is there for the process, its program among it: now, and at most so far, in bytes.
+pub(crate) fn resident_bytes(pid: u32) -> [u64; 2] {
+    ["VmRSS:", "VmHWM:"].map(|row| memory(pid, row))
+}
+
+fn memory(pid: u32, row: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(row)).unwrap_or_default();
     line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
