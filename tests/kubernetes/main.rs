@@ -4,6 +4,7 @@
 
 mod bootstrap;
 mod credentials;
+mod endurance;
 mod events;
 mod failures;
 mod log;
