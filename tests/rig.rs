@@ -1,8 +1,12 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `floods` and `beside` kube-proxy, on the `stage` that they share.
+//! it: `verdicts`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it: `bootstrap`.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
+#[cfg(feature = "kubernetes")]
+#[path = "support/api_server.rs"]
+#[allow(dead_code, unreachable_pub, reason = "it can do more than is asked of it here, and is exported to nobody")]
+mod api_server;
 #[path = "support/rig.rs"]
 mod rig;
 
@@ -13,6 +17,9 @@ macro_rules! cases {
 
 #[path = "rig/beside.rs"]
 mod beside;
+#[cfg(feature = "kubernetes")]
+#[path = "rig/bootstrap.rs"]
+mod bootstrap;
 #[path = "rig/floods.rs"]
 mod floods;
 #[path = "rig/stage.rs"]
@@ -39,7 +46,11 @@ fn main() -> ExitCode {
         ("given_a_child_in_a_node_when_it_is_dropped_then_it_is_gone", a_child_ends_with_its_owner),
         ("given_a_rig_when_it_is_dropped_then_its_cables_are_gone", a_dropped_rig_is_gone),
     ];
-    rig::run(&[&network, verdicts::CASES, beside::CASES, floods::CASES].concat())
+    #[cfg(feature = "kubernetes")]
+    let bootstrap = bootstrap::CASES;
+    #[cfg(not(feature = "kubernetes"))]
+    let bootstrap: &[rig::Case] = &[];
+    rig::run(&[&network, verdicts::CASES, beside::CASES, bootstrap, floods::CASES].concat())
 }
 
 fn parts_reach_each_other() {
