@@ -1,32 +1,27 @@
 //! Our own HTTP: health for load balancers and probes; metrics, status and readiness for operators.
 //!
-//! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics` and `live`.
-//! Small on purpose: GET and HEAD, no TLS, bounded in connections, time and header size.
+//! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics` and `live`, how HTTP is
+//! spoken is `http_server`'s. Small on purpose: GET and HEAD, no TLS.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue, SERVER, X_CONTENT_TYPE_OPTIONS};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode, Version};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::header::{ALLOW, CACHE_CONTROL, HOST, HeaderValue, SERVER, X_CONTENT_TYPE_OPTIONS};
+use hyper::{Method, Request, StatusCode, Version};
 use serde_json::json;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
 use crate::contact::Contact;
 use crate::health::{Checkup, FamilyCheckup, Health};
+use crate::http_server::{self, Answer, HEADER_TIMEOUT, response};
 use crate::lifecycle::Readiness;
 use crate::live::LiveReport;
 use crate::name::{Family, ListenKey, Protocol};
@@ -36,16 +31,8 @@ use crate::status::Status;
 use crate::timestamp::rfc3339;
 use crate::{metrics, peer};
 
-/// Connections of one server. One more, and the oldest makes room: somebody who only holds connections open cannot keep a scrape out.
-const CONNECTION_LIMIT: usize = 64;
-/// Time from the start of a connection, or from the answer before, to the end of a request's headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Size of a request's headers. No smaller than what hyper reads at once.
-const HEADER_LIMIT_BYTES: usize = 8 << 10;
 /// Time between tries to bind an address that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(5);
-/// Pause after a failed accept: most causes (no descriptor left) do not end at once.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a server tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,56 +198,10 @@ impl View {
     }
 }
 
-/// Connections of one server, oldest first. Dropping it ends them.
-#[derive(Default)]
-struct Connections {
-    tasks: JoinSet<()>,
-    oldest_first: VecDeque<AbortHandle>,
-}
-
-impl Connections {
-    fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
-        while self.tasks.try_join_next().is_some() {}
-        self.oldest_first.retain(|task| !task.is_finished());
-        if self.oldest_first.len() >= CONNECTION_LIMIT
-            && let Some(oldest) = self.oldest_first.pop_front()
-        {
-            oldest.abort();
-        }
-        self.oldest_first.push_back(self.tasks.spawn(connection));
-    }
-}
-
 async fn serve(listener: TcpListener, surface: Surface, view: Arc<View>, header_timeout: Duration) {
-    let mut connections = Connections::default();
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => connections.add(converse(stream, surface, Arc::clone(&view), header_timeout)),
-            Err(error) => {
-                debug!(%error, "admin server cannot accept");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    let answer = move |request| answer(request, surface, Arc::clone(&view));
+    http_server::serve(listener, header_timeout, answer).await;
 }
-
-async fn converse(stream: TcpStream, surface: Surface, view: Arc<View>, header_timeout: Duration) {
-    let service = service_fn(move |request: Request<Incoming>| {
-        let view = Arc::clone(&view);
-        async move { Ok::<_, Infallible>(answer(request, surface, view).await) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
-        .max_header_size(HEADER_LIMIT_BYTES)
-        .max_buf_size(HEADER_LIMIT_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = connection.await {
-        debug!(%error, "admin connection ended early");
-    }
-}
-
-type Answer = Response<Full<Bytes>>;
 
 async fn answer(request: Request<Incoming>, surface: Surface, view: Arc<View>) -> Answer {
     let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -417,19 +358,14 @@ fn text(code: StatusCode, body: impl Into<Bytes>) -> Answer {
     response(code, "text/plain; charset=utf-8", body)
 }
 
-fn response(code: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = code;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::*;
     use crate::health;
+    use crate::http_server::{CONNECTION_LIMIT, HEADER_LIMIT_BYTES};
     use crate::lifecycle::{LISTENERS, SOURCE};
     use crate::live::sample;
     use crate::serve::scripted::soon;

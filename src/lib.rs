@@ -105,6 +105,7 @@ pub mod heap;
 mod heard;
 mod hints;
 pub mod host;
+mod http_server;
 mod input;
 mod journal;
 #[cfg(feature = "kubernetes")]

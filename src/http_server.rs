@@ -1,0 +1,105 @@
+//! How our own servers speak HTTP/1: bounded in connections, time and header size, whoever asks and whatever for.
+//!
+//! What they answer is made in `admin` and `healthcheck`; asking is `peer`.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::debug;
+
+/// Connections of one server. One more, and the oldest makes room: somebody who only holds connections open cannot keep
+/// a scrape out.
+pub(crate) const CONNECTION_LIMIT: usize = 64;
+/// Time from the start of a connection, or from the answer before, to the end of a request's headers.
+pub(crate) const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size of a request's headers. No smaller than what hyper reads at once.
+pub(crate) const HEADER_LIMIT_BYTES: usize = 8 << 10;
+/// Pause after a failed accept: most causes (no descriptor left) do not end at once.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A whole answer.
+pub(crate) type Answer = Response<Full<Bytes>>;
+
+/// Connections of one server, oldest first. Dropping it ends them.
+pub(crate) struct Connections {
+    limit: usize,
+    tasks: JoinSet<()>,
+    oldest_first: VecDeque<AbortHandle>,
+}
+
+impl Connections {
+    /// None yet, and so many at most; at least one.
+    pub(crate) fn at_most(limit: usize) -> Self {
+        Self { limit, tasks: JoinSet::new(), oldest_first: VecDeque::new() }
+    }
+
+    /// One more. At the limit, the oldest ends.
+    pub(crate) fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
+        while self.tasks.try_join_next().is_some() {}
+        self.oldest_first.retain(|task| !task.is_finished());
+        if self.oldest_first.len() >= self.limit
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            oldest.abort();
+        }
+        self.oldest_first.push_back(self.tasks.spawn(connection));
+    }
+}
+
+/// Answers on a listener, without end.
+pub(crate) async fn serve<F>(
+    listener: TcpListener,
+    header_timeout: Duration,
+    answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+) where
+    F: Future<Output = Answer> + Send + 'static,
+{
+    let mut connections = Connections::at_most(CONNECTION_LIMIT);
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => connections.add(converse(stream, header_timeout, answer.clone())),
+            Err(error) => {
+                debug!(%error, "an own server cannot accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Answers on one connection until the other side has no more to ask.
+pub(crate) async fn converse<F>(stream: TcpStream, header_timeout: Duration, answer: impl Fn(Request<Incoming>) -> F)
+where
+    F: Future<Output = Answer>,
+{
+    let service = service_fn(move |request| {
+        let answering = answer(request);
+        async move { Ok::<_, Infallible>(answering.await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .max_header_size(HEADER_LIMIT_BYTES)
+        .max_buf_size(HEADER_LIMIT_BYTES)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = connection.await {
+        debug!(%error, "a connection to an own server ended early");
+    }
+}
+
+/// An answer of one type.
+pub(crate) fn response(code: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = code;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
