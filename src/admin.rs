@@ -258,7 +258,7 @@ fn health(path: &str, view: &View) -> Answer {
     };
     let now = Instant::now();
     let checkup = view.checkup(now);
-    let fine = checkup.is_healthy() && (checkup.node_eligible || !with_node);
+    let fine = checkup.is_healthy() && (checkup.node_is_welcome() || !with_node);
     let (code, answers) = match fine {
         true => (StatusCode::OK, &answers.healthy),
         false => (StatusCode::SERVICE_UNAVAILABLE, &answers.unhealthy),
@@ -285,7 +285,7 @@ fn health_document(checkup: &Checkup, with_node: bool, now: Instant, wall: Syste
         "status": families.collect::<serde_json::Map<_, _>>(),
     });
     if with_node {
-        document["nodeEligible"] = checkup.node_eligible.into();
+        document["nodeEligible"] = checkup.node_is_welcome().into();
     }
     document
 }
@@ -493,11 +493,14 @@ mod tests {
     #[tokio::test]
     async fn t208_t212_given_a_live_relay_when_health_is_asked_for_then_both_families_are_well_and_livez_has_no_node() {
         let served = Served::start().await;
+        let before = [&PROCESS.healthz, &PROCESS.livez].map(|answers| answers.healthy.get());
 
         let healthz = served.get(Surface::Health, "/healthz").await;
         let livez = served.get(Surface::Health, "/livez").await;
 
-        assert!(healthz.starts_with("HTTP/1.1 200 "), "{healthz}");
+        assert!(healthz.starts_with("HTTP/1.1 200 ") && livez.starts_with("HTTP/1.1 200 "), "{healthz}{livez}");
+        let after = [&PROCESS.healthz, &PROCESS.livez].map(|answers| answers.healthy.get());
+        assert!(before[0] < after[0] && before[1] < after[1], "{before:?} {after:?}");
         let document: serde_json::Value = serde_json::from_str(body(&healthz)).expect("JSON");
         assert_eq!(document["nodeEligible"], true);
         assert_eq!(document["status"]["IPv4"]["healthy"], true);
@@ -557,12 +560,24 @@ mod tests {
         assert!(livez.starts_with("HTTP/1.1 200 "), "{livez}");
     }
 
+    #[tokio::test]
+    async fn f23_given_a_process_that_is_about_to_end_when_health_is_asked_for_then_it_is_as_if_the_node_would_go() {
+        let served = Served::start().await;
+
+        served.health.leave();
+        let healthz = served.get(Surface::Health, "/healthz").await;
+        let livez = served.get(Surface::Health, "/livez").await;
+
+        assert!(healthz.starts_with("HTTP/1.1 503 ") && healthz.contains(r#""nodeEligible":false"#), "{healthz}");
+        assert!(livez.starts_with("HTTP/1.1 200 "), "{livez}");
+    }
+
     #[test]
     fn t213_given_late_families_when_told_then_the_last_update_is_a_real_one_for_them_alone() {
         let now = Instant::now();
         let updated = now.checked_sub(Duration::from_secs(5)).expect("the machine runs for longer");
         let family = |healthy| FamilyCheckup { healthy, updated };
-        let checkup = Checkup { families: [family(false), family(true)], node_eligible: true };
+        let checkup = Checkup { families: [family(false), family(true)], node_eligible: true, leaving: false };
 
         let document = health_document(&checkup, true, now, UNIX_EPOCH + Duration::from_secs(65));
 

@@ -197,6 +197,10 @@ impl Relay {
 }
 
 impl Drainable for Relay {
+    fn leave(&self) {
+        self.health.leave();
+    }
+
     async fn stop_accepting(&self) {
         self.stop_accepting().await;
     }

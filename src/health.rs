@@ -27,6 +27,7 @@ pub struct Health {
 struct State {
     families: [Work; 2],
     node_eligible: bool,
+    leaving: bool,
 }
 
 /// What one family has to do.
@@ -45,6 +46,8 @@ pub struct Checkup {
     pub families: [FamilyCheckup; 2],
     /// True where the node may get traffic. Always true without a cluster, which has no Node that could be deleted.
     pub node_eligible: bool,
+    /// True once the process is about to end: it serves, but traffic should go elsewhere.
+    pub leaving: bool,
 }
 
 /// Health of one family at a moment.
@@ -60,7 +63,7 @@ impl Health {
     /// Healthy, with nothing to do, on an eligible node.
     pub fn new(now: Instant) -> Self {
         let families = [Work { updated: now, queued: None }; 2];
-        Self { state: Arc::new(watch::Sender::new(State { families, node_eligible: true })) }
+        Self { state: Arc::new(watch::Sender::new(State { families, node_eligible: true, leaving: false })) }
     }
 
     /// There is something to do for these families. Work that waits already is older, and stays what counts.
@@ -84,6 +87,11 @@ impl Health {
         self.state.send_modify(|state| state.node_eligible = eligible);
     }
 
+    /// The process is about to end: load balancers should look for another node, for good.
+    pub fn leave(&self) {
+        self.state.send_modify(|state| state.leaving = true);
+    }
+
     /// Health at a moment.
     pub fn check(&self, now: Instant) -> Checkup {
         self.state.borrow().check(now, TIMEOUT)
@@ -101,7 +109,7 @@ impl State {
             healthy: queued.is_none_or(|queued| now.saturating_duration_since(queued) < timeout),
             updated,
         });
-        Checkup { families, node_eligible: self.node_eligible }
+        Checkup { families, node_eligible: self.node_eligible, leaving: self.leaving }
     }
 }
 
@@ -109,6 +117,17 @@ impl Checkup {
     /// True while both families are healthy.
     pub fn is_healthy(&self) -> bool {
         self.families.iter().all(|family| family.healthy)
+    }
+
+    /// True where health ports may send a Service's traffic here. The Node does not count: the Service's pods leave it one
+    /// by one, and their number tells.
+    pub fn proxy_is_well(&self) -> bool {
+        self.is_healthy() && !self.leaving
+    }
+
+    /// True where load balancers may choose this node.
+    pub fn node_is_welcome(&self) -> bool {
+        self.node_eligible && !self.leaving
     }
 
     /// When anything was last made true.
@@ -212,6 +231,27 @@ mod tests {
 
         assert_eq!(clock.check(90), [true, true]);
         assert_eq!(clock.health.check(clock.at(90)).updated(), clock.at(3));
+    }
+
+    #[test]
+    fn f23_given_a_process_that_is_about_to_end_when_checked_then_it_keeps_up_and_traffic_should_go_elsewhere() {
+        let clock = Clock::start();
+
+        clock.health.leave();
+        let checkup = clock.health.check(clock.at(1));
+
+        assert!(checkup.is_healthy() && checkup.node_eligible);
+        assert!(!checkup.proxy_is_well() && !checkup.node_is_welcome());
+    }
+
+    #[test]
+    fn t204_given_a_node_that_is_to_be_deleted_when_checked_then_health_ports_leave_it_to_the_pods() {
+        let clock = Clock::start();
+
+        clock.health.set_node_eligible(false);
+        let checkup = clock.health.check(clock.at(1));
+
+        assert!(checkup.proxy_is_well() && !checkup.node_is_welcome());
     }
 
     #[test]

@@ -189,6 +189,9 @@ impl ShutdownTimes {
 
 /// A relay that can be put to rest.
 pub trait Drainable {
+    /// Has load balancers look elsewhere. Everything is served as before.
+    fn leave(&self);
+
     /// Closes all listeners; what is open goes on. A second call changes nothing.
     fn stop_accepting(&self) -> impl Future<Output = ()> + Send;
 
@@ -199,7 +202,7 @@ pub trait Drainable {
     fn open_connections(&self) -> usize;
 }
 
-/// Puts a relay to rest: not ready, wait, stop accepting, drain, reset the rest. `hurry` cuts all waiting short.
+/// Puts a relay to rest: not ready, and unhealthy for load balancers, wait, stop accepting, drain, reset the rest. `hurry` cuts all waiting short.
 ///
 /// Returns how many connections and flows were cut.
 pub async fn shut_down(
@@ -209,6 +212,7 @@ pub async fn shut_down(
     hurry: impl Future<Output = ()>,
 ) -> usize {
     readiness.block(SHUTDOWN);
+    relay.leave();
     let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let (delay_ms, drain_timeout_ms) = (milliseconds(times.delay), milliseconds(times.drain_timeout));
     info!(delay_ms, drain_timeout_ms, "shutting down");
@@ -271,6 +275,10 @@ mod tests {
     }
 
     impl Drainable for Script {
+        fn leave(&self) {
+            self.note("leave".into());
+        }
+
         async fn stop_accepting(&self) {
             let blockers = self.readiness.as_ref().map(Readiness::blockers).unwrap_or_default();
             *self.readiness_at_stop.lock().expect("one thread") = blockers;
@@ -336,7 +344,7 @@ mod tests {
         let cut = shut_down(&relay, &readiness, TIMES, pending()).await;
 
         assert_eq!(cut, 3);
-        assert_eq!(relay.steps(), ["stop accepting", "drain 30s"]);
+        assert_eq!(relay.steps(), ["leave", "stop accepting", "drain 30s"]);
         assert_eq!(*relay.readiness_at_stop.lock().expect("one thread"), [SHUTDOWN]);
     }
 
@@ -363,6 +371,6 @@ mod tests {
 
         shut_down(&relay, &Readiness::blocked_by(&[]), times, ready(())).await;
 
-        assert_eq!(relay.steps(), ["stop accepting", "drain 0ns"]);
+        assert_eq!(relay.steps(), ["leave", "stop accepting", "drain 0ns"]);
     }
 }
