@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::contact::Contact;
 use crate::frozen::pack;
 use crate::health::Health;
+use crate::healthcheck::{Change, HealthPortError, HealthPorts};
 use crate::journal::{self, Moves};
 use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, ServicePort};
@@ -129,6 +130,7 @@ impl Relay {
             health: health.clone(),
             model: Model::default(),
             plan: Plan::default(),
+            health_ports: HealthPorts::start(health.clone())?,
             listeners: Listeners::new(options.inside.into(), Arc::clone(&tcp), udp),
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
@@ -248,6 +250,7 @@ struct Control {
     model: Model,
     plan: Plan,
     listeners: Listeners,
+    health_ports: HealthPorts,
     dirty: BTreeSet<ObjectName>,
     source_problems: Vec<Problem>,
     /// What could be read and not be served, since the start; the source counts the rest.
@@ -280,7 +283,7 @@ impl Control {
                     }
                     None => return,
                 },
-                () = at(self.listeners.next_retry().map(Instant::from_std)) => self.retry().await,
+                () = at(self.next_retry()) => self.retry().await,
                 message = inbox.recv() => {
                     let Some(message) = message else { return };
                     self.health.queued(&Family::ALL, Instant::now());
@@ -300,15 +303,22 @@ impl Control {
     }
 
     async fn stop_accepting(&mut self) {
+        self.health_ports.close().await;
         self.listeners.close().await;
         self.status.stopping = true;
         self.describe_failures();
         self.publish();
     }
 
+    fn next_retry(&self) -> Option<Instant> {
+        let listeners = self.listeners.next_retry().map(Instant::from_std);
+        listeners.into_iter().chain(self.health_ports.next_retry()).min()
+    }
+
     async fn retry(&mut self) {
         self.health.queued(&Family::ALL, Instant::now());
         self.listeners.retry(Instant::now().into_std()).await;
+        self.health_ports.retry(Instant::now()).await;
         self.health.idle(&Family::ALL);
         if self.describe_failures() {
             self.publish();
@@ -384,7 +394,10 @@ impl Control {
         }
         let (services, step_count, moves) = (dirty.len(), steps.len(), Moves::of(&steps));
         let routine = steps.iter().all(|step| matches!(step, Step::Swap(..)));
+        let health_ports = self.changes_of_health_ports();
+        self.health_ports.release(&health_ports).await; // A listener may be about to have the address.
         self.listeners.apply(steps, began.into_std()).await;
+        self.health_ports.open(health_ports, began).await;
         moves.tell(|key| self.listeners.owner(key).is_some());
         let (listeners, elapsed_ms) = (self.listeners.bound_count(), began.elapsed().as_millis() as u64);
         // Endpoints come and go all day. That listeners do is worth a line.
@@ -393,6 +406,13 @@ impl Control {
         } else {
             tracing::info!(services, steps = step_count, listeners, elapsed_ms, "applied");
         }
+    }
+
+    /// What the Services that were planned anew are to have.
+    fn changes_of_health_ports(&self) -> Vec<Change> {
+        let wanted = |name: &ObjectName| self.plan.service(name).and_then(|plan| plan.open_health_port()).cloned();
+        let all = self.plan.touched().iter().map(|name| (name.clone(), wanted(name)));
+        all.filter(|(name, wanted)| wanted.is_some() || self.health_ports.knows(name)).collect()
     }
 
     /// Renews the snapshot's entries of Services that changed.
@@ -426,6 +446,11 @@ impl Control {
     /// Renews the snapshot's list of failed listeners; true where it changed. Logs who joined it and who left it, not
     /// who stays.
     fn describe_failures(&mut self) -> bool {
+        let health_ports = self.describe_health_ports();
+        self.describe_listeners() || health_ports
+    }
+
+    fn describe_listeners(&mut self) -> bool {
         let mut told = 0;
         let mut changed = false;
         for key in self.listeners.take_failure_news() {
@@ -457,6 +482,40 @@ impl Control {
         changed
     }
 
+    fn describe_health_ports(&mut self) -> bool {
+        let mut told = 0;
+        let mut changed = false;
+        for name in self.health_ports.take_failure_news() {
+            let failure = self.health_ports.failure(&name);
+            let state = failure.map(describe_health_port);
+            if state.as_ref() == self.status.failed_health_ports.get(&name) {
+                continue;
+            }
+            changed = true;
+            match failure {
+                Some(_) if told >= TOLD_AT_ONCE => told += 1,
+                Some(HealthPortError { service, key, source }) => {
+                    told += 1;
+                    let (reason, remedy) = (BindFailure::of(source), remedy(BindFailure::of(source), *key));
+                    tracing::warn!(%service, listen = %key, %reason, error = %source, remedy, "cannot answer health checks, trying again");
+                }
+                None if self.health_ports.knows(&name) => {
+                    tracing::info!(service = %name, "answering health checks after all")
+                }
+                None => {} // Not wanted any more.
+            }
+            let failed = Arc::make_mut(&mut self.status.failed_health_ports);
+            match state {
+                Some(state) => drop(failed.insert(name, state)),
+                None => drop(failed.remove(&name)),
+            }
+        }
+        if told > TOLD_AT_ONCE {
+            tracing::warn!(services = told - TOLD_AT_ONCE, "more health checks cannot be answered; `status` lists all");
+        }
+        changed
+    }
+
     /// Sends a snapshot to everybody who reads it. It shares all but the map with the last one: 10,000 Services cost
     /// 0.4 ms.
     fn publish(&mut self) {
@@ -483,6 +542,11 @@ async fn at(due: Option<Instant>) {
 
 /// A failed bind with its remedy, as people read it.
 fn describe(error: &BindError) -> ListenerState {
+    let message = format!("{error}: {}", explain(&error.source, error.key));
+    ListenerState::Failed { reason: BindFailure::of(&error.source).as_str().into(), message }
+}
+
+fn describe_health_port(error: &HealthPortError) -> ListenerState {
     let message = format!("{error}: {}", explain(&error.source, error.key));
     ListenerState::Failed { reason: BindFailure::of(&error.source).as_str().into(), message }
 }

@@ -3,9 +3,11 @@
 use std::fmt;
 
 use crate::name::Scope;
-use crate::plan::{HealthCheck, Side, Verdict};
+use crate::plan::{Side, Verdict};
 use crate::problem::Listed;
-use crate::status::{ListenerReport, ListenerState, PortReport, Report, ScopedBackends, ServiceReport};
+use crate::status::{
+    HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ScopedBackends, ServiceReport,
+};
 
 /// Longer lists of backends are cut; `-o json` has them whole.
 const BACKENDS_SHOWN: usize = 6;
@@ -33,8 +35,8 @@ impl fmt::Display for ServiceReport {
         if let Some(seconds) = self.affinity_seconds {
             write!(f, ", ClientIP affinity {seconds} s")?;
         }
-        if let Some(HealthCheck { port, local_endpoints }) = self.health_check {
-            write!(f, ", health check {port}: {} on this node", counted(local_endpoints, "endpoint"))?;
+        if let Some(health_port) = &self.health_port {
+            write!(f, ", {health_port}")?;
         }
         if !self.balance.is_default() {
             write!(f, ", {}", self.balance)?;
@@ -44,6 +46,14 @@ impl fmt::Display for ServiceReport {
         }
         writeln!(f)?;
         self.ports.iter().try_for_each(|port| port.fmt(f))
+    }
+}
+
+impl fmt::Display for HealthPortReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let endpoints = counted(self.local_endpoints, "endpoint");
+        write!(f, "health port {}: {endpoints} on this node", self.port)?;
+        if self.addresses.is_empty() { f.write_str(" (not answered, see the problems)") } else { Ok(()) }
     }
 }
 
@@ -140,7 +150,7 @@ pub(crate) fn meaning(skipped: &str) -> &'static str {
     }
 }
 
-fn counted(count: usize, word: &str) -> String {
+pub(crate) fn counted(count: usize, word: &str) -> String {
     format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }
 
@@ -240,10 +250,7 @@ mod tests {
 
         let text = described(vec![web], vec![]);
 
-        assert!(
-            text.starts_with("default/web  LoadBalancer, health check 31000: 0 endpoints on this node\n"),
-            "{text}"
-        );
+        assert!(text.starts_with("default/web  LoadBalancer, health port 31000: 0 endpoints on this node\n"), "{text}");
         assert!(text.contains("198.51.100.1:80  (reject, no backend; only from 203.0.113.0/24)"), "{text}");
     }
 

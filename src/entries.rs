@@ -3,9 +3,11 @@
 //! What happens to traffic that arrives there is decided in `service_plan`.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::health_port;
 use crate::layout::ListenerKind;
 use crate::model::{Service, ServicePort};
 use crate::name::{Family, ListenKey, Protocol};
@@ -41,6 +43,8 @@ pub(crate) struct Entries<'a> {
     pub(crate) families: Vec<Family>,
     /// In order of kind, then of port: where two have one key, the first is meant.
     pub(crate) list: Vec<Entry>,
+    /// Where load balancers ask for its health, by number and addresses; `None` where they are not to, or cannot.
+    pub(crate) health_port: Option<(u16, Arc<[IpAddr]>)>,
     /// What is refused.
     pub(crate) problems: Vec<Problem>,
 }
@@ -48,7 +52,8 @@ pub(crate) struct Entries<'a> {
 impl<'a> Entries<'a> {
     /// All entries of a Service on this node.
     pub(crate) fn of(service: &'a Service, options: &'a PlanOptions) -> Self {
-        let mut entries = Self { service, options, families: Vec::new(), list: Vec::new(), problems: Vec::new() };
+        let (families, list, problems) = (Vec::new(), Vec::new(), Vec::new());
+        let mut entries = Self { service, options, families, list, health_port: None, problems };
         entries.find_families();
         if !entries.families.is_empty() {
             entries.refuse_sctp();
@@ -57,8 +62,15 @@ impl<'a> Entries<'a> {
             entries.open_external_ips();
             entries.open_load_balancer_ips();
             entries.open_exposed();
+            entries.open_health_port();
         }
         entries
+    }
+
+    /// All keys that it asks for; one may be there twice.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = ListenKey> {
+        let health = self.health_port.iter().flat_map(|(number, addresses)| health_port::keys(*number, addresses));
+        self.list.iter().map(|entry| entry.key).chain(health)
     }
 
     fn find_families(&mut self) {
@@ -136,6 +148,29 @@ impl<'a> Entries<'a> {
         }
     }
 
+    /// On the addresses of node ports, also those of the other family: a balancer does not have to ask over the family
+    /// that it forwards.
+    fn open_health_port(&mut self) {
+        let number = match health_port::number_of(self.service) {
+            Ok(Some(number)) => number,
+            Ok(None) => return,
+            Err(why) => return self.refuse("health_check", why.into()),
+        };
+        let mut addresses: Arc<[IpAddr]> = self.options.node_port_addresses.as_slice().into();
+        let at = |key| self.list.iter().find(|entry| entry.key == key);
+        let taken = health_port::keys(number, &addresses).find_map(at).copied();
+        if let Some(taken) = taken {
+            let (kind, port) = (taken.kind.in_words(), &self.service.ports[taken.port].name);
+            let remedy = "give one of them another number";
+            self.refuse("conflict", format!("health port {number} is taken by port {port:?} ({kind}): {remedy}"));
+            addresses = [].into();
+        } else if addresses.is_empty() {
+            let why = "--nodeport-addresses names no address of this node";
+            self.refuse("health_check", format!("health port {number} is not answered: {why}"));
+        }
+        self.health_port = Some((number, addresses));
+    }
+
     /// Opens every port at an address, under the Service's own numbers.
     fn open_ports(&mut self, kind: ListenerKind, ip: IpAddr, allocated: bool) {
         self.list.extend(ports(self.service).map(|(index, port)| Entry {
@@ -189,7 +224,7 @@ fn listen_addresses(expose: &Expose, node_addresses: &[IpAddr]) -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ClusterIps, ServicePort};
+    use crate::model::{ClusterIps, ServiceKind, ServicePort, TrafficPolicy};
 
     fn ip(text: &str) -> IpAddr {
         text.parse().expect("an address")
@@ -316,6 +351,49 @@ mod tests {
         service.load_balancer_ips = vec![ip("198.51.100.1")].into();
 
         assert_eq!(listed(&service, &node())[1..], ["loadBalancerIP 198.51.100.1:80/TCP"]);
+    }
+
+    /// A load balancer's, under policy Local.
+    fn balanced() -> Service {
+        let health_check_node_port = Some(31000);
+        let (kind, external_policy) = (ServiceKind::LoadBalancer, TrafficPolicy::Local);
+        Service { kind, external_policy, health_check_node_port, ..web() }
+    }
+
+    #[test]
+    fn t206_given_the_addresses_of_node_ports_when_a_load_balancer_is_to_ask_then_it_is_there_in_either_family() {
+        let health_keys = |addresses: &[&str]| {
+            let node_port_addresses = addresses.iter().map(|address| ip(address)).collect();
+            let (service, options) = (balanced(), PlanOptions { node_port_addresses, ..node() });
+            let entries = Entries::of(&service, &options);
+            let reasons: Vec<_> = entries.problems.iter().map(|problem| problem.reason.to_string()).collect();
+            (entries.keys().skip(entries.list.len()).map(|key| key.to_string()).collect::<Vec<_>>(), reasons)
+        };
+
+        let both = ["192.0.2.1:31000/TCP", "[2001:db8::1]:31000/TCP"].map(str::to_owned).to_vec();
+        assert_eq!(health_keys(&["192.0.2.1", "2001:db8::1"]), (both, vec![]));
+        assert_eq!(health_keys(&[]), (vec![], vec!["health_check".to_owned()]));
+    }
+
+    #[test]
+    fn t028_given_no_number_when_a_load_balancer_is_to_ask_then_it_is_a_problem_and_the_service_is_there() {
+        let service = Service { health_check_node_port: None, ..balanced() };
+
+        assert_eq!(reasons(&service, &node()), ["health_check"]);
+        assert_eq!(listed(&service, &node()), ["clusterIP 10.96.0.10:80/TCP"]);
+    }
+
+    #[test]
+    fn given_the_number_of_its_own_node_port_when_a_load_balancer_is_to_ask_then_the_node_port_has_it() {
+        let mut service = balanced();
+        service.ports[0].node_port = Some(31000);
+
+        let options = node();
+        let entries = Entries::of(&service, &options);
+
+        let said = r#"health port 31000 is taken by port "http" (node port): give one of them another number"#;
+        assert_eq!(entries.problems[0].message, said);
+        assert_eq!(entries.keys().count(), entries.list.len());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Whether the proxy keeps up with what it is told, and whether its node may get traffic: behind `/healthz` and `/livez`.
 //!
 //! The rules are pure and take `now`. Who marks the work is `control`, who knows the Node is a source, and the answers
-//! over HTTP are `admin`'s. For Services with a health port see `health_check`: that is another thing.
+//! over HTTP are `admin`'s. Whether load balancers are to send a Service's traffic here is another thing: `health_port`.
 
 use std::sync::Arc;
 use std::time::Duration;

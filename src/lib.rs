@@ -16,6 +16,9 @@
 //!                                                                                                           └ Retire  → nobody needs the balancer
 //! ```
 //!
+//! Health ports that nobody wants any more are closed before the steps and new ones are opened after them, so that a
+//! number can go from one to the other; their counts follow with each plan.
+//!
 //! # The story of a connection, and of a datagram
 //!
 //! ```text
@@ -30,6 +33,7 @@
 //! | State | Owner | Others see |
 //! |---|---|---|
 //! | [`model::Model`], [`plan::Plan`], [`serve::Listeners`] | the control task, by value | a `watch` snapshot: [`status::Status`] |
+//! | which health ports are open, and the sockets there | the control task; one task that answers at all of them | a number each, as an atomic |
 //! | a table of backends | its [`serve::balancer::Balancer`]'s `ArcSwap` cell | one load a pick |
 //! | turn of the round robin | its [`serve::balancer::Balancer`], over all swaps | an atomic |
 //! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
@@ -99,7 +103,8 @@ pub mod flag_defaults;
 mod follow;
 pub mod frozen;
 pub mod health;
-mod health_check;
+mod health_port;
+mod healthcheck;
 pub mod heap;
 #[cfg(feature = "kubernetes")]
 mod heard;
@@ -115,6 +120,7 @@ mod large_list;
 mod last_good;
 mod layout;
 pub mod lifecycle;
+mod listener_set;
 pub mod live;
 mod locate;
 #[cfg(feature = "kubernetes")]

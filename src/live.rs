@@ -90,6 +90,15 @@ impl Status {
             None => ListenerState::Serving,
         }
     }
+
+    /// Of a health port that is to be answered: it is never parked.
+    pub(crate) fn health_port_state(&self, service: &ObjectName) -> ListenerState {
+        match self.failed_health_ports.get(service) {
+            _ if self.stopping => ListenerState::Closed,
+            Some(state) => state.clone(),
+            None => ListenerState::Serving,
+        }
+    }
 }
 
 impl ServiceStatus {
@@ -100,6 +109,9 @@ impl ServiceStatus {
 
     fn live(&self, status: &Status) -> ServiceReport {
         let mut report = self.report();
+        if let Some(health_port) = report.health_port.as_mut().filter(|port| !port.addresses.is_empty()) {
+            health_port.state = Some(status.health_port_state(&self.service.name));
+        }
         for port in &mut report.ports {
             for listener in &mut port.listeners {
                 let Ok(address) = listener.address.parse() else { continue };
@@ -176,7 +188,7 @@ fn counted<const N: usize, W: Copy + Into<usize>>(
 #[cfg(test)]
 pub(crate) mod sample {
     use super::*;
-    use crate::model::{ClusterIps, Endpoint, Service, Slice};
+    use crate::model::{ClusterIps, Endpoint, Service, ServiceKind, Slice, TrafficPolicy};
     use crate::name::{Protocol, ServicePortName};
     use crate::plan::{PlanOptions, ServicePlan};
     use crate::rejections::Rejections;
@@ -197,6 +209,7 @@ pub(crate) mod sample {
             stopping: false,
             services: services.into(),
             failed: Arc::new([(key, failed)].into()),
+            failed_health_ports: Arc::default(),
             problems: Arc::new(vec![
                 problem("Service default/web", "field_unknown", Severity::Warning),
                 problem("Service default/dns", "no_slices", Severity::Note),
@@ -236,6 +249,17 @@ pub(crate) mod sample {
     fn dns() -> ServiceStatus {
         let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), backends: [].into() };
         service(allocated(Service::new("dns").udp_port("", 53), 11), vec![], [counters].into())
+    }
+
+    /// `default/mail` alone: a load balancer asks at 31025 for its one endpoint, which is elsewhere.
+    pub(crate) fn mail() -> ServiceStatus {
+        let mail = Service {
+            kind: ServiceKind::LoadBalancer,
+            external_policy: TrafficPolicy::Local,
+            health_check_node_port: Some(31025),
+            ..Service::new("mail").port("smtp", 25)
+        };
+        service(allocated(mail, 12), vec![Endpoint::new([10, 244, 0, 4])], [PortCounters::default()].into())
     }
 
     fn headless() -> ServiceStatus {
@@ -316,6 +340,20 @@ mod tests {
         let traffic = port.traffic.as_ref().expect("live");
         assert_eq!((traffic.accepted, traffic.retries), (6, 1));
         assert_eq!(traffic.dropped, [("client_abort".into(), 1)].into());
+    }
+
+    #[test]
+    fn t207_given_a_health_port_when_reported_then_its_state_is_told() {
+        let mail = sample::mail();
+        let mut status = Status { services: [(mail.service.name.clone(), Arc::new(mail))].into(), ..Status::default() };
+        let state = |status: &Status| status.report().services[0].health_port.as_ref()?.state.clone();
+        assert_eq!(state(&status), Some(ListenerState::Serving));
+
+        let failed = ListenerState::Failed { reason: "in_use".into(), message: "ask ss".into() };
+        status.failed_health_ports = Arc::new([(ObjectName::parse("mail"), failed.clone())].into());
+        assert_eq!(state(&status), Some(failed));
+        status.stopping = true;
+        assert_eq!(state(&status), Some(ListenerState::Closed));
     }
 
     #[test]

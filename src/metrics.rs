@@ -86,6 +86,7 @@ metrics! {
     KubeEvents = Counter "kuberelay_kube_events_total" ["result"] "Events on Services and the Node that the API server took (sent), or that were too many or refused (dropped); only with an API source.";
     Listeners = Gauge "kuberelay_listeners" ["state"] "Listeners that are serving, parked (port held, connections refused) or failed.";
     ListenerFailures = Gauge "kuberelay_listener_failures" ["reason"] "Listeners that cannot be bound now, by reason.";
+    HealthPorts = Gauge "kuberelay_health_ports" ["state"] "Health ports (healthCheckNodePort) that are answered (serving), or cannot be bound (failed).";
     ServiceBackends = Gauge "kuberelay_service_backends" ["namespace", "service", "port", "protocol", "state"] "Backends that get new traffic (ready), or only keep what they have (draining).";
     ServiceAccepted = Counter "kuberelay_service_accepted_total" ["namespace", "service", "port", "protocol"] "Connections accepted from clients, or UDP flows begun.";
     ServiceDropped = Counter "kuberelay_service_dropped_total" ["namespace", "service", "port", "protocol", "reason"] "Connections or datagrams turned away before they reached a backend, by reason.";
@@ -217,6 +218,7 @@ impl Page {
         self.sample(Id::Listeners, &label("state", "serving"), serving);
         self.sample(Id::Listeners, &label("state", "parked"), parked);
         self.sample(Id::Listeners, &label("state", "failed"), status.failed.len());
+        self.health_ports(status);
         let mut failures: BTreeMap<&str, u64> = BTreeMap::new();
         for state in status.failed.values() {
             if let ListenerState::Failed { reason, .. } = state {
@@ -226,6 +228,14 @@ impl Page {
         for (reason, count) in failures {
             self.sample(Id::ListenerFailures, &label("reason", reason), count);
         }
+    }
+
+    fn health_ports(&mut self, status: &Status) {
+        let wanted = status.services.values().filter(|service| service.plan.open_health_port().is_some());
+        let states = wanted.map(|service| status.health_port_state(&service.service.name));
+        let serving = states.filter(|state| *state == ListenerState::Serving).count();
+        self.sample(Id::HealthPorts, &label("state", "serving"), serving);
+        self.sample(Id::HealthPorts, &label("state", "failed"), status.failed_health_ports.len());
     }
 
     fn service(&mut self, service: &ServiceStatus) {
@@ -470,6 +480,20 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
+    }
+
+    #[test]
+    fn given_health_ports_when_rendered_then_each_is_counted_once() {
+        let mail = sample::mail();
+        let mut status = Status { services: [(mail.service.name.clone(), Arc::new(mail))].into(), ..Status::default() };
+
+        assert!(render(&status, true).contains("kuberelay_health_ports{state=\"serving\"} 1\n"));
+        let failed = ListenerState::Failed { reason: "in_use".into(), message: "ask ss".into() };
+        status.failed_health_ports = Arc::new([(ObjectName::parse("mail"), failed)].into());
+        let text = render(&status, true);
+
+        assert!(text.contains("kuberelay_health_ports{state=\"serving\"} 0\n"), "{text}");
+        assert!(text.contains("kuberelay_health_ports{state=\"failed\"} 1\n"), "{text}");
     }
 
     #[test]

@@ -6,11 +6,13 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
 
-use crate::describe::meaning;
+use crate::describe::{counted, meaning};
 use crate::live::LiveReport;
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
 use crate::problem::Listed;
-use crate::status::{BackendTraffic, ListenerReport, ListenerState, PortReport, Report, ServiceReport};
+use crate::status::{
+    BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
+};
 
 /// Between columns, as `kubectl` has it.
 const GAP: &str = "   ";
@@ -113,16 +115,20 @@ fn node_port(port: &PortReport) -> Option<&str> {
 }
 
 fn failures(report: &Report) -> String {
-    let listeners = |service: &ServiceReport| {
-        let name = format!("{}/{}", service.namespace, service.name);
-        let ports = service.ports.clone().into_iter();
-        ports.flat_map(|port| port.listeners).map(move |listener| (name.clone(), listener))
-    };
-    let row = |(name, listener): (String, ListenerReport)| match listener.state {
-        Some(ListenerState::Failed { reason, .. }) => Some(vec![listener.address.into(), name.into(), reason]),
+    let failed = |state: &Option<ListenerState>| match state {
+        Some(ListenerState::Failed { reason, .. }) => Some(reason.clone()),
         _ => None,
     };
-    let rows: Vec<Vec<Cow<'static, str>>> = report.services.iter().flat_map(listeners).filter_map(row).collect();
+    let mut rows: Vec<Vec<Cow<'static, str>>> = Vec::new();
+    for service in &report.services {
+        let name = format!("{}/{}", service.namespace, service.name);
+        let listeners = service.ports.iter().flat_map(|port| &port.listeners);
+        let listeners = listeners.filter_map(|listener| Some((listener.address.clone(), failed(&listener.state)?)));
+        let health = service.health_port.iter();
+        let health = health.filter_map(|port| Some((format!("health port {}", port.port), failed(&port.state)?)));
+        let row = |(what, reason): (String, Cow<'static, str>)| vec![what.into(), name.clone().into(), reason];
+        rows.extend(listeners.chain(health).map(row));
+    }
     if rows.is_empty() {
         return String::new();
     }
@@ -151,10 +157,25 @@ fn describe_service(service: &ServiceReport) -> String {
     if !service.balance.is_default() {
         field(&mut text, "Balance", service.balance);
     }
+    if let Some(health_port) = &service.health_port {
+        describe_health_port(&mut text, health_port);
+    }
     for port in &service.ports {
         describe_port(&mut text, port);
     }
     text
+}
+
+fn describe_health_port(text: &mut String, health_port: &HealthPortReport) {
+    let HealthPortReport { port, local_endpoints, addresses, state } = health_port;
+    let advice = if *local_endpoints == 0 { ", so load balancers pass over it" } else { "" };
+    field(text, "Health Port", format!("{port}: {} on this node{advice}", counted(*local_endpoints, "endpoint")));
+    match state {
+        Some(ListenerState::Failed { message, .. }) => field(text, "Not answered", message),
+        Some(ListenerState::Closed) => field(text, "Not answered", "the process is stopping"),
+        _ if addresses.is_empty() => field(text, "Not answered", "see the problems"),
+        _ => field(text, "Answered at", addresses.join(",")),
+    }
 }
 
 fn describe_port(text: &mut String, port: &PortReport) {
@@ -300,6 +321,8 @@ fn or_none(text: String) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::live::sample;
     use crate::name::ObjectName;
@@ -352,6 +375,40 @@ mod tests {
         Problems:
           Service default/web: something about Service default/web [field_unknown]
         ");
+    }
+
+    /// `default/mail` alone, described.
+    fn mail(change: impl FnOnce(&mut Status)) -> String {
+        let mail = sample::mail();
+        let mut status = Status { synced: true, ..Status::default() };
+        status.services = [(mail.service.name.clone(), Arc::new(mail))].into();
+        change(&mut status);
+        describe(&status.report())
+    }
+
+    #[test]
+    fn given_a_health_port_when_described_then_what_load_balancers_hear_and_where_is_told() {
+        let text = mail(|_| {});
+
+        let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("Health Port")).take(2).collect();
+        assert_eq!(
+            lines,
+            [
+                "Health Port:       31025: 0 endpoints on this node, so load balancers pass over it",
+                "Answered at:       127.0.0.1:31025",
+            ]
+        );
+    }
+
+    #[test]
+    fn t207_given_a_health_port_that_is_taken_when_described_or_tabled_then_it_is_told() {
+        let fail = |status: &mut Status| {
+            let failed = ListenerState::Failed { reason: "in_use".into(), message: "ask ss".into() };
+            status.failed_health_ports = Arc::new([(ObjectName::parse("mail"), failed)].into());
+            assert!(table(&LiveReport::of(status)).contains("  health port 31025   default/mail   in_use\n"));
+        };
+
+        assert!(mail(fail).contains("Not answered:      ask ss\n"));
     }
 
     #[test]

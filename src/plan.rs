@@ -22,7 +22,7 @@ use crate::rare::Rare;
 use crate::service_plan::Asked;
 
 pub use crate::balancing::{Balance, Balancing};
-pub use crate::health_check::HealthCheck;
+pub use crate::health_port::HealthPort;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
 pub use crate::service_plan::{ServicePlan, Wanted};
@@ -160,22 +160,21 @@ impl Plan {
 
     /// The keys that the Services ask for now, and those that they will ask for.
     fn keys_of_both(&self, asked: &Anew<'_>) -> BTreeSet<ListenKey> {
-        asked.values().flatten().flat_map(Asked::keys).chain(self.keys_of(asked).copied()).collect()
+        asked.values().flatten().flat_map(Asked::keys).chain(self.keys_of(asked)).collect()
     }
 
     /// The keys that the Services ask for now.
-    fn keys_of(&self, asked: &Anew<'_>) -> impl Iterator<Item = &ListenKey> {
-        asked.keys().filter_map(|name| self.services.get(name)).flat_map(|plan| plan.wanted.listeners.keys())
+    fn keys_of(&self, asked: &Anew<'_>) -> impl Iterator<Item = ListenKey> {
+        asked.keys().filter_map(|name| self.services.get(name)).flat_map(|plan| plan.keys())
     }
 
     /// The keys at which this process listens from now on and did not before, or the other way round.
     fn turned(&self, asked: &Anew<'_>) -> BTreeSet<ListenKey> {
         let wanted: BTreeSet<_> = asked.values().flatten().flat_map(Asked::keys).collect();
-        let nobodys = |key: &&ListenKey| {
-            !wanted.contains(*key) && self.claims.claimants(key).all(|name| asked.contains_key(name))
-        };
-        let new = wanted.iter().filter(|key| self.claims.winner(key).is_none());
-        new.chain(self.keys_of(asked).filter(nobodys)).copied().collect()
+        let nobodys =
+            |key: &ListenKey| !wanted.contains(key) && self.claims.claimants(key).all(|name| asked.contains_key(name));
+        let new = wanted.iter().copied().filter(|key| self.claims.winner(key).is_none());
+        new.chain(self.keys_of(asked).filter(nobodys)).collect()
     }
 
     /// The Services with an endpoint at one of the keys. A walk over all slices, so only where listeners came or went;
@@ -213,7 +212,7 @@ impl Plan {
     fn claim(&mut self, asked: &Anew<'_>) {
         for (name, asked) in asked {
             if let Some(old) = self.services.get(name) {
-                old.wanted.listeners.keys().for_each(|key| self.claims.release(key, name));
+                old.keys().for_each(|key| self.claims.release(&key, name));
             }
             if let Some(asked) = asked {
                 let claimant = asked.claimant();
@@ -254,7 +253,7 @@ impl Plan {
             let lost = lost(name, plan, &self.claims);
             let conflicts = conflicts(name, &lost);
             if plan.conflicts != conflicts {
-                let keys = lost.values().flatten().map(|key| **key).collect();
+                let keys = lost.values().flatten().copied().collect();
                 let plan = Arc::make_mut(plan);
                 (plan.lost, plan.conflicts) = (keys, conflicts);
             }
@@ -296,16 +295,24 @@ fn plans_of<'n>(
     parts.into_iter().flatten().collect()
 }
 
-/// What an older Service has taken from this one, by port and rival.
-type Lost<'a> = BTreeMap<(ListenerKind, u16, Protocol, &'a ObjectName), Vec<&'a ListenKey>>;
+/// What a Service asks for a key for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Purpose {
+    Listener(ListenerKind),
+    HealthPort,
+}
 
-fn lost<'a>(name: &ObjectName, plan: &'a ServicePlan, claims: &'a Claims) -> Lost<'a> {
+/// What an older Service has taken from this one, by port and rival.
+type Lost<'a> = BTreeMap<(Purpose, u16, Protocol, &'a ObjectName), Vec<ListenKey>>;
+
+fn lost<'a>(name: &ObjectName, plan: &ServicePlan, claims: &'a Claims) -> Lost<'a> {
+    let listeners = plan.wanted.listeners.iter().map(|(key, listener)| (*key, Purpose::Listener(listener.kind)));
+    let health = plan.health_port.iter().flat_map(|port| port.keys()).map(|key| (key, Purpose::HealthPort));
     let mut lost = Lost::new();
-    for (key, listener) in &plan.wanted.listeners {
-        match claims.winner(key) {
+    for (key, purpose) in listeners.chain(health) {
+        match claims.winner(&key) {
             Some(winner) if winner != name => {
-                let port = (listener.kind, key.port(), key.protocol, winner);
-                lost.entry(port).or_default().push(key);
+                lost.entry((purpose, key.port(), key.protocol, winner)).or_default().push(key);
             }
             _ => {}
         }
@@ -315,13 +322,14 @@ fn lost<'a>(name: &ObjectName, plan: &'a ServicePlan, claims: &'a Claims) -> Los
 
 /// One problem for each port and rival.
 fn conflicts(name: &ObjectName, lost: &Lost<'_>) -> Rare<Problem> {
-    let problem = |((kind, number, protocol, winner), keys): (&(ListenerKind, u16, _, _), &Vec<&ListenKey>)| {
+    let problem = |((purpose, number, protocol, winner), keys): (&(Purpose, u16, _, _), &Vec<ListenKey>)| {
         let addresses = keys.iter().map(|key| key.ip().to_string()).collect::<Vec<_>>().join(", ");
-        let what = match (kind, keys.as_slice()) {
+        let what = match (purpose, keys.as_slice()) {
             // Without addresses, which are others on each node: what is said is true of all.
-            (ListenerKind::NodePort, _) => format!("node port {number}/{protocol}"),
-            (_, [key]) => format!("{} {key}", kind.in_words()),
-            _ => format!("{} {number}/{protocol} ({addresses})", kind.in_words()),
+            (Purpose::Listener(ListenerKind::NodePort), _) => format!("node port {number}/{protocol}"),
+            (Purpose::HealthPort, _) => format!("health port {number}/{protocol}"),
+            (Purpose::Listener(kind), [key]) => format!("{} {key}", kind.in_words()),
+            (Purpose::Listener(kind), _) => format!("{} {number}/{protocol} ({addresses})", kind.in_words()),
         };
         let remedy = "the older, then the first by name, keeps it; give this one another number or address";
         let message = format!("{what} is taken by Service {winner}: {remedy}");
@@ -360,16 +368,18 @@ mod tests {
             events.into_iter().for_each(|event| self.model.apply(event, &mut dirty));
             let steps = self.plan.update(&self.model, &dirty, &self.options);
             self.running.apply(&steps);
+            let anew = self.made_anew();
             assert_eq!(self.running, self.plan.layout());
-            assert_eq!(self.running, self.made_anew());
+            assert_eq!(self.running, anew.layout());
+            assert_eq!(health_ports(&self.plan), health_ports(&anew));
             steps
         }
 
-        fn made_anew(&self) -> Layout {
+        fn made_anew(&self) -> Plan {
             let all = self.model.services().map(|service| service.name.clone()).collect();
             let mut plan = Plan::default();
             plan.update(&self.model, &all, &self.options);
-            plan.layout()
+            plan
         }
 
         fn problems(&self) -> Vec<String> {
@@ -384,8 +394,20 @@ mod tests {
         }
     }
 
+    /// Those that are to be answered: `service number count`.
+    fn health_ports(plan: &Plan) -> Vec<String> {
+        let open = plan.services.iter().filter_map(|(name, plan)| Some((name, plan.open_health_port()?)));
+        open.map(|(name, port)| format!("{name} {} {}", port.number, port.local_endpoints)).collect()
+    }
+
     fn web() -> Service {
         Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 80)
+    }
+
+    /// As a load balancer's, which asks at this number.
+    fn balanced(service: Service, number: u16) -> Service {
+        let (kind, external_policy) = (ServiceKind::LoadBalancer, TrafficPolicy::Local);
+        Service { kind, external_policy, health_check_node_port: Some(number), ..service }
     }
 
     fn slice(name: &str, hosts: &[u8]) -> Slice {
@@ -573,6 +595,76 @@ mod tests {
 
         assert_eq!(control.at("203.0.113.1:80").as_deref(), Some("default/a:http"));
         assert!(control.problems()[0].contains("external IP 203.0.113.1:80/TCP is taken by Service default/a"));
+    }
+
+    #[test]
+    fn t029_given_a_health_port_that_an_older_service_has_when_planned_then_it_is_answered_nowhere_until_that_goes() {
+        let mut control = Control::new();
+        let older = Service::new("default/a").cluster_ip([10, 96, 0, 1]).port("http", 80).node_port(31000);
+        let younger = Service { created: "2024-01-01T00:00:00Z".into(), ..balanced(web(), 31000) };
+
+        control.batch([put(&younger)]);
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 0"]);
+        control.batch([put(&older)]); // Of one family: on ::1 nobody has it.
+        assert_eq!(health_ports(&control.plan), [] as [&str; 0]);
+        assert_eq!(control.at("127.0.0.1:31000").as_deref(), Some("default/a:http"));
+        assert_eq!(control.at("10.96.0.10:80").as_deref(), Some("default/web:http"), "the Service is served");
+        let said = &control.problems()[0];
+        assert!(
+            said.starts_with("Service default/web: health port 31000/TCP is taken by Service default/a: "),
+            "{said}"
+        );
+
+        control.batch([delete(&older)]);
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 0"]);
+        assert!(control.plan.touched().contains(&younger.name), "it is to be opened");
+        assert_eq!(control.problems(), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn t029_given_a_node_port_that_an_older_health_port_has_when_planned_then_it_is_the_node_port_that_waits() {
+        let mut control = Control::new();
+        let younger = Service::new("default/a").cluster_ip([10, 96, 0, 1]).port("http", 80).node_port(31000);
+        let younger = Service { created: "2024-01-01T00:00:00Z".into(), ..younger };
+        control.batch([put(&balanced(web(), 31000)), put(&younger)]);
+
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 0"]);
+        assert_eq!(control.at("127.0.0.1:31000"), None);
+        assert!(control.problems()[0].starts_with("Service default/a: node port 31000/TCP is taken by"));
+        assert_eq!(kinds(&control.batch([put(&balanced(web(), 31001))])), "bind");
+        assert_eq!(health_ports(&control.plan), ["default/web 31001 0"]);
+    }
+
+    #[test]
+    fn given_two_services_on_one_health_port_when_planned_then_the_older_alone_is_answered_for() {
+        let mut control = Control::new();
+        let service = |name: &str, created: &str| {
+            let service = Service::new(name).cluster_ip([10, 96, 0, 1]).port(name, 80);
+            Service { created: created.into(), ..balanced(service, 31000) }
+        };
+
+        control.batch([put(&service("a", "2024-01-01T00:00:00Z")), put(&service("b", "2023-01-01T00:00:00Z"))]);
+
+        assert_eq!(health_ports(&control.plan), ["default/b 31000 0"]);
+    }
+
+    #[test]
+    fn t059_given_local_endpoints_when_they_come_and_go_then_a_load_balancer_is_told_of_those_that_are_used() {
+        let mut control = Control::new();
+        control.options.node.name = Some("here".into());
+        let web = balanced(web(), 31000);
+        let here = |address: [u8; 4]| Endpoint { node: Some("here".into()), ..Endpoint::new(address) };
+        let slice = slice("web-1", &[1]).endpoint(here([10, 0, 0, 2])).endpoint(here([10, 96, 0, 20]));
+        control.batch([put(&web), put_slice(&slice)]);
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 2"]);
+
+        let front = Service::new("default/front").cluster_ip([10, 96, 0, 20]).port("http", 8000);
+        control.batch([put(&front)]);
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 1"], "one of them is a cluster IP now");
+        assert!(control.plan.touched().contains(&web.name), "its number is to be told");
+        control.batch([delete(&front)]);
+
+        assert_eq!(health_ports(&control.plan), ["default/web 31000 2"]);
     }
 
     #[test]
@@ -791,6 +883,8 @@ mod tests {
             let service = Service::new(&format!("default/s{name}")).cluster_ip([10, 96, 0, host]).port("http", 80);
             let service = Service { created: format!("202{age}-05-01T00:00:00Z").into(), ..service };
             let service = if number == 0 { service } else { service.node_port(30000 + u16::from(number)) };
+            // Some ask for a number that others have as a node port.
+            let service = if host == 2 { balanced(service, 30001) } else { service };
             match (gone, age) {
                 (true, 0) => delete(&service),
                 (true, _) => put_slice(&Slice::new(&format!("s{name}-1"), &service).port("http", 8000)),

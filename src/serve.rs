@@ -52,6 +52,7 @@ use ipnet::IpNet;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
 
+pub(crate) use failures::next_wait;
 pub use listeners::Listeners;
 
 /// What happens to new traffic on one side of a running listener.

@@ -11,7 +11,7 @@ use crate::claims::Claimant;
 use crate::endpoints::{self, Selection, Usable, UsableEndpoint};
 use crate::entries::{Entries, Entry};
 use crate::frozen::Frozen;
-use crate::health_check::HealthCheck;
+use crate::health_port::{self, HealthPort};
 use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Target, Verdict};
 use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, TrafficPolicy};
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
@@ -28,13 +28,14 @@ pub struct ServicePlan {
     pub skipped: Option<&'static str>,
     /// Its listeners and balancers, before conflicts with other Services are settled.
     pub wanted: Wanted,
-    /// What the health checks of a load balancer are to be told; `None` where it is not to ask.
-    pub health_check: Option<HealthCheck>,
+    /// Where load balancers ask for its health and what they are told; `None` where they are not to ask, or cannot.
+    /// Before conflicts with other Services are settled.
+    pub health_port: Option<Arc<HealthPort>>,
     /// What is wrong with it by itself.
     pub problems: Rare<Problem>,
     /// The addresses that it does not get, since another Service has them.
     pub conflicts: Rare<Problem>,
-    /// Those of the wanted listeners that it does not get.
+    /// Those of the keys that it asks for that it does not get.
     pub(crate) lost: Rare<ListenKey>,
 }
 
@@ -57,6 +58,20 @@ impl ServicePlan {
     /// The listeners that it really gets, by key.
     pub fn listeners(&self) -> impl Iterator<Item = (&ListenKey, &Listener)> {
         self.wanted.listeners.iter().filter(|(key, _)| !self.lost.contains(key))
+    }
+
+    /// The health port, where it is really to be answered: on all of its addresses, or not at all. One that is lost at
+    /// one address keeps its claims to the others: it comes back as soon as the rival goes.
+    pub fn open_health_port(&self) -> Option<&Arc<HealthPort>> {
+        let granted =
+            |port: &&Arc<HealthPort>| !port.addresses.is_empty() && !port.keys().any(|key| self.lost.contains(&key));
+        self.health_port.as_ref().filter(granted)
+    }
+
+    /// All keys that it asks for.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = ListenKey> {
+        let health = self.health_port.iter().flat_map(|port| port.keys());
+        self.wanted.listeners.keys().copied().chain(health)
     }
 
     /// How the clients of its balancers are spread.
@@ -108,7 +123,7 @@ impl<'a> Asked<'a> {
 
     /// The keys that it asks for; one may be there twice.
     pub(crate) fn keys(&self) -> impl Iterator<Item = ListenKey> {
-        self.entries.iter().flat_map(|entries| &entries.list).map(|entry| entry.key)
+        self.entries.iter().flat_map(Entries::keys)
     }
 
     /// As what it asks for a key.
@@ -133,9 +148,11 @@ impl<'a> Asked<'a> {
         let slices = slices.filter(|_| !service.slices_hidden);
         let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
         plan.problems.extend(refused);
-        let (health_check, missing) = HealthCheck::of(service, slices.iter().map(AsRef::as_ref), &options.node);
-        plan.health_check = health_check;
-        plan.problems.extend(missing);
+        plan.health_port = entries.health_port.as_ref().map(|(number, addresses)| {
+            let slices = slices.iter().map(AsRef::as_ref);
+            let local_endpoints = health_port::local_endpoints(slices, &options.node, &is_cluster_ip);
+            Arc::new(HealthPort { number: *number, addresses: Arc::clone(addresses), local_endpoints })
+        });
         let mut layout = Layout::default();
         let mut problems = Vec::new();
         let balancing = Balancing::of(service, &mut problems);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::contact::Contact;
 use crate::model::{Model, Service, ServicePort};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
-use crate::plan::{Balance, HealthCheck, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
+use crate::plan::{Balance, HealthPort, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
 use crate::rejections::Rejections;
 use crate::serve::balancer::{Backend, PortState};
 
@@ -62,9 +62,9 @@ pub struct ServiceReport {
     /// Session affinity timeout in seconds; `null` without affinity.
     #[serde(rename = "affinitySeconds")]
     pub affinity_seconds: Option<u64>,
-    /// What the health checks of a load balancer are to be told; left out where it is not to ask.
+    /// What the health checks of a load balancer are to be told; left out where it is not to ask, or cannot.
     #[serde(rename = "healthCheck", default, skip_serializing_if = "Option::is_none")]
-    pub health_check: Option<HealthCheck>,
+    pub health_port: Option<HealthPortReport>,
     /// From the annotation `kube-relay.dev/balance`; left out where it is by turns.
     #[serde(default, skip_serializing_if = "Balance::is_default")]
     pub balance: Balance,
@@ -82,10 +82,35 @@ impl ServiceReport {
             kind: service.kind.as_str().into(),
             skipped: planned.and_then(|planned| planned.skipped).map(Cow::Borrowed),
             affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
-            health_check: planned.and_then(|planned| planned.health_check),
+            health_port: planned.and_then(HealthPortReport::of),
             balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),
             ports: ports.collect(),
         }
+    }
+}
+
+/// The health port of a Service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HealthPortReport {
+    /// From `spec.healthCheckNodePort`.
+    pub port: u16,
+    /// How many of its endpoints are on this node and ready: with 0, load balancers are to pass over the node.
+    pub local_endpoints: usize,
+    /// Where that is answered: `192.0.2.1:31000`. Empty where it cannot be: the problems tell why.
+    #[serde(default)]
+    pub addresses: Vec<String>,
+    /// Whether it is answered; only from a running relay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<ListenerState>,
+}
+
+impl HealthPortReport {
+    fn of(planned: &ServicePlan) -> Option<Self> {
+        let HealthPort { number, local_endpoints, .. } = **planned.health_port.as_ref()?;
+        let keys = planned.open_health_port().into_iter().flat_map(|port| port.keys());
+        let addresses = keys.map(|key| key.address().to_string()).collect();
+        Some(Self { port: number, local_endpoints, addresses, state: None })
     }
 }
 
@@ -263,6 +288,8 @@ pub struct Status {
     pub services: BTreeMap<ObjectName, Arc<ServiceStatus>>,
     /// Listeners that could not be bound; all others are bound, unless the process is stopping.
     pub failed: Arc<BTreeMap<ListenKey, ListenerState>>,
+    /// Services whose health port could not be bound at one of its addresses; so it is at none.
+    pub failed_health_ports: Arc<BTreeMap<ObjectName, ListenerState>>,
     /// What the plan and the source found wrong or worth knowing.
     pub problems: Arc<Vec<Problem>>,
     /// How the source does.
@@ -314,7 +341,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{ClusterIps, Endpoint, Event, Objects, Slice, TrafficPolicy};
+    use crate::model::{ClusterIps, Endpoint, Event, Objects, ServiceKind, Slice, TrafficPolicy};
     use crate::plan::PlanOptions;
 
     fn report(services: Vec<Service>, slices: Vec<Slice>, found: Vec<Problem>) -> Report {
@@ -383,5 +410,22 @@ mod tests {
         assert_eq!(report.notes, [note]);
         let reasons: Vec<_> = report.problems.iter().map(|problem| &*problem.reason).collect();
         assert_eq!(reasons, ["decode", "external_ip"]);
+    }
+
+    #[test]
+    fn given_a_health_port_when_reported_then_it_is_told_where_it_is_answered() {
+        let web = Service {
+            kind: ServiceKind::LoadBalancer,
+            external_policy: TrafficPolicy::Local,
+            health_check_node_port: Some(31000),
+            ..Service::new("web").cluster_ip([10, 96, 0, 10]).port("http", 80)
+        };
+
+        let report = report(vec![web], vec![], vec![]);
+
+        assert_eq!(
+            serde_json::to_value(&report.services[0].health_port).expect("a report is JSON"),
+            json!({"port": 31000, "localEndpoints": 0, "addresses": ["127.0.0.1:31000", "[::1]:31000"]})
+        );
     }
 }

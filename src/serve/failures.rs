@@ -26,6 +26,11 @@ pub struct BindError {
     pub source: io::Error,
 }
 
+/// How long to wait for the next try to bind, after one that was `waited` for, or the first one.
+pub(crate) fn next_wait(waited: Option<Duration>) -> Duration {
+    waited.map_or(FIRST_RETRY, |waited| (waited * 2).min(LAST_RETRY))
+}
+
 /// All failed listeners. Owned by `Listeners`, by value.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
@@ -61,7 +66,7 @@ impl Failures {
         waited: Option<Duration>,
         now: Instant,
     ) {
-        let wait = waited.map_or(FIRST_RETRY, |waited| (waited * 2).min(LAST_RETRY));
+        let wait = next_wait(waited);
         let error = BindError { service: wanted.port.clone(), key, source };
         self.by_key.insert(key, Failure { wanted, error, wait, due: now + wait });
         self.news.insert(key);

@@ -2,13 +2,14 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kube_relay::allocate::Ranges;
-use kube_relay::control::{self, RelayOptions};
+use kube_relay::control::{self, Message, RelayOptions, Setting};
+use kube_relay::health::Health;
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::name::ObjectName;
 use kube_relay::serve::balancer::Backend;
@@ -28,6 +29,7 @@ pub struct Relay {
     relay: control::Relay,
     status: watch::Receiver<Arc<Status>>,
     folder: TempDir,
+    setting: Setting,
     _source: DropGuard,
 }
 
@@ -50,11 +52,12 @@ impl Relay {
             options.plan.node_port_addresses = vec![site.node_ip()];
         }
         options.plan.allow_loopback_endpoints = true;
+        let setting = Setting { plan: options.plan.clone(), inside: options.inside.clone() };
         let relay = control::Relay::start(options).expect("a relay can be started");
         let cancel = CancellationToken::new();
         let source = Source::new(vec![Input::Path(folder.path().to_owned())], Ranges::default());
         tokio::spawn(manifest::run(source, relay.messages(), Arc::new(Notify::new()), cancel.clone()));
-        let relay = Self { status: relay.status(), relay, folder, _source: cancel.drop_guard() };
+        let relay = Self { status: relay.status(), relay, folder, setting, _source: cancel.drop_guard() };
         relay.until("the first state to be served", |status| status.synced).await;
         relay
     }
@@ -62,6 +65,19 @@ impl Relay {
     /// Writes the manifest anew, by an atomic rename as editors and tools do it.
     pub fn edit(&self, manifest: impl Display) {
         replace(self.folder.path(), FILE, &manifest.to_string());
+    }
+
+    /// Serves node ports elsewhere from now on.
+    pub async fn set_node_port_addresses(&self, addresses: Vec<IpAddr>) {
+        let mut setting = self.setting.clone();
+        setting.plan.node_port_addresses = addresses;
+        let sent = self.relay.messages().send(Message::Setting(Box::new(setting))).await;
+        sent.expect("the relay runs");
+    }
+
+    /// How it keeps up, and what may be told of it.
+    pub fn health(&self) -> Health {
+        self.relay.health()
     }
 
     /// The folder with the manifests.
