@@ -39,8 +39,10 @@ const BIND_RETRY: Duration = Duration::from_secs(5);
 pub enum Surface {
     /// `/healthz` and `/livez` as kube-proxy answers them. Harmless: anybody may ask, under any host name.
     Health,
-    /// `/metrics`, `/status`, `/readyz` and more.
+    /// `/metrics`, `/readyz` and more: for the machines of whoever watches this one.
     Metrics,
+    /// The same, and `/status`: for whoever works on this machine.
+    Status,
 }
 
 impl Surface {
@@ -48,7 +50,8 @@ impl Surface {
     pub fn paths(self) -> &'static [&'static str] {
         match self {
             Self::Health => &["/healthz", "/livez"],
-            Self::Metrics => &["/metrics", "/status", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
+            Self::Metrics => &["/metrics", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
+            Self::Status => &["/metrics", "/status", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
         }
     }
 }
@@ -58,6 +61,8 @@ impl Surface {
 pub struct AdminOptions {
     /// Addresses of [`Surface::Metrics`], no wildcards. From `--metrics-bind-address`.
     pub metrics: Vec<SocketAddr>,
+    /// Addresses of [`Surface::Status`], no wildcards; they may be among those above. From `--status-bind-address`.
+    pub status: Vec<SocketAddr>,
     /// Addresses of [`Surface::Health`], no wildcards. From `--healthz-bind-address`.
     pub health: Vec<SocketAddr>,
     /// An address that cannot be bound is an error of [`start`], not a reason to try again. From `--bind-address-hard-fail`.
@@ -65,9 +70,21 @@ pub struct AdminOptions {
 }
 
 impl Default for AdminOptions {
-    /// One address of each surface, on loopback.
+    /// Two addresses, on loopback.
     fn default() -> Self {
-        Self { metrics: vec![DEFAULT_METRICS_ADDRESS], health: vec![DEFAULT_HEALTHZ_ADDRESS], hard_fail: false }
+        let operators = vec![DEFAULT_METRICS_ADDRESS];
+        Self { metrics: operators.clone(), status: operators, health: vec![DEFAULT_HEALTHZ_ADDRESS], hard_fail: false }
+    }
+}
+
+impl AdminOptions {
+    /// Each address once, with all that is to be told there: those for operators, then those for health.
+    fn servers(&self) -> Vec<(Surface, SocketAddr)> {
+        let status = self.status.iter().map(|address| (Surface::Status, *address));
+        let metrics = self.metrics.iter().filter(|address| !self.status.contains(address));
+        let metrics = metrics.map(|address| (Surface::Metrics, *address));
+        let health = self.health.iter().map(|address| (Surface::Health, *address));
+        status.chain(metrics).chain(health).collect()
     }
 }
 
@@ -102,7 +119,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// The addresses that were bound at the start, in the order of the options (metrics first).
+    /// The addresses that were bound at the start: those for operators, then those for health.
     pub fn bound(&self) -> &[(Surface, SocketAddr)] {
         &self.bound
     }
@@ -122,9 +139,7 @@ pub async fn start(
 ) -> Result<Admin, AdminError> {
     let mut admin = Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), _servers: JoinSet::new() };
     let view = Arc::new(View { status, readiness, health });
-    let metrics = options.metrics.iter().map(|address| (Surface::Metrics, *address));
-    let health = options.health.iter().map(|address| (Surface::Health, *address));
-    for (surface, address) in metrics.chain(health) {
+    for (surface, address) in options.servers() {
         let view = Arc::clone(&view);
         match TcpListener::bind(address).await {
             Ok(listener) => {
@@ -208,12 +223,12 @@ async fn answer(request: Request<Incoming>, surface: Surface, view: Arc<View>) -
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         response
-    } else if surface == Surface::Metrics && !host_is_allowed(&request) {
+    } else if surface != Surface::Health && !host_is_allowed(&request) {
         text(StatusCode::FORBIDDEN, "ask by IP address or localhost: other names are refused (DNS rebinding)\n")
     } else {
         match surface {
             Surface::Health => health(request.uri().path(), &view),
-            Surface::Metrics => operators(&request, view).await,
+            Surface::Metrics | Surface::Status => operators(&request, surface, view).await,
         }
     };
     let headers = response.headers_mut();
@@ -290,13 +305,13 @@ fn health_document(checkup: &Checkup, with_node: bool, now: Instant, wall: Syste
     document
 }
 
-async fn operators(request: &Request<Incoming>, view: Arc<View>) -> Answer {
+async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View>) -> Answer {
     match request.uri().path() {
         "/metrics" => {
             let page = off_the_workers(move || metrics::render(&view.snapshot(), view.readiness.is_ready())).await;
             page.map_or_else(failed, |page| response(StatusCode::OK, metrics::CONTENT_TYPE, page))
         }
-        "/status" => {
+        "/status" if surface == Surface::Status => {
             let document = off_the_workers(move || serde_json::to_string(&LiveReport::of(&view.snapshot()))).await;
             match document {
                 Some(Ok(document)) => response(StatusCode::OK, "application/json", document),
@@ -309,7 +324,7 @@ async fn operators(request: &Request<Incoming>, view: Arc<View>) -> Answer {
         }
         "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
         "/proxyMode" => text(StatusCode::OK, "userspace"),
-        _ => not_found(Surface::Metrics),
+        _ => not_found(surface),
     }
 }
 
@@ -373,7 +388,9 @@ mod tests {
 
     const LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-    /// Both surfaces on loopback, and the three things that they read.
+    const ALSO_LOCALHOST: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2)), 0);
+
+    /// All surfaces on loopback, and the three things that they read.
     struct Served {
         admin: Admin,
         status: watch::Sender<Arc<Status>>,
@@ -385,7 +402,8 @@ mod tests {
         async fn start() -> Self {
             let (status, receiver) = watch::channel(Arc::new(sample::status()));
             let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
-            let options = AdminOptions { metrics: vec![LOCALHOST], health: vec![LOCALHOST], hard_fail: true };
+            let (metrics, health) = (vec![LOCALHOST], vec![LOCALHOST]);
+            let options = AdminOptions { metrics, status: vec![ALSO_LOCALHOST], health, hard_fail: true };
             let health = Health::new(Instant::now());
             let admin = start(options, receiver, readiness.clone(), health.clone()).await.expect("port 0 is free");
             Self { admin, status, readiness, health }
@@ -393,7 +411,7 @@ mod tests {
 
         fn address(&self, surface: Surface) -> SocketAddr {
             let mut bound = self.admin.bound().iter();
-            bound.find(|(found, _)| *found == surface).expect("both are bound").1
+            bound.find(|(found, _)| *found == surface).expect("all are bound").1
         }
 
         async fn get(&self, surface: Surface, path: &str) -> String {
@@ -428,10 +446,32 @@ mod tests {
     async fn given_a_running_relay_when_its_status_is_asked_for_then_the_report_comes_back() {
         let served = Served::start().await;
 
-        let live = peer::status(served.address(Surface::Metrics)).await.expect("a status");
+        let live = peer::status(served.address(Surface::Status)).await.expect("a status");
 
         assert_eq!((live.pid, live.revision), (std::process::id(), 7));
         assert_eq!(live.report.services.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn given_metrics_for_other_machines_when_asked_there_then_status_is_not_told_and_all_is_where_it_is() {
+        let served = Served::start().await;
+
+        let away = served.get(Surface::Metrics, "/status").await;
+        let here = served.get(Surface::Status, "/metrics").await;
+
+        assert!(away.starts_with("HTTP/1.1 404 ") && !body(&away).contains("/status"), "{away}");
+        assert!(here.starts_with("HTTP/1.1 200 "), "{here}");
+    }
+
+    #[test]
+    fn given_one_address_for_metrics_and_status_when_served_then_one_server_tells_both() {
+        let [shared, other]: [SocketAddr; 2] =
+            ["127.0.0.1:1", "10.0.0.5:1"].map(|text| text.parse().expect("an address"));
+        let options =
+            AdminOptions { metrics: vec![other, shared], status: vec![shared], health: vec![], hard_fail: false };
+
+        assert_eq!(options.servers(), [(Surface::Status, shared), (Surface::Metrics, other)]);
+        assert_eq!(AdminOptions::default().servers().len(), 2);
     }
 
     #[tokio::test]
@@ -710,7 +750,7 @@ mod tests {
     async fn given_a_second_kube_relay_when_it_binds_the_same_address_then_the_first_is_named() {
         let first = Served::start().await;
         let address = first.address(Surface::Health);
-        let options = AdminOptions { metrics: vec![], health: vec![address], hard_fail: true };
+        let options = AdminOptions { metrics: vec![], status: vec![], health: vec![address], hard_fail: true };
 
         let error = start(options, first.status.subscribe(), first.readiness.clone(), first.health.clone())
             .await
@@ -726,7 +766,8 @@ mod tests {
         let address = SocketAddr::from(([127, 85, 2, 1], 10256)); // Nobody else's, also while it is free.
         let taken = TcpListener::bind(address).await.expect("a free address");
         let (_status, receiver) = watch::channel(Arc::new(Status::default()));
-        let options = AdminOptions { metrics: vec![LOCALHOST], health: vec![address], hard_fail: false };
+        let options =
+            AdminOptions { metrics: vec![LOCALHOST], status: vec![], health: vec![address], hard_fail: false };
 
         let admin =
             start(options, receiver, Readiness::blocked_by(&[]), Health::new(Instant::now())).await.expect("not fatal");

@@ -15,10 +15,11 @@ use ipnet::IpNet;
 #[cfg(feature = "kubernetes")]
 use crate::api_client::ApiOptions;
 use crate::config::{
-    CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_DRAIN_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS,
-    DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE,
-    DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED,
-    DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig, SourceConfig, UdpTimeouts,
+    CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_DRAIN_TIMEOUT,
+    DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES,
+    DEFAULT_NODE_PORT_RANGE, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS,
+    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig,
+    SourceConfig, UdpTimeouts,
 };
 use crate::config_file::ConfigFile;
 use crate::endpoints::Node;
@@ -230,17 +231,20 @@ struct ApiFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Admin servers")]
 struct AdminFlags {
-    /// Address of /metrics, /status, /readyz and /proxyMode; `none` for no such server
+    /// Address of /metrics, /readyz and /proxyMode; a wildcard of either family is each address of this machine; `none` for no such server
     #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_METRICS_BIND_ADDRESS")]
     #[arg(default_value_t = OrNone(Some(DEFAULT_METRICS_ADDRESS)))]
     metrics_bind_address: OrNone<SocketAddr>,
 
-    /// Address of /healthz and /livez, for load balancers and kubelet probes; `none` for no such server
-    #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_HEALTHZ_BIND_ADDRESS")]
-    #[arg(default_value_t = OrNone(Some(DEFAULT_HEALTHZ_ADDRESS)))]
-    healthz_bind_address: OrNone<SocketAddr>,
+    /// Address that has /status besides, which `kube-relay status` asks [default: that of the metrics on loopback, else 127.0.0.1 with its port]
+    #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_STATUS_BIND_ADDRESS")]
+    status_bind_address: Option<OrNone<SocketAddr>>,
 
-    /// Exit where one of these two addresses cannot be bound, instead of trying again every 5 s
+    /// Address of /healthz and /livez, for load balancers and kubelet probes; `none` for no such server [default: 127.0.0.1:10256; with an API server 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_HEALTHZ_BIND_ADDRESS")]
+    healthz_bind_address: Option<OrNone<SocketAddr>>,
+
+    /// Exit where one of these addresses cannot be bound, instead of trying again every 5 s
     #[arg(long, value_name = "true|false", env = "KUBE_RELAY_BIND_ADDRESS_HARD_FAIL")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
@@ -398,7 +402,7 @@ pub struct StatusArgs {
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: StatusOutput,
 
-    /// Whom to ask: the --metrics-bind-address of a running kube-relay
+    /// Whom to ask: the --status-bind-address of a running kube-relay
     #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
     #[arg(value_parser = socket_address)]
     pub server: SocketAddr,
@@ -564,13 +568,14 @@ impl TryFrom<RunArgs> for RunConfig {
         #[cfg(not(feature = "kubernetes"))]
         let source = SourceConfig::Manifests(manifests(sources)?);
         let cluster = source.is_cluster();
-        let (metrics_address, healthz_address) = admin.checked()?;
+        let AdminAddresses { metrics, status, health } = admin.checked(cluster)?;
         let delay = if cluster { CLUSTER_SHUTDOWN_DELAY } else { DEFAULT_SHUTDOWN_DELAY };
         Ok(Self {
             source,
             plan: plan.checked(cluster)?,
-            metrics_address,
-            healthz_address,
+            metrics_address: metrics,
+            status_address: status,
+            healthz_address: health,
             bind_address_hard_fail: admin.bind_address_hard_fail,
             upstream_sources: upstream.upstream_source,
             shutdown: ShutdownTimes {
@@ -623,20 +628,46 @@ impl ApiFlags {
     }
 }
 
+/// Where our own servers are to be, wildcards not yet written out.
+struct AdminAddresses {
+    metrics: Option<SocketAddr>,
+    status: Option<SocketAddr>,
+    health: Option<SocketAddr>,
+}
+
 impl AdminFlags {
-    /// The addresses for metrics and for health.
-    fn checked(&self) -> Result<(Option<SocketAddr>, Option<SocketAddr>), ConfigError> {
-        let (metrics, health) = (self.metrics_bind_address.0, self.healthz_bind_address.0);
-        match (metrics, health) {
-            (Some(one), Some(other)) if one == other && one.port() != 0 => Err(ConfigError {
-                flag: "--healthz-bind-address",
-                value: other.to_string(),
-                right: format!(
-                    "--metrics-bind-address has the same: give one another port, like {DEFAULT_HEALTHZ_ADDRESS}"
-                ),
-            }),
-            _ => Ok((metrics, health)),
+    /// `cluster`: load balancers ask from outside.
+    fn checked(&self, cluster: bool) -> Result<AdminAddresses, ConfigError> {
+        let metrics = self.metrics_bind_address.0;
+        let status = self.status_bind_address.map_or_else(|| metrics.map(on_loopback), |address| address.0);
+        let healthz_default = if cluster { CLUSTER_HEALTHZ_ADDRESS } else { DEFAULT_HEALTHZ_ADDRESS };
+        let health = self.healthz_bind_address.unwrap_or(OrNone(Some(healthz_default))).0;
+        for (flag, other) in [("--metrics-bind-address", metrics), ("--status-bind-address", status)] {
+            if let (Some(health), Some(other)) = (health, other)
+                && clash(health, other)
+            {
+                return Err(ConfigError {
+                    flag: "--healthz-bind-address",
+                    value: health.to_string(),
+                    right: format!("{flag} has the same: give one another port, like {DEFAULT_HEALTHZ_ADDRESS}"),
+                });
+            }
         }
+        Ok(AdminAddresses { metrics, status, health })
+    }
+}
+
+/// True where two servers would want one address. A wildcard is all of them.
+fn clash(one: SocketAddr, other: SocketAddr) -> bool {
+    let same_ip = one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+    one.port() != 0 && one.port() == other.port() && same_ip
+}
+
+/// The address, if other machines cannot reach it; else the same port where they cannot.
+fn on_loopback(address: SocketAddr) -> SocketAddr {
+    match address.ip().is_loopback() {
+        true => address,
+        false => SocketAddr::new(DEFAULT_METRICS_ADDRESS.ip(), address.port()),
     }
 }
 
@@ -750,6 +781,7 @@ mod tests {
 
         assert_eq!(config.source, SourceConfig::Manifests(vec![Input::from("web.yaml")]));
         assert_eq!(config.metrics_address, Some(DEFAULT_METRICS_ADDRESS));
+        assert_eq!(config.status_address, Some(DEFAULT_METRICS_ADDRESS));
         assert_eq!(config.healthz_address, Some(DEFAULT_HEALTHZ_ADDRESS));
         assert!(!config.bind_address_hard_fail);
         assert_eq!(config.shutdown.delay, DEFAULT_SHUTDOWN_DELAY);
@@ -777,6 +809,7 @@ mod tests {
         );
         assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
         assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
+        assert_eq!(config.healthz_address, Some(CLUSTER_HEALTHZ_ADDRESS));
         assert!(!config.plan.allow_loopback_endpoints);
         let awaits_node = |config: &RunConfig| config.relay_options(&crate::host::Host::loopback_only()).awaits_node;
         assert!(awaits_node(&config) && !awaits_node(&run_fine("kube-relay run -f x")));
@@ -800,6 +833,20 @@ mod tests {
     #[test]
     fn t215_given_no_flags_when_parsed_then_metrics_are_on_loopback_only() {
         assert!(run_fine("kube-relay run -f x").metrics_address.is_some_and(|address| address.ip().is_loopback()));
+    }
+
+    #[test]
+    fn t215_given_metrics_for_other_machines_when_parsed_then_status_stays_on_loopback_unless_a_flag_says_otherwise() {
+        let status = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).status_address;
+        let at = |address: &str| Some(address.parse().expect("an address"));
+
+        assert_eq!(status("--metrics-bind-address 10.0.0.5:10349"), at("127.0.0.1:10349"));
+        assert_eq!(status("--metrics-bind-address [::]:10249"), at("127.0.0.1:10249"));
+        assert_eq!(status("--metrics-bind-address [::1]:1"), at("[::1]:1"));
+        assert_eq!(status("--metrics-bind-address none"), None);
+        assert_eq!(status("--metrics-bind-address none --status-bind-address 127.0.0.1:1"), at("127.0.0.1:1"));
+        assert_eq!(status("--status-bind-address 10.0.0.5:1"), at("10.0.0.5:1"));
+        assert_eq!(status("--status-bind-address none"), None);
     }
 
     #[test]
@@ -833,10 +880,17 @@ mod tests {
     #[test]
     fn given_values_that_clash_when_checked_then_flag_value_and_remedy_are_named() {
         let same = run("kube-relay run -f x --healthz-bind-address 127.0.0.1:10249").expect_err("the same address");
+        let status = run("kube-relay run -f x --status-bind-address 127.0.0.1:10256").expect_err("the same address");
         let twice = run("kube-relay run -f - -f -").expect_err("standard input twice");
         let zero = run("kube-relay run -f x --udp-timeout-stream 0").expect_err("no time");
 
         assert!(same.to_string().contains("'127.0.0.1:10249' for '--healthz-bind-address'"), "{same}");
+        assert!(status.to_string().contains("--status-bind-address has the same"), "{status}");
+        let wildcard = "kube-relay run -f x --metrics-bind-address 10.0.0.5:10256 --healthz-bind-address";
+        for all in ["0.0.0.0:10256", "[::]:10256"] {
+            let error = run(&format!("{wildcard} {all}")).expect_err("that address is among all").to_string();
+            assert!(error.contains("--metrics-bind-address has the same"), "{error}");
+        }
         assert!(twice.to_string().contains("once"), "{twice}");
         assert_eq!(zero.to_string(), "invalid value '0s' for '--udp-timeout-stream': write a time above 0, like 10s");
     }

@@ -26,10 +26,12 @@ use crate::serve::flow::IdleTimes;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp::UdpOptions;
 
-/// `--metrics-bind-address`: metrics, status and readiness, on loopback since they tell a lot.
+/// `--metrics-bind-address` and `--status-bind-address`: metrics, status and readiness, on loopback since they tell a lot.
 pub const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// `--healthz-bind-address` with a static source. kube-proxy's port.
 pub const DEFAULT_HEALTHZ_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
+/// `--healthz-bind-address` with an API server: load balancers ask from outside.
+pub const CLUSTER_HEALTHZ_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
 /// `--nodeport-addresses` with a static source: nobody else can reach a laptop by accident.
 pub const DEFAULT_NODE_PORT_ADDRESSES: NodePortSelector = NodePortSelector::Localhost;
 /// `--nodeport-addresses` with an API server.
@@ -62,9 +64,11 @@ pub struct RunConfig {
     pub source: SourceConfig,
     /// What shapes the plan.
     pub plan: PlanConfig,
-    /// Where metrics and status are served; `None`: nowhere. A wildcard means each address of this machine.
+    /// Where metrics are served; `None`: nowhere. A wildcard means each address of this machine, of both families.
     pub metrics_address: Option<SocketAddr>,
-    /// Where health is served; `None`: nowhere. A wildcard means each address of this machine.
+    /// Where status is served beside metrics, in the same way. From `--status-bind-address`.
+    pub status_address: Option<SocketAddr>,
+    /// Where health is served, in the same way.
     pub healthz_address: Option<SocketAddr>,
     /// True where the process is to end if one of these cannot be bound.
     pub bind_address_hard_fail: bool,

@@ -90,6 +90,7 @@ const RELAY: &[Field] = &[
     #[cfg(feature = "kubernetes")]
     field("stateDir", Form::Text, &["state_dir"]),
     field("metricsBindAddress", METRICS, &["metrics_bind_address"]),
+    field("statusBindAddress", METRICS, &["status_bind_address"]),
     field("healthzBindAddress", HEALTHZ, &["healthz_bind_address"]),
     field("bindAddressHardFail", Form::Switch, &["bind_address_hard_fail"]),
     field("nodePortAddresses", Form::List, &["nodeport_addresses"]),

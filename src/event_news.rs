@@ -114,7 +114,7 @@ fn is_of_the_machine(reason: &str) -> bool {
 fn reason_of(surface: Surface) -> Reason {
     match surface {
         Surface::Health => Reason("FailedToStartProxierHealthcheck", "Listen"),
-        Surface::Metrics => Reason("FailedToStartMetricServer", "Listen"),
+        Surface::Metrics | Surface::Status => Reason("FailedToStartMetricServer", "Listen"),
     }
 }
 

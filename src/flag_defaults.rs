@@ -182,7 +182,8 @@ mod tests {
     fn given_every_field_of_ours_when_parsed_then_each_is_in_the_configuration() {
         let config = run(
             &relay(
-                "metadata: {name: edge}\nsources: [x]\nmetricsBindAddress: none\nhealthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
+                "metadata: {name: edge}\nsources: [x]\nmetricsBindAddress: none\nstatusBindAddress: 127.0.0.3\n\
+                 healthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
                  allowedExternalCIDRs: 203.0.113.0/24\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
@@ -194,6 +195,7 @@ mod tests {
         );
 
         assert_eq!((config.metrics_address, config.healthz_address), (None, Some(([10, 0, 0, 5], 10256).into())));
+        assert_eq!(config.status_address, Some(([127, 0, 0, 3], 10249).into()));
         assert!(config.bind_address_hard_fail);
         assert_eq!((config.plan.expose.len(), config.plan.allowed_external_cidrs.len()), (2, 1));
         assert_eq!((config.plan.service_cluster_ip_range, config.plan.service_node_port_range), (None, 1..=9));

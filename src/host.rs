@@ -68,14 +68,14 @@ impl Host {
         Self { interfaces: vec![lo], default_sources: default_route_sources() }
     }
 
-    /// A wildcard address, written out: a socket for each address of this machine instead of one that would also
-    /// catch the traffic of every VIP. Other addresses are returned as they are.
+    /// A wildcard address of one of our own servers, written out: a socket for each address of this machine instead of
+    /// one that would also catch the traffic of every VIP. Either family's means both, as kube-proxy takes it; other
+    /// addresses are returned as they are.
     pub fn expand_wildcard(&self, address: SocketAddr) -> Vec<SocketAddr> {
         if !address.ip().is_unspecified() {
             return vec![address];
         }
-        let family = Family::of(address.ip());
-        let own: BTreeSet<IpAddr> = self.bindable().filter(|ip| Family::of(*ip) == family).collect();
+        let own: BTreeSet<IpAddr> = self.bindable().collect();
         own.into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect()
     }
 
@@ -360,13 +360,14 @@ mod tests {
     }
 
     #[test]
-    fn given_a_wildcard_when_expanded_then_each_address_of_its_family_gets_a_socket() {
-        let wildcard = "0.0.0.0:80".parse().expect("an address");
+    fn given_a_wildcard_of_either_family_when_expanded_then_each_address_of_both_gets_a_socket() {
+        for wildcard in ["0.0.0.0:80", "[::]:80"] {
+            let wildcard = wildcard.parse().expect("an address");
+            let expanded: Vec<IpAddr> = dual_stack().expand_wildcard(wildcard).iter().map(SocketAddr::ip).collect();
+            assert_eq!(expanded, ips(&["10.0.0.5", LO4, "192.168.7.2", LO6, "2001:db8::5", "fd00::5"]));
+        }
+
         let own = "10.0.0.5:80".parse().expect("an address");
-
-        let expanded: Vec<IpAddr> = dual_stack().expand_wildcard(wildcard).iter().map(SocketAddr::ip).collect();
-
-        assert_eq!(expanded, ips(&["10.0.0.5", LO4, "192.168.7.2"]));
         assert_eq!(dual_stack().expand_wildcard(own), [own]);
     }
 

@@ -231,6 +231,7 @@ fn admin_options(config: &RunConfig, host: &Host) -> AdminOptions {
     let each = |address: Option<_>| address.map(|address| host.expand_wildcard(address)).unwrap_or_default();
     AdminOptions {
         metrics: each(config.metrics_address),
+        status: each(config.status_address),
         health: each(config.healthz_address),
         hard_fail: config.bind_address_hard_fail,
     }

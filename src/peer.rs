@@ -29,7 +29,7 @@ const ANSWER_LIMIT_BYTES: usize = 256 << 20;
 pub enum AskError {
     /// Nobody listens there.
     #[error(
-        "{server}: nothing answers; is `kube-relay run` up, and is this its --metrics-bind-address? (--server IP:PORT asks another)"
+        "{server}: nothing answers; is `kube-relay run` up, and is this its --status-bind-address? (--server IP:PORT asks another)"
     )]
     Connect {
         /// Whom we asked.
@@ -60,7 +60,7 @@ pub enum AskError {
         what: String,
     },
     /// It answers, but not as we do.
-    #[error("{server}: answers {status} to GET /status: not the --metrics-bind-address of a kube-relay")]
+    #[error("{server}: answers {status} to GET /status: not the --status-bind-address of a kube-relay")]
     Stranger {
         /// Whom we asked.
         server: SocketAddr,
