@@ -78,6 +78,11 @@ pub(crate) fn news(status: &Status, unbound: &[Unbound], node: &Arc<str>) -> BTr
     for (service, reason, message) in failed_listeners(status) {
         notes.add_failure(service, LISTENER, reason, message);
     }
+    for (service, state) in status.failed_health_ports.iter() {
+        if let ListenerState::Failed { reason, message } = state {
+            notes.add_failure(service, HEALTH_PORT, reason, message);
+        }
+    }
     for Unbound { surface, error, .. } in unbound {
         notes.add(Topic { regarding: Regarding::Node(Arc::clone(node)), reason: reason_of(*surface) }, error, false);
     }
@@ -304,6 +309,16 @@ mod tests {
             told_with(&failing("in_use"), &[]),
             ["Service default/web FailedToListen: node here: cannot listen"]
         );
+    }
+
+    #[test]
+    fn t207_given_a_health_port_that_somebody_holds_when_told_then_the_service_has_the_reason_of_kube_proxy() {
+        let failed = ListenerState::Failed { reason: "in_use".into(), message: "cannot answer".into() };
+        let failed_health_ports = Arc::new([(ObjectName::parse("web"), failed)].into());
+
+        let told = told_with(&Status { failed_health_ports, ..Status::default() }, &[]);
+
+        assert_eq!(told, ["Service default/web FailedToStartServiceHealthcheck: node here: cannot answer"]);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::contact::Contact;
 use crate::control::Relay;
 use crate::event_ledger::{Ledger, News, Order, Outcome};
 use crate::event_news::{Reason, Regarding, Topic, beginning, news};
-use crate::name::ListenKey;
+use crate::name::{ListenKey, ObjectName};
 use crate::plan::Problem;
 use crate::status::{ListenerState, Status};
 
@@ -62,6 +62,7 @@ pub(crate) struct Herald {
 struct Seen {
     problems: Arc<Vec<Problem>>,
     failed: Arc<BTreeMap<ListenKey, ListenerState>>,
+    failed_health_ports: Arc<BTreeMap<ObjectName, ListenerState>>,
     unbound: Vec<Unbound>,
 }
 
@@ -119,6 +120,7 @@ impl Herald {
         let seen = Seen {
             problems: Arc::clone(&status.problems),
             failed: Arc::clone(&status.failed),
+            failed_health_ports: Arc::clone(&status.failed_health_ports),
             unbound: self.unbound.borrow_and_update().clone(),
         };
         if !status.synced || status.stopping || seen == self.seen {
