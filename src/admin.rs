@@ -480,6 +480,7 @@ mod tests {
 
         let answer = served.get(Surface::Metrics, "/proxyMode").await;
 
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
         assert_eq!(body(&answer), "userspace");
         assert!(answer.contains("\r\ncontent-type: text/plain; charset=utf-8\r\n"), "{answer}");
         assert!(answer.contains("\r\nx-content-type-options: nosniff\r\n"), "{answer}");

@@ -44,16 +44,25 @@ async fn given_a_service_of_an_api_server_when_its_slice_changes_then_clients_fo
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t224_given_services_without_their_slices_when_one_list_fails_then_nothing_is_bound_until_both_are_there() {
-    let site = Site::new(224);
+    bound_with_the_last_list(Site::new(224), "endpointslices", "EndpointSlice", "services").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t224_given_slices_without_their_services_when_one_list_fails_then_nothing_is_bound_until_both_are_there() {
+    bound_with_the_last_list(Site::new(80), "services", "Service", "endpointslices").await;
+}
+
+/// The server refuses one resource, of this kind, and has sent the other.
+async fn bound_with_the_last_list(site: Site, refused: &'static str, kind: &str, sent: &str) {
     let server = ApiServer::start(api_address(site)).await;
     server.put("services", web(site));
     server.put("endpointslices", slice("web-1", &[site.backend(1)]));
-    server.refuse_only(Some("endpointslices"));
+    server.refuse_only(Some(refused));
     let stage = Stage::following(site, server).await;
     stage
-        .until("the list of Services", |status| {
-            status.contact.failures().any(|(kind, _, _)| kind.as_str() == "EndpointSlice")
-                && stage.server.count("services", true) > 0
+        .until("the list that is not refused", |status| {
+            status.contact.failures().any(|(failed, _, _)| failed.as_str() == kind)
+                && stage.server.count(sent, true) > 0
         })
         .await;
     assert!(!stage.status().synced);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::log::Log;
 use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
@@ -40,9 +41,12 @@ async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_i
     let setup = keeping_in(folder.path(), "authority-1.pem");
     let server = after_a_run(site, &setup, |_| {}).await;
 
+    let begin = Instant::now();
     let mut stage = Stage::following_with(site, server, setup).await;
     stage.until_backends(&[site.backend(1)]).await;
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(1));
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(1) || cfg!(debug_assertions), "served after {took:?}");
     assert!(stage.status().synced && !stage.status().contact.is_connected());
     assert!(stage.is_eligible(), "the Node is in the file, too");
     let saved_at = |stage: &Stage| stage.status().contact.report().and_then(|report| report.saved_at);
