@@ -165,8 +165,7 @@ impl TcpServer {
         let listening = shared.workers.listen(&listener, move |number| Acceptor {
             number,
             server: Arc::clone(&server),
-            burst: Cell::new(1),
-            pause: Cell::default(),
+            pace: Cell::new(Pace::start()),
         })?;
         Ok(Self(listening))
     }
@@ -192,26 +191,52 @@ struct Server {
 struct Acceptor {
     number: Foreign,
     server: Arc<Server>,
-    /// How many are accepted before other tasks get their turn.
-    burst: Cell<u8>,
-    pause: Cell<Pause>,
+    pace: Cell<Pace>,
 }
 
-/// The most that are accepted in one go. It begins with one, doubles when so many were there, and halves when not: so
-/// that few calls are made only to hear that nobody waits.
-const BURST: u8 = 16;
+/// How many an acceptor takes in one go before other tasks get their turn, and how long it rests when it cannot. Four bytes,
+/// as each listener has one for each worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pace {
+    burst: u8,
+    pause: Pause,
+}
+
+impl Pace {
+    /// The most that are accepted in one go. It begins with one, doubles when so many were there, and halves when not: so
+    /// that few calls are made only to hear that nobody waits.
+    const BURST: u8 = 16;
+
+    fn start() -> Self {
+        Self { burst: 1, pause: Pause::default() }
+    }
+
+    /// So many were there. Only after a longest burst pauses are short again: at the limit each client that is turned away
+    /// leaves a descriptor for the next, and pauses that begin anew with each of them would never grow.
+    fn after_burst(self) -> Self {
+        let pause = if self.burst == Self::BURST { Pause::default() } else { self.pause };
+        Self { burst: (self.burst * 2).min(Self::BURST), pause }
+    }
+
+    /// Nobody waits any more.
+    fn after_last(self) -> Self {
+        Self { burst: (self.burst / 2).max(1), pause: Pause::default() }
+    }
+
+    /// It could not accept.
+    fn after_lack(self) -> Self {
+        Self { burst: 1, pause: self.pause.next() }
+    }
+}
 
 impl Readable for Acceptor {
     fn readable(&self, worker: &Rc<Worker>) {
-        let burst = self.burst.get();
-        for _ in 0..burst {
+        let pace = self.pace.get();
+        for _ in 0..pace.burst {
             match socket::accept(&self.server.listener) {
-                Ok((socket, peer)) => {
-                    self.pause.set(Pause::default()); // The next one is short again.
-                    self.server.admit(worker, socket, peer);
-                }
+                Ok((socket, peer)) => self.server.admit(worker, socket, peer),
                 Err(error) => match Refusal::of(&error) {
-                    Refusal::Empty => return self.burst.set((burst / 2).max(1)),
+                    Refusal::Empty => return self.pace.set(pace.after_last()),
                     Refusal::Gone => {}
                     Refusal::Lack(reason) => {
                         self.server.target.load().port.stats.dropped.count(reason);
@@ -221,7 +246,7 @@ impl Readable for Acceptor {
                 },
             }
         }
-        self.burst.set((burst * 2).min(BURST));
+        self.pace.set(pace.after_burst());
     }
 }
 
@@ -232,9 +257,9 @@ impl Acceptor {
             let reason = reason.map(tracing::field::display);
             warn!(%service, listen = %self.server.key, reason, %error, "cannot accept, clients wait");
         }
-        let pause = self.pause.get().next();
-        self.pause.set(pause);
-        worker.mute(self.number, &self.server.listener, pause.length());
+        let pace = self.pace.get().after_lack();
+        self.pace.set(pace);
+        worker.mute(self.number, &self.server.listener, pace.pause.length());
     }
 }
 
@@ -327,10 +352,10 @@ impl Refusal {
     }
 }
 
-/// The pause of a listener that cannot accept: 5 ms, doubling to 1 s. Two bytes, as each listener has one for each worker.
+/// The pause of a listener that cannot accept: 5 ms, doubling to 1 s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Pause {
-    /// 0 where none was needed since something was accepted.
+    /// 0 where none was needed since all who waited were accepted, or many in a row.
     length_ms: u16,
 }
 
@@ -938,6 +963,17 @@ mod tests {
         let lengths: Vec<_> = pauses.skip(1).take(10).map(|pause| pause.length().as_millis()).collect();
 
         assert_eq!(lengths, [5, 10, 20, 40, 80, 160, 320, 640, 1_000, 1_000]);
+    }
+
+    #[test]
+    fn f14_given_accepts_that_fail_and_succeed_by_turns_when_they_go_on_then_pauses_grow_until_many_are_accepted() {
+        let by_turns = (0..9).fold(Pace::start(), |pace, _| pace.after_burst().after_lack());
+        assert_eq!(by_turns.pause.length(), Duration::from_secs(1));
+
+        let bursts = std::iter::successors(Some(by_turns), |pace| Some(pace.after_burst()));
+        let shown: Vec<_> = bursts.take(6).map(|pace| (pace.burst, pace.pause.length_ms)).collect();
+        assert_eq!(shown, [(1, 1_000), (2, 1_000), (4, 1_000), (8, 1_000), (16, 1_000), (16, 0)]);
+        assert_eq!(by_turns.after_last(), Pace::start());
     }
 
     #[test]

@@ -42,12 +42,9 @@ async fn f14_given_fewer_descriptors_than_clients_when_they_wait_then_nothing_sp
             Err(error) => panic!("neither served nor queued nor reset: {error}"),
         }
     }
-    // Each descriptor that is left serves to tell one of those in the queue that there is none for a backend.
-    let rush = async { while relay.busy(Duration::from_millis(500)).await >= 0.01 {} };
-    within("all to be told that can be", rush).await;
     let busy = relay.busy(Duration::from_secs(1)).await;
 
-    println!("{:.2} % of a processor while {count} clients wait", busy * 100.0);
+    println!("{:.2} % of a processor while {count} clients come", busy * 100.0);
     assert!(busy < 0.1, "{busy}");
     client::ask_on(&mut served).await.expect("an open connection goes on");
     drop(clients);
