@@ -161,6 +161,7 @@ mod texts;
 pub mod timestamp;
 mod udp_settings;
 pub mod value;
+pub mod vip_routes;
 mod watch;
 #[cfg(feature = "kubernetes")]
 mod watched;
