@@ -36,6 +36,13 @@ pub struct InterfaceAddress {
     pub prefix: u8,
 }
 
+impl InterfaceAddress {
+    /// The network whose other addresses are neighbours on this interface.
+    pub fn net(&self) -> IpNet {
+        IpNet::new(self.address, self.prefix).map_or_else(|_| self.address.into(), |net| net.trunc())
+    }
+}
+
 /// The machine's addresses could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {

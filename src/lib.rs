@@ -42,6 +42,7 @@
 //! | an open connection | a task of one worker thread, from the first byte to the last | its counters |
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
+//! | routes that make addresses of Services local | the keeper of [`vips`], by value: [`vip_routes::Routes`] | a [`vips::Hold`] for each listener and each connection |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
@@ -53,6 +54,8 @@
 //! * Sources and tasks never share a lock: messages in, snapshots out. In [`serve`] nothing waits for anything but sockets.
 //! * Traffic has threads of its own: workers for connections, shards for datagrams. The tokio runtime is for the rest.
 //! * A bound listener always has a target, and a target's balancers are always there (see [`plan::diff`] for the order).
+//! * An address that a listener or a connection needs is local, whoever tries to take that away; routes of others are never
+//!   touched.
 //! * A backend that is a listener of this process is never picked: one connection would make thousands.
 //! * One bad object, file, address or peer hurts nobody else: it becomes a [`plan::Problem`], a failed listener or a
 //!   counted end with one word of a fixed vocabulary, the same in log, metric and status.
@@ -70,6 +73,7 @@ pub mod api_client;
 mod api_report;
 #[cfg(feature = "kubernetes")]
 mod api_watch;
+mod arp;
 mod balancing;
 #[cfg(feature = "kubernetes")]
 mod causes;
@@ -149,6 +153,9 @@ pub mod rare;
 mod reading;
 pub mod rejections;
 pub mod remedy;
+pub mod route_claim;
+mod route_message;
+mod route_socket;
 #[cfg(feature = "kubernetes")]
 mod saved_object;
 pub mod scaffold;
@@ -162,6 +169,7 @@ pub mod timestamp;
 mod udp_settings;
 pub mod value;
 pub mod vip_routes;
+pub mod vips;
 mod watch;
 #[cfg(feature = "kubernetes")]
 mod watched;

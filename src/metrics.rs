@@ -18,7 +18,7 @@ use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
 use crate::plan::ServicePlan;
 use crate::serve::balancer::Backend;
-use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS, VipAddresses};
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
@@ -103,6 +103,8 @@ metrics! {
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
+    VipAddresses = Gauge "kuberelay_vip_addresses" ["state"] "Addresses of Services off loopback that are local by routes of ours (own), as others made them so (foreign), or not (missing).";
+    RoutesRepaired = Counter "kuberelay_routes_repaired_total" [] "Addresses of Services that somebody made local no more, and that were made so again.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
@@ -136,6 +138,8 @@ pub fn render(status: &Status, ready: bool) -> String {
     }
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
+    page.vip_addresses(&PROCESS.vip_addresses);
+    page.sample(Id::RoutesRepaired, "", PROCESS.routes_repaired.get());
     page.sample(Id::Panics, "", PROCESS.panics.get());
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
@@ -203,6 +207,12 @@ impl Page {
         for (kind, reason, count) in contact.failures() {
             let labels = format!("{},{}", label("kind", kind.as_str()), label("reason", reason.as_str()));
             self.sample(Id::WatchErrors, &labels, count);
+        }
+    }
+
+    fn vip_addresses(&mut self, VipAddresses { own, foreign, missing }: &VipAddresses) {
+        for (state, count) in [("own", own), ("foreign", foreign), ("missing", missing)] {
+            self.sample(Id::VipAddresses, &label("state", state), count.get());
         }
     }
 

@@ -364,6 +364,8 @@ impl Zeros for ServiceStats {
 pub static PROCESS: ProcessStats = ProcessStats {
     splice_fallbacks: Counter::new(),
     filter_fallbacks: Counter::new(),
+    vip_addresses: VipAddresses { own: Latest::new(), foreign: Latest::new(), missing: Latest::new() },
+    routes_repaired: Counter::new(),
     panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
@@ -380,6 +382,10 @@ pub struct ProcessStats {
     pub splice_fallbacks: Counter,
     /// Filters of listeners that the kernel did not take, or that would be too long: sources are judged by the process.
     pub filter_fallbacks: Counter,
+    /// Addresses of Services, by who makes them local.
+    pub vip_addresses: VipAddresses,
+    /// Addresses of Services that somebody made local no more, and that are so again.
+    pub routes_repaired: Counter,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
     pub panics: Counter,
     /// Answers of `/healthz` at the health address.
@@ -388,6 +394,17 @@ pub struct ProcessStats {
     pub livez: HealthAnswers,
     /// From a change of endpoints, as the control plane noticed it, to its being served here.
     pub network_programming: Histogram<15>,
+}
+
+/// How many addresses of Services are local at all, and by whom.
+#[derive(Debug)]
+pub struct VipAddresses {
+    /// By routes of ours.
+    pub own: Latest,
+    /// Because others made them so.
+    pub foreign: Latest,
+    /// Not.
+    pub missing: Latest,
 }
 
 /// Answers by their code.
