@@ -9,7 +9,7 @@
 //! kubernetes ┘
 //! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
 //!                                                                                                           │ Point   → the listener's target, its socket's filter
-//!                                                                                                           │ Bind    → a socket, and threads that serve it
+//!                                                                                                           │ Bind    → a route that makes its address local (`vips`), a socket, and threads that serve it
 //!                                                                                                           │ Park    → port held, connects refused
 //!                                                                                                           │ Revive  → the same socket serves again
 //!                                                                                                           │ Unbind  → closed; open connections go on

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::name::ListenKey;
+use crate::vips::NoRoute;
 
 /// Why a socket could not be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -19,8 +20,10 @@ pub enum BindFailure {
     InUse,
     /// A port below the unprivileged ones, without the capability for it.
     Permission,
-    /// The address belongs to no interface of this machine.
+    /// The address belongs to no interface of this machine, and no route leads here.
     NotLocal,
+    /// A route would make it local, but have this machine answer its neighbours for it.
+    ArpConflict,
     /// This machine does not speak the address family.
     Family,
     /// This process has no descriptor left.
@@ -34,6 +37,13 @@ pub enum BindFailure {
 impl BindFailure {
     /// Tells the cause from the error of `socket`, `bind` or `listen`.
     pub fn of(error: &io::Error) -> Self {
+        match error.get_ref().and_then(|reason| reason.downcast_ref::<NoRoute>()) {
+            Some(NoRoute::ArpConflict { .. }) => return Self::ArpConflict,
+            // EACCES: IPv6 is switched off on loopback.
+            Some(NoRoute::Refused(Errno::AFNOSUPPORT | Errno::OPNOTSUPP | Errno::ACCESS)) => return Self::Family,
+            Some(NoRoute::Forbidden | NoRoute::Refused(_) | NoRoute::Gone) => return Self::NotLocal,
+            None => {}
+        }
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::ADDRINUSE) => Self::InUse,
             Some(Errno::ACCESS | Errno::PERM) => Self::Permission,
@@ -51,6 +61,7 @@ impl BindFailure {
             Self::InUse => "in_use",
             Self::Permission => "permission",
             Self::NotLocal => "not_local",
+            Self::ArpConflict => "arp_conflict",
             Self::Family => "family",
             Self::FdLimit => "fd_limit",
             Self::Memory => "memory",
@@ -87,7 +98,7 @@ pub fn remedy(failure: BindFailure, key: ListenKey) -> Option<String> {
             "the process has no descriptor left: raise its limit (`LimitNOFILE=`, `ulimit -n`)".into()
         }
         BindFailure::Memory => "the kernel has no memory for sockets: see `net.ipv4.tcp_mem` and `free`".into(),
-        BindFailure::Other => return None,
+        BindFailure::ArpConflict | BindFailure::Other => return None, // The error itself says it.
     };
     Some(text)
 }
@@ -148,6 +159,22 @@ mod tests {
         let v6 = remedy(BindFailure::NotLocal, key("[fd00::10]:80")).expect("a remedy");
         assert!(v4.contains("`ip address add 203.0.113.77/32 dev lo`"), "{v4}");
         assert!(v6.contains("`ip -6 route add local fd00::10/128 dev lo`"), "{v6}");
+    }
+
+    #[test]
+    fn given_an_address_that_got_no_route_when_explained_then_the_reason_is_told_in_its_word() {
+        let conflict = io::Error::from(NoRoute::ArpConflict { interface: "eth0".into() });
+        let forbidden = io::Error::from(NoRoute::Forbidden);
+        let switched_off = io::Error::from(NoRoute::Refused(Errno::ACCESS));
+        let at = key("203.0.113.77:80");
+
+        assert_eq!(BindFailure::of(&conflict).as_str(), "arp_conflict");
+        assert!(explain(&conflict, at).contains("`sysctl -w net.ipv4.conf.eth0.arp_ignore=1`"));
+        assert_eq!(BindFailure::of(&switched_off), BindFailure::Family);
+        assert_eq!(BindFailure::of(&forbidden), BindFailure::NotLocal);
+        assert!(
+            explain(&forbidden, at).contains("CAP_NET_ADMIN; the address is not on this machine: `ip address add ")
+        );
     }
 
     #[test]

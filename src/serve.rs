@@ -51,6 +51,7 @@ use ipnet::IpNet;
 
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
+use crate::vips::Hold;
 
 pub(crate) use failures::next_wait;
 pub use listeners::Listeners;
@@ -79,6 +80,8 @@ pub struct Target {
     pub inside_of: Arc<[IpNet]>,
     /// Who may come at all, on either side; empty: everybody. Others get no answer.
     pub source_ranges: Arc<[IpNet]>,
+    /// What keeps the listener's address local: for the listener, and for each connection that came there.
+    pub address: Option<Hold>,
 }
 
 impl Target {

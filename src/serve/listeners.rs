@@ -20,7 +20,7 @@ use tokio::task::coop::consume_budget;
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::parts::in_parts;
-use crate::plan::{self, Backends, Listener, Side, Step};
+use crate::plan::{self, Backends, Listener, ListenerKind, Side, Step};
 use crate::serve::balancer::{Backend, PortState};
 use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::failures::{Due, Failures};
@@ -28,6 +28,7 @@ use crate::serve::ports::Ports;
 use crate::serve::tcp::TcpShared;
 use crate::serve::udp::UdpShards;
 use crate::serve::{Target, TargetCell, Verdict};
+use crate::vips::{Granted, Vips, Wanted};
 
 pub use crate::serve::failures::BindError;
 
@@ -58,6 +59,9 @@ pub struct Listeners {
     servers: Servers,
     /// How many threads may open listeners at once.
     binders: usize,
+    vips: Vips,
+    /// What keeps addresses local that this batch of steps binds.
+    granted: Granted,
 }
 
 /// A listener that is to be opened.
@@ -90,7 +94,14 @@ impl Listeners {
             inside,
             servers: Servers::new(tcp, udp),
             binders: available_parallelism().map_or(1, usize::from).min(MOST_BINDERS),
+            vips: Vips::default(),
+            granted: Granted::default(),
         }
+    }
+
+    /// Has somebody make the addresses of Services local before they are bound.
+    pub fn with_vips(self, vips: Vips) -> Self {
+        Self { vips, ..self }
     }
 
     /// Sets what counts as this node and its pods, for targets made from now on. True where it is something else.
@@ -103,6 +114,11 @@ impl Listeners {
     /// Carries steps out, in their order. A listener that cannot be bound [fails](Listeners::failure) and hurts no other.
     pub async fn apply(&mut self, steps: Vec<Step>, now: Instant) {
         let mut changed_ports = Vec::new();
+        let vips = steps.iter().filter_map(|step| match step {
+            Step::Bind(key, wanted) => vip(key, wanted),
+            _ => None,
+        });
+        self.require(vips.collect()).await;
         self.ports.expect(steps.iter().filter_map(|step| match step {
             Step::Swap(key, _) => Some(&key.port),
             _ => None,
@@ -160,7 +176,9 @@ impl Listeners {
 
     /// Tries the failed listeners that are due.
     pub async fn retry(&mut self, now: Instant) {
-        for Due { key, wanted, waited } in self.failures.take_due(now) {
+        let due = self.failures.take_due(now);
+        self.require(due.iter().filter_map(|due| vip(&due.key, &due.wanted)).collect()).await;
+        for Due { key, wanted, waited } in due {
             consume_budget().await;
             self.bind_all(vec![Bind { key, wanted, waited: Some(waited) }], now);
         }
@@ -169,6 +187,7 @@ impl Listeners {
 
     /// What ends each batch of changes. What is told of it afterwards is so: the next datagram goes by the new tables.
     async fn finish(&mut self) {
+        self.granted = Granted::default();
         add_all(&mut self.listeners, std::mem::take(&mut self.opened));
         self.servers.udp.settle().await;
         let turned = std::mem::take(&mut self.turned);
@@ -197,15 +216,28 @@ impl Listeners {
         self.listeners.len()
     }
 
+    /// To be called once the first state of all Services is carried out: addresses that nobody of it needs may go.
+    pub fn all_required(&self) {
+        self.vips.all_known();
+    }
+
     /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
     pub async fn close(&mut self) {
         self.closed = true;
+        self.vips.stop();
         self.failures.forget_all();
         self.ports.disown_all();
         // At once, not one after another: each has to wait for a task or a shard that may be busy.
         let running = std::mem::take(&mut self.listeners);
         join_all(running.into_values().map(|running| self.servers.release(running.bound))).await;
         self.servers.udp.flush();
+    }
+
+    /// Has addresses made local, all of a batch at once.
+    async fn require(&mut self, wanted: Vec<Wanted>) {
+        if !self.closed {
+            self.granted = self.vips.require(wanted).await;
+        }
     }
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
@@ -251,9 +283,15 @@ impl Listeners {
     }
 
     /// Opens a listener's sockets; `None` where a side names a balancer that is not there.
+    ///
+    /// Not where its address could not be made local: with `net.ipv4.ip_nonlocal_bind` the kernel would have it bound, and
+    /// nobody would ever come there.
     fn open(&self, Bind { key, wanted, .. }: &Bind) -> Option<(Target, io::Result<Opened>)> {
         let target = self.target(key, wanted)?;
-        let opened = self.servers.open(*key, wanted, &target);
+        let opened = match self.granted.refused(key.ip()) {
+            Some(reason) => Err(reason.clone().into()),
+            None => self.servers.open(*key, wanted, &target),
+        };
         Some((target, opened))
     }
 
@@ -281,11 +319,12 @@ impl Listeners {
     /// Gives a listener another target, and its socket the state that the target asks for.
     async fn point(&mut self, key: ListenKey, wanted: Listener, now: Instant) {
         let Some(wanted) = self.failures.want(&key, wanted) else { return };
-        let Some(target) = self.target(&key, &wanted) else {
+        let Some(mut target) = self.target(&key, &wanted) else {
             debug_assert!(false, "{key}: planned without a balancer");
             return;
         };
         let Some(running) = self.listeners.remove(&key) else { return };
+        target.address.clone_from(&running.target.load().address);
         let port = Arc::clone(&target.port);
         running.target.store(Arc::new(target));
         self.ports.disown(&running.port.name, &key);
@@ -328,6 +367,7 @@ impl Listeners {
             inside: verdict(inside)?,
             inside_of,
             source_ranges: Arc::clone(&wanted.source_ranges),
+            address: self.granted.hold(key.ip()),
         })
     }
 
@@ -336,6 +376,16 @@ impl Listeners {
     fn inside_of(&self, address: IpAddr) -> Arc<[IpNet]> {
         self.inside.iter().copied().chain([address.into()]).collect()
     }
+}
+
+/// The address of a listener where it belongs to a Service, not to this machine.
+fn vip(key: &ListenKey, wanted: &Listener) -> Option<Wanted> {
+    let announced = match wanted.kind {
+        ListenerKind::ClusterIp => false,
+        ListenerKind::ExternalIp | ListenerKind::LoadBalancerIp => true,
+        ListenerKind::NodePort | ListenerKind::Exposed => return None,
+    };
+    Some(Wanted { address: key.ip(), announced })
 }
 
 #[cfg(test)]

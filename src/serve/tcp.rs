@@ -58,6 +58,7 @@ use crate::serve::stream::Stream;
 use crate::serve::worker::{Readable, Worker};
 use crate::serve::{TargetCell, socket};
 use crate::stats::DropReason;
+use crate::vips::Hold;
 
 /// How TCP is served.
 #[derive(Clone, Debug)]
@@ -275,9 +276,10 @@ impl Server {
         };
         let guest = Guest::new(socket, peer, &balancer.port);
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
-        self.shared
-            .workers
-            .place(worker, move |seat| serve(guest, listen, balancer, shared, Stay { _open: open, _seat: seat }));
+        let address = target.address.clone();
+        self.shared.workers.place(worker, move |seat| {
+            serve(guest, listen, balancer, shared, Stay { _open: open, _seat: seat, _address: address })
+        });
     }
 }
 
@@ -320,10 +322,12 @@ impl<S: AsFd> Drop for Guest<S> {
     }
 }
 
-/// Counts a connection for as long as it is there: as an open one, and as its worker's.
+/// Counts a connection for as long as it is there: as an open one, as its worker's, and as one that needs the address
+/// where it came in.
 struct Stay {
     _open: TaskTrackerToken,
     _seat: Seat,
+    _address: Option<Hold>,
 }
 
 /// Why accept gave no connection.
@@ -540,6 +544,7 @@ mod tests {
             inside: verdict,
             inside_of: Arc::new([]),
             source_ranges: Arc::new([]),
+            address: None,
         }
     }
 
@@ -932,7 +937,7 @@ mod tests {
             shared.workers.place(&here, move |seat| {
                 let balancer = balancer(&[]);
                 let guest = Guest::new(socket, peer, &balancer.port);
-                let stay = Stay { _open: open, _seat: seat };
+                let stay = Stay { _open: open, _seat: seat, _address: None };
                 let connection = serve(guest, listen, balancer, options, stay);
                 told.send(size_of_val(&connection)).expect("the test");
                 connection

@@ -412,7 +412,7 @@ pub(super) mod tests {
         let verdict = Verdict::Serve(Arc::clone(balancer));
         let port = Arc::clone(&balancer.port);
         let (inside_of, source_ranges) = (Arc::from([]), Arc::from([]));
-        Target { port, outside: verdict.clone(), inside: verdict, inside_of, source_ranges }
+        Target { port, outside: verdict.clone(), inside: verdict, inside_of, source_ranges, address: None }
     }
 
     fn table(backends: &[&Arc<Backend>]) -> Table {
@@ -714,8 +714,8 @@ pub(super) mod tests {
         let service = Service::start("127.18.1.14:5300", &[]);
         let port = Arc::clone(&service.balancer.port);
         let inside_of = ["127.18.7.0/24".parse().expect("a network")].into();
-        let target =
-            Target { port, outside: Verdict::Drop, inside: Verdict::Reject, inside_of, source_ranges: [].into() };
+        let (outside, inside) = (Verdict::Drop, Verdict::Reject);
+        let target = Target { port, outside, inside, inside_of, source_ranges: [].into(), address: None };
         service.target.store(Arc::new(target));
         let inside = plain(SocketAddr::from(([127, 18, 7, 1], 0)));
 
