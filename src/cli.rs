@@ -17,9 +17,9 @@ use crate::api_client::ApiOptions;
 use crate::config::{
     CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_DRAIN_TIMEOUT,
     DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES,
-    DEFAULT_NODE_PORT_RANGE, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS,
-    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, PlanConfig, RunConfig,
-    SourceConfig, UdpTimeouts,
+    DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS,
+    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER,
+    PlanConfig, RunConfig, SourceConfig, UdpTimeouts,
 };
 use crate::config_file::ConfigFile;
 use crate::endpoints::Node;
@@ -32,6 +32,7 @@ use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::{NewNodePort, NewService};
 use crate::value::{OrNone, PortRange, Time, expose, label, socket_address};
+use crate::vips::{AtExit, VipOptions};
 
 /// Exit code: all is well.
 pub const EXIT_FINE: u8 = 0;
@@ -178,6 +179,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     plan: PlanFlags,
+
+    #[command(flatten)]
+    vips: VipFlags,
 
     #[command(flatten)]
     admin: AdminFlags,
@@ -364,6 +368,47 @@ struct AddressFlags {
     #[arg(long, value_name = "FROM-TO", env = "KUBE_RELAY_SERVICE_NODE_PORT_RANGE")]
     #[arg(default_value_t = PortRange(DEFAULT_NODE_PORT_RANGE))]
     service_node_port_range: PortRange,
+}
+
+/// How addresses of Services are made local.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Addresses")]
+struct VipFlags {
+    /// Who makes addresses of Services local to this machine where they are not
+    #[arg(long, value_name = "WHO", env = "KUBE_RELAY_VIP_ROUTES", value_enum, default_value_t)]
+    vip_routes: VipRoutes,
+
+    /// How long such a route stays once nobody needs it: what a closed connection has left is still sent
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_VIP_ROUTES_LINGER")]
+    #[arg(default_value_t = Time(DEFAULT_VIP_ROUTES_LINGER))]
+    vip_routes_linger: Time,
+
+    /// What becomes of these routes when the process ends
+    #[arg(long, value_name = "keep|remove", env = "KUBE_RELAY_VIP_ROUTES_AT_EXIT", value_enum, default_value_t)]
+    vip_routes_at_exit: AtExit,
+
+    #[command(flatten)]
+    protocol: RouteProtocolFlag,
+}
+
+/// Who makes addresses of Services local.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum VipRoutes {
+    /// kube-relay, by a route for each; needs CAP_NET_ADMIN
+    #[default]
+    Auto,
+    /// You, say by one route for all: `ip route add local 10.96.0.0/12 dev lo`
+    None,
+}
+
+/// By which number routes are known as ours.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Addresses")]
+struct RouteProtocolFlag {
+    /// Number (`proto`) of these routes, to know them from others
+    #[arg(long, value_name = "5-255", env = "KUBE_RELAY_ROUTE_PROTOCOL", default_value_t = DEFAULT_ROUTE_PROTOCOL)]
+    #[arg(value_parser = clap::value_parser!(u8).range(5..))]
+    route_protocol: u8,
 }
 
 /// Who we are in the cluster.
@@ -562,7 +607,7 @@ impl TryFrom<RunArgs> for RunConfig {
     type Error = ConfigError;
 
     fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
-        let RunArgs { sources, plan, admin, upstream, times, process, .. } = args;
+        let RunArgs { sources, plan, vips, admin, upstream, times, process, .. } = args;
         #[cfg(feature = "kubernetes")]
         let source = args.api.checked(sources)?;
         #[cfg(not(feature = "kubernetes"))]
@@ -577,6 +622,7 @@ impl TryFrom<RunArgs> for RunConfig {
             status_address: status,
             healthz_address: health,
             bind_address_hard_fail: admin.bind_address_hard_fail,
+            vips: vips.options(),
             upstream_sources: upstream.upstream_source,
             shutdown: ShutdownTimes {
                 delay: times.shutdown_delay.map_or(delay, |time| time.0),
@@ -668,6 +714,19 @@ fn on_loopback(address: SocketAddr) -> SocketAddr {
     match address.ip().is_loopback() {
         true => address,
         false => SocketAddr::new(DEFAULT_METRICS_ADDRESS.ip(), address.port()),
+    }
+}
+
+impl VipFlags {
+    fn options(&self) -> Option<VipOptions> {
+        match self.vip_routes {
+            VipRoutes::Auto => Some(VipOptions {
+                protocol: self.protocol.route_protocol,
+                linger: self.vip_routes_linger.0,
+                at_exit: self.vip_routes_at_exit,
+            }),
+            VipRoutes::None => None,
+        }
     }
 }
 
@@ -790,6 +849,8 @@ mod tests {
         assert_eq!(config.udp_timeouts.stream, DEFAULT_UDP_TIMEOUT_STREAM);
         assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
         assert_eq!(config.workers, None);
+        let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
+        assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep }));
         assert_eq!(config.upstream_sources, [] as [IpAddr; 0]);
         assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
         assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
@@ -878,6 +939,15 @@ mod tests {
     }
 
     #[test]
+    fn given_how_addresses_become_local_when_parsed_then_it_is_by_routes_with_a_number_or_by_others() {
+        let vips = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).vips;
+
+        let options = VipOptions { protocol: 207, linger: Duration::from_secs(5), at_exit: AtExit::Remove };
+        assert_eq!(vips("--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove"), Some(options));
+        assert_eq!(vips("--vip-routes none"), None);
+    }
+
+    #[test]
     fn given_values_that_clash_when_checked_then_flag_value_and_remedy_are_named() {
         let same = run("kube-relay run -f x --healthz-bind-address 127.0.0.1:10249").expect_err("the same address");
         let status = run("kube-relay run -f x --status-bind-address 127.0.0.1:10256").expect_err("the same address");
@@ -905,6 +975,8 @@ mod tests {
             ("run -f x --expose 8080=web", "--expose", "127.0.0.1:8080=default/web:http"),
             ("run -f x --log-level kube_relay=loud", "--log-level", "loud"),
             ("run -f x --workers 0", "--workers", "1..=1024"),
+            ("run -f x --vip-routes all", "--vip-routes", "none"),
+            ("run -f x --route-protocol 4", "--route-protocol", "5..=255"),
             ("new service Web --port 1 --backend 1.2.3.4:5", "<NAME>", "lower case"),
             ("new service web --port 1 --node-port x --backend 1.2.3.4:5", "--node-port", "auto"),
         ];

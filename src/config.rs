@@ -25,6 +25,7 @@ use crate::serve::connect::{ConnectOptions, Sources};
 use crate::serve::flow::IdleTimes;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp::UdpOptions;
+use crate::vips::VipOptions;
 
 /// `--metrics-bind-address` and `--status-bind-address`: metrics, status and readiness, on loopback since they tell a lot.
 pub const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
@@ -54,6 +55,10 @@ pub const DEFAULT_UDP_TIMEOUT_ANSWERED: Duration = Duration::from_secs(10);
 pub const DEFAULT_UDP_TIMEOUT_STREAM: Duration = Duration::from_secs(60);
 /// `--udp-shards`: what one thread can do is enough for most ports.
 pub const DEFAULT_UDP_SHARDS: u16 = 1;
+/// `--route-protocol`: known to no other program that says so.
+pub const DEFAULT_ROUTE_PROTOCOL: u8 = 107;
+/// `--vip-routes-linger`: the kernel goes on for about as long with what a closed connection has left.
+pub const DEFAULT_VIP_ROUTES_LINGER: Duration = Duration::from_secs(60);
 /// `--log-level`.
 pub const DEFAULT_LOG_LEVEL: &str = "info";
 
@@ -72,6 +77,8 @@ pub struct RunConfig {
     pub healthz_address: Option<SocketAddr>,
     /// True where the process is to end if one of these cannot be bound.
     pub bind_address_hard_fail: bool,
+    /// How addresses of Services are made local; `None`: others do that. From `--vip-routes`.
+    pub vips: Option<VipOptions>,
     /// Addresses that TCP backends see, in turn; empty: the kernel chooses. From `--upstream-source`.
     pub upstream_sources: Vec<IpAddr>,
     /// How long the end may take.
@@ -176,6 +183,7 @@ impl RunConfig {
             },
             udp_shards: self.workers.and_then(NonZeroUsize::new),
             awaits_node: self.source.is_cluster(),
+            vips: self.vips.clone(),
         }
     }
 }

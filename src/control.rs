@@ -30,6 +30,7 @@ use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
 use crate::stats::PROCESS;
 use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status};
+use crate::vips::{VipOptions, Vips};
 
 /// Messages that wait for the control task; a source that is faster waits.
 const QUEUE: usize = 1024;
@@ -89,6 +90,8 @@ pub struct RelayOptions {
     pub udp_shards: Option<NonZeroUsize>,
     /// True where a source is to tell whether the node may get traffic: until it does, load balancers are told no.
     pub awaits_node: bool,
+    /// How addresses of Services are made local; `None`: others do that. From `--vip-routes`.
+    pub vips: Option<VipOptions>,
 }
 
 /// A running relay: sources send it messages, everybody may read its status. Dropping it ends its control task.
@@ -100,6 +103,7 @@ pub struct Relay {
     health: Health,
     tcp: Arc<TcpShared>,
     contact: Arc<Contact>,
+    vips: Vips,
 }
 
 /// What the process asks of the control task.
@@ -125,13 +129,15 @@ impl Relay {
         let udp = UdpShards::start(shards, options.udp)?;
         let health = Health::new(Instant::now());
         health.set_node_eligible(!options.awaits_node); // Before anybody can ask.
+        let vips = options.vips.map(Vips::start).unwrap_or_default();
+        let listeners = Listeners::new(options.inside.into(), Arc::clone(&tcp), udp).with_vips(vips.clone());
         let control = Control {
             options: options.plan,
             health: health.clone(),
             model: Model::default(),
             plan: Plan::default(),
             health_ports: HealthPorts::start(health.clone())?,
-            listeners: Listeners::new(options.inside.into(), Arc::clone(&tcp), udp),
+            listeners,
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
             refused: Rejections::default(),
@@ -143,7 +149,7 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, health, tcp, contact })
+        Ok(Self { messages, orders, status, health, tcp, contact, vips })
     }
 
     /// Where an API source says how it does; it is in each snapshot, too.
@@ -195,6 +201,12 @@ impl Relay {
     /// Connections that are open now.
     pub fn open_connections(&self) -> usize {
         self.tcp.open_connections()
+    }
+
+    /// The last thing to be called, after [`drain`](Self::drain): removes the routes to addresses of Services, where they
+    /// are to go at exit.
+    pub async fn leave_addresses(&self) {
+        self.vips.end().await;
     }
 }
 
@@ -367,7 +379,9 @@ impl Control {
             self.carry_out().await;
             self.describe_failures();
             self.describe();
-            self.status.synced = true;
+            if !std::mem::replace(&mut self.status.synced, true) {
+                self.listeners.all_required();
+            }
             self.status.revision += 1;
         }
         if acts || self.news {

@@ -158,6 +158,7 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     };
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
+    relay.leave_addresses().await;
     watching.abort();
     stop.cancel();
     drop(admin);

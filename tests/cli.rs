@@ -116,9 +116,11 @@ fn given_a_configuration_file_with_mistakes_when_used_then_each_is_told_with_its
     refuses(&["run", "--config", path], 64, &["--source", "--config"]);
 }
 
-/// `run` without admin servers: those have fixed ports, and tests run side by side.
+/// `run` without admin servers: those have fixed ports, and tests run side by side. And without routes: the machine is
+/// not ours.
 fn run_command(sources: &[&str]) -> Command {
     let mut arguments = vec!["run", "--metrics-bind-address", "none", "--healthz-bind-address", "none"];
+    arguments.extend(["--vip-routes", "none"]);
     for source in sources {
         arguments.extend(["-f", source]);
     }
