@@ -132,6 +132,23 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     )]
     Status(StatusArgs),
 
+    /// Remove the routes that a kube-relay has left on this machine
+    #[command(
+        long_about = "Removes the routes that make addresses of Services local to this machine, by their protocol number.\n\n\
+                      They outlive the process, so that clients are refused at once while another one starts. \
+                      One that still runs is named, and nothing is removed: it would set them again. Needs CAP_NET_ADMIN.",
+        after_long_help = "Examples:
+  After the last one on this machine has ended:
+    kube-relay cleanup
+
+  What would be removed:
+    ip route show table local proto 107; ip -6 route show table local proto 107
+
+  Where `run` had another number:
+    kube-relay cleanup --route-protocol 207"
+    )]
+    Cleanup(CleanupArgs),
+
     /// Print a manifest to start from
     #[command(subcommand, arg_required_else_help = true)]
     New(NewCommand),
@@ -451,6 +468,20 @@ pub struct StatusArgs {
     #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
     #[arg(value_parser = socket_address)]
     pub server: SocketAddr,
+}
+
+/// Arguments of `cleanup`.
+#[derive(Debug, Args)]
+pub struct CleanupArgs {
+    #[command(flatten)]
+    protocol: RouteProtocolFlag,
+}
+
+impl CleanupArgs {
+    /// The number of the routes to remove (5..=255).
+    pub fn route_protocol(&self) -> u8 {
+        self.protocol.route_protocol
+    }
 }
 
 /// Arguments of `new service`.
@@ -945,6 +976,10 @@ mod tests {
         let options = VipOptions { protocol: 207, linger: Duration::from_secs(5), at_exit: AtExit::Remove };
         assert_eq!(vips("--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove"), Some(options));
         assert_eq!(vips("--vip-routes none"), None);
+        let Command::Cleanup(args) = parse("kube-relay cleanup").expect("a command line").command else {
+            panic!("not cleanup")
+        };
+        assert_eq!(args.route_protocol(), DEFAULT_ROUTE_PROTOCOL);
     }
 
     #[test]
@@ -976,7 +1011,7 @@ mod tests {
             ("run -f x --log-level kube_relay=loud", "--log-level", "loud"),
             ("run -f x --workers 0", "--workers", "1..=1024"),
             ("run -f x --vip-routes all", "--vip-routes", "none"),
-            ("run -f x --route-protocol 4", "--route-protocol", "5..=255"),
+            ("cleanup --route-protocol 4", "--route-protocol", "5..=255"),
             ("new service Web --port 1 --backend 1.2.3.4:5", "<NAME>", "lower case"),
             ("new service web --port 1 --node-port x --backend 1.2.3.4:5", "--node-port", "auto"),
         ];
@@ -1022,7 +1057,7 @@ mod tests {
             command.render_long_help().to_string()
         };
 
-        for names in [&["run"][..], &["check"], &["status"], &["new", "service"]] {
+        for names in [&["run"][..], &["check"], &["status"], &["cleanup"], &["new", "service"]] {
             let text = help(names);
             let examples: Vec<&str> = text.lines().filter(|line| line.contains("    kube-relay ")).collect();
             assert!(examples.len() >= 2, "{names:?}: {text}");

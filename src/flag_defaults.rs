@@ -47,7 +47,7 @@ fn config_flag(cli: &mut Cli) -> Option<&mut ConfigFlag> {
     match &mut cli.command {
         Command::Run(args) => Some(&mut args.config),
         Command::Check(args) => Some(&mut args.config),
-        Command::Status(_) | Command::New(_) => None,
+        Command::Status(_) | Command::New(_) | Command::Cleanup(_) => None,
     }
 }
 

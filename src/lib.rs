@@ -78,6 +78,7 @@ mod balancing;
 #[cfg(feature = "kubernetes")]
 mod causes;
 mod claims;
+pub mod cleanup;
 pub mod cli;
 #[cfg(feature = "kubernetes")]
 mod cluster;

@@ -15,9 +15,10 @@ use ipnet::IpNet;
 use kube_relay::admin::{self, Admin, AdminOptions};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
+use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
-    CheckArgs, CheckOutput, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand, NewServiceArgs,
-    RunArgs, StatusArgs, StatusOutput,
+    CheckArgs, CheckOutput, CleanupArgs, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand,
+    NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(*args),
         Command::Check(args) => check(*args),
         Command::Status(args) => status(&args),
+        Command::Cleanup(args) => cleanup(&args),
         Command::New(NewCommand::Service(args)) => new_service(args),
     };
     match outcome {
@@ -297,6 +299,17 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
         StatusOutput::Yaml => serde_saphyr::to_string(&live)?,
         StatusOutput::Table if args.service.is_some() => overview::describe(&live.report),
         StatusOutput::Table => overview::table(&live),
+    })?;
+    Ok(EXIT_FINE)
+}
+
+fn cleanup(args: &CleanupArgs) -> anyhow::Result<u8> {
+    let protocol = args.route_protocol();
+    let outcome = on(small_runtime()?, remove_routes(protocol));
+    print(&match outcome? {
+        0 => format!("nothing to remove: no local route has protocol {protocol}\n"),
+        1 => format!("removed 1 route (protocol {protocol})\n"),
+        count => format!("removed {count} routes (protocol {protocol})\n"),
     })?;
     Ok(EXIT_FINE)
 }
