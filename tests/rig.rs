@@ -1,5 +1,5 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it: `bootstrap`.
+//! it: `verdicts`, `vips`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it: `bootstrap`.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -26,6 +26,8 @@ mod floods;
 mod stage;
 #[path = "rig/verdicts.rs"]
 mod verdicts;
+#[path = "rig/vips.rs"]
+mod vips;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -50,7 +52,7 @@ fn main() -> ExitCode {
     let bootstrap = bootstrap::CASES;
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
-    rig::run(&[&network, verdicts::CASES, beside::CASES, bootstrap, floods::CASES].concat())
+    rig::run(&[&network, verdicts::CASES, vips::CASES, beside::CASES, bootstrap, floods::CASES].concat())
 }
 
 fn parts_reach_each_other() {

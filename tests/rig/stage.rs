@@ -6,6 +6,7 @@ use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +14,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
+use rustix::process::{Pid, Signal, kill_process};
 use socket2::SockRef;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::rig::{DualAddress, FAMILIES, Namespace, Process, Rig};
 
@@ -84,6 +86,7 @@ pub(crate) struct Stage {
     pub(crate) rig: Rig,
     pub(crate) relay: Process,
     folder: TempDir,
+    log: Log,
     cluster_ip: DualAddress,
     external_ip: DualAddress,
     load_balancer_ip: DualAddress,
@@ -97,35 +100,77 @@ impl Stage {
 
     /// Starts a relay with more flags.
     pub(crate) fn start_with(rig: Rig, web: &Web, flags: &[&str]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder can be made");
         let vip = |number| rig.vip(0, number).expect("an address can be added");
         let [cluster_ip, load_balancer_ip] = [vip(1), vip(3)];
         // An external IP that is an address of the node is refused.
         let external_ip = rig.routed_vip(0, 2).expect("a route can be added");
+        let with_flags = |command: &mut Command| {
+            command.args(flags);
+        };
+        Self::launch(rig, [cluster_ip, external_ip, load_balancer_ip], web, with_flags)
+    }
+
+    /// As [`start_with`](Self::start_with), but no address of the Service is local to the node: that is left to the relay.
+    /// Everybody's way to them is by the node.
+    pub(crate) fn start_bare(rig: Rig, web: &Web, prepare: impl FnOnce(&mut Command)) -> Self {
+        let addresses = [1, 2, 3].map(Rig::vip_address);
+        for (network, prefix) in [("10.96.0.0", 12), ("fd96::", 64)] {
+            let network = (network.parse().expect("an address"), prefix);
+            rig.network_to_node(0, network).expect("a route can be added");
+        }
+        Self::launch(rig, addresses, web, prepare)
+    }
+
+    fn launch(rig: Rig, addresses: [DualAddress; 3], web: &Web, prepare: impl FnOnce(&mut Command)) -> Self {
+        let [cluster_ip, external_ip, load_balancer_ip] = addresses;
+        let folder = tempfile::tempdir().expect("a folder can be made");
         let node = rig.node(0);
         // Otherwise the kernel tells of a closed UDP port once a second.
         for limit in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
             node.sysctl(limit, "0").expect("it is ours");
         }
         fs::write(folder.path().join("web.yaml"), web.to_string()).expect("the folder can be written");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
-        command.args(["run", "--node-name", "node0", "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
-        command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);
-        command.arg("--node-address").arg(format!("{},{}", node.address(Family::V4), node.address(Family::V6)));
-        command.args(["--log-level", "error"]).args(flags).arg("-f").arg(folder.path());
-        let relay = node.spawn(command).expect("the relay starts");
-        let stage = Self { rig, relay, folder, cluster_ip, external_ip, load_balancer_ip };
-        until("the first state is served", || stage.get("/readyz").is_some_and(|answer| answer.contains(" 200 ")));
+        let log = Log(NamedTempFile::new().expect("a file can be made"));
+        let relay = spawn(node, folder.path(), &log, prepare);
+        let stage = Self { rig, relay, folder, log, cluster_ip, external_ip, load_balancer_ip };
+        stage.until_ready();
         stage
+    }
+
+    /// Starts another relay, after the last has [ended](Self::end).
+    pub(crate) fn start_again(&mut self, prepare: impl FnOnce(&mut Command)) {
+        self.relay = spawn(self.rig.node(0), self.folder.path(), &self.log, prepare);
+        self.until_ready();
+    }
+
+    /// Ends the relay by a signal.
+    pub(crate) fn end(&mut self, signal: Signal) {
+        let pid = i32::try_from(self.relay.pids()[0]).ok().and_then(Pid::from_raw).expect("a pid");
+        kill_process(pid, signal).expect("it is ours");
+        self.relay.wait().expect("it is ours");
+    }
+
+    /// What the relay has logged.
+    pub(crate) fn log(&self) -> String {
+        self.log.text()
+    }
+
+    fn until_ready(&self) {
+        until("the first state is served", || self.get("/readyz").is_some_and(|answer| answer.contains(" 200 ")));
     }
 
     /// Changes the Service, and waits until the relay has done what follows.
     pub(crate) fn change(&self, web: &Web) {
         let before = self.revision();
-        let new = self.folder.path().join(".web.yaml.new");
-        fs::write(&new, web.to_string()).expect("the folder can be written");
-        fs::rename(&new, self.folder.path().join("web.yaml")).expect("the folder can be written");
+        self.write(&web.to_string());
         until("the change is made", || self.revision() > before);
+    }
+
+    /// Writes the manifests anew, and waits for nothing.
+    pub(crate) fn write(&self, manifests: &str) {
+        let new = self.folder.path().join(".web.yaml.new");
+        fs::write(&new, manifests).expect("the folder can be written");
+        fs::rename(&new, self.folder.path().join("web.yaml")).expect("the folder can be written");
     }
 
     /// As [`change`](Self::change), where it is another state than the last one.
@@ -217,6 +262,36 @@ impl Stage {
         });
         answer.ok()
     }
+}
+
+/// What a relay logs. Printed where a case fails.
+struct Log(NamedTempFile);
+
+impl Log {
+    fn text(&self) -> String {
+        fs::read_to_string(self.0.path()).expect("it was made")
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("the relay's log:\n{}", self.text());
+        }
+    }
+}
+
+/// Starts a relay on a node. `prepare` may change how.
+fn spawn(node: &Namespace, folder: &Path, log: &Log, prepare: impl FnOnce(&mut Command)) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
+    command.args(["run", "--node-name", "node0", "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
+    command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);
+    command.arg("--node-address").arg(format!("{},{}", node.address(Family::V4), node.address(Family::V6)));
+    command.arg("-f").arg(folder).args(["--log-level", "info", "--log-format", "text"]);
+    command.args(["--vip-routes-linger", "1s"]); // Cases wait for routes to go.
+    command.stderr(log.0.as_file().try_clone().expect("descriptors are left"));
+    prepare(&mut command);
+    node.spawn(command).expect("the relay starts")
 }
 
 /// Asks at one address until the outcome is right.

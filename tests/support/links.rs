@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use futures_util::TryStreamExt;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
-use netlink_packet_route::route::{RouteScope, RouteType};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::namespace::Namespace;
@@ -23,6 +23,13 @@ const LOCAL_TABLE: u32 = 255;
 pub(crate) fn loopback_up(namespace: &Namespace) -> io::Result<()> {
     ask(namespace, "set lo up", async |handle| {
         handle.link().set(LinkUnspec::new_with_index(LOOPBACK).up().build()).execute().await
+    })
+}
+
+/// Sets the loopback device down.
+pub(crate) fn loopback_down(namespace: &Namespace) -> io::Result<()> {
+    ask(namespace, "set lo down", async |handle| {
+        handle.link().set(LinkUnspec::new_with_index(LOOPBACK).down().build()).execute().await
     })
 }
 
@@ -54,6 +61,17 @@ pub(crate) fn address(namespace: &Namespace, device: &str, address: IpAddr, pref
             request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
         request.execute().await
+    })
+}
+
+/// Takes an address away from a device.
+pub(crate) fn delete_address(namespace: &Namespace, device: &str, address: IpAddr) -> io::Result<()> {
+    ask(namespace, &format!("delete address {address} dev {device}"), async |handle| {
+        let index = index_of(handle, device).await?;
+        let request = handle.address().get().set_link_index_filter(index).set_address_filter(address);
+        let mut all = std::pin::pin!(request.execute());
+        let found = all.try_next().await?.ok_or(rtnetlink::Error::RequestFailed)?;
+        handle.address().del(found).execute().await
     })
 }
 
@@ -89,13 +107,51 @@ pub(crate) fn route(
 }
 
 /// Makes a network local, as `ip route add local NETWORK dev lo` does.
-pub(crate) fn local_route(namespace: &Namespace, (network, prefix): (IpAddr, u8)) -> io::Result<()> {
-    ask(namespace, &format!("local route {network}/{prefix}"), async |handle| {
-        let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(network, prefix);
-        let route = route.map_err(|_| rtnetlink::Error::RequestFailed)?.output_interface(LOOPBACK);
-        let route = route.scope(RouteScope::Host).kind(RouteType::Local).table_id(LOCAL_TABLE);
-        handle.route().add(route.build()).replace().execute().await
+pub(crate) fn local_route(namespace: &Namespace, to: (IpAddr, u8)) -> io::Result<()> {
+    ask(namespace, &format!("local route {}/{}", to.0, to.1), async |handle| {
+        handle.route().add(local_route_to(to)?.protocol(RouteProtocol::Static).build()).replace().execute().await
     })
+}
+
+/// Takes a local route away, as `ip route del local NETWORK dev lo` does, whoever made it.
+pub(crate) fn delete_local_route(namespace: &Namespace, to: (IpAddr, u8)) -> io::Result<()> {
+    ask(namespace, &format!("delete local route {}/{}", to.0, to.1), async |handle| {
+        handle.route().del(local_route_to(to)?.protocol(RouteProtocol::Unspec).build()).execute().await
+    })
+}
+
+fn local_route_to((network, prefix): (IpAddr, u8)) -> Result<RouteMessageBuilder<IpAddr>, rtnetlink::Error> {
+    let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(network, prefix);
+    let route = route.map_err(|_| rtnetlink::Error::RequestFailed)?.output_interface(LOOPBACK);
+    Ok(route.scope(RouteScope::Host).kind(RouteType::Local).table_id(LOCAL_TABLE))
+}
+
+/// Where the local routes lead that a program with this number has made.
+pub(crate) fn local_routes(namespace: &Namespace, protocol: u8) -> io::Result<Vec<(IpAddr, u8)>> {
+    let mut found = Vec::new();
+    ask(namespace, "list routes", async |handle| {
+        for all in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+            let mut routes = std::pin::pin!(handle.route().get(all).execute());
+            while let Some(route) = routes.try_next().await? {
+                let header = &route.header;
+                if header.kind == RouteType::Local && u8::from(header.protocol) == protocol {
+                    let to = route.attributes.iter().find_map(destination);
+                    found.extend(to.map(|to| (to, header.destination_prefix_length)));
+                }
+            }
+        }
+        Ok(())
+    })?;
+    found.sort();
+    Ok(found)
+}
+
+fn destination(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some((*v4).into()),
+        RouteAttribute::Destination(RouteAddress::Inet6(v6)) => Some((*v6).into()),
+        _ => None,
+    }
 }
 
 /// The devices of a namespace, loopback among them.

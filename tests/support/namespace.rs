@@ -13,9 +13,10 @@ use std::thread::{self, JoinHandle};
 use std::{fmt, io};
 
 use kube_relay::name::Family;
+use rustix::io::Errno;
 use rustix::mount::MountPropagationFlags;
 use rustix::process::Signal;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use super::process::Process;
 
@@ -163,6 +164,21 @@ impl Namespace {
         self.run(|| fs::write(&place, value))
             .map_err(|error| io::Error::new(error.kind(), format!("{}: sysctl {path}={value}: {error}", self.name)))
     }
+}
+
+/// Has a program start as root with these capabilities alone, as a pod does.
+pub(crate) fn with_only(kept: CapabilitySet, command: &mut Command) {
+    let before_exec = move || {
+        for capability in CapabilitySet::all().difference(kept).iter() {
+            match rustix::thread::remove_capability_from_bounding_set(capability) {
+                Ok(()) | Err(Errno::INVAL) => {} // This kernel may not know the newest ones.
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes system calls, and neither allocates nor locks.
+    unsafe { command.pre_exec(before_exec) };
 }
 
 impl fmt::Debug for Namespace {

@@ -26,7 +26,7 @@ use kube_relay::name::Family;
 #[allow(unused_imports)] // as above
 pub(crate) use self::{
     cases::{Case, full, run, skip},
-    namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
+    namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate, with_only},
     process::{Process, find},
 };
 
@@ -109,6 +109,11 @@ impl Rig {
         self.router.as_ref()
     }
 
+    /// Where all cables to nodes begin: the router, or the client.
+    pub(crate) fn hub(&self) -> &Namespace {
+        self.router.as_ref().unwrap_or(&self.client)
+    }
+
     /// Where a proxy runs.
     pub(crate) fn node(&self, i: usize) -> &Namespace {
         &self.nodes[i].namespace
@@ -135,8 +140,8 @@ impl Rig {
         if self.on_loopback {
             return Ok(DualAddress { v4: [127, 96, 255, number].into(), v6: Ipv6Addr::LOCALHOST.into() });
         }
-        let vip = dual([10, 96, 0, number], [0xfd96, 0, 0, 0, 0, 0, 0, number.into()]);
-        let hub = self.router.as_ref().unwrap_or(&self.client);
+        let vip = Self::vip_address(number);
+        let hub = self.hub();
         let node = self.node(i);
         for family in FAMILIES {
             links::address(node, "lo", vip.of(family), host_prefix(family))?;
@@ -144,6 +149,11 @@ impl Rig {
             links::route(hub, to_vip, node.name(), Some(node.address(family)))?;
         }
         Ok(vip)
+    }
+
+    /// Virtual address `number`, wherever it leads to.
+    pub(crate) fn vip_address(number: u8) -> DualAddress {
+        dual([10, 96, 0, number], [0xfd96, 0, 0, 0, 0, 0, 0, number.into()])
     }
 
     /// Makes 65,536 IPv4 addresses local to the client, and says which is the first.
@@ -158,7 +168,7 @@ impl Rig {
 
     /// Like [`vip`](Self::vip), but local by a route alone (AnyIP): it is no address of the node then.
     pub(crate) fn routed_vip(&self, i: usize, number: u8) -> io::Result<DualAddress> {
-        let vip = dual([10, 96, 0, number], [0xfd96, 0, 0, 0, 0, 0, 0, number.into()]);
+        let vip = Self::vip_address(number);
         for family in FAMILIES {
             let network = (vip.of(family), host_prefix(family));
             self.network_to_node(i, network)?;
@@ -169,7 +179,7 @@ impl Rig {
 
     /// Routes a whole network to node `i` from everywhere.
     pub(crate) fn network_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
-        let hub = self.router.as_ref().unwrap_or(&self.client);
+        let hub = self.hub();
         let node = self.node(i);
         links::route(hub, network, node.name(), Some(node.address(Family::of(network.0))))
     }
@@ -177,6 +187,37 @@ impl Rig {
     /// Makes all addresses of a network local to node `i` by one route (AnyIP).
     pub(crate) fn network_local_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
         links::local_route(self.node(i), network)
+    }
+
+    /// Takes away what makes a network local to node `i`, whoever made it so.
+    pub(crate) fn network_foreign_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
+        links::delete_local_route(self.node(i), network)
+    }
+
+    /// Has everybody look for the addresses of a network among the neighbours of node `i`, by ARP.
+    pub(crate) fn network_by_link(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
+        links::route(self.hub(), network, self.node(i).name(), None)
+    }
+
+    /// Makes the neighbours of node `i` on its way to the client those of a network.
+    pub(crate) fn network_on_link(&self, i: usize, own: IpAddr, prefix: u8) -> io::Result<()> {
+        links::address(self.node(i), UPLINK, own, prefix)
+    }
+
+    /// The networks that are local to a part by routes with this number.
+    pub(crate) fn local_networks(part: &Namespace, protocol: u8) -> io::Result<Vec<(IpAddr, u8)>> {
+        links::local_routes(part, protocol)
+    }
+
+    /// Sets a part's loopback device down, and up again.
+    pub(crate) fn flap_loopback(part: &Namespace) -> io::Result<()> {
+        links::loopback_down(part)?;
+        links::loopback_up(part)
+    }
+
+    /// Takes 127.0.0.1 away from node `i`: all IPv4 routes by its loopback device go with it, and nobody is told.
+    pub(crate) fn take_loopback_address(&self, i: usize) -> io::Result<()> {
+        links::delete_address(self.node(i), "lo", Ipv4Addr::LOCALHOST.into())
     }
 
     /// How many network devices a part has.
