@@ -271,8 +271,15 @@ impl Relay {
         let table = Table::new(vec![Arc::clone(&backend)].into(), &[]);
         let verdict = Verdict::Serve(Arc::new(Balancer::new(key, Arc::clone(&port), table)));
         let (inside_of, source_ranges) = ([].into(), [].into());
-        let target =
-            Target { port, outside: verdict.clone(), inside: verdict, inside_of, source_ranges, address: None };
+        let target = Target {
+            port,
+            outside: verdict.clone(),
+            inside: verdict,
+            inside_of,
+            source_ranges,
+            allow_from: None,
+            address: None,
+        };
         let address = SocketAddr::from(([127, 30, 0, number], 5300));
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         shards.open(key, Arc::new(ArcSwap::from_pointee(target)), &UdpSettings::default())?;

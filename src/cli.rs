@@ -31,7 +31,7 @@ use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::{NewNodePort, NewService};
-use crate::value::{OrNone, PortRange, Time, expose, label, socket_address};
+use crate::value::{OrNone, PortRange, Time, expose, label, network, socket_address};
 use crate::vips::{AtExit, VipOptions};
 
 /// Exit code: all is well.
@@ -375,6 +375,10 @@ struct AddressFlags {
     /// Serve spec.externalIPs inside these networks; without it all are refused (CVE-2020-8554)
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOWED_EXTERNAL_CIDRS", value_delimiter = ',')]
     allowed_external_cidrs: Vec<IpNet>,
+
+    /// Who may reach Services from outside: networks and addresses. This node and its pods always may. A Service's annotation kube-relay.dev/allow-from narrows it [default: everybody]
+    #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOW_FROM", value_delimiter = ',', value_parser = network)]
+    allow_from: Vec<IpNet>,
 
     /// Where Services without a clusterIP get theirs; `none` leaves them without
     #[arg(long, value_name = "CIDR", env = "KUBE_RELAY_SERVICE_CLUSTER_IP_RANGE")]
@@ -774,6 +778,7 @@ impl PlanFlags {
             node_port_addresses,
             expose: addresses.expose,
             allowed_external_cidrs: addresses.allowed_external_cidrs,
+            allow_from: addresses.allow_from,
             service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
             service_node_port_range: addresses.service_node_port_range.0,
             cluster_cidrs: node.cluster_cidr,

@@ -20,7 +20,7 @@ use crate::host::{Host, NodePortSelector, node_port_addresses};
 use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
 use crate::manifest::Input;
-use crate::plan::{Expose, PlanOptions};
+use crate::plan::{AllowFrom, Expose, PlanOptions};
 use crate::serve::connect::{ConnectOptions, Sources};
 use crate::serve::flow::IdleTimes;
 use crate::serve::tcp::TcpOptions;
@@ -147,6 +147,8 @@ pub struct PlanConfig {
     pub expose: Vec<Expose>,
     /// Where external IPs are served. From `--allowed-external-cidrs`.
     pub allowed_external_cidrs: Vec<IpNet>,
+    /// Who may come from outside, networks of both families; empty: everybody. From `--allow-from`.
+    pub allow_from: Vec<IpNet>,
     /// Where the static source takes cluster IPs from; `None`: it gives none. From `--service-cluster-ip-range`.
     pub service_cluster_ip_range: Option<IpNet>,
     /// Where the static source takes node ports from. From `--service-node-port-range`.
@@ -195,6 +197,7 @@ impl PlanConfig {
             node: self.node.clone(),
             node_port_addresses: node_port_addresses(&self.node_port_addresses, host, &self.node_addresses),
             allowed_external_cidrs: self.allowed_external_cidrs.clone(),
+            allow_from: (!self.allow_from.is_empty()).then(|| AllowFrom::new(&self.allow_from)),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
             node_addresses: host.own_addresses().chain(self.node_addresses.iter().copied()).collect(),
@@ -239,6 +242,7 @@ mod tests {
             node_port_addresses: vec![DEFAULT_NODE_PORT_ADDRESSES],
             expose: vec![],
             allowed_external_cidrs: vec![],
+            allow_from: vec![],
             service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
             service_node_port_range: DEFAULT_NODE_PORT_RANGE,
             cluster_cidrs: vec![],

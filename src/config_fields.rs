@@ -70,6 +70,8 @@ pub(crate) enum Form {
     Switch,
     /// A list of text, or text with commas.
     List,
+    /// The same, with an entry at least: without the field another thing holds than a reader of `[]` would think.
+    Entries,
     /// `IP:PORT`; an IP alone gets this port, as kube-proxy does it.
     Address(u16),
     /// An IP; a wildcard says nothing.
@@ -96,6 +98,7 @@ const RELAY: &[Field] = &[
     field("nodePortAddresses", Form::List, &["nodeport_addresses"]),
     field("expose", Form::List, &["expose"]),
     field("allowedExternalCIDRs", Form::List, &["allowed_external_cidrs"]),
+    field("allowFrom", Form::Entries, &["allow_from"]),
     field("vipRoutes", Form::Text, &["vip_routes"]),
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),

@@ -321,11 +321,16 @@ fn words(form: Form, value: &Value) -> Result<Vec<String>, Odd> {
         (Form::Number, _) => Err(Odd::Wrong("a number")),
         (Form::Switch, Value::Bool(flag)) => one(flag.to_string()),
         (Form::Switch, _) => Err(Odd::Wrong("true or false")),
-        (Form::List, Value::String(text)) => Ok(text.split(',').map(|item| item.trim().to_owned()).collect()),
-        (Form::List, Value::Array(items)) => {
+        (Form::Entries, Value::Array(items)) if items.is_empty() => {
+            Err(Odd::Wrong("a list with an entry (or no such field)"))
+        }
+        (Form::List | Form::Entries, Value::String(text)) => {
+            Ok(text.split(',').map(|item| item.trim().to_owned()).collect())
+        }
+        (Form::List | Form::Entries, Value::Array(items)) => {
             items.iter().map(|item| item.as_str().map(str::to_owned).ok_or(Odd::Wrong("a list of text"))).collect()
         }
-        (Form::List, _) => Err(Odd::Wrong("a list of text")),
+        (Form::List | Form::Entries, _) => Err(Odd::Wrong("a list of text")),
         (Form::Address(port), Value::String(text)) => one(with_port(text, port)),
         (Form::Address(_), _) => Err(Odd::Wrong("an address")),
         (Form::NodeAddress, Value::String(text)) => match text.parse() {

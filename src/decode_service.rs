@@ -35,7 +35,7 @@ pub(crate) const ANNOTATIONS: [&str; 10] = [
 ];
 
 /// Those of [`ANNOTATIONS`] that this version acts on.
-const HEEDED: [&str; 4] = ["affinity-ipv6-prefix", "balance", "udp-shards", "udp-timeout"];
+const HEEDED: [&str; 5] = ["affinity-ipv6-prefix", "allow-from", "balance", "udp-shards", "udp-timeout"];
 
 /// What [`ANNOTATIONS`] begin with.
 pub(crate) const PREFIX: &str = "kube-relay.dev/";

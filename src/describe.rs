@@ -1,6 +1,9 @@
 //! A report as a person reads it: one block for each Service, then what is wrong, then the sum.
 
+use std::collections::BTreeSet;
 use std::fmt;
+
+use ipnet::IpNet;
 
 use crate::name::Scope;
 use crate::plan::{Side, Verdict};
@@ -40,6 +43,9 @@ impl fmt::Display for ServiceReport {
         }
         if !self.balance.is_default() {
             write!(f, ", {}", self.balance)?;
+        }
+        if let Some(nets) = self.allowed_networks() {
+            write!(f, ", from outside {}", allowed(&nets))?;
         }
         if let Some(word) = &self.skipped {
             return writeln!(f, "\n  not served: {word}, {}", meaning(word));
@@ -129,6 +135,12 @@ impl fmt::Display for Arrows<'_> {
     }
 }
 
+/// Who is let in from outside: `only 203.0.113.0/24`, `nobody`.
+pub(crate) fn allowed(nets: &BTreeSet<IpNet>) -> String {
+    let nets: Vec<_> = nets.iter().map(ToString::to_string).collect();
+    if nets.is_empty() { "nobody".to_owned() } else { format!("only {}", abridged(&nets)) }
+}
+
 fn abridged(addresses: &[String]) -> String {
     let shown = &addresses[..addresses.len().min(BACKENDS_SHOWN)];
     match addresses.len() {
@@ -156,7 +168,6 @@ pub(crate) fn counted(count: usize, word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use super::*;
@@ -252,6 +263,20 @@ mod tests {
 
         assert!(text.starts_with("default/web  LoadBalancer, health port 31000: 0 endpoints on this node\n"), "{text}");
         assert!(text.contains("198.51.100.1:80  (reject, no backend; only from 203.0.113.0/24)"), "{text}");
+    }
+
+    #[test]
+    fn given_allow_lists_when_described_then_those_outside_who_may_come_are_told() {
+        let web = Service::new("default/web").cluster_ip([127, 96, 0, 10]).port("http", 80);
+        let header = |list: &str| {
+            let annotations = [("allow-from".into(), list.into())].into();
+            let text = described(vec![Service { annotations, ..web.clone() }], vec![]);
+            text.lines().next().map(str::to_owned).expect("a line")
+        };
+
+        let both = "default/web  ClusterIP, from outside only 192.0.2.1/32, 203.0.113.0/24";
+        assert_eq!(header("203.0.113.0/24, 192.0.2.1"), both);
+        assert_eq!(header("2001:db8::/32"), "default/web  ClusterIP, from outside nobody");
     }
 
     #[test]

@@ -186,7 +186,7 @@ mod tests {
                 "metadata: {name: edge}\nsources: [x]\nmetricsBindAddress: none\nstatusBindAddress: 127.0.0.3\n\
                  healthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
-                 allowedExternalCIDRs: 203.0.113.0/24\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
+                 allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
@@ -200,6 +200,7 @@ mod tests {
         assert_eq!(config.status_address, Some(([127, 0, 0, 3], 10249).into()));
         assert!(config.bind_address_hard_fail);
         assert_eq!((config.plan.expose.len(), config.plan.allowed_external_cidrs.len()), (2, 1));
+        assert_eq!(config.plan.allow_from.len(), 2);
         assert_eq!((config.plan.service_cluster_ip_range, config.plan.service_node_port_range), (None, 1..=9));
         assert_eq!((config.plan.cluster_cidrs.len(), config.plan.node_addresses.len()), (2, 1));
         assert_eq!(config.plan.proxy_name.as_deref(), Some("kube-relay"));
@@ -273,6 +274,8 @@ mod tests {
             ("workers: 0\n", ":3:10: ", "workers: \"0\": 0 is not in 1..=1024"),
             ("logging:\n  format: xml\n", ":4:11: ", "write one of auto, text, json"),
             ("udpTimeouts: 5s\n", ":3:14: ", "where a mapping is wanted"),
+            ("allowFrom: []\n", ":3:12: ", "a list with an entry (or no such field) is wanted"),
+            ("allowFrom: [10.0.0.0/8, web]\n", ":3:25: ", "allowFrom[1]: \"web\": write a network or an address"),
             ("nodePortAddresses:\n- eth0\n", ":4:3: ", "nodePortAddresses[0]: \"eth0\": neither"),
             ("bindAddressHardFail: maybe\n", ":3:22: ", "true or false"),
         ];

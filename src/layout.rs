@@ -111,6 +111,10 @@ pub struct Listener {
     /// range holds an address of this node, the listener's own is there, too: it is what a program on this node has
     /// as its source.
     pub source_ranges: Arc<[IpNet]>,
+    /// Who may come from outside; all others get no answer. `None`: everybody, empty: nobody.
+    ///
+    /// From the annotation `kube-relay.dev/allow-from` and `--allow-from`, of the listener's family.
+    pub allow_from: Option<Arc<[IpNet]>>,
     /// How its datagrams are served; `None`: as the flags say. Hardly any Service says otherwise.
     pub udp: Option<Arc<UdpSettings>>,
 }
@@ -121,6 +125,11 @@ impl Listener {
         static AS_THE_FLAGS_SAY: UdpSettings =
             UdpSettings { shards: None, unreplied: None, answered: None, stream: None };
         self.udp.as_deref().unwrap_or(&AS_THE_FLAGS_SAY)
+    }
+
+    /// True where it matters for a client whether it is inside.
+    pub(crate) fn is_two_sided(&self) -> bool {
+        self.target.outside != self.target.inside || self.allow_from.is_some()
     }
 
     /// The balancers that its sides name, whatever their verdicts: outside, then inside.
@@ -314,8 +323,8 @@ mod tests {
                 let port = ServicePortName::new(service, "http", Protocol::Tcp);
                 let kind = ListenerKind::ClusterIp;
                 let target = Target { outside, inside };
-                let (source_ranges, udp) = (Arc::default(), None);
-                (key, Listener { port, kind, allocated, target, source_ranges, udp })
+                let (source_ranges, allow_from, udp) = (Arc::default(), None, None);
+                (key, Listener { port, kind, allocated, target, source_ranges, allow_from, udp })
             },
         )
     }

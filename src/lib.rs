@@ -67,6 +67,7 @@ compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build i
 pub mod admin;
 mod admission;
 pub mod allocate;
+mod allow_from;
 #[cfg(feature = "kubernetes")]
 pub mod api_client;
 #[cfg(feature = "kubernetes")]

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
 
-use crate::describe::{counted, meaning};
+use crate::describe::{allowed, counted, meaning};
 use crate::live::LiveReport;
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
 use crate::problem::Listed;
@@ -156,6 +156,9 @@ fn describe_service(service: &ServiceReport) -> String {
     }
     if !service.balance.is_default() {
         field(&mut text, "Balance", service.balance);
+    }
+    if let Some(nets) = service.allowed_networks() {
+        field(&mut text, "From Outside", allowed(&nets));
     }
     if let Some(health_port) = &service.health_port {
         describe_health_port(&mut text, health_port);
@@ -375,6 +378,19 @@ mod tests {
         Problems:
           Service default/web: something about Service default/web [field_unknown]
         ");
+    }
+
+    #[test]
+    fn given_an_allow_list_when_described_then_who_may_come_from_outside_is_told() {
+        let described = |nets: &[&str]| {
+            let mut report = sample::status().report().only(&ObjectName::parse("web")).expect("web is there");
+            let nets: Vec<_> = nets.iter().map(|net| net.parse().expect("a net")).collect();
+            report.services[0].ports[0].listeners[0].allow_from = Some(nets);
+            describe(&report)
+        };
+
+        assert!(described(&["203.0.113.0/24"]).contains("\nFrom Outside:      only 203.0.113.0/24\n"));
+        assert!(described(&[]).contains("\nFrom Outside:      nobody\n"));
     }
 
     /// `default/mail` alone, described.

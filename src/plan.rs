@@ -21,6 +21,7 @@ use crate::parts::in_parts;
 use crate::rare::Rare;
 use crate::service_plan::Asked;
 
+pub use crate::allow_from::AllowFrom;
 pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_port::HealthPort;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
@@ -43,6 +44,8 @@ pub struct PlanOptions {
     pub node_addresses: Vec<IpAddr>,
     /// External IPs are served only inside these. From `--allowed-external-cidrs`; empty refuses all.
     pub allowed_external_cidrs: Vec<IpNet>,
+    /// Who may come from outside; `None`: everybody. From `--allow-from`.
+    pub allow_from: Option<AllowFrom>,
     /// Take exactly the Services that are labelled so; `None`: exactly those without the label. From `--proxy-name`.
     pub proxy_name: Option<String>,
     /// Extra listeners. From `--expose`.
@@ -133,10 +136,10 @@ impl Plan {
         self.services.get(self.claims.winner(key)?)?.wanted.listeners.get(key)
     }
 
-    /// Steps that give each listener whose two sides differ its target anew: who counts as inside is not in a plan.
+    /// Steps that give each listener that asks who is inside its target anew: who that is is not in a plan.
     pub(crate) fn points_of_two_sides(&self) -> impl Iterator<Item = Step> {
         let listeners = self.services.values().flat_map(|plan| plan.listeners());
-        let two_sided = listeners.filter(|(_, listener)| listener.target.outside != listener.target.inside);
+        let two_sided = listeners.filter(|(_, listener)| listener.is_two_sided());
         two_sided.map(|(key, listener)| Step::Point(*key, listener.clone()))
     }
 

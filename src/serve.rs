@@ -76,10 +76,12 @@ pub struct Target {
     pub outside: Verdict,
     /// For this node and its pods.
     pub inside: Verdict,
-    /// What counts as inside; empty where the two sides are the same.
+    /// What counts as inside; empty where the two sides are the same, and everybody may come from outside.
     pub inside_of: Arc<[IpNet]>,
     /// Who may come at all, on either side; empty: everybody. Others get no answer.
     pub source_ranges: Arc<[IpNet]>,
+    /// Who may come from outside; others get no answer. `None`: everybody, empty: nobody.
+    pub allow_from: Option<Arc<[IpNet]>>,
     /// What keeps the listener's address local: for the listener, and for each connection that came there.
     pub address: Option<Hold>,
 }
@@ -93,7 +95,7 @@ impl Target {
         if !self.admits(client) {
             return &Verdict::Drop;
         }
-        if self.inside_of.iter().any(|net| net.contains(&client)) { &self.inside } else { &self.outside }
+        if has(&self.inside_of, client) { &self.inside } else { &self.outside }
     }
 
     /// The balancer for a source address, or why there is none.
@@ -108,12 +110,23 @@ impl Target {
 
     /// What the listener's filter drops for, as far as one word can tell.
     fn reason_of_silence(&self) -> DropReason {
-        if self.source_ranges.is_empty() { DropReason::NoLocalEndpoints } else { DropReason::DeniedAddress }
+        if self.is_guarded() { DropReason::DeniedAddress } else { DropReason::NoLocalEndpoints }
+    }
+
+    /// True where it depends on its address whether a client may come at all.
+    fn is_guarded(&self) -> bool {
+        !self.source_ranges.is_empty() || self.allow_from.is_some()
     }
 
     fn admits(&self, client: IpAddr) -> bool {
-        self.source_ranges.is_empty() || self.source_ranges.iter().any(|net| net.contains(&client))
+        let allowed = |nets: &Arc<[IpNet]>| has(nets, client) || has(&self.inside_of, client);
+        let in_range = self.source_ranges.is_empty() || has(&self.source_ranges, client);
+        in_range && self.allow_from.as_ref().is_none_or(allowed)
     }
+}
+
+fn has(nets: &[IpNet], client: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&client))
 }
 
 /// The cell through which `control` points a live listener elsewhere; whoever accepts loads it for each connection.

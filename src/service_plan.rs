@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::admission;
+use crate::allow_from::AllowFrom;
 use crate::balancing::Balancing;
 use crate::claims::Claimant;
 use crate::endpoints::{self, Selection, Usable, UsableEndpoint};
@@ -156,6 +157,10 @@ impl<'a> Asked<'a> {
         let mut layout = Layout::default();
         let mut problems = Vec::new();
         let balancing = Balancing::of(service, &mut problems);
+        let guards = Guards {
+            source_ranges: SourceRanges { service, node_addresses: &options.node_addresses },
+            allow_from: AllowFrom::of(service, options.allow_from.as_ref(), &mut problems),
+        };
         plan.problems.extend(problems);
         let mut loops = BTreeSet::new();
         let targets = choose_backends(&mut layout, service, balancing, &entries.list, |port, family, external| {
@@ -168,8 +173,7 @@ impl<'a> Asked<'a> {
             selection
         });
         plan.problems.extend(loops.iter().map(|key| looping(service, key)));
-        let source_ranges = SourceRanges { service, node_addresses: &options.node_addresses };
-        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &source_ranges));
+        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &guards));
         plan.wanted = layout.into();
         plan
     }
@@ -226,13 +230,19 @@ fn add_balancers(
     }
 }
 
+/// Who is kept out of a Service's listeners. Where both have something to say, both must let a client in.
+struct Guards<'a> {
+    source_ranges: SourceRanges<'a>,
+    allow_from: Option<AllowFrom>,
+}
+
 /// Makes a listener of each entry; of two on one key the first is served, and the other is a problem.
 fn listen(
     layout: &mut Layout,
     service: &Service,
     entries: &[Entry],
     targets: &BTreeMap<(usize, Family), Targets>,
-    source_ranges: &SourceRanges<'_>,
+    guards: &Guards<'_>,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
     let udp_settings = UdpSettings::of(service, &mut problems);
@@ -249,9 +259,10 @@ fn listen(
             None => {
                 let target = targets.of_kind(entry.kind);
                 let udp = udp_settings.clone().filter(|_| port.protocol == Protocol::Udp);
-                let source_ranges = source_ranges.at(entry.key.ip(), entry.kind);
+                let source_ranges = guards.source_ranges.at(entry.key.ip(), entry.kind);
+                let allow_from = guards.allow_from.as_ref().map(|allow_from| allow_from.at(entry.family()));
                 let (port, kind, allocated) = (port.clone(), entry.kind, entry.allocated);
-                let listener = Listener { port, kind, allocated, target, source_ranges, udp };
+                let listener = Listener { port, kind, allocated, target, source_ranges, allow_from, udp };
                 layout.listeners.insert(entry.key, listener);
             }
         }

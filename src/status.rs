@@ -4,7 +4,7 @@
 //! Its text form is in `describe`; serving it over HTTP is `admin`; Prometheus text is `metrics`.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -86,6 +86,14 @@ impl ServiceReport {
             balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),
             ports: ports.collect(),
         }
+    }
+
+    /// The networks that are let in from outside, over all listeners; `None` where everybody is, empty where nobody.
+    pub(crate) fn allowed_networks(&self) -> Option<BTreeSet<IpNet>> {
+        let listeners = self.ports.iter().flat_map(|port| &port.listeners);
+        let mut lists = listeners.filter_map(|listener| listener.allow_from.as_deref()).peekable();
+        lists.peek()?;
+        Some(lists.flatten().copied().collect())
     }
 }
 
@@ -195,6 +203,9 @@ pub struct ListenerReport {
     /// Who may come at all; left out where everybody may.
     #[serde(rename = "sourceRanges", default, skip_serializing_if = "Vec::is_empty")]
     pub source_ranges: Vec<IpNet>,
+    /// Who may come from outside, this node and its pods apart; left out where everybody may, empty where nobody.
+    #[serde(rename = "allowFrom", default, skip_serializing_if = "Option::is_none")]
+    pub allow_from: Option<Vec<IpNet>>,
     /// Whether it is bound; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<ListenerState>,
@@ -209,6 +220,7 @@ impl ListenerReport {
             outside: listener.target.outside,
             inside: listener.target.inside,
             source_ranges: listener.source_ranges.to_vec(),
+            allow_from: listener.allow_from.as_ref().map(|nets| nets.to_vec()),
             state: None,
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::findings::{parse_cidr, parse_ip};
 use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::NewNodePort;
@@ -148,6 +149,13 @@ pub fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
     text.parse().map_err(|_| RIGHT)
 }
 
+/// Reads a network, or one address as the network of it alone: `203.0.113.0/24`, `203.0.113.7`. Bits behind the prefix
+/// are cleared, zeros in front are decimal.
+pub fn network(text: &str) -> Result<IpNet, ValueError> {
+    const RIGHT: ValueError = ValueError("write a network or an address, like 203.0.113.0/24 or 203.0.113.7");
+    parse_cidr(text).or_else(|| parse_ip(text).map(IpNet::from)).ok_or(RIGHT)
+}
+
 /// Reads `LISTEN=NAMESPACE/SERVICE:PORT`; the namespace may be left out and is `default` then.
 pub fn expose(text: &str) -> Result<Expose, ValueError> {
     const RIGHT: ValueError =
@@ -235,6 +243,22 @@ mod tests {
             "224.0.0.1:80=a/b:c",
         ] {
             assert!(expose(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn given_networks_and_addresses_when_read_then_an_address_is_a_network_of_one() {
+        let cases = [
+            ("203.0.113.7", "203.0.113.7/32"),
+            ("203.0.113.7/24", "203.0.113.0/24"),
+            ("2001:db8::1", "2001:db8::1/128"),
+            ("::ffff:203.0.113.7", "203.0.113.7/32"),
+        ];
+        for (text, net) in cases {
+            assert_eq!(network(text).expect("a network").to_string(), net);
+        }
+        for text in ["", "203.0.113", "203.0.113.0/", "203.0.113.0/33", "0x1.0.0.0", "web", "fe80::1%eth0"] {
+            assert!(network(text).is_err(), "{text}");
         }
     }
 

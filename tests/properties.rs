@@ -9,7 +9,7 @@ use std::time::Duration;
 use kube_relay::endpoints::Node;
 use kube_relay::model::{Endpoint, Event, Model, Service, ServiceKind, Slice, TrafficPolicy};
 use kube_relay::name::{ListenKey, ObjectName, Protocol};
-use kube_relay::plan::{Expose, Layout, Plan, PlanOptions, diff};
+use kube_relay::plan::{AllowFrom, Expose, Layout, Plan, PlanOptions, diff};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
@@ -65,6 +65,7 @@ fn options() -> PlanOptions {
         node_port_addresses: own.clone(),
         node_addresses: own,
         allowed_external_cidrs: vec!["203.0.113.0/24".parse().expect("a net")],
+        allow_from: Some(AllowFrom::new(&["10.0.0.0/8".parse().expect("a net")])),
         proxy_name: None,
         expose: vec![Expose { listen, service: ObjectName::parse("shop/a"), port: "80".into() }],
         allow_loopback_endpoints: false,
@@ -79,12 +80,13 @@ fn service() -> impl Strategy<Value = Service> {
     );
     let addresses = (0_u8..3, proptest::option::of(0_u16..3), vec(0_u8..3, 0..2), vec(0_u8..3, 0..2));
     let ports = vec((select(vec!["", "http", "dns"]), 80_u16..83, 0_u16..3, protocol()), 0..3);
-    let policies = (policy(), policy(), any::<bool>(), proptest::option::of(1_u64..100));
+    let lists = (any::<bool>(), proptest::option::of(select(vec!["10.1.0.0/16, fd00::/8", "nonsense"])));
+    let policies = (policy(), policy(), lists, proptest::option::of(1_u64..100));
     let kinds = select(vec![ServiceKind::ClusterIp, ServiceKind::LoadBalancer, ServiceKind::ExternalName]);
     (identity, addresses, ports, policies, kinds).prop_map(|(identity, addresses, ports, policies, kind)| {
         let (name, created, proxy_name) = identity;
         let (v4, v6, external, balanced) = addresses;
-        let (internal_policy, external_policy, guarded, affinity) = policies;
+        let (internal_policy, external_policy, (guarded, allow_from), affinity) = policies;
         let mut service = Service::new(name);
         if v4 > 0 {
             service = service.cluster_ip([10, 96, 0, v4]);
@@ -111,6 +113,7 @@ fn service() -> impl Strategy<Value = Service> {
             internal_policy,
             external_policy,
             affinity_timeout: affinity.map(Duration::from_secs),
+            annotations: allow_from.map(|list| ("allow-from".into(), list.into())).into_iter().collect(),
             ..service
         }
     })

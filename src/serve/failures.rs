@@ -135,6 +135,7 @@ mod tests {
             allocated: false,
             target: Target { outside: side, inside: side },
             source_ranges: Default::default(),
+            allow_from: None,
             udp: Default::default(),
         }
     }

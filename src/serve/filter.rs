@@ -1,7 +1,7 @@
 //! The filter of a listener's socket: the kernel drops what comes from sources that are to get no answer.
 //!
-//! One classic BPF program for each socket, made from all that the listener's target says: verdicts of both sides and
-//! source ranges. It is replaced as a whole. Attaching it is a system call, everything before that is pure. Which
+//! One classic BPF program for each socket, made from all that the listener's target says: verdicts of both sides,
+//! source ranges and who is allowed from outside. It is replaced as a whole. Attaching it is a system call, everything before that is pure. Which
 //! sockets get one, and what happens where the kernel takes none, is up to `bound`.
 
 use std::fmt;
@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 
+use ipnet::IpNet;
 use rustix::io::Errno;
 use socket2::{SockFilter, SockRef};
 
@@ -35,17 +36,18 @@ impl Filter {
     pub(super) fn of_target(target: &Target, family: Family) -> Result<Option<Self>, TooLong> {
         let drops = |verdict: &Verdict| matches!(verdict, Verdict::Drop);
         let (outside, inside) = (drops(&target.outside), drops(&target.inside));
-        if target.source_ranges.is_empty() && !outside && !inside {
+        if !target.is_guarded() && !outside && !inside {
             return Ok(None);
         }
-        let inside_of = AddressSet::of(family, &target.inside_of);
-        let all = AddressSet::all_or_none(family, true);
-        let heard = inside_of.combine(&all, |is_inside, _| !(if is_inside { inside } else { outside }));
-        if target.source_ranges.is_empty() {
-            return Self::of(&heard);
-        }
-        let allowed = AddressSet::of(family, &target.source_ranges);
-        Self::of(&heard.combine(&allowed, |heard, allowed| heard && allowed))
+        let set = |nets: &[IpNet]| AddressSet::of(family, nets);
+        let everybody = AddressSet::all_or_none(family, true);
+        let allowed = target.allow_from.as_deref().map_or_else(|| everybody.clone(), set);
+        let heard = set(&target.inside_of).combine(&allowed, |is_inside, is_allowed| match is_inside {
+            true => !inside,
+            false => is_allowed && !outside,
+        });
+        let in_range = if target.source_ranges.is_empty() { everybody } else { set(&target.source_ranges) };
+        Self::of(&heard.combine(&in_range, |is_heard, is_in_range| is_heard && is_in_range))
     }
 
     /// The program for a set of sources; `None` where everybody is in it, and none is needed.
@@ -209,13 +211,16 @@ fn choose(runs: &[Run], decide: &impl Fn(&Run) -> Vec<Instruction>) -> Vec<Instr
 pub(super) mod tests {
     use std::io::ErrorKind;
     use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+    use std::sync::Arc;
     use std::time::Duration;
 
     use ipnet::IpNet;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::name::{ObjectName, Protocol, ServicePortName};
     use crate::serve::address_set::tests::{nets, telling};
+    use crate::serve::balancer::PortState;
 
     /// Runs a program as the kernel would, on a packet from this source.
     fn passes(filter: &Filter, source: IpAddr) -> bool {
@@ -268,6 +273,56 @@ pub(super) mod tests {
                 prop_assert_eq!(passed, allowed, "{}", source);
             }
         }
+    }
+
+    /// A target that serves nobody: to pass is to be refused.
+    fn target(
+        verdicts: [Verdict; 2],
+        inside_of: &[IpNet],
+        source_ranges: &[IpNet],
+        allow_from: Option<&[IpNet]>,
+    ) -> Target {
+        let name = ServicePortName::new(ObjectName::parse("web"), "", Protocol::Tcp);
+        let (port, [outside, inside]) = (Arc::new(PortState::new(name)), verdicts);
+        let (inside_of, source_ranges) = (inside_of.into(), source_ranges.into());
+        let allow_from = allow_from.map(Into::into);
+        Target { port, outside, inside, inside_of, source_ranges, allow_from, address: None }
+    }
+
+    proptest! {
+        #[test]
+        fn given_any_target_when_its_filter_is_made_then_it_drops_exactly_whom_the_process_would(
+            (family, inside_of, ranges, allowed) in prop_oneof![Just(Family::V4), Just(Family::V6)]
+                .prop_flat_map(|family| (Just(family), nets(family), nets(family), prop::option::of(nets(family)))),
+            (drops_outside, drops_inside) in any::<(bool, bool)>(),
+        ) {
+            let verdicts = [drops_outside, drops_inside].map(|drops| if drops { Verdict::Drop } else { Verdict::Reject });
+            let target = target(verdicts, &inside_of, &ranges, allowed.as_deref());
+
+            let filter = Filter::of_target(&target, family).expect("few networks");
+
+            let nets = [inside_of, ranges, allowed.unwrap_or_default()].concat();
+            for source in telling(family, &nets) {
+                let passed = filter.as_ref().is_none_or(|filter| passes(filter, source));
+                prop_assert_eq!(passed, !matches!(target.judge(source), Verdict::Drop), "{}", source);
+            }
+        }
+    }
+
+    #[test]
+    fn given_an_allow_list_when_a_filter_is_made_then_outsiders_need_to_be_in_it_and_insiders_in_the_ranges_alone() {
+        let net = |text: &str| text.parse::<IpNet>().expect("a net");
+        let (inside, allowed, other) = (net("10.0.0.0/8"), net("203.0.113.0/24"), net("198.51.100.0/24"));
+        let heard = |ranges: &[IpNet], list: &[IpNet]| {
+            let target = target([Verdict::Reject, Verdict::Reject], &[inside], ranges, Some(list));
+            let filter = Filter::of_target(&target, Family::V4).expect("short").expect("not everybody");
+            [inside, allowed, other].map(|net| passes(&filter, net.addr()))
+        };
+
+        assert_eq!(heard(&[], &[allowed]), [true, true, false]);
+        assert_eq!(heard(&[], &[]), [true, false, false], "a list of nobody");
+        assert_eq!(heard(&[allowed, other], &[allowed]), [false, true, false], "both have to let a client in");
+        assert_eq!(heard(&[inside, other], &[allowed]), [true, false, false]);
     }
 
     #[test]

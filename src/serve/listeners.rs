@@ -360,13 +360,14 @@ impl Listeners {
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
-        let inside_of = if outside == inside { Arc::default() } else { self.inside_of(key.ip()) };
+        let inside_of = if wanted.is_two_sided() { self.inside_of(key.ip()) } else { Arc::default() };
         Some(Target {
             port: Arc::clone(&port.state),
             outside: verdict(outside)?,
             inside: verdict(inside)?,
             inside_of,
             source_ranges: Arc::clone(&wanted.source_ranges),
+            allow_from: wanted.allow_from.clone(),
             address: self.granted.hold(key.ip()),
         })
     }

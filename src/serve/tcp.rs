@@ -544,6 +544,7 @@ mod tests {
             inside: verdict,
             inside_of: Arc::new([]),
             source_ranges: Arc::new([]),
+            allow_from: None,
             address: None,
         }
     }

@@ -412,7 +412,15 @@ pub(super) mod tests {
         let verdict = Verdict::Serve(Arc::clone(balancer));
         let port = Arc::clone(&balancer.port);
         let (inside_of, source_ranges) = (Arc::from([]), Arc::from([]));
-        Target { port, outside: verdict.clone(), inside: verdict, inside_of, source_ranges, address: None }
+        Target {
+            port,
+            outside: verdict.clone(),
+            inside: verdict,
+            inside_of,
+            source_ranges,
+            allow_from: None,
+            address: None,
+        }
     }
 
     fn table(backends: &[&Arc<Backend>]) -> Table {
@@ -712,10 +720,9 @@ pub(super) mod tests {
     #[test]
     fn given_one_side_drops_and_one_rejects_when_they_send_then_each_is_counted_under_its_reason() {
         let service = Service::start("127.18.1.14:5300", &[]);
-        let port = Arc::clone(&service.balancer.port);
         let inside_of = ["127.18.7.0/24".parse().expect("a network")].into();
-        let (outside, inside) = (Verdict::Drop, Verdict::Reject);
-        let target = Target { port, outside, inside, inside_of, source_ranges: [].into(), address: None };
+        let serving = target_of(&service.balancer);
+        let target = Target { outside: Verdict::Drop, inside: Verdict::Reject, inside_of, ..serving };
         service.target.store(Arc::new(target));
         let inside = plain(SocketAddr::from(([127, 18, 7, 1], 0)));
 

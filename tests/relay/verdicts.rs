@@ -8,12 +8,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use kube_relay::control::RelayOptions;
+use kube_relay::plan::AllowFrom;
 use kube_relay::stats::{CloseReason, DropReason, PROCESS};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::support::backend::{Backend, Talker};
 use crate::support::client::{self, Caller};
-use crate::support::relay::{Relay, service_of};
+use crate::support::relay::{Relay, problems, service_of};
 use crate::support::site::{BACKEND_PORT, NODE_PORT, SERVICE_PORT, Site};
 
 /// On a machine that does nothing else, an answer takes a thousandth of it.
@@ -166,6 +167,91 @@ async fn t107_t108_t109_t111_given_source_ranges_when_they_change_then_new_clien
     assert_eq!(ask_udp_from(first, entry).await, None);
     relay.until("its flow to end", |_| udp_ends(&relay, backend, CloseReason::EndpointRemoved) == 1).await;
     assert_eq!(stats.closed.get(CloseReason::Reset), 0);
+}
+
+/// The Service of [`balanced`], with an allow-list.
+fn allowing(site: Site, list: impl std::fmt::Display, fields: &str, backend: SocketAddr) -> String {
+    let annotation = format!("annotations: {{kube-relay.dev/allow-from: '{list}'}}");
+    let manifest = balanced(site, fields, &[(backend, "here")]);
+    manifest.replacen("metadata: {name: web}", &format!("metadata: {{name: web, {annotation}}}"), 1)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t104_t111_given_an_allow_list_when_clients_come_then_it_holds_at_all_addresses_and_pods_are_not_asked() {
+    let site = Site::new(104);
+    let backend = site.backend(1);
+    let (_tcp, _udp) = (Backend::named(backend).await, Talker::named(backend).await);
+    let [pod, first, second] = [site.client(1), site.client(2), site.client(3)];
+    let relay = Relay::start_with(site, allowing(site, first, "", backend), options(site)).await;
+    let entries = [site.service(), site.node_port(), load_balancer(site)];
+    let mut before = connect_from(first, site.service()).await.expect("in the list");
+    assert_eq!(client::ask_on(&mut before).await.expect("an answer"), backend);
+    let flow = Caller::from_address(first, site.service()).await;
+    flow.ask().await;
+
+    for entry in entries {
+        for allowed in [pod, first, entry.ip()] {
+            assert_eq!(ask_from(allowed, entry).await, Outcome::Answer(backend), "{allowed} at {entry}");
+            assert_eq!(ask_udp_from(allowed, entry).await, Some(backend), "{allowed} at {entry}");
+        }
+        assert_eq!(ask_from(second, entry).await, Outcome::Nobody, "{entry}");
+        assert_eq!(ask_udp_from(second, entry).await, None, "{entry}");
+    }
+    flow.ask().await; // It brings the number of those that were dropped before it.
+    relay.until("a denied source is counted", |_| dropped(&relay, DropReason::DeniedAddress) >= 1).await;
+
+    change(&relay, &allowing(site, second, "", backend)).await;
+    for entry in entries {
+        assert_eq!(ask_from(first, entry).await, Outcome::Nobody, "{entry}");
+        assert_eq!(ask_from(second, entry).await, Outcome::Answer(backend), "{entry}");
+        assert_eq!(ask_udp_from(second, entry).await, Some(backend), "{entry}");
+    }
+    assert_eq!(client::ask_on(&mut before).await.expect("it goes on"), backend);
+    assert_eq!(ask_udp_from(first, site.service()).await, None);
+    relay.until("its flows to end", |_| udp_ends(&relay, backend, CloseReason::EndpointRemoved) >= 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t107_given_an_allow_list_beside_source_ranges_when_clients_come_to_the_balancer_then_both_must_allow() {
+    let site = Site::new(108);
+    let backend = site.backend(1);
+    let _tcp = Backend::named(backend).await;
+    let [in_both, in_list, in_ranges] = [site.client(2), site.client(3), site.client(4)];
+    let ranges = format!("  loadBalancerSourceRanges: [{in_both}/32, {in_ranges}/32]\n");
+    let list = format!("{in_both}, {in_list}");
+
+    let _relay = Relay::start_with(site, allowing(site, list, &ranges, backend), options(site)).await;
+
+    assert_eq!(ask_from(in_both, load_balancer(site)).await, Outcome::Answer(backend));
+    for other in [in_list, in_ranges, site.client(1)] {
+        assert_eq!(ask_from(other, load_balancer(site)).await, Outcome::Nobody, "{other}");
+    }
+    assert_eq!(ask_from(in_list, site.service()).await, Outcome::Answer(backend));
+    assert_eq!(ask_from(in_ranges, site.service()).await, Outcome::Nobody);
+    assert_eq!(ask_from(site.client(1), site.service()).await, Outcome::Answer(backend), "a pod");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_list_of_the_process_when_the_pods_networks_change_then_who_is_inside_follows() {
+    let site = Site::new(109);
+    let backend = site.backend(1);
+    let _tcp = Backend::named(backend).await;
+    let [pod, client, wrong] = [site.client(1), site.client(2), site.client(3)];
+    let mut options = options(site);
+    options.plan.allow_from = Some(AllowFrom::new(&[client.into()]));
+    let relay = Relay::start_with(site, allowing(site, "nonsense", "", backend), options).await;
+    assert_eq!(ask_from(client, site.service()).await, Outcome::Nobody, "its own list is of nobody");
+    assert!(problems(&relay.status()).contains("\"nonsense\" is not used"));
+    change(&relay, &balanced(site, "", &[(backend, "here")])).await;
+    for allowed in [pod, client] {
+        assert_eq!(ask_from(allowed, site.service()).await, Outcome::Answer(backend), "{allowed}");
+    }
+    assert_eq!(ask_from(wrong, site.service()).await, Outcome::Nobody);
+
+    relay.set_inside(vec![wrong.into()]).await;
+
+    assert_eq!(ask_from(pod, site.service()).await, Outcome::Nobody);
+    assert_eq!(ask_from(wrong, site.service()).await, Outcome::Answer(backend), "one of the pods now");
 }
 
 /// Ends of flows at a backend: TCP and UDP ports have one each at this address.

@@ -436,6 +436,8 @@ pub(crate) struct Web {
     pub(crate) proxy_name: &'static str,
     /// From `loadBalancerSourceRanges`.
     pub(crate) source_ranges: Vec<String>,
+    /// From the annotation `kube-relay.dev/allow-from`.
+    pub(crate) allow_from: Option<String>,
     /// In the order of the rig.
     pub(crate) pods: Vec<Pod>,
     /// More documents.
@@ -486,6 +488,9 @@ impl fmt::Display for Web {
         f.write_str("apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n")?;
         if !self.proxy_name.is_empty() {
             writeln!(f, "  labels: {{service.kubernetes.io/service-proxy-name: {}}}", self.proxy_name)?;
+        }
+        if let Some(list) = &self.allow_from {
+            writeln!(f, "  annotations: {{kube-relay.dev/allow-from: '{list}'}}")?;
         }
         f.write_str("spec:\n  type: LoadBalancer\n")?;
         f.write_str("  clusterIPs: [10.96.0.1, 'fd96::1']\n  clusterIP: 10.96.0.1\n")?;

@@ -23,6 +23,7 @@ pub(crate) const CASES: &[Case] = cases![
     t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others,
     t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides,
     t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew,
+    t104_given_an_allow_list_when_asked_from_everywhere_then_the_node_and_its_pods_and_those_in_it_are_served,
     t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody,
     t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods,
     t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back,
@@ -281,6 +282,38 @@ fn t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_
     for open in [&mut before, &mut between] {
         assert!(ask_on(open).expect("it goes on").pod().is_some());
     }
+}
+
+fn t104_given_an_allow_list_when_asked_from_everywhere_then_the_node_and_its_pods_and_those_in_it_are_served() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let of_client = Web { allow_from: Some(ranges(&[rig.client()]).join(",")), ..Web::default() }.with(local(&rig));
+    let of_node = Web { allow_from: Some(ranges(&[rig.node(1)]).join(",")), ..of_client.clone() };
+    let of_nobody = Web { allow_from: Some("10.80.0.2/33".into()), ..of_client.clone() };
+    let stage = Stage::start(rig, &of_client);
+    let Stage { rig, .. } = &stage;
+    let mut before = connect(&stage, rig.client(), ClusterIp);
+
+    for entry in ENTRIES {
+        for allowed in [rig.client(), rig.node(0), rig.pod(0, 0), rig.pod(1, 0)] {
+            stage.served(allowed, entry, &LOCAL);
+        }
+        stage.silent(rig.node(1), entry);
+    }
+    // The datagram that is heard next tells how many were not.
+    stage.served(rig.client(), ClusterIp, &LOCAL);
+    assert!(stage.metric("kuberelay_service_dropped_total", "reason=\"denied_address\"") > 0);
+    assert_eq!(stage.metric("kuberelay_filter_fallbacks_total", ""), 0);
+    stage.change(&of_node);
+    for entry in ENTRIES {
+        stage.served(rig.node(1), entry, &LOCAL);
+        stage.silent(rig.client(), entry);
+    }
+    assert!(ask_on(&mut before).expect("it goes on").pod().is_some());
+    stage.change(&of_nobody);
+    assert!(stage.reports("annotation"));
+    stage.silent(rig.client(), ClusterIp);
+    stage.served(rig.pod(1, 0), ClusterIp, &LOCAL);
 }
 
 fn t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody() {

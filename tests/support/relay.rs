@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use kube_relay::allocate::Ranges;
 use kube_relay::control::{self, Message, RelayOptions, Setting};
 use kube_relay::health::Health;
@@ -73,6 +74,15 @@ impl Relay {
         setting.plan.node_port_addresses = addresses;
         let sent = self.relay.messages().send(Message::Setting(Box::new(setting))).await;
         sent.expect("the relay runs");
+    }
+
+    /// Counts others as this node and its pods from now on, and waits until that is so.
+    pub async fn set_inside(&self, inside: Vec<IpNet>) {
+        let before = self.status().revision;
+        let setting = Setting { inside, ..self.setting.clone() };
+        let sent = self.relay.messages().send(Message::Setting(Box::new(setting))).await;
+        sent.expect("the relay runs");
+        self.until("another inside", |status| status.revision > before).await;
     }
 
     /// How it keeps up, and what may be told of it.
