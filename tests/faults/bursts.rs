@@ -38,7 +38,7 @@ pub(crate) fn none_fails() {
         stage.client().sysctl("net/ipv4/tcp_tw_reuse", "1").expect("the namespace is ours");
         let relay = stage.relay(&stage.backends(Family::V4), &upstream_sources(&stage, sources));
 
-        let burst = Burst::run(stage.client(), stage.service(Family::V4), count);
+        let burst = Burst::run(stage.client(), stage.service(Family::V4), count, A_SECOND);
 
         let waiting = time_wait(stage.node());
         println!("{sources} source addresses: {burst}; TIME_WAIT on the node: {waiting} ({} %)", waiting * 100 / count);
@@ -99,17 +99,18 @@ pub(crate) fn backends(stage: &Stage) -> Vec<Backend> {
 }
 
 /// What became of many short connections.
-struct Burst {
+pub(crate) struct Burst {
     count: u32,
-    failures: Vec<String>,
+    /// Why some have got no answer, each with its number.
+    pub(crate) failures: Vec<String>,
     took: Duration,
     /// How long the slowest one had to wait for its answer.
     slowest: Duration,
 }
 
 impl Burst {
-    /// Opens one after the other at an even rate, however long each takes.
-    fn run(client: &Namespace, service: SocketAddr, count: u32) -> Self {
+    /// Opens one after the other at an even rate, so many a second, however long each takes.
+    pub(crate) fn run(client: &Namespace, service: SocketAddr, count: u32, a_second: u32) -> Self {
         let (next, begin) = (Arc::new(AtomicU32::new(0)), Instant::now());
         let work = move |next: Arc<AtomicU32>| {
             let (mut failures, mut slowest) = (Vec::new(), Duration::ZERO);
@@ -119,7 +120,7 @@ impl Burst {
                     return (failures, slowest);
                 }
                 thread::sleep(
-                    (begin + Duration::from_secs(1) * number / A_SECOND).saturating_duration_since(Instant::now()),
+                    (begin + Duration::from_secs(1) * number / a_second).saturating_duration_since(Instant::now()),
                 );
                 let start = Instant::now();
                 if let Err(error) = exchange(service) {

@@ -5,6 +5,7 @@
 mod bursts;
 mod families;
 mod floods;
+mod front;
 mod programs;
 mod stage;
 
@@ -37,6 +38,14 @@ fn main() -> ExitCode {
         (
             "f18_given_a_sweep_of_spoofed_sources_when_they_flood_then_flows_are_bounded_and_others_served",
             floods::sources_are_spoofed,
+        ),
+        (
+            "given_haproxy_before_three_nodes_when_one_is_drained_then_no_client_notices",
+            front::haproxy_asks_before_each_node_ends,
+        ),
+        (
+            "given_nginx_before_three_nodes_when_one_is_taken_out_and_drained_then_no_client_notices",
+            front::nginx_is_told_before_a_node_ends,
         ),
         ("given_iperf3_when_it_measures_through_the_relay_then_both_directions_move", programs::iperf3),
         ("given_wrk_and_nginx_when_relayed_then_no_request_fails", programs::wrk),
