@@ -3,9 +3,10 @@
 //! What is asked, and what should come of it, is in the cases (`verdicts`).
 
 use std::fmt::{self, Write as _};
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -123,7 +124,7 @@ impl Stage {
 
     fn launch(rig: Rig, addresses: [DualAddress; 3], web: &Web, prepare: impl FnOnce(&mut Command)) -> Self {
         let [cluster_ip, external_ip, load_balancer_ip] = addresses;
-        let folder = tempfile::tempdir().expect("a folder can be made");
+        let folder = readable_folder();
         let node = rig.node(0);
         // Otherwise the kernel tells of a closed UDP port once a second.
         for limit in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
@@ -262,6 +263,12 @@ impl Stage {
         });
         answer.ok()
     }
+}
+
+/// A folder that every user can read: a relay may run as another one.
+fn readable_folder() -> TempDir {
+    let everybody = Permissions::from_mode(0o755);
+    tempfile::Builder::new().permissions(everybody).tempdir().expect("a folder can be made")
 }
 
 /// What a relay logs. Printed where a case fails.

@@ -1,4 +1,4 @@
-//! Network namespaces without root: making them, being in them, starting programs in them.
+//! Network namespaces without root: making them, being in them, starting programs in them. With which rights is in `rights`.
 //!
 //! A namespace is held by a descriptor and has no name outside this process: it ends with the last
 //! descriptor, thread and child in it. Which namespaces there are and how they are wired is in `rig`.
@@ -8,17 +8,17 @@ use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::{fmt, io};
 
 use kube_relay::name::Family;
-use rustix::io::Errno;
 use rustix::mount::MountPropagationFlags;
 use rustix::process::Signal;
-use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::process::Process;
+use super::rights::NOBODY;
 
 /// Both families, IPv4 first.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -58,14 +58,32 @@ pub(crate) fn isolate() -> Result<(), Unavailable> {
     }
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let own = UnshareFlags::NEWNET | UnshareFlags::NEWNS;
+    let outside = uid.is_root().then(stay_outside);
     match unshare(own | UnshareFlags::NEWUSER) {
-        Ok(()) => become_root(uid.as_raw(), gid.as_raw())
+        Ok(()) => map_users(outside, uid.as_raw(), gid.as_raw())
             .map_err(|error| Unavailable(format!("this kernel gives user namespaces without rights: {error}")))?,
         Err(_) if uid.is_root() => unshare(own).map_err(|error| Unavailable(format!("unshare, as root: {error}")))?,
         Err(error) => return Err(Unavailable(format!("user namespaces are switched off here: {error}"))),
     }
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).map_err(|error| Unavailable(format!("mount namespace: {error}")))
+}
+
+/// Maps root and nobody, where we were root and so may have somebody outside do that; else root alone.
+fn map_users(outside: Option<io::Result<Child>>, uid: u32, gid: u32) -> io::Result<()> {
+    if let Some(Ok(child)) = outside
+        && child.wait_with_output()?.status.success()
+    {
+        return Ok(());
+    }
+    become_root(uid, gid)
+}
+
+/// Starts a child that maps root and nobody once its standard input ends, from the user namespace that we are about to leave.
+fn stay_outside() -> io::Result<Child> {
+    let map = format!("printf '0 0 1\\n{NOBODY} {NOBODY} 1\\n'");
+    let script = format!("read -r end; {map} >/proc/$PPID/uid_map && {map} >/proc/$PPID/gid_map");
+    Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()
 }
 
 /// Maps our user to root of the fresh user namespace: the one mapping that needs no rights outside.
@@ -75,7 +93,7 @@ fn become_root(uid: u32, gid: u32) -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
 }
 
-fn unshare(flags: UnshareFlags) -> io::Result<()> {
+pub(super) fn unshare(flags: UnshareFlags) -> io::Result<()> {
     debug_assert!(!flags.contains(UnshareFlags::FILES));
     // SAFETY: descriptors stay shared with all threads, as FILES is never among the flags.
     Ok(unsafe { rustix::thread::unshare_unsafe(flags) }?)
@@ -164,21 +182,6 @@ impl Namespace {
         self.run(|| fs::write(&place, value))
             .map_err(|error| io::Error::new(error.kind(), format!("{}: sysctl {path}={value}: {error}", self.name)))
     }
-}
-
-/// Has a program start as root with these capabilities alone, as a pod does.
-pub(crate) fn with_only(kept: CapabilitySet, command: &mut Command) {
-    let before_exec = move || {
-        for capability in CapabilitySet::all().difference(kept).iter() {
-            match rustix::thread::remove_capability_from_bounding_set(capability) {
-                Ok(()) | Err(Errno::INVAL) => {} // This kernel may not know the newest ones.
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec it makes system calls, and neither allocates nor locks.
-    unsafe { command.pre_exec(before_exec) };
 }
 
 impl fmt::Debug for Namespace {

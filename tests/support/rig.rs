@@ -17,6 +17,7 @@ mod cases;
 mod links;
 mod namespace;
 mod process;
+mod rights;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,8 +27,9 @@ use kube_relay::name::Family;
 #[allow(unused_imports)] // as above
 pub(crate) use self::{
     cases::{Case, full, run, skip},
-    namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate, with_only},
+    namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::{Process, find},
+    rights::{NOBODY, as_nobody_with, on_a_read_only_root, with_only},
 };
 
 /// How many nodes and pods, and what lies before them.
