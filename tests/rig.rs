@@ -1,6 +1,6 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `vips`, `rights`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it:
-//! `bootstrap`.
+//! it: `verdicts`, `vips`, `repairs`, `rights`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in
+//! place of it: `bootstrap`.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -23,6 +23,8 @@ mod beside;
 mod bootstrap;
 #[path = "rig/floods.rs"]
 mod floods;
+#[path = "rig/repairs.rs"]
+mod repairs;
 #[path = "rig/rights.rs"]
 mod rights;
 #[path = "rig/stage.rs"]
@@ -55,7 +57,9 @@ fn main() -> ExitCode {
     let bootstrap = bootstrap::CASES;
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
-    rig::run(&[&network, verdicts::CASES, vips::CASES, rights::CASES, beside::CASES, bootstrap, floods::CASES].concat())
+    let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
+    let alone = [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES].concat();
+    rig::run(&[&network[..], &alone, &beside_others].concat())
 }
 
 fn parts_reach_each_other() {

@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// What hears nothing for so long gets no answer: on these cables an answer takes a thousandth of it.
 const SILENCE: Duration = Duration::from_millis(500);
 
+/// How long a relay leaves routes that nobody needs: cases wait for them to go.
+pub(crate) const LINGER: Duration = Duration::from_secs(1);
+
 /// The Service's port, and its pods'.
 pub(crate) const PORT: u16 = 80;
 pub(crate) const TCP_BACKEND_PORT: u16 = 8000;
@@ -115,10 +118,7 @@ impl Stage {
     /// Everybody's way to them is by the node.
     pub(crate) fn start_bare(rig: Rig, web: &Web, prepare: impl FnOnce(&mut Command)) -> Self {
         let addresses = [1, 2, 3].map(Rig::vip_address);
-        for (network, prefix) in [("10.96.0.0", 12), ("fd96::", 64)] {
-            let network = (network.parse().expect("an address"), prefix);
-            rig.network_to_node(0, network).expect("a route can be added");
-        }
+        lead_to_node(&rig);
         Self::launch(rig, addresses, web, prepare)
     }
 
@@ -144,11 +144,29 @@ impl Stage {
         self.until_ready();
     }
 
+    /// Starts another relay beside this one, with other manifests. It logs to the same place.
+    pub(crate) fn start_beside(&self, manifests: &str) -> Neighbour {
+        let folder = readable_folder();
+        fs::write(folder.path().join("web.yaml"), manifests).expect("the folder can be written");
+        let relay = spawn(self.rig.node(0), folder.path(), &self.log, |command| {
+            command.args(["--metrics-bind-address", "127.0.0.1:10349", "--healthz-bind-address", "127.0.0.1:10356"]);
+        });
+        Neighbour { _relay: relay, _folder: folder }
+    }
+
+    /// Sends the relay a signal that it does not end by.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("it is ours");
+    }
+
     /// Ends the relay by a signal.
     pub(crate) fn end(&mut self, signal: Signal) {
-        let pid = i32::try_from(self.relay.pids()[0]).ok().and_then(Pid::from_raw).expect("a pid");
-        kill_process(pid, signal).expect("it is ours");
+        self.signal(signal);
         self.relay.wait().expect("it is ours");
+    }
+
+    fn pid(&self) -> Pid {
+        i32::try_from(self.relay.pids()[0]).ok().and_then(Pid::from_raw).expect("a pid")
     }
 
     /// What the relay has logged.
@@ -265,10 +283,24 @@ impl Stage {
     }
 }
 
+/// A second relay on the node. Ends when dropped.
+pub(crate) struct Neighbour {
+    _relay: Process,
+    _folder: TempDir,
+}
+
 /// A folder that every user can read: a relay may run as another one.
 fn readable_folder() -> TempDir {
     let everybody = Permissions::from_mode(0o755);
     tempfile::Builder::new().permissions(everybody).tempdir().expect("a folder can be made")
+}
+
+/// Routes what the virtual addresses are taken from to node 0, from everywhere.
+pub(crate) fn lead_to_node(rig: &Rig) {
+    for (network, prefix) in [("10.96.0.0", 12), ("fd96::", 64)] {
+        let network = (network.parse().expect("an address"), prefix);
+        rig.network_to_node(0, network).expect("a route can be added");
+    }
 }
 
 /// What a relay logs. Printed where a case fails.
@@ -295,7 +327,7 @@ fn spawn(node: &Namespace, folder: &Path, log: &Log, prepare: impl FnOnce(&mut C
     command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);
     command.arg("--node-address").arg(format!("{},{}", node.address(Family::V4), node.address(Family::V6)));
     command.arg("-f").arg(folder).args(["--log-level", "info", "--log-format", "text"]);
-    command.args(["--vip-routes-linger", "1s"]); // Cases wait for routes to go.
+    command.arg("--vip-routes-linger").arg(format!("{}s", LINGER.as_secs()));
     command.stderr(log.0.as_file().try_clone().expect("descriptors are left"));
     prepare(&mut command);
     node.spawn(command).expect("the relay starts")

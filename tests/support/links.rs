@@ -33,6 +33,20 @@ pub(crate) fn loopback_down(namespace: &Namespace) -> io::Result<()> {
     })
 }
 
+/// Sets a device up.
+pub(crate) fn device_up(namespace: &Namespace, device: &str) -> io::Result<()> {
+    ask(namespace, &format!("set {device} up"), async |handle| {
+        handle.link().set(LinkUnspec::new_with_name(device).up().build()).execute().await
+    })
+}
+
+/// Sets a device down: the other end of a cable has no carrier then.
+pub(crate) fn device_down(namespace: &Namespace, device: &str) -> io::Result<()> {
+    ask(namespace, &format!("set {device} down"), async |handle| {
+        handle.link().set(LinkUnspec::new_with_name(device).down().build()).execute().await
+    })
+}
+
 /// Lays a cable: a veth pair, up, one end in each namespace.
 pub(crate) fn cable(here: &Namespace, device: &str, there: &Namespace, peer: &str) -> io::Result<()> {
     let descriptor = there.descriptor().ok_or_else(|| io::Error::other("no cable on loopback"))?.as_raw_fd();
@@ -46,9 +60,7 @@ pub(crate) fn cable(here: &Namespace, device: &str, there: &Namespace, peer: &st
         handle.link().add(pair).execute().await
     })?;
     // Not in the same request: the far end is made first and cannot go up without a near one.
-    ask(there, &format!("set {peer} up"), async |handle| {
-        handle.link().set(LinkUnspec::new_with_name(peer).up().build()).execute().await
-    })
+    device_up(there, peer)
 }
 
 /// Gives a device an address, usable at once. Giving it twice is fine.
@@ -117,6 +129,19 @@ pub(crate) fn local_route(namespace: &Namespace, to: (IpAddr, u8)) -> io::Result
 pub(crate) fn delete_local_route(namespace: &Namespace, to: (IpAddr, u8)) -> io::Result<()> {
     ask(namespace, &format!("delete local route {}/{}", to.0, to.1), async |handle| {
         handle.route().del(local_route_to(to)?.protocol(RouteProtocol::Unspec).build()).execute().await
+    })
+}
+
+/// Adds and deletes that many local routes, one at a time: twice as many messages to whoever listens.
+pub(crate) fn churn(namespace: &Namespace, count: u16) -> io::Result<()> {
+    ask(namespace, "churn", async |handle| {
+        for number in 0..count {
+            let [high, low] = number.to_be_bytes();
+            let route = local_route_to(([10, 98, high, low].into(), 32))?.protocol(RouteProtocol::Static).build();
+            handle.route().add(route.clone()).execute().await?;
+            handle.route().del(route).execute().await?;
+        }
+        Ok(())
     })
 }
 

@@ -217,6 +217,24 @@ impl Rig {
         links::loopback_up(part)
     }
 
+    /// Unplugs the cable between node `i` and the hub: the node's end has no carrier, the other's routes are gone.
+    pub(crate) fn unplug(&self, i: u8) -> io::Result<()> {
+        links::device_down(self.hub(), self.node(i.into()).name())
+    }
+
+    /// Plugs it in again. What was routed to the node beyond its own networks is to be routed anew.
+    pub(crate) fn plug(&self, i: u8) -> io::Result<()> {
+        let (hub, node) = (self.hub(), self.node(i.into()));
+        links::device_up(hub, node.name())?;
+        near_end_of(hub, node.name(), (node_side(i), node_address(i)))?;
+        lead_to_pods(hub, node, i)
+    }
+
+    /// Makes so many addresses local to node `i`, one after another, and takes each away again.
+    pub(crate) fn churn(&self, i: usize, count: u16) -> io::Result<()> {
+        links::churn(self.node(i), count)
+    }
+
     /// Takes 127.0.0.1 away from node `i`: all IPv4 routes by its loopback device go with it, and nobody is told.
     pub(crate) fn take_loopback_address(&self, i: usize) -> io::Result<()> {
         links::delete_address(self.node(i), "lo", Ipv4Addr::LOCALHOST.into())
@@ -300,12 +318,18 @@ fn namespace(name: impl Into<String>, addresses: DualAddress) -> io::Result<Name
 fn node(hub: &Namespace, i: u8, pods: u8) -> io::Result<Node> {
     let node = namespace(format!("node{i}"), node_address(i))?;
     cable(hub, node.name(), &node, (node_side(i), node_address(i)))?;
+    lead_to_pods(hub, &node, i)?;
+    let pods = (0..pods).map(|j| pod(&node, i, j)).collect::<io::Result<_>>()?;
+    Ok(Node { namespace: node, pods })
+}
+
+/// Routes a node's pods from everywhere.
+fn lead_to_pods(hub: &Namespace, node: &Namespace, i: u8) -> io::Result<()> {
     for family in FAMILIES {
         let its_pods = (pod_side(i).of(family), pods_prefix(family));
         links::route(hub, network(its_pods), node.name(), Some(node.address(family)))?;
     }
-    let pods = (0..pods).map(|j| pod(&node, i, j)).collect::<io::Result<_>>()?;
-    Ok(Node { namespace: node, pods })
+    Ok(())
 }
 
 /// A pod, wired to its node as point-to-point plugins do it: a host route there, a default route back.
@@ -323,12 +347,20 @@ fn cable(
     (near_end, far_end): (DualAddress, DualAddress),
 ) -> io::Result<()> {
     links::cable(near, device, far, UPLINK)?;
+    near_end_of(near, device, (near_end, far_end))?;
     for family in FAMILIES {
-        links::address(near, device, near_end.of(family), host_prefix(family))?;
         links::address(far, UPLINK, far_end.of(family), host_prefix(family))?;
-        links::route(near, (far_end.of(family), host_prefix(family)), device, None)?;
         links::route(far, (near_end.of(family), host_prefix(family)), UPLINK, None)?;
         links::route(far, (ANY.of(family), 0), UPLINK, Some(near_end.of(family)))?;
+    }
+    Ok(())
+}
+
+/// What goes with a cable's near end where that goes down.
+fn near_end_of(near: &Namespace, device: &str, (near_end, far_end): (DualAddress, DualAddress)) -> io::Result<()> {
+    for family in FAMILIES {
+        links::address(near, device, near_end.of(family), host_prefix(family))?;
+        links::route(near, (far_end.of(family), host_prefix(family)), device, None)?;
     }
     Ok(())
 }
