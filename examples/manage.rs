@@ -264,8 +264,10 @@ async fn backend(ip: IpAddr, name: &'static str) -> Result<SocketAddr> {
 /// `kube-relay run` with these flags, in this process and until it is dropped.
 async fn relay(kubeconfig: &Path, namespace: &str, entry: SocketAddr) -> Result<(Relay, DropGuard)> {
     let expose = format!("{entry}={namespace}/{NAME}:http");
-    let flags = ["kube-relay", "run", "--proxy-name", NAME, "--node-name", NAME, "--expose", &expose, "--kubeconfig"];
-    let line = flags.into_iter().map(OsString::from).chain([kubeconfig.into()]);
+    let flags = ["kube-relay", "run", "--proxy-name", NAME, "--node-name", NAME, "--expose", &expose];
+    // The client comes in at `entry`: no address has to be made local for it.
+    let more = ["--vip-routes", "none", "--kubeconfig"];
+    let line = flags.into_iter().chain(more).map(OsString::from).chain([kubeconfig.into()]);
     let Command::Run(args) = Cli::try_parse_from(line)?.command else { bail!("it is `run`") };
     let mut config = RunConfig::try_from(*args)?;
     config.plan.allow_loopback_endpoints = true; // Where the backends are, without a cluster.

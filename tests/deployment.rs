@@ -382,10 +382,10 @@ impl Drop for Started {
 fn given_the_command_line_of_the_pod_when_prometheus_asks_where_the_monitor_says_then_metrics_come_back() {
     let deployment = Deployment::read("base", &["base"]);
     let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
-    // The address of probes is the same on each node, and may be another test's.
+    // The address of probes is the same on each node, and may be another test's; so are routes.
     let arguments =
         deployment.arguments().into_iter().filter(|argument| !argument.starts_with("--healthz-bind-address"));
-    command.args(arguments).args(["--healthz-bind-address=none", "--source=-"]);
+    command.args(arguments).args(["--healthz-bind-address=none", "--vip-routes=none", "--source=-"]);
     command.env_clear().current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).stderr(Stdio::null());
     let _started = Started(command.spawn().expect("the program starts"));
 

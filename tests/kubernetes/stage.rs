@@ -186,9 +186,9 @@ pub(crate) fn api_address(site: Site) -> SocketAddr {
     SocketAddr::new(site.client(8), 6443)
 }
 
-/// A static source's, as backends are on loopback here.
+/// A static source's, as backends are on loopback here. Without routes: the machine is not ours.
 fn config(flags: &str) -> RunConfig {
-    let line = format!("kube-relay run -f - --node-name node-1 {flags}");
+    let line = format!("kube-relay run -f - --node-name node-1 --vip-routes none {flags}");
     match Cli::try_parse_from(line.split_whitespace()).expect("a command line").command {
         Command::Run(args) => RunConfig::try_from(*args).expect("a fine command line"),
         other => panic!("not run: {other:?}"),

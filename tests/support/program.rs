@@ -52,6 +52,7 @@ impl Program {
         let binary = File::open(env!("CARGO_BIN_EXE_kube-relay")).expect("cargo has built it");
         let mut command = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()));
         command.args(["run", "--healthz-bind-address", "none", "--log-level", "error"]);
+        command.args(["--vip-routes", "none"]); // The machine is not ours.
         command.args(["--nodeport-addresses", &format!("{}/32", site.node_ip())]);
         command.args(["--metrics-bind-address", &admin.to_string()]).env_clear().stdin(Stdio::piped());
         prepare(&mut command);
