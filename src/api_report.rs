@@ -349,8 +349,8 @@ impl Report {
             if !self.refusal.has(kind) {
                 tracing::warn!(
                     %kind, server, %reason, error,
-                    "the API server does not let us read this: it wants credentials that it knows (401), or get, list and \
-                     watch for them (403); the last state stays in use"
+                    "the API server does not let us read this: it wants credentials that it knows (401), or list and watch \
+                     for them (403); the last state stays in use"
                 );
             }
             return self.refusal.fail(kind, error, now);
@@ -425,7 +425,7 @@ impl Report {
                 refused_seconds,
                 failures,
                 error,
-                "the API server still does not let us read this: it wants credentials that it knows (401), or get, list and \
+                "the API server still does not let us read this: it wants credentials that it knows (401), or list and \
                  watch for them (403)"
             );
         }

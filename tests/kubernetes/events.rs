@@ -1,15 +1,13 @@
 //! What the cluster is told of problems with its objects: on which object, in what words, how often, and what it costs.
 
 use std::collections::BTreeSet;
-use std::fs;
 
-use k8s_openapi::api::rbac::v1::ClusterRole;
 use kube_relay::admin::{Surface, Unbound};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::log::Log;
-use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
+use crate::stage::{Setup, Stage, api_address, service, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
 use crate::support::site::{SERVICE_PORT, Site};
@@ -20,7 +18,7 @@ const BURST: usize = 10;
 const KEPT: u64 = 50;
 
 /// A Service that wants the address of `web`, and came later.
-fn rival(site: Site) -> Value {
+pub(crate) fn rival(site: Site) -> Value {
     let mut rival = service("rival", &site.cluster_ip().to_string());
     rival["metadata"]["creationTimestamp"] = "2026-02-02T00:00:00Z".into();
     rival["metadata"]["uid"] = "of-the-rival".into();
@@ -35,24 +33,6 @@ fn sctp(number: usize) -> Value {
     sctp
 }
 
-/// What the role in `examples/kubernetes` grants: group, resource, verb.
-fn granted() -> BTreeSet<(String, String, String)> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/kubernetes/base/rbac.yaml");
-    let text = fs::read_to_string(path).expect("a file of this repository");
-    let role = text.split("\n---\n").find(|document| document.contains("kind: ClusterRole\n")).expect("a role");
-    let role: Value = serde_saphyr::from_str(role).expect("YAML");
-    let role: ClusterRole = serde_json::from_value(role).expect("a role");
-    let mut granted = BTreeSet::new();
-    for rule in role.rules.into_iter().flatten() {
-        for group in rule.api_groups.iter().flatten() {
-            for resource in rule.resources.iter().flatten() {
-                granted.extend(rule.verbs.iter().map(|verb| (group.clone(), resource.clone(), verb.clone())));
-            }
-        }
-    }
-    granted
-}
-
 impl Stage {
     /// The Events, once there are so many.
     async fn events(&self, count: usize) -> Vec<Value> {
@@ -61,7 +41,7 @@ impl Stage {
     }
 
     /// Ends a conflict, and waits until that was seen: the Event of what came after it shows it.
-    async fn end_conflict(&self, number: usize) {
+    pub(crate) async fn end_conflict(&self, number: usize) {
         self.server.delete("services", "default/rival");
         self.server.put("services", sctp(number));
         let name = format!("sctp-{number}");
@@ -70,7 +50,7 @@ impl Stage {
     }
 
     /// The Events of the Service that loses.
-    fn of_rival(&self) -> Vec<Value> {
+    pub(crate) fn of_rival(&self) -> Vec<Value> {
         let events = self.server.objects("events").into_iter();
         events.filter(|event| event["regarding"]["name"] == "rival").collect()
     }
@@ -152,36 +132,6 @@ async fn given_a_relay_that_starts_again_when_a_conflict_lasts_then_it_is_the_ev
 
     stage.until("it to be told again", |_| stage.server.count_of("events", "create") == 2).await;
     assert_eq!(stage.server.objects("events").len(), 1);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn given_all_that_is_asked_for_when_compared_with_the_role_then_nothing_is_missing_and_nothing_is_written_but_events()
- {
-    let site = Site::new(46);
-    let server = ApiServer::start(api_address(site)).await;
-    server.put("services", web(site));
-    server.put("nodes", node(site.node_ip(), &[]));
-    let stage = Stage::following(site, server).await;
-    stage.server.put("services", rival(site));
-    stage.until("an Event", |_| stage.of_rival().len() == 1).await;
-    stage.end_conflict(1).await;
-    stage.server.put("services", rival(site));
-    stage.until("its count", |_| stage.server.count_of("events", "patch") == 1).await;
-    let kinds = ["services", "endpointslices", "nodes"];
-    stage.until("watches", |_| kinds.iter().all(|kind| stage.server.count(kind, true) > 0)).await;
-
-    let asked = stage.server.asked();
-
-    let asked: BTreeSet<_> =
-        asked.into_iter().map(|asked| (asked.group, asked.resource, asked.verb.to_owned())).collect();
-    assert!(asked.iter().all(|(_, resource, _)| !resource.is_empty()), "{asked:?}");
-    let granted = granted();
-    let missing: Vec<_> = asked.difference(&granted).collect();
-    assert!(missing.is_empty(), "{missing:?}");
-    let writes = |all: &BTreeSet<(String, String, String)>| -> Vec<_> {
-        all.iter().filter(|(_, _, verb)| !matches!(verb.as_str(), "get" | "list" | "watch")).cloned().collect()
-    };
-    assert_eq!(writes(&asked), writes(&granted));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,6 +10,7 @@ mod failures;
 mod log;
 mod many;
 mod node;
+mod role;
 mod rollout;
 mod saved;
 mod scale;
