@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use kube_relay::metrics;
+use kube_relay::status::Status;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::stage::{Stage, slice};
 use crate::support::relay::picks;
 use crate::support::site::Site;
-use crate::support::{client, full};
+use crate::support::{client, full, seen};
 
 /// How long the server is away: in the long form and else.
 const OUTAGE: [Duration; 2] = [Duration::from_secs(60), Duration::from_secs(3)];
@@ -68,7 +70,7 @@ async fn ask_on_and_on(site: Site, stop: Arc<AtomicBool>, answered: Arc<AtomicU6
 async fn t226_f1_given_load_when_the_server_is_killed_for_a_minute_then_no_client_sees_an_error() {
     let mut stage = Stage::serving(Site::new(96)).await;
     let site = stage.site;
-    let load = Load::start(site);
+    let (load, revision) = (Load::start(site), stage.status().revision);
     let [outage, stale] = [OUTAGE, STALE].map(|forms| forms[usize::from(!full())]);
 
     let killed = tokio::time::Instant::now();
@@ -77,18 +79,22 @@ async fn t226_f1_given_load_when_the_server_is_killed_for_a_minute_then_no_clien
     let before = load.answered();
     sleep_until(killed + outage).await; // Time itself is what is tried here.
     assert!(!stage.status().contact.is_connected() && load.answered() > before);
+    let age = seen::gauge(&metrics::render(&stage.status(), true), "kuberelay_source_age_seconds");
+    assert!(age.is_some_and(|age| age >= outage.as_secs_f64() - 0.1), "{age:?} s at /metrics after {outage:?}");
     assert_eq!(picks(&stage.status(), "web"), [site.backend(1).to_string()]);
 
     stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
     stage.server.resume().await;
-    let resumed = Instant::now();
+    let (resumed, after) = (Instant::now(), [site.backend(2).to_string()]);
     let followed = async {
-        while picks(&stage.status(), "web") != [site.backend(2).to_string()] {
+        let is_back = |status: &Status| status.contact.is_connected() && picks(status, "web") == after;
+        while !is_back(&stage.status()) {
             sleep(Duration::from_millis(5)).await;
         }
     };
     timeout(stale, followed).await.expect("what changed is served");
     let late = resumed.elapsed();
+    assert_eq!(stage.status().revision, revision + 1, "one diff");
     println!(
         "{} answers without an error over an outage of {outage:?}; followed {late:?} after its end",
         load.end().await

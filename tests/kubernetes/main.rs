@@ -2,7 +2,9 @@
 //! backends on loopback, and what each of them notices.
 #![cfg(feature = "kubernetes")]
 
+mod away;
 mod bootstrap;
+mod caller;
 mod credentials;
 mod endurance;
 mod events;
@@ -10,6 +12,7 @@ mod failures;
 mod log;
 mod many;
 mod node;
+mod nonsense;
 mod role;
 mod rollout;
 mod saved;

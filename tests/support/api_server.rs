@@ -49,6 +49,8 @@ pub enum Mood {
     Misshape,
     /// Every answer breaks off after so many bytes.
     Cut(usize),
+    /// Every list and watch breaks off, after these numbers of bytes in turn.
+    CutInTurn(&'static [usize]),
     /// Every answer but the headers is text that is no JSON.
     Garble,
     /// Requests are taken and never answered.
@@ -108,6 +110,8 @@ struct State {
     /// Versions up to this one are forgotten: a watch from there has expired.
     compacted: u64,
     asked: Vec<Asked>,
+    /// Lists and watches that broke off in turn.
+    cuts: usize,
     /// Watches among so many first requests say nothing any more.
     frozen: usize,
     /// Watches of an earlier one have expired.
@@ -136,6 +140,7 @@ impl ApiServer {
             history: Vec::new(),
             compacted: 0,
             asked: Vec::new(),
+            cuts: 0,
             frozen: 0,
             epoch: 0,
         };
@@ -274,6 +279,11 @@ impl ApiServer {
         self.state.lock().asked.clone()
     }
 
+    /// How many lists and watches broke off in turn.
+    pub fn cuts(&self) -> usize {
+        self.state.lock().cuts
+    }
+
     /// How many lists or watches of a resource there were.
     pub fn count(&self, resource: &str, watch: bool) -> usize {
         self.count_of(resource, if watch { "watch" } else { "list" })
@@ -292,6 +302,13 @@ impl ApiServer {
 }
 
 impl State {
+    /// Where this one breaks off, if lists and watches do so in turn.
+    fn next_cut(&mut self, mood: Mood) -> Mood {
+        let Mood::CutInTurn(lengths) = mood else { return mood };
+        self.cuts += 1;
+        Mood::Cut(lengths[(self.cuts - 1) % lengths.len()])
+    }
+
     /// Creates or replaces an object, and says what became of it.
     fn put(&mut self, resource: &str, mut object: Value) -> Value {
         self.version += 1;
@@ -472,12 +489,13 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Bod
             return refusal(410, None);
         }
         let lifetime = Duration::from_secs(number("timeoutSeconds").max(1));
-        follow(shared, wanted, behind, tokio::time::Instant::now() + lifetime)
+        follow(Arc::clone(&shared), wanted, behind, tokio::time::Instant::now() + lifetime)
     } else {
         let state = shared.lock();
         let count = |name| parameter(name).and_then(|text| text.parse::<usize>().ok());
         text(list(&state, &wanted, count("continue").unwrap_or_default(), count("limit")))
     };
+    let mood = shared.lock().next_cut(mood);
     Response::new(spoil(mood, body))
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
@@ -67,6 +67,17 @@ impl Program {
     /// A sum at `/metrics`, over all series with these labels.
     pub fn metric(&self, metric: &str, labels: &[&str]) -> u64 {
         seen::sum(&seen::page(self.admin, "/metrics").expect("it answers"), metric, labels)
+    }
+
+    /// The value of a metric without labels at `/metrics`.
+    pub fn gauge(&self, metric: &str) -> f64 {
+        let metrics = seen::page(self.admin, "/metrics").expect("it answers");
+        seen::gauge(&metrics, metric).expect("a metric that is there")
+    }
+
+    /// What it answers with 200.
+    pub fn page(&self, path: &str) -> io::Result<String> {
+        seen::page(self.admin, path)
     }
 
     /// Leaves it so many descriptors, those that it has among them.

@@ -1,4 +1,4 @@
-//! What a running program shows from outside: its numbers at `/metrics`, its memory, time and descriptors in `/proc`.
+//! What a running program shows from outside: its numbers at `/metrics`, its memory, time, descriptors and sockets in `/proc`.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -27,6 +27,28 @@ pub(crate) fn sum(metrics: &str, metric: &str, labels: &[&str]) -> u64 {
     let series = of_it.filter(|rest| rest.starts_with(['{', ' ']) && labels.iter().all(|label| rest.contains(label)));
     series.filter_map(|rest| rest.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
+
+/// The value of a metric that has one series, without labels; `None` where it is not there.
+pub(crate) fn gauge(metrics: &str, metric: &str) -> Option<f64> {
+    metrics.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' ')?.parse().ok())
+}
+
+/// The kernel's numbers of the TCP sockets that listen at an IPv4 address, whoever owns them: another number is another socket.
+pub(crate) fn listening(address: SocketAddr) -> Vec<u64> {
+    let SocketAddr::V4(address) = address else { return Vec::new() };
+    let table = fs::read_to_string("/proc/self/net/tcp").unwrap_or_default();
+    // As the kernel prints it: the address as a number of this machine, then the port.
+    let wanted = format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port());
+    let number = |line: &str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (local, state, number) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
+        (*local == wanted && *state == LISTEN).then(|| number.parse().ok())?
+    };
+    table.lines().filter_map(number).collect()
+}
+
+/// The state of a listener in `/proc/net/tcp`.
+const LISTEN: &str = "0A";
 
 /// Memory that the process shares with nobody, in bytes.
 pub(crate) fn private_bytes(pid: u32) -> u64 {
