@@ -1,5 +1,9 @@
 //! Objects that come, change and go.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
 use kube_relay::stats::PROCESS;
 use kube_relay::status::Status;
 use serde_json::{Value, json};
@@ -7,6 +11,7 @@ use serde_json::{Value, json};
 use crate::stage::{Stage, api_address, service, slice, slice_of, web};
 use crate::support::api_server::ApiServer;
 use crate::support::client;
+use crate::support::program::Program;
 use crate::support::relay::picks;
 use crate::support::site::Site;
 
@@ -184,6 +189,32 @@ async fn t229_given_what_a_server_of_1_20_sends_when_followed_then_each_service_
     assert_eq!(refused, [("Service", "external_ip", 1)], "one has an external IP that nobody allowed");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t064_given_changes_of_1970_before_the_start_and_to_come_when_they_are_served_then_none_of_them_is_measured() {
+    let site = Site::new(88);
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    let program = Program::following(site, &server.kubeconfig()).await;
+    let [count, sum] = ["count", "sum"].map(|part| format!("kubeproxy_network_programming_duration_seconds_{part}"));
+    let pods = |count| (1..=count).map(|host| SocketAddr::from(([10, 135, 0, host], 8000))).collect::<Vec<_>>();
+    let change = |host: u8, at: Timestamp| {
+        let mut slice = slice("web-1", &pods(host)); // Each is another one than before.
+        slice["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": at.to_string()});
+        server.put("endpointslices", slice);
+    };
+
+    let (now, hour) = (Timestamp::now(), Duration::from_secs(3_600));
+    change(1, Timestamp::UNIX_EPOCH);
+    change(2, now - hour);
+    change(3, now + hour);
+    change(4, Timestamp::now());
+    program.until("the last of them", |program| program.metric(&count, &[]) > 0).await;
+
+    assert_eq!(program.metric(&count, &[]), 1, "those before it have been served by then");
+    assert!((0.0..60.0).contains(&program.gauge(&sum)), "{} s", program.gauge(&sum));
+    assert_eq!(program.metric("kuberelay_service_backends", &["state=\"ready\""]), 4);
+}
+
 /// How many Services come, and how many at once.
 const MANY: (usize, usize) = (200, 15);
 
@@ -198,7 +229,7 @@ async fn t064_given_many_new_services_when_they_come_then_each_is_measured_once(
             let ip = format!("127.64.{}.{}", first / MANY.1, number + 1);
             stage.server.put("services", service(name, &ip));
             let mut slice = slice_of(name, site.backend(1));
-            let now = k8s_openapi::jiff::Timestamp::now().to_string();
+            let now = Timestamp::now().to_string();
             slice["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": now});
             stage.server.put("endpointslices", slice);
         }
