@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The cases of what a proxy owes a Service: intake, slices, selection, verdicts, balancing and affinity; then of TCP and of
-/// UDP on the way; then of who asks for its health.
-const CASES: std::ops::RangeInclusive<u16> = 1..=215;
+/// UDP on the way; then of who asks for its health, of the node's addresses, of sources, and of the process.
+const CASES: std::ops::RangeInclusive<u16> = 1..=237;
 
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
@@ -17,6 +17,8 @@ const TO_COME: &[(u16, u16, &str)] = &[
     (150, 12, "state that is handed over belongs to the upgrade"),
     (171, 9, "connections end with their endpoint once `kube-relay.dev/reset-after` is acted on"),
     (172, 9, "a connection has no greatest age yet"),
+    (223, 8, "what a failed look at interfaces leaves in use belongs to following them"),
+    (234, 12, "sockets that change hands are the upgrade"),
 ];
 
 #[test]
