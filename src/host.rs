@@ -1,6 +1,7 @@
 //! This node: its interface addresses, the addresses that node ports are served on, its limit of descriptors.
 //!
-//! Reading the machine and deciding are apart: [`Host::read`] asks the kernel once, everything else is pure.
+//! Reading the machine and deciding are apart: [`Host::read`] asks the kernel once, everything else is pure. When to ask
+//! again is `host_watch`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,8 +11,9 @@ use std::str::FromStr;
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::LinkAttribute;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::name::Family;
@@ -19,7 +21,8 @@ use crate::name::Family;
 /// What this machine says about its addresses at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// The addresses of all interfaces, in the kernel's order.
+    /// The addresses of all interfaces that can be bound, in the kernel's order. Not among them: link-local ones of IPv6,
+    /// which mean nothing without the interface, and those that another machine may have, as far as the kernel knows.
     pub interfaces: Vec<InterfaceAddress>,
     /// The source address of the default route, at most one for each family.
     pub default_sources: Vec<IpAddr>,
@@ -82,8 +85,7 @@ impl Host {
         if !address.ip().is_unspecified() {
             return vec![address];
         }
-        let own: BTreeSet<IpAddr> = self.bindable().collect();
-        own.into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect()
+        self.addresses().into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect()
     }
 
     /// The addresses that this node is reached at. An address on `lo` is not one of them: somebody gave it to this
@@ -96,9 +98,24 @@ impl Host {
         self.interfaces.iter().filter(move |found| !lent(found)).map(|found| found.address)
     }
 
-    /// Addresses that a socket can be bound to without naming an interface.
-    fn bindable(&self) -> impl Iterator<Item = IpAddr> {
-        self.interfaces.iter().map(|found| found.address).filter(|ip| !is_link_local_v6(*ip))
+    /// Those of a single host (`/32`, `/128`) that the node does not go by: somebody may have given them to this machine
+    /// for a Service, as keepalived does, and take them back at any time.
+    ///
+    /// It goes by `node_addresses` (`--node-address`, the Node's), and where they lack a family by the source address of its
+    /// default route. Elsewhere that says nothing: the kernel may prefer an address that has just come.
+    pub fn lent_addresses(&self, node_addresses: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+        let by_default: Vec<IpAddr> = primary(node_addresses, &self.default_sources).collect();
+        let is_lent = move |found: &&InterfaceAddress| {
+            let InterfaceAddress { address, prefix, .. } = **found;
+            let is_single = IpNet::from(address).prefix_len() == prefix;
+            is_single && !address.is_loopback() && !node_addresses.contains(&address) && !by_default.contains(&address)
+        };
+        self.interfaces.iter().filter(is_lent).map(|found| found.address)
+    }
+
+    /// Each address once, however many interfaces have it.
+    pub fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.interfaces.iter().map(|found| found.address).collect()
     }
 }
 
@@ -160,7 +177,7 @@ pub fn node_port_addresses(selectors: &[NodePortSelector], host: &Host, node_add
             NodePortSelector::Cidr(net) if net.prefix_len() == 0 => {
                 chosen.extend(all(host).filter(|ip| net.contains(ip)))
             }
-            NodePortSelector::Cidr(net) => chosen.extend(host.bindable().filter(|ip| net.contains(ip))),
+            NodePortSelector::Cidr(net) => chosen.extend(host.addresses().into_iter().filter(|ip| net.contains(ip))),
         }
     }
     for family in families_left_at_all(selectors) {
@@ -198,17 +215,48 @@ fn localhost(host: &Host) -> impl Iterator<Item = IpAddr> {
 }
 
 fn all(host: &Host) -> impl Iterator<Item = IpAddr> {
-    host.bindable().filter(|ip| !ip.is_loopback())
+    host.addresses().into_iter().filter(|ip| !ip.is_loopback())
 }
 
-/// Such an address means nothing without the interface, which a node port does not name.
-fn is_link_local_v6(ip: IpAddr) -> bool {
-    matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
+/// What an operator should know of a choice on this machine, where it is not what the words suggest.
+pub fn node_port_advice(selectors: &[NodePortSelector], host: &Host, node_addresses: &[IpAddr]) -> Vec<String> {
+    let mut advice = Vec::new();
+    let chosen = node_port_addresses(selectors, host, node_addresses);
+    if chosen.is_empty() {
+        advice.push("no address of this machine is among them: no node port is served until one is".to_owned());
+    }
+    let everything = |selector: &NodePortSelector| match selector {
+        NodePortSelector::All => true,
+        NodePortSelector::Cidr(net) => net.prefix_len() == 0,
+        NodePortSelector::Primary | NodePortSelector::Localhost => false,
+    };
+    if selectors.iter().any(everything) {
+        advice.push(
+            "node ports are open on each network that this machine is in: `primary` or CIDRs name some".to_owned(),
+        );
+    }
+    let open: Vec<Family> = chosen.iter().filter(|ip| !ip.is_loopback()).map(|ip| Family::of(*ip)).collect();
+    for family in families_of_others(host) {
+        if families_left_at_all(selectors).any(|left| left == family) {
+            advice.push(format!("no CIDR of {family} is named: its node ports are open on all {family} addresses"));
+        } else if !open.is_empty() && !open.contains(&family) {
+            advice.push(format!("this machine has {family} addresses, and none of them is among those named"));
+        }
+    }
+    advice
+}
+
+/// Families in which others can reach this machine.
+fn families_of_others(host: &Host) -> impl Iterator<Item = Family> {
+    let of_others: Vec<Family> = all(host).map(Family::of).collect();
+    Family::ALL.into_iter().filter(move |family| of_others.contains(family))
 }
 
 async fn interface_addresses(handle: &rtnetlink::Handle) -> Result<Vec<InterfaceAddress>, HostError> {
     let failed = |what| move |source| HostError::Dump { what, source: Box::new(source) };
-    let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed("interfaces"))?;
+    // Without their counters, which are most of what there is to tell, and slow to add up.
+    let links = handle.link().get().set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+    let links: Vec<_> = links.execute().try_collect().await.map_err(failed("interfaces"))?;
     let messages: Vec<_> = handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
     let name = |index: u32| {
         let link = links.iter().find(|link| link.header.index == index)?;
@@ -219,9 +267,18 @@ async fn interface_addresses(handle: &rtnetlink::Handle) -> Result<Vec<Interface
     };
     let found = |message: &AddressMessage| {
         let interface = name(message.header.index).unwrap_or_default();
-        own_address(message).map(|address| InterfaceAddress { interface, address, prefix: message.header.prefix_len })
+        let address = own_address(message).filter(|ip| !is_link_local_v6(*ip))?;
+        Some(InterfaceAddress { interface, address, prefix: message.header.prefix_len })
     };
-    Ok(messages.iter().filter_map(found).collect())
+    Ok(messages.iter().filter(|message| is_usable(message)).filter_map(found).collect())
+}
+
+/// False while it is being found out whether another machine has the address, and where one has it: nobody can listen
+/// there. An optimistic address is used meanwhile.
+fn is_usable(message: &AddressMessage) -> bool {
+    let flags = message.header.flags;
+    let in_doubt = flags.contains(AddressHeaderFlags::Tentative) && !flags.contains(AddressHeaderFlags::Optimistic);
+    !in_doubt && !flags.contains(AddressHeaderFlags::Dadfailed)
 }
 
 /// `IFA_LOCAL` is our end; `IFA_ADDRESS` is the same, or the peer's on a point-to-point link. IPv6 mostly has only the latter.
@@ -236,6 +293,10 @@ fn own_address(message: &AddressMessage) -> Option<IpAddr> {
             _ => None,
         })
     })
+}
+
+fn is_link_local_v6(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 /// Connecting a UDP socket sends nothing, but makes the kernel choose a route and with it a source address.
@@ -298,7 +359,7 @@ mod tests {
     }
 
     fn dual_stack() -> Host {
-        host(&["127.0.0.1/8", "::1/128", "10.0.0.5/24", "192.168.7.2/24", "2001:db8::5/64", "fd00::5/64", "fe80::5/64"])
+        host(&["127.0.0.1/8", "::1/128", "10.0.0.5/24", "192.168.7.2/24", "2001:db8::5/64", "fd00::5/64"])
     }
 
     fn ips(addresses: &[&str]) -> Vec<IpAddr> {
@@ -312,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn t216_given_all_when_resolved_then_every_address_but_loopback_and_link_local() {
+    fn t216_given_all_when_resolved_then_every_address_but_loopback() {
         let expected = ips(&["10.0.0.5", "192.168.7.2", "2001:db8::5", "fd00::5"]);
 
         assert_eq!(chosen("all", &dual_stack(), &[]), expected);
@@ -362,6 +423,30 @@ mod tests {
     }
 
     #[test]
+    fn t217_t218_given_a_choice_when_it_is_not_what_its_words_suggest_then_that_is_told() {
+        let told = |selectors: &str, addresses: &[&str]| {
+            let selectors: Vec<NodePortSelector> =
+                selectors.split(',').map(|text| text.parse().expect("one")).collect();
+            node_port_advice(&selectors, &host(addresses), &[]).join("; ")
+        };
+        let dual = ["127.0.0.1/8", "::1/128", "10.0.0.5/24", "fd00::5/64"];
+        let single = ["127.0.0.1/8", "::1/128", "10.0.0.5/24"];
+
+        assert!(told("10.0.0.0/8", &dual).contains("no CIDR of IPv6"));
+        assert!(told("fd00::/8", &dual).contains("no CIDR of IPv4"));
+        assert!(told("primary", &dual).contains("none of them is among those named"), "no address of IPv6 is primary");
+        assert!(told("172.16.0.0/12", &single).contains("until one is"));
+        for everything in ["all", "0.0.0.0/0", "::/0,10.0.0.0/8"] {
+            assert!(told(everything, &dual).contains("open on each network"), "{everything}");
+        }
+        for (fine, addresses) in
+            [("10.0.0.0/8,fd00::/8", &dual[..]), ("10.0.0.0/8", &single), ("primary,localhost", &single)]
+        {
+            assert_eq!(told(fine, addresses), "", "{fine}");
+        }
+    }
+
+    #[test]
     fn t219_given_no_address_inside_when_resolved_then_the_answer_is_empty() {
         assert_eq!(chosen("172.16.0.0/12,fd99::/16", &dual_stack(), &[]), ips(&[]));
     }
@@ -394,6 +479,36 @@ mod tests {
         assert_eq!(host.own_addresses().collect::<Vec<_>>(), [own, ips(&["192.0.2.9"])].concat());
     }
 
+    #[test]
+    fn t123_given_addresses_of_single_hosts_when_asked_then_they_are_lent_unless_the_node_goes_by_them() {
+        let host =
+            host(&["127.0.0.1/8", "::1/128", "10.0.0.5/32", "10.0.0.6/24", "198.51.100.7/32", "2001:db8::7/128"]);
+
+        let lent = |node_addresses: &[&str]| host.lent_addresses(&ips(node_addresses)).collect::<Vec<_>>();
+        assert_eq!(lent(&[]), ips(&["198.51.100.7", "2001:db8::7"]));
+        assert_eq!(lent(&["2001:db8::7"]), ips(&["198.51.100.7"]));
+        assert_eq!(
+            lent(&["10.0.0.6", "198.51.100.7"]),
+            ips(&["10.0.0.5", "2001:db8::7"]),
+            "whatever the default route"
+        );
+    }
+
+    #[test]
+    fn given_addresses_in_doubt_when_read_then_only_those_count_that_can_be_bound() {
+        let with = |flags: AddressHeaderFlags| {
+            let mut message = AddressMessage::default();
+            message.header.flags = flags | AddressHeaderFlags::Permanent;
+            is_usable(&message)
+        };
+
+        assert!(with(AddressHeaderFlags::empty()) && with(AddressHeaderFlags::Deprecated));
+        assert!(with(AddressHeaderFlags::Tentative | AddressHeaderFlags::Optimistic));
+        assert!(!with(AddressHeaderFlags::Tentative));
+        assert!(!with(AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed));
+        assert!(!with(AddressHeaderFlags::Dadfailed | AddressHeaderFlags::Optimistic));
+    }
+
     #[tokio::test]
     async fn given_this_machine_when_read_then_loopback_is_among_its_addresses() {
         let host = match Host::read().await {
@@ -402,6 +517,7 @@ mod tests {
         };
 
         assert!(host.interfaces.iter().any(|found| found.interface == "lo" && found.address.is_loopback()), "{host:?}");
+        assert!(!host.interfaces.iter().any(|found| is_link_local_v6(found.address)), "{host:?}");
     }
 
     #[test]
