@@ -2,6 +2,7 @@
 //!
 //! How people write it is `cli` (flags and environment) and `value` (grammar). Each value is parsed once, there.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
@@ -200,7 +201,9 @@ impl PlanConfig {
             allow_from: (!self.allow_from.is_empty()).then(|| AllowFrom::new(&self.allow_from)),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
-            node_addresses: host.own_addresses().chain(self.node_addresses.iter().copied()).collect(),
+            // Each once: interfaces that have the same one come and go with pods, which is no reason to plan anew.
+            node_addresses: each_once(host.own_addresses().chain(self.node_addresses.iter().copied())),
+            lent_addresses: each_once(host.lent_addresses(&self.node_addresses)),
             allow_loopback_endpoints: self.allow_loopback_endpoints,
         }
     }
@@ -216,10 +219,13 @@ impl PlanConfig {
     /// All of its addresses, also those on `lo` that are only there for Services: what comes from one comes from here.
     pub fn inside(&self, host: &Host) -> Vec<IpNet> {
         let loopback = [IpNet::new_assert([127, 0, 0, 0].into(), 8), IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))];
-        let interfaces = host.interfaces.iter().map(|interface| interface.address);
-        let own = interfaces.chain(self.node_addresses.iter().copied()).map(IpNet::from);
+        let own = host.addresses().into_iter().chain(self.node_addresses.iter().copied()).map(IpNet::from);
         loopback.into_iter().chain(own).chain(self.cluster_cidrs.iter().copied()).collect()
     }
+}
+
+fn each_once(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    addresses.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 #[cfg(test)]
@@ -271,6 +277,8 @@ mod tests {
         assert!(config().inside(&host).contains(&vip.into()));
         let named = PlanConfig { node_addresses: vec![vip], ..config() };
         assert!(named.resolve(&host).node_addresses.contains(&vip), "--node-address says that it is");
+        assert!(config().resolve(&host).lent_addresses.contains(&vip));
+        assert!(!named.resolve(&host).lent_addresses.contains(&vip));
     }
 
     #[test]

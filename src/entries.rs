@@ -192,7 +192,8 @@ impl<'a> Entries<'a> {
 
     /// Whoever may edit a Service could take any address with it (CVE-2020-8554): closed unless opened.
     fn refusal_of_external_ip(&self, ip: IpAddr) -> Option<Refusal> {
-        if self.options.node_addresses.contains(&ip) {
+        let PlanOptions { node_addresses, lent_addresses, .. } = self.options;
+        if node_addresses.contains(&ip) && !lent_addresses.contains(&ip) {
             return Some(("external_ip", "it is an address of this node".into()));
         }
         let allowed = self.options.allowed_external_cidrs.iter().any(|net| net.contains(&ip));
@@ -343,6 +344,9 @@ mod tests {
 
         assert_eq!(listed(&service, &options).len(), 1);
         assert_eq!(reasons(&service, &options), ["external_ip"]);
+
+        let lent = PlanOptions { lent_addresses: vec![ip("192.0.2.1")], ..options };
+        assert!(reasons(&service, &lent).is_empty(), "it was given to the node for a Service, say");
     }
 
     #[test]

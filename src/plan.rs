@@ -42,6 +42,9 @@ pub struct PlanOptions {
     /// The addresses that this node is reached at: what a wildcard `--expose` stands for, and what no external IP may
     /// take. Those that `lo` has for Services are not among them.
     pub node_addresses: Vec<IpAddr>,
+    /// Those among them that this machine may have got for a Service: an external IP may be one of these, wherever
+    /// `allowed_external_cidrs` lets it.
+    pub lent_addresses: Vec<IpAddr>,
     /// External IPs are served only inside these. From `--allowed-external-cidrs`; empty refuses all.
     pub allowed_external_cidrs: Vec<IpNet>,
     /// Who may come from outside; `None`: everybody. From `--allow-from`.

@@ -63,6 +63,7 @@ fn options() -> PlanOptions {
     PlanOptions {
         node: Node { name: Some("node-1".into()), zone: Some("zone-a".into()) },
         node_port_addresses: own.clone(),
+        lent_addresses: vec![],
         node_addresses: own,
         allowed_external_cidrs: vec!["203.0.113.0/24".parse().expect("a net")],
         allow_from: Some(AllowFrom::new(&["10.0.0.0/8".parse().expect("a net")])),
