@@ -27,8 +27,9 @@ use kube_relay::cli::{Cli, Command};
 use kube_relay::config::{RunConfig, SourceConfig};
 use kube_relay::control::Relay;
 use kube_relay::host::Host;
+use kube_relay::host_watch::Hosts;
 use kube_relay::kubernetes::{self, Selection, Source};
-use kube_relay::own_node::Place;
+use kube_relay::place::Place;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -277,7 +278,7 @@ async fn relay(kubeconfig: &Path, namespace: &str, entry: SocketAddr) -> Result<
     let relay = Relay::start(config.relay_options(&host))?;
     let selection = Selection { proxy_name: Some(NAME.into()), node_name: NAME.into(), ..Selection::default() };
     let api = api_client::Api::find(server).await?;
-    let source = Source::new(&api, &selection, &relay, Place { plan: config.plan, host })?;
+    let source = Source::new(&api, &selection, &relay, Place { plan: config.plan, hosts: Hosts::fixed(host) })?;
     let stop = CancellationToken::new();
     tokio::spawn(kubernetes::run(source, stop.clone()));
     Ok((relay, stop.drop_guard()))

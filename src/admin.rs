@@ -3,6 +3,7 @@
 //! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics` and `live`, how HTTP is
 //! spoken is `http_server`'s. Small on purpose: GET and HEAD, no TLS.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -14,13 +15,15 @@ use hyper::{Method, Request, StatusCode, Version};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
 use crate::contact::Contact;
 use crate::health::{Checkup, FamilyCheckup, Health};
+use crate::host::Host;
+use crate::host_watch::Hosts;
 use crate::http_server::{self, Answer, HEADER_TIMEOUT, response};
 use crate::lifecycle::Readiness;
 use crate::live::LiveReport;
@@ -35,7 +38,7 @@ use crate::{metrics, peer};
 const BIND_RETRY: Duration = Duration::from_secs(5);
 
 /// What a server tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Surface {
     /// `/healthz` and `/livez` as kube-proxy answers them. Harmless: anybody may ask, under any host name.
     Health,
@@ -115,7 +118,8 @@ pub struct Unbound {
 pub struct Admin {
     bound: Vec<(Surface, SocketAddr)>,
     unbound: watch::Sender<Vec<Unbound>>,
-    _servers: JoinSet<()>,
+    servers: BTreeMap<(Surface, SocketAddr), AbortOnDropHandle<()>>,
+    view: Arc<View>,
 }
 
 impl Admin {
@@ -124,9 +128,73 @@ impl Admin {
         &self.bound
     }
 
-    /// The addresses that cannot be bound: those of the start, less those that could be bound since.
+    /// The addresses that cannot be bound now.
     pub fn unbound(&self) -> watch::Receiver<Vec<Unbound>> {
         self.unbound.subscribe()
+    }
+
+    /// Answers at the addresses of this machine as they come and go, without end. `options` are those on a machine. An
+    /// address that stays is not touched, and one that cannot be bound is tried again every 5 s, however hard a failure at
+    /// the start would have been.
+    pub async fn follow(mut self, mut hosts: Hosts, options: impl Fn(&Host) -> AdminOptions) {
+        loop {
+            let host = hosts.changed().await;
+            self.move_to(&options(&host)).await;
+        }
+    }
+
+    async fn move_to(&mut self, options: &AdminOptions) {
+        let wanted = options.servers();
+        let gone: Vec<_> = self.servers.keys().filter(|server| !wanted.contains(server)).copied().collect();
+        for server in gone {
+            let Some(task) = self.servers.remove(&server) else { continue };
+            task.abort();
+            let _ = task.await; // Its address is free then.
+            debug!(listen = %server.1, "admin server has lost its address");
+        }
+        let is_wanted = |failure: &Unbound| wanted.contains(&(failure.surface, failure.address));
+        self.unbound.send_if_modified(|all| {
+            let before = all.len();
+            all.retain(is_wanted);
+            all.len() != before
+        });
+        for (surface, address) in wanted {
+            if self.servers.contains_key(&(surface, address)) {
+                continue;
+            }
+            match self.listen(surface, address).await {
+                Ok(_) => debug!(listen = %address, "admin server has a new address"),
+                Err(error) => self.try_again(surface, &error),
+            }
+        }
+    }
+
+    /// Answers at an address from now on; tells it with its port.
+    async fn listen(&mut self, surface: Surface, address: SocketAddr) -> Result<SocketAddr, AdminError> {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                let bound = listener.local_addr().unwrap_or(address);
+                self.spawn(surface, address, serve(listener, surface, Arc::clone(&self.view), HEADER_TIMEOUT));
+                Ok(bound)
+            }
+            Err(source) => Err(AdminError { address, remedy: remedy_of(address, &source).await, source }),
+        }
+    }
+
+    /// Says that an address cannot be bound, and goes on trying.
+    fn try_again(&mut self, surface: Surface, error: &AdminError) {
+        let AdminError { address, remedy, source } = error;
+        warn!(
+            listen = %address, reason = %BindFailure::of(source), error = %source, remedy,
+            "admin server cannot listen; trying again every 5 s"
+        );
+        let failure = Unbound { surface, address: *address, error: error.to_string() };
+        self.unbound.send_modify(|all| all.push(failure.clone()));
+        self.spawn(surface, *address, serve_once_bound(failure, self.unbound.clone(), Arc::clone(&self.view)));
+    }
+
+    fn spawn(&mut self, surface: Surface, address: SocketAddr, server: impl Future<Output = ()> + Send + 'static) {
+        self.servers.insert((surface, address), AbortOnDropHandle::new(tokio::spawn(server)));
     }
 }
 
@@ -137,28 +205,14 @@ pub async fn start(
     readiness: Readiness,
     health: Health,
 ) -> Result<Admin, AdminError> {
-    let mut admin = Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), _servers: JoinSet::new() };
     let view = Arc::new(View { status, readiness, health });
+    let mut admin =
+        Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), servers: BTreeMap::new(), view };
     for (surface, address) in options.servers() {
-        let view = Arc::clone(&view);
-        match TcpListener::bind(address).await {
-            Ok(listener) => {
-                admin.bound.push((surface, listener.local_addr().unwrap_or(address)));
-                admin._servers.spawn(serve(listener, surface, view, HEADER_TIMEOUT));
-            }
-            Err(source) => {
-                let error = AdminError { address, remedy: remedy_of(address, &source).await, source };
-                if options.hard_fail {
-                    return Err(error);
-                }
-                warn!(
-                    listen = %address, reason = %BindFailure::of(&error.source), error = %error.source, remedy = error.remedy,
-                    "admin server cannot listen; trying again every 5 s"
-                );
-                let failure = Unbound { surface, address, error: error.to_string() };
-                admin.unbound.send_modify(|all| all.push(failure.clone()));
-                admin._servers.spawn(serve_once_bound(failure, admin.unbound.clone(), view));
-            }
+        match admin.listen(surface, address).await {
+            Ok(bound) => admin.bound.push((surface, bound)),
+            Err(error) if options.hard_fail => return Err(error),
+            Err(error) => admin.try_again(surface, &error),
         }
     }
     Ok(admin)
@@ -192,6 +246,7 @@ async fn remedy_of(address: SocketAddr, error: &io::Error) -> String {
 }
 
 /// What the servers read. Shared by all of them.
+#[derive(Debug)]
 struct View {
     status: watch::Receiver<Arc<Status>>,
     readiness: Readiness,
@@ -705,7 +760,7 @@ mod tests {
         let address = listener.local_addr().expect("a bound socket");
         let (status, readiness, health) = (served.status.subscribe(), served.readiness.clone(), served.health.clone());
         let view = View { status, readiness, health };
-        let mut servers = JoinSet::new();
+        let mut servers = tokio::task::JoinSet::new();
         servers.spawn(serve(listener, Surface::Metrics, Arc::new(view), Duration::from_millis(20)));
 
         let mut stream = TcpStream::connect(address).await.expect("it listens");
@@ -783,5 +838,65 @@ mod tests {
         assert_eq!((at_the_start[0].surface, at_the_start[0].address), (Surface::Health, address));
         assert!(at_the_start[0].error.starts_with(&format!("admin server: cannot listen on {address}: ")));
         TcpStream::connect(address).await.expect("it is served now");
+    }
+
+    /// Servers for health alone, on addresses of the test's own.
+    async fn healthy_on(addresses: &[SocketAddr]) -> (Admin, watch::Sender<Arc<Status>>) {
+        let (status, receiver) = watch::channel(Arc::new(Status::default()));
+        let health = Health::new(Instant::now());
+        let admin = start(health_on(addresses), receiver, Readiness::blocked_by(&[]), health).await;
+        (admin.expect("free addresses"), status)
+    }
+
+    fn health_on(addresses: &[SocketAddr]) -> AdminOptions {
+        AdminOptions { metrics: vec![], status: vec![], health: addresses.to_vec(), hard_fail: true }
+    }
+
+    #[tokio::test]
+    async fn f31_given_addresses_that_come_and_go_when_followed_then_servers_do_so_and_the_others_stay() {
+        let [first, second] = [2, 3].map(|host| SocketAddr::from(([127, 85, 2, host], 10256)));
+        let (mut admin, _status) = healthy_on(&[first]).await;
+        let mut open = TcpStream::connect(first).await.expect("it is served");
+
+        admin.move_to(&health_on(&[first, second])).await;
+
+        TcpStream::connect(second).await.expect("it is served as well");
+        open.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("it is open");
+        let mut answer = String::new();
+        open.read_to_string(&mut answer).await.expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+
+        admin.move_to(&health_on(&[second])).await;
+
+        TcpListener::bind(first).await.expect("it is free");
+        TcpStream::connect(second).await.expect("it is served still");
+    }
+
+    #[tokio::test]
+    async fn given_a_machine_that_changes_when_followed_then_its_servers_move() {
+        let [first, second] = [4, 5].map(|host| SocketAddr::from(([127, 85, 2, host], 10256)));
+        let (admin, _status) = healthy_on(&[first]).await;
+        let (change, hosts) = Hosts::by_hand(Host::default());
+
+        let following = tokio::spawn(admin.follow(hosts, move |_| health_on(&[second])));
+        change(Host { default_sources: vec![second.ip()], ..Host::default() });
+
+        soon(async { while TcpStream::connect(second).await.is_err() {} }).await;
+        following.abort();
+    }
+
+    #[tokio::test]
+    async fn given_an_address_that_comes_and_is_taken_when_it_goes_again_then_it_is_told_for_so_long() {
+        let [first, second] = [6, 7].map(|host| SocketAddr::from(([127, 85, 2, host], 10256)));
+        let _taken = TcpListener::bind(second).await.expect("a free address");
+        let (mut admin, _status) = healthy_on(&[first]).await;
+        let unbound = admin.unbound();
+
+        admin.move_to(&health_on(&[first, second])).await;
+        assert_eq!(unbound.borrow().iter().map(|failure| failure.address).collect::<Vec<_>>(), [second]);
+        admin.move_to(&health_on(&[first])).await;
+
+        assert!(unbound.borrow().is_empty());
+        TcpStream::connect(first).await.expect("it is served");
     }
 }

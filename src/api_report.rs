@@ -186,6 +186,11 @@ impl Report {
         self.send_state(false).await
     }
 
+    /// This machine is another one than before.
+    pub(crate) async fn move_host(&mut self) -> Sent {
+        self.messages.send(Message::Setting(self.node.moved())).await
+    }
+
     async fn complete(&mut self, place: usize) -> Sent {
         let changed = self.mirrors[place].complete();
         heap::give_back(); // A list is the most that is read at once.

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -73,6 +74,8 @@ pub struct Setting {
     pub plan: PlanOptions,
     /// What counts as this node and its pods.
     pub inside: Vec<IpNet>,
+    /// The addresses that this machine has: as one comes, listeners that failed for want of it are tried at once.
+    pub local: BTreeSet<IpAddr>,
 }
 
 /// Everything that a relay wants to know at its start.
@@ -143,6 +146,7 @@ impl Relay {
             refused: Rejections::default(),
             synced: false,
             inside_moved: false,
+            local: BTreeSet::new(),
             triggers: Vec::new(),
             news: false,
             status: first,
@@ -271,6 +275,8 @@ struct Control {
     synced: bool,
     /// True where another set of addresses counts as inside than the listeners were told.
     inside_moved: bool,
+    /// The addresses of this machine, as far as they were told since the start.
+    local: BTreeSet<IpAddr>,
     /// When changes of this batch had come about.
     triggers: Vec<SystemTime>,
     /// True where the source has said something that is not in the last snapshot.
@@ -366,10 +372,23 @@ impl Control {
     /// Plans all anew where that may make a difference. Open connections go on as they are.
     fn set(&mut self, setting: Setting) {
         if setting.plan != self.options {
+            journal::tell_node_port_addresses(&self.options.node_port_addresses, &setting.plan.node_port_addresses);
             self.options = setting.plan;
             self.dirty.extend(self.model.services().map(|service| service.name.clone()));
         }
         self.inside_moved |= self.listeners.set_inside(setting.inside.into());
+        self.hasten(setting.local);
+    }
+
+    /// What failed for want of an address that is there now does not wait for its turn.
+    fn hasten(&mut self, local: BTreeSet<IpAddr>) {
+        let came: BTreeSet<IpAddr> = local.difference(&self.local).copied().collect();
+        self.local = local;
+        if !came.is_empty() {
+            let now = Instant::now();
+            self.listeners.hasten(&came, now.into_std());
+            self.health_ports.hasten(&came, now);
+        }
     }
 
     /// Makes the dirty Services true and tells everybody. True where there were any.
@@ -728,7 +747,7 @@ mod tests {
                 allow_loopback_endpoints: true,
                 ..PlanOptions::default()
             };
-            let setting = Setting { plan, inside: vec![net.parse().expect("a network")] };
+            let setting = Setting { plan, inside: vec![net.parse().expect("a network")], ..Setting::default() };
             settle(&relay, Message::Setting(Box::new(setting))).await;
             assert_eq!(ask_from(client, key).await, answer, "{net}");
         }

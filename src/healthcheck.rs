@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::ready;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -150,6 +151,14 @@ impl HealthPorts {
     /// When the next one that failed is due for another try.
     pub(crate) fn next_retry(&self) -> Option<Instant> {
         self.failed.values().map(|failed| failed.due).min()
+    }
+
+    /// These addresses are local from now on: what failed there is due.
+    pub(crate) fn hasten(&mut self, came: &BTreeSet<IpAddr>, now: Instant) {
+        let concerned = |failed: &&mut Failed| came.contains(&failed.error.key.ip());
+        for failed in self.failed.values_mut().filter(concerned) {
+            (failed.due, failed.wait) = (now, Duration::ZERO);
+        }
     }
 
     /// Tries those that are due.
@@ -307,7 +316,7 @@ impl Document<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, TcpListener};
+    use std::net::TcpListener;
 
     use super::*;
     use crate::serve::scripted::soon;

@@ -5,6 +5,7 @@
 //! bound are told by `control`, with the error of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use crate::layout::{Listener, Step};
 use crate::name::{ListenKey, ObjectName};
@@ -54,8 +55,17 @@ impl Moves {
     }
 }
 
-fn joined(keys: &[ListenKey]) -> String {
-    keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+/// Tells where node ports are served from now on, where that is elsewhere than before.
+pub(crate) fn tell_node_port_addresses(before: &[IpAddr], now: &[IpAddr]) {
+    match now {
+        _ if before == now => {}
+        [] => tracing::warn!("no address of this machine is one of --nodeport-addresses: no node port is served"),
+        addresses => tracing::info!(addresses = joined(addresses), "node ports have moved"),
+    }
+}
+
+fn joined(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Tells which problems came and which went. A problem that only moved to another line is no news.

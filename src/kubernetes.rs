@@ -28,9 +28,11 @@ use crate::control::Relay;
 use crate::decode::Observed;
 use crate::endpoints_watch::{EndpointsSighting, EndpointsWatch};
 use crate::events::Herald;
+use crate::host_watch::Hosts;
 use crate::last_good::{self, Keeper};
 use crate::node_report::NodeReport;
-use crate::own_node::{OwnNode, Place};
+use crate::own_node::OwnNode;
+use crate::place::Place;
 use crate::watched::{Services, Watched, WatchedNode};
 
 /// How often it is looked whether the server is back: a watch that goes on without news says nothing by itself.
@@ -140,6 +142,7 @@ pub struct Source {
     services: Watch<Observed>,
     endpoints: EndpointsWatch,
     node: Watch<OwnNode>,
+    hosts: Hosts,
     /// The file with the last state.
     saved: Option<PathBuf>,
     report: Report,
@@ -160,6 +163,7 @@ impl Source {
             services: Watch::new::<Watched<Services>>(api, &services, &contact, |object| object.observed)?,
             endpoints: EndpointsWatch::new(api, &endpoints, &contact)?,
             node: Watch::new::<WatchedNode>(api, &node, &contact, |object| object.node)?,
+            hosts: place.hosts.clone(),
             saved: selection.state_dir.as_deref().map(last_good::path),
             report: Report::new(
                 Server { name: api.server(), api: api.clone(), service_nets: selection.served_nets() },
@@ -193,7 +197,7 @@ pub async fn run(source: Source, cancel: CancellationToken) {
 
 /// Ends when nobody listens any more.
 async fn follow(source: Source) {
-    let Source { mut services, mut endpoints, mut node, saved, mut report, herald } = source;
+    let Source { mut services, mut endpoints, mut node, mut hosts, saved, mut report, herald } = source;
     let mut telling = pin!(herald.run());
     report.begin([services.kind, endpoints.kind().into(), node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
@@ -215,6 +219,7 @@ async fn follow(source: Source) {
                 }
             },
             sighting = node.next() => report.take_node(sighting).await,
+            _ = hosts.changed() => report.move_host().await,
             _ = look.tick(), if report.is_away() => report.look().await,
             () = sleep_until(start + SAVED_AFTER), if serve_saved.is_some() => {
                 report.serve_saved(serve_saved.take()).await

@@ -6,8 +6,8 @@
 //!
 //! ```text
 //! manifest ─ Message ─▶ control: batch ≤ 20 ms ─▶ Model::apply ─▶ Plan::update(dirty Services) ─▶ [Step] ─▶ Listeners::apply
-//! kubernetes ┘
-//! host ────────────────▶ PlanOptions   nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
+//! kubernetes ┤
+//! host ──────┘                         nothing before Synced       endpoints::usable, claims, diff: pure    │ Swap    → the balancer's table
 //!                                                                                                           │ Point   → the listener's target, its socket's filter
 //!                                                                                                           │ Bind    → a route that makes its address local (`vips`), a socket, and threads that serve it
 //!                                                                                                           │ Park    → port held, connects refused
@@ -46,6 +46,7 @@
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
+//! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
@@ -76,7 +77,6 @@ mod api_report;
 mod api_watch;
 mod arp;
 mod balancing;
-#[cfg(feature = "kubernetes")]
 mod causes;
 mod claims;
 pub mod cleanup;
@@ -116,6 +116,8 @@ pub mod heap;
 mod heard;
 mod hints;
 pub mod host;
+mod host_news;
+pub mod host_watch;
 mod http_server;
 mod input;
 mod journal;
@@ -149,6 +151,7 @@ pub mod own_node;
 pub mod panics;
 mod parts;
 pub mod peer;
+pub mod place;
 pub mod plan;
 mod problem;
 pub mod rare;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::future::{Future, pending};
 use std::io::{self, Write};
 use std::mem;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -12,7 +13,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
 #[cfg(feature = "kubernetes")]
 use ipnet::IpNet;
-use kube_relay::admin::{self, Admin, AdminOptions};
+use kube_relay::admin::{self, AdminOptions, Unbound};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
 use kube_relay::cleanup::remove_routes;
@@ -25,20 +26,20 @@ use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
 use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::heap;
-use kube_relay::host::{self, Host};
+use kube_relay::host::{self, Host, node_port_advice};
+use kube_relay::host_watch::Hosts;
 #[cfg(feature = "kubernetes")]
 use kube_relay::kubernetes;
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
-#[cfg(feature = "kubernetes")]
-use kube_relay::own_node::Place;
+use kube_relay::place::{self, Place};
 use kube_relay::plan::{Plan, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::status::Report;
 use kube_relay::{logs, overview, panics, peer};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -136,22 +137,27 @@ fn available_parallelism_or_one() -> usize {
 /// From the first listener to the last connection.
 async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    let host = read_host().await;
+    let hosts = Hosts::follow().await;
     if config.source.is_cluster() {
         config.plan.node.name.get_or_insert_with(|| host::name().into());
     }
     info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), workers, open_files, "starting");
 
+    let place = Place { plan: config.plan.clone(), hosts };
+    advise_on_node_ports(&place);
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
+    let host = place.hosts.now();
     let relay = Relay::start(config.relay_options(&host)).context("cannot start the relay")?;
-    let admin = admin::start(admin_options(&config, &host), relay.status(), readiness.clone(), relay.health()).await?;
+    let own_servers = OwnServers::of(&config);
+    let admin = admin::start(own_servers.on(&host), relay.status(), readiness.clone(), relay.health()).await?;
     for (surface, address) in admin.bound() {
         debug!(listen = %address, paths = ?surface.paths(), "admin server listens");
     }
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let source = follow(&config, &host, &relay, &admin, &reload, &stop).await?;
+    let source = follow(&config, place.clone(), &relay, admin.unbound(), &reload, &stop).await?;
+    let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
     let times = tokio::select! {
         times = end(&mut signals, &config, &reload) => times,
         // Whoever supervises this process starts another one, which serves.
@@ -163,7 +169,7 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     relay.leave_addresses().await;
     watching.abort();
     stop.cancel();
-    drop(admin);
+    admin.abort();
     info!("stopped");
     Ok(())
 }
@@ -179,9 +185,9 @@ async fn panicked(task: JoinHandle<()>) {
 /// Starts the source.
 async fn follow(
     config: &RunConfig,
-    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] host: &Host,
+    place: Place,
     relay: &Relay,
-    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] admin: &Admin,
+    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] unbound: watch::Receiver<Vec<Unbound>>,
     reload: &Arc<Notify>,
     stop: &CancellationToken,
 ) -> anyhow::Result<JoinHandle<()>> {
@@ -189,6 +195,7 @@ async fn follow(
     Ok(match &config.source {
         SourceConfig::Manifests(inputs) => {
             let source = Source::new(inputs.clone(), config.plan.ranges());
+            tokio::spawn(place::follow(place, relay.messages(), stop.clone()));
             tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop))
         }
         #[cfg(feature = "kubernetes")]
@@ -204,8 +211,7 @@ async fn follow(
                     .collect(),
                 ..kubernetes::Selection::default()
             };
-            let place = Place { plan: config.plan.clone(), host: host.clone() };
-            kubernetes::start(&Api::find(server).await?, &selection, relay, place, admin.unbound(), stop)?
+            kubernetes::start(&Api::find(server).await?, &selection, relay, place, unbound, stop)?
         }
     })
 }
@@ -230,13 +236,41 @@ async fn end(signals: &mut Signals, config: &RunConfig, reload: &Notify) -> Shut
     }
 }
 
-fn admin_options(config: &RunConfig, host: &Host) -> AdminOptions {
-    let each = |address: Option<_>| address.map(|address| host.expand_wildcard(address)).unwrap_or_default();
-    AdminOptions {
-        metrics: each(config.metrics_address),
-        status: each(config.status_address),
-        health: each(config.healthz_address),
-        hard_fail: config.bind_address_hard_fail,
+/// Where our own servers answer, wherever this machine is.
+struct OwnServers {
+    metrics: Option<SocketAddr>,
+    status: Option<SocketAddr>,
+    health: Option<SocketAddr>,
+    hard_fail: bool,
+}
+
+impl OwnServers {
+    fn of(config: &RunConfig) -> Self {
+        Self {
+            metrics: config.metrics_address,
+            status: config.status_address,
+            health: config.healthz_address,
+            hard_fail: config.bind_address_hard_fail,
+        }
+    }
+
+    /// The same on a machine: a wildcard is each of its addresses.
+    fn on(&self, host: &Host) -> AdminOptions {
+        let each = |address: Option<_>| address.map(|address| host.expand_wildcard(address)).unwrap_or_default();
+        AdminOptions {
+            metrics: each(self.metrics),
+            status: each(self.status),
+            health: each(self.health),
+            hard_fail: self.hard_fail,
+        }
+    }
+}
+
+/// What somebody who chose addresses for node ports may not have meant.
+fn advise_on_node_ports(Place { plan, hosts }: &Place) {
+    for advice in node_port_advice(&plan.node_port_addresses, &hosts.now(), &plan.node_addresses) {
+        let selectors: Vec<_> = plan.node_port_addresses.iter().map(ToString::to_string).collect();
+        info!(nodeport_addresses = selectors.join(","), "{advice}");
     }
 }
 

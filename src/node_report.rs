@@ -7,7 +7,8 @@ use std::sync::Arc;
 use crate::api_watch::Sighting;
 use crate::control::Setting;
 use crate::health::Health;
-use crate::own_node::{OwnNode, Place};
+use crate::own_node::OwnNode;
+use crate::place::Place;
 
 /// What was told of the Node that this relay runs on.
 #[derive(Debug)]
@@ -80,6 +81,12 @@ impl NodeReport {
         if is_ours { self.see(Some(node)) } else { None }
     }
 
+    /// The setting on a machine that is another one than before.
+    pub(crate) fn moved(&self) -> Box<Setting> {
+        let setting = self.known.as_ref().map_or_else(|| self.place.setting(), |node| node.setting(&self.place));
+        Box::new(setting)
+    }
+
     fn see(&mut self, node: Option<OwnNode>) -> Option<Box<Setting>> {
         self.judge(node.as_ref());
         let mut node = node?;
@@ -89,7 +96,7 @@ impl NodeReport {
         if self.known.as_ref() == Some(&node) {
             return None;
         }
-        let setting = self.place.setting(&node);
+        let setting = node.setting(&self.place);
         self.known = Some(node);
         Some(Box::new(setting))
     }

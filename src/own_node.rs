@@ -9,10 +9,9 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use crate::config::PlanConfig;
 use crate::control::Setting;
 use crate::health::{NodeSigns, node_is_eligible};
-use crate::host::Host;
+use crate::place::Place;
 use crate::timestamp::rfc3339;
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -71,6 +70,18 @@ impl OwnNode {
         }
     }
 
+    /// What shapes the plan on this node. The zone and the networks of pods are the Node's where no flag names them; its
+    /// addresses come before those of `--node-address`.
+    pub fn setting(&self, place: &Place) -> Setting {
+        let Place { mut plan, hosts } = place.clone();
+        plan.node.zone = plan.node.zone.or_else(|| self.zone.clone());
+        plan.node_addresses.splice(0..0, self.addresses.iter().copied());
+        if plan.cluster_cidrs.is_empty() {
+            plan.cluster_cidrs.clone_from(&self.pod_cidrs);
+        }
+        Place { plan, hosts }.setting()
+    }
+
     /// An object that says the same.
     pub(crate) fn manifest(&self) -> Value {
         let addresses: Vec<_> =
@@ -86,29 +97,6 @@ impl OwnNode {
             "spec": {"podCIDRs": self.pod_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(), "taints": taints},
             "status": {"addresses": addresses},
         })
-    }
-}
-
-/// Where a relay is: its flags, its machine, and what its Node adds to them.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// From the flags.
-    pub plan: PlanConfig,
-    /// This machine.
-    pub host: Host,
-}
-
-impl Place {
-    /// What shapes the plan on this node. The zone and the networks of pods are the Node's where no flag names them; its
-    /// addresses come before those of `--node-address`.
-    pub fn setting(&self, node: &OwnNode) -> Setting {
-        let mut plan = self.plan.clone();
-        plan.node.zone = plan.node.zone.or_else(|| node.zone.clone());
-        plan.node_addresses.splice(0..0, node.addresses.iter().copied());
-        if plan.cluster_cidrs.is_empty() {
-            plan.cluster_cidrs.clone_from(&node.pod_cidrs);
-        }
-        Setting { plan: plan.resolve(&self.host), inside: plan.inside(&self.host) }
     }
 }
 
@@ -131,7 +119,9 @@ fn items(list: &Value) -> impl Iterator<Item = &Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::NodePortSelector;
+    use crate::config::PlanConfig;
+    use crate::host::{Host, NodePortSelector};
+    use crate::host_watch::Hosts;
 
     fn node(object: Value) -> OwnNode {
         OwnNode::of(&object)
@@ -246,7 +236,7 @@ mod tests {
             node_addresses: vec![[10, 0, 0, 9].into()],
             allow_loopback_endpoints: false,
         };
-        Place { plan, host: Host { interfaces: vec![], default_sources: vec![[10, 0, 0, 8].into()] } }
+        Place { plan, hosts: Hosts::fixed(Host { interfaces: vec![], default_sources: vec![[10, 0, 0, 8].into()] }) }
     }
 
     #[test]
@@ -258,16 +248,16 @@ mod tests {
             ..OwnNode::default()
         };
 
-        let setting = place(None, &[]).setting(&node);
+        let setting = node.setting(&place(None, &[]));
         assert_eq!(setting.plan.node.zone.as_deref(), Some("eu-1a"));
         assert_eq!(setting.plan.node_port_addresses, node.addresses, "before --node-address and the default route");
         assert!(setting.inside.contains(&node.pod_cidrs[0]) && setting.inside.contains(&node.addresses[0].into()));
 
-        let setting = place(Some("eu-1b"), &["10.0.0.0/8"]).setting(&node);
+        let setting = node.setting(&place(Some("eu-1b"), &["10.0.0.0/8"]));
         assert_eq!(setting.plan.node.zone.as_deref(), Some("eu-1b"));
         assert!(!setting.inside.contains(&node.pod_cidrs[0]));
 
-        let setting = place(None, &[]).setting(&OwnNode::default());
+        let setting = OwnNode::default().setting(&place(None, &[]));
         assert_eq!(setting.plan.node_port_addresses.map_to_text(), ["10.0.0.9"], "a Node without addresses yet");
     }
 

@@ -102,7 +102,8 @@ pub(crate) fn read(datagram: &[u8], protocol: u8) -> impl Iterator<Item = Heard>
     })
 }
 
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
+/// The messages of a datagram, as far as it is whole.
+pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
     std::iter::from_fn(move || {
         let message = NetlinkBuffer::new_checked(datagram).ok()?;
         let length = (message.length() as usize).next_multiple_of(4);

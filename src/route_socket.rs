@@ -250,8 +250,9 @@ impl RouteNews {
     }
 }
 
+/// Has the runtime tell when there is something to read.
 #[allow(unsafe_code)] // The runtime's only way to watch a descriptor that is not one of its own sockets.
-fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
+pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     // SAFETY: the socket owns its descriptor and goes into the AsyncFd: it stays open, and the same one, until that is
     // dropped.
     Ok(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?)

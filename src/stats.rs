@@ -366,6 +366,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     filter_fallbacks: Counter::new(),
     vip_addresses: VipAddresses { own: Latest::new(), foreign: Latest::new(), missing: Latest::new() },
     routes_repaired: Counter::new(),
+    host_read_errors: Counter::new(),
     panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
@@ -386,6 +387,8 @@ pub struct ProcessStats {
     pub vip_addresses: VipAddresses,
     /// Addresses of Services that somebody made local no more, and that are so again.
     pub routes_repaired: Counter,
+    /// Times that this machine's addresses could not be read, so that the last ones stayed in use.
+    pub host_read_errors: Counter,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
     pub panics: Counter,
     /// Answers of `/healthz` at the health address.

@@ -28,7 +28,7 @@ pub struct BindError {
 
 /// How long to wait for the next try to bind, after one that was `waited` for, or the first one.
 pub(crate) fn next_wait(waited: Option<Duration>) -> Duration {
-    waited.map_or(FIRST_RETRY, |waited| (waited * 2).min(LAST_RETRY))
+    waited.map_or(FIRST_RETRY, |waited| (waited * 2).clamp(FIRST_RETRY, LAST_RETRY))
 }
 
 /// All failed listeners. Owned by `Listeners`, by value.
@@ -103,6 +103,13 @@ impl Failures {
         self.by_key.values().map(|failure| failure.due).min()
     }
 
+    /// What these listeners failed for is mended, it seems: they are due, and if they fail again it is a new case.
+    pub(super) fn hasten(&mut self, concerns: impl Fn(&ListenKey) -> bool, now: Instant) {
+        for (_, failure) in self.by_key.iter_mut().filter(|(key, _)| concerns(key)) {
+            (failure.due, failure.wait) = (now, Duration::ZERO);
+        }
+    }
+
     /// Takes those out that are due: each is to be bound, or noted again.
     pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
         let keys: Vec<_> = self.by_key.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| *key).collect();
@@ -171,6 +178,19 @@ mod tests {
 
         assert_eq!(due, [key(1)]);
         assert_eq!(failures.next_due(), Some(now + 2 * FIRST_RETRY));
+    }
+
+    #[test]
+    fn f31_given_a_failure_that_waits_long_when_its_address_comes_then_it_is_due_and_waits_as_at_first() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        failures.note(key(1), listener("web"), in_use(), Some(LAST_RETRY), now);
+        failures.note(key(2), listener("web"), in_use(), Some(LAST_RETRY), now);
+
+        failures.hasten(|failed| *failed == key(1), now);
+
+        let [Due { key, wanted, waited }] = failures.take_due(now).try_into().expect("one is due");
+        failures.note(key, wanted, in_use(), Some(waited), now);
+        assert_eq!(failures.next_due(), Some(now + FIRST_RETRY));
     }
 
     #[test]

@@ -174,6 +174,11 @@ impl Listeners {
         self.failures.next_due()
     }
 
+    /// These addresses are local from now on: failed listeners there are due.
+    pub fn hasten(&mut self, came: &BTreeSet<IpAddr>, now: Instant) {
+        self.failures.hasten(|key| came.contains(&key.ip()), now);
+    }
+
     /// Tries the failed listeners that are due.
     pub async fn retry(&mut self, now: Instant) {
         let due = self.failures.take_due(now);

@@ -53,7 +53,7 @@ impl Relay {
             options.plan.node_port_addresses = vec![site.node_ip()];
         }
         options.plan.allow_loopback_endpoints = true;
-        let setting = Setting { plan: options.plan.clone(), inside: options.inside.clone() };
+        let setting = Setting { plan: options.plan.clone(), inside: options.inside.clone(), ..Setting::default() };
         let relay = control::Relay::start(options).expect("a relay can be started");
         let cancel = CancellationToken::new();
         let source = Source::new(vec![Input::Path(folder.path().to_owned())], Ranges::default());
