@@ -1,6 +1,6 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `vips`, `repairs`, `rights`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in
-//! place of it: `bootstrap`.
+//! it: `verdicts`, `vips`, `repairs`, `rights`, node `addresses`, `floods` and `beside` kube-proxy, on the `stage` that they
+//! share, and in place of it: `bootstrap`, `own_node`.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -16,6 +16,8 @@ macro_rules! cases {
     ($($case:ident),+ $(,)?) => { &[$((stringify!($case), $case)),+] };
 }
 
+#[path = "rig/addresses.rs"]
+mod addresses;
 #[path = "rig/beside.rs"]
 mod beside;
 #[cfg(feature = "kubernetes")]
@@ -23,6 +25,9 @@ mod beside;
 mod bootstrap;
 #[path = "rig/floods.rs"]
 mod floods;
+#[cfg(feature = "kubernetes")]
+#[path = "rig/own_node.rs"]
+mod own_node;
 #[path = "rig/repairs.rs"]
 mod repairs;
 #[path = "rig/rights.rs"]
@@ -54,11 +59,11 @@ fn main() -> ExitCode {
         ("given_a_rig_when_it_is_dropped_then_its_cables_are_gone", a_dropped_rig_is_gone),
     ];
     #[cfg(feature = "kubernetes")]
-    let bootstrap = bootstrap::CASES;
+    let bootstrap = &[bootstrap::CASES, own_node::CASES].concat();
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
-    let alone = [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES].concat();
+    let alone = [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES].concat();
     rig::run(&[&network[..], &alone, &beside_others].concat())
 }
 

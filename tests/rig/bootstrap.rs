@@ -46,11 +46,11 @@ fn t227_given_the_real_address_at_first_and_later_the_cluster_ip_alone_when_star
 }
 
 /// An API server on the second node, which knows itself and the Service `web`.
-struct Cluster<'a> {
+pub(crate) struct Cluster<'a> {
     rig: &'a Rig,
-    server: ApiServer,
+    pub(crate) server: ApiServer,
     /// Where it is.
-    server_address: SocketAddr,
+    pub(crate) server_address: SocketAddr,
     /// Where its cluster asks it.
     api: SocketAddr,
     web: SocketAddr,
@@ -60,7 +60,8 @@ struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    fn on(rig: &'a Rig) -> Self {
+    /// On a rig of two nodes or more.
+    pub(crate) fn on(rig: &'a Rig) -> Self {
         let vip = |number| rig.vip(0, number).expect("an address can be added").v4;
         let (kubernetes, web, place) = (vip(1), vip(2), rig.node(1));
         let server_address = SocketAddr::new(place.address(Family::V4), 6443);
@@ -76,8 +77,13 @@ impl<'a> Cluster<'a> {
         Self { rig, server, server_address, api, web, folder, _runtime: runtime }
     }
 
+    /// What it is on.
+    pub(crate) fn rig(&self) -> &Rig {
+        self.rig
+    }
+
     /// A relay that is told one address of the server.
-    fn relay(&self, node: &Namespace, server: SocketAddr) -> Process {
+    pub(crate) fn relay(&self, node: &Namespace, server: SocketAddr) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
         command.args(["run", "--node-name", "node0", "--log-level", "error"]);
         command.args(["--shutdown-delay", "0s", "--drain-timeout", "0s"]);
@@ -120,7 +126,7 @@ fn answers_lists(from: &Namespace, to: SocketAddr) -> io::Result<bool> {
     })
 }
 
-fn endpoint(pod: &Namespace) -> SocketAddr {
+pub(crate) fn endpoint(pod: &Namespace) -> SocketAddr {
     SocketAddr::new(pod.address(Family::V4), TCP_BACKEND_PORT)
 }
 
@@ -131,7 +137,7 @@ fn service(name: &str, cluster_ip: IpAddr, port_name: &str, port: u16) -> Value 
     })
 }
 
-fn slice(service: &str, port_name: &str, endpoint: SocketAddr) -> Value {
+pub(crate) fn slice(service: &str, port_name: &str, endpoint: SocketAddr) -> Value {
     json!({
         "metadata": {"name": service, "namespace": "default", "labels": {"kubernetes.io/service-name": service}},
         "addressType": "IPv4", "ports": [{"name": port_name, "port": endpoint.port()}],

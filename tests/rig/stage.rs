@@ -138,6 +138,13 @@ impl Stage {
         stage
     }
 
+    /// Starts another relay with the same manifests, on another node.
+    pub(crate) fn start_on(&self, i: usize, flags: &[&str]) -> Process {
+        spawn(self.rig.node(i), self.folder.path(), &self.log, |command| {
+            command.args(flags);
+        })
+    }
+
     /// Starts another relay, after the last has [ended](Self::end).
     pub(crate) fn start_again(&mut self, prepare: impl FnOnce(&mut Command)) {
         self.relay = spawn(self.rig.node(0), self.folder.path(), &self.log, prepare);
@@ -323,13 +330,13 @@ impl Drop for Log {
 /// Starts a relay on a node. `prepare` may change how.
 fn spawn(node: &Namespace, folder: &Path, log: &Log, prepare: impl FnOnce(&mut Command)) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
-    command.args(["run", "--node-name", "node0", "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
+    command.args(["run", "--node-name", node.name(), "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
     command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);
     command.arg("--node-address").arg(format!("{},{}", node.address(Family::V4), node.address(Family::V6)));
     command.arg("-f").arg(folder).args(["--log-level", "info", "--log-format", "text"]);
     command.arg("--vip-routes-linger").arg(format!("{}s", LINGER.as_secs()));
-    command.stderr(log.0.as_file().try_clone().expect("descriptors are left"));
     prepare(&mut command);
+    command.stderr(log.0.as_file().try_clone().expect("descriptors are left"));
     node.spawn(command).expect("the relay starts")
 }
 

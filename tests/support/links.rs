@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use futures_util::TryStreamExt;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -74,6 +74,31 @@ pub(crate) fn address(namespace: &Namespace, device: &str, address: IpAddr, pref
         }
         request.execute().await
     })
+}
+
+/// Gives a device an address as routers do: before it can be used, its neighbours are asked whether it is theirs.
+pub(crate) fn address_in_doubt(namespace: &Namespace, device: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
+    ask(namespace, &format!("address {address}/{prefix} dev {device}"), async |handle| {
+        let index = index_of(handle, device).await?;
+        handle.address().add(index, address, prefix).execute().await
+    })
+}
+
+/// Whether an address of a device can be used: `None` while that is being found out.
+pub(crate) fn is_usable(namespace: &Namespace, device: &str, address: IpAddr) -> io::Result<Option<bool>> {
+    let mut usable = None;
+    ask(namespace, &format!("show address {address} dev {device}"), async |handle| {
+        let index = index_of(handle, device).await?;
+        let request = handle.address().get().set_link_index_filter(index).set_address_filter(address);
+        let found = std::pin::pin!(request.execute()).try_next().await?.ok_or(rtnetlink::Error::RequestFailed)?;
+        let flags = found.header.flags;
+        usable = match flags.contains(AddressHeaderFlags::Dadfailed) {
+            true => Some(false),
+            false => (!flags.contains(AddressHeaderFlags::Tentative)).then_some(true),
+        };
+        Ok(())
+    })?;
+    Ok(usable)
 }
 
 /// Takes an address away from a device.

@@ -206,6 +206,44 @@ impl Rig {
         links::address(self.node(i), UPLINK, own, prefix)
     }
 
+    /// Sets the cable of node `i` down at its own end: its IPv6 addresses go, and all routes by it.
+    pub(crate) fn uplink_down(&self, i: usize) -> io::Result<()> {
+        links::device_down(self.node(i), UPLINK)
+    }
+
+    /// Sets it up again, with all that has gone.
+    pub(crate) fn uplink_up(&self, i: u8) -> io::Result<()> {
+        let node = self.node(i.into());
+        links::device_up(node, UPLINK)?;
+        connect_far_end(node, node_side(i), node_address(i))
+    }
+
+    /// Gives node `i` one more address on its cable, usable at once.
+    pub(crate) fn add_address(&self, i: usize, address: IpAddr) -> io::Result<()> {
+        links::address(self.node(i), UPLINK, address, host_prefix(Family::of(address)))
+    }
+
+    /// The same, but neighbours are asked first whether it is theirs. IPv6 alone.
+    pub(crate) fn add_address_in_doubt(&self, i: usize, address: IpAddr) -> io::Result<()> {
+        self.node(i).sysctl(&format!("net/ipv6/conf/{UPLINK}/accept_dad"), "1")?;
+        links::address_in_doubt(self.node(i), UPLINK, address, host_prefix(Family::of(address)))
+    }
+
+    /// Whether node `i` can use the address: `None` while that is being found out.
+    pub(crate) fn address_is_usable(&self, i: usize, address: IpAddr) -> io::Result<Option<bool>> {
+        links::is_usable(self.node(i), UPLINK, address)
+    }
+
+    /// Gives the neighbour of node `i` an address on their cable.
+    pub(crate) fn add_address_of_neighbour(&self, i: usize, address: IpAddr) -> io::Result<()> {
+        links::address(self.hub(), self.node(i).name(), address, host_prefix(Family::of(address)))
+    }
+
+    /// Takes an address of node `i` on its cable away.
+    pub(crate) fn remove_address(&self, i: usize, address: IpAddr) -> io::Result<()> {
+        links::delete_address(self.node(i), UPLINK, address)
+    }
+
     /// The networks that are local to a part by routes with this number.
     pub(crate) fn local_networks(part: &Namespace, protocol: u8) -> io::Result<Vec<(IpAddr, u8)>> {
         links::local_routes(part, protocol)
@@ -348,6 +386,11 @@ fn cable(
 ) -> io::Result<()> {
     links::cable(near, device, far, UPLINK)?;
     near_end_of(near, device, (near_end, far_end))?;
+    connect_far_end(far, near_end, far_end)
+}
+
+/// Gives the far end of a cable its address, and its default route through the near one.
+fn connect_far_end(far: &Namespace, near_end: DualAddress, far_end: DualAddress) -> io::Result<()> {
     for family in FAMILIES {
         links::address(far, UPLINK, far_end.of(family), host_prefix(family))?;
         links::route(far, (near_end.of(family), host_prefix(family)), UPLINK, None)?;
