@@ -1,6 +1,6 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `vips`, `repairs`, `rights`, node `addresses`, `floods` and `beside` kube-proxy, on the `stage` that they
-//! share, and in place of it: `bootstrap`, `own_node`.
+//! it: `verdicts`, `vips`, `repairs`, `rights`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on the `stage`
+//! that they share, and in place of it: `bootstrap`, `own_node`.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -28,6 +28,8 @@ mod floods;
 #[cfg(feature = "kubernetes")]
 #[path = "rig/own_node.rs"]
 mod own_node;
+#[path = "rig/registry.rs"]
+mod registry;
 #[path = "rig/repairs.rs"]
 mod repairs;
 #[path = "rig/rights.rs"]
@@ -63,7 +65,8 @@ fn main() -> ExitCode {
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
-    let alone = [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES].concat();
+    let alone =
+        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES, registry::CASES].concat();
     rig::run(&[&network[..], &alone, &beside_others].concat())
 }
 
