@@ -26,6 +26,7 @@ const REASONS: [(&str, Reason); 7] = [
     ("sctp", Reason("UnsupportedProtocol", "Serve")),
 ];
 const LISTENER: Reason = Reason("FailedToListen", "Listen");
+const ARP: Reason = Reason("ARPConflict", "Listen");
 /// kube-proxy's words, as for our own servers.
 const HEALTH_PORT: Reason = Reason("FailedToStartServiceHealthcheck", "Listen");
 /// The longest note that a server takes.
@@ -76,7 +77,7 @@ pub(crate) fn news(status: &Status, unbound: &[Unbound], node: &Arc<str>) -> BTr
         }
     }
     for (service, reason, message) in failed_listeners(status) {
-        notes.add_failure(service, LISTENER, reason, message);
+        notes.add_failure(service, reason_of_listener(reason), reason, message);
     }
     for (service, state) in status.failed_health_ports.iter() {
         if let ListenerState::Failed { reason, message } = state {
@@ -113,6 +114,11 @@ fn failed_listeners(status: &Status) -> impl Iterator<Item = (&ObjectName, &str,
 /// True where the machine or this process lacks something, be it for ten thousand Services, and none of them is to blame.
 fn is_of_the_machine(reason: &str) -> bool {
     ![BindFailure::InUse, BindFailure::Other].iter().any(|failure| failure.as_str() == reason)
+}
+
+/// An address that is left out on purpose has a word of its own: a setting mends it.
+fn reason_of_listener(reason: &str) -> Reason {
+    if reason == BindFailure::ArpConflict.as_str() { ARP } else { LISTENER }
 }
 
 /// kube-proxy's words.
@@ -326,6 +332,11 @@ mod tests {
         for reason in ["fd_limit", "memory", "permission", "not_local", "family"] {
             assert_eq!(told_with(&failing(reason), &[]), ["Node here FailedToListen: cannot listen"], "{reason}");
         }
+    }
+
+    #[test]
+    fn given_an_address_that_neighbours_would_be_answered_for_when_told_then_the_node_has_a_reason_of_its_own() {
+        assert_eq!(told_with(&failing("arp_conflict"), &[]), ["Node here ARPConflict: cannot listen"]);
     }
 
     #[test]
