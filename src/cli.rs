@@ -408,6 +408,12 @@ struct VipFlags {
     #[arg(long, value_name = "keep|remove", env = "KUBE_RELAY_VIP_ROUTES_AT_EXIT", value_enum, default_value_t)]
     vip_routes_at_exit: AtExit,
 
+    /// Set arp_ignore=1 and arp_announce=2 on interfaces whose neighbours may ask for a load-balancer or external IP, so that it can be made local; without this flag no kernel setting is ever changed
+    #[arg(long, value_name = "true|false", env = "KUBE_RELAY_TUNE_SYSCTLS")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
+    tune_sysctls: bool,
+
     #[command(flatten)]
     protocol: RouteProtocolFlag,
 }
@@ -759,6 +765,7 @@ impl VipFlags {
                 protocol: self.protocol.route_protocol,
                 linger: self.vip_routes_linger.0,
                 at_exit: self.vip_routes_at_exit,
+                tune_sysctls: self.tune_sysctls,
             }),
             VipRoutes::None => None,
         }
@@ -886,7 +893,7 @@ mod tests {
         assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
         assert_eq!(config.workers, None);
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
-        assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep }));
+        assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false }));
         assert_eq!(config.upstream_sources, [] as [IpAddr; 0]);
         assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
         assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
@@ -978,8 +985,10 @@ mod tests {
     fn given_how_addresses_become_local_when_parsed_then_it_is_by_routes_with_a_number_or_by_others() {
         let vips = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).vips;
 
-        let options = VipOptions { protocol: 207, linger: Duration::from_secs(5), at_exit: AtExit::Remove };
-        assert_eq!(vips("--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove"), Some(options));
+        let options =
+            VipOptions { protocol: 207, linger: Duration::from_secs(5), at_exit: AtExit::Remove, tune_sysctls: true };
+        let flags = "--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove --tune-sysctls";
+        assert_eq!(vips(flags), Some(options));
         assert_eq!(vips("--vip-routes none"), None);
         let Command::Cleanup(args) = parse("kube-relay cleanup").expect("a command line").command else {
             panic!("not cleanup")

@@ -103,6 +103,7 @@ const RELAY: &[Field] = &[
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),
     field("routeProtocol", Form::Number, &["route_protocol"]),
+    field("tuneSysctls", Form::Switch, &["tune_sysctls"]),
     field("serviceClusterIPRange", Form::Text, &["service_cluster_ip_range"]),
     field("serviceNodePortRange", Form::Text, &["service_node_port_range"]),
     field("clusterCIDR", Form::List, &["cluster_cidr"]),

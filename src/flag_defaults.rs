@@ -190,7 +190,7 @@ mod tests {
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
-                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nrouteProtocol: 207\n\
+                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nrouteProtocol: 207\ntuneSysctls: true\n\
                  logging: {level: debug, format: json}\n",
             ),
             "",
@@ -212,7 +212,10 @@ mod tests {
         assert_eq!([times.unreplied, times.answered, times.stream], [5, 6, 7].map(Duration::from_secs));
         assert_eq!((config.udp_shards.get(), config.workers), (2, Some(3)));
         let linger = Duration::from_secs(8);
-        assert_eq!(config.vips, Some(VipOptions { protocol: 207, linger, at_exit: AtExit::Remove }));
+        assert_eq!(
+            config.vips,
+            Some(VipOptions { protocol: 207, linger, at_exit: AtExit::Remove, tune_sysctls: true })
+        );
         assert_eq!((config.logs.level.to_string().as_str(), config.logs.format), ("debug", LogFormat::Json));
     }
 

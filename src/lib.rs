@@ -76,6 +76,7 @@ mod api_report;
 #[cfg(feature = "kubernetes")]
 mod api_watch;
 mod arp;
+mod arp_tuning;
 mod balancing;
 mod causes;
 mod claims;
@@ -169,6 +170,7 @@ mod service_plan;
 mod source_ranges;
 pub mod stats;
 pub mod status;
+mod sysctl;
 mod texts;
 pub mod timestamp;
 mod udp_settings;

@@ -41,7 +41,7 @@ impl BindFailure {
             Some(NoRoute::ArpConflict { .. }) => return Self::ArpConflict,
             // EACCES: IPv6 is switched off on loopback.
             Some(NoRoute::Refused(Errno::AFNOSUPPORT | Errno::OPNOTSUPP | Errno::ACCESS)) => return Self::Family,
-            Some(NoRoute::Forbidden | NoRoute::Refused(_) | NoRoute::Gone) => return Self::NotLocal,
+            Some(NoRoute::Unsure | NoRoute::Forbidden | NoRoute::Refused(_) | NoRoute::Gone) => return Self::NotLocal,
             None => {}
         }
         match error.raw_os_error().map(Errno::from_raw_os_error) {
@@ -169,7 +169,10 @@ mod tests {
         let at = key("203.0.113.77:80");
 
         assert_eq!(BindFailure::of(&conflict).as_str(), "arp_conflict");
-        assert!(explain(&conflict, at).contains("`sysctl -w net.ipv4.conf.eth0.arp_ignore=1`"));
+        assert!(
+            explain(&conflict, at)
+                .contains("`sysctl -w net.ipv4.conf.eth0.arp_ignore=1 net.ipv4.conf.eth0.arp_announce=2`")
+        );
         assert_eq!(BindFailure::of(&switched_off), BindFailure::Family);
         assert_eq!(BindFailure::of(&forbidden), BindFailure::NotLocal);
         assert!(

@@ -8,7 +8,8 @@
 //! A [`Hold`] is what a listener keeps of an address, and so does each connection that came there: a stream that is
 //! open goes on when its Service is deleted, as the route to its address goes a while after the last hold. The keeper is a task of
 //! its own; it owns [`Routes`], where it is decided which routes there must be, and the sockets to the kernel
-//! (`route_socket`). Who else removes routes is asked in `route_claim`, who would answer ARP in `arp`.
+//! (`route_socket`). Who else removes routes is asked in `route_claim`, who would answer ARP in `arp`; `arp_tuning` has the
+//! kernel not do so, where somebody has asked for that.
 //!
 //! Where there is no rtnetlink, or no right to change routes, addresses are local by others or not at all: then
 //! listeners fail, each with the remedy.
@@ -26,6 +27,7 @@ use tokio::task::yield_now;
 use tokio::time::sleep_until;
 
 use crate::arp;
+use crate::arp_tuning::ArpTuning;
 use crate::host::Host;
 use crate::route_claim::{Claim, ClaimError};
 use crate::route_socket::{BATCH, NotMade, RouteNews, RouteSocket, removals};
@@ -58,6 +60,9 @@ pub struct VipOptions {
     pub linger: Duration,
     /// What becomes of them when the process ends. From `--vip-routes-at-exit`.
     pub at_exit: AtExit,
+    /// True where `arp_ignore` and `arp_announce` may be set on interfaces whose neighbours may ask for such an address
+    /// (default false). From `--tune-sysctls`.
+    pub tune_sysctls: bool,
 }
 
 /// What becomes of our routes when the process ends.
@@ -109,6 +114,9 @@ pub enum NoRoute {
         /// Its name.
         interface: String,
     },
+    /// They might be, for all that is known. It is tried again.
+    #[error("no route to the address is made while the interfaces cannot be read whose neighbours may ask for it")]
+    Unsure,
     /// This process may not change routes.
     #[error("no route to the address may be made without CAP_NET_ADMIN")]
     Forbidden,
@@ -240,6 +248,8 @@ struct Keeper {
     /// `None` where the kernel tells nothing.
     news: Option<RouteNews>,
     claim: Option<Claim>,
+    /// `None` where no setting of the kernel may be changed.
+    tuning: Option<ArpTuning>,
     /// For leases. Weak: the keeper is not to keep itself alive.
     own: mpsc::WeakUnboundedSender<Order>,
     /// Who waits for addresses, and which of those are not even tried.
@@ -289,6 +299,7 @@ impl Keeper {
         let now = Instant::now();
         let mut keeper = Self {
             routes: Routes::new(options.linger),
+            tuning: options.tune_sysctls.then(ArpTuning::default),
             options,
             socket,
             news: news.ok(),
@@ -377,15 +388,25 @@ impl Keeper {
 
     /// The addresses that get no route, as neighbours would be answered. What others made local is not our doing; a route
     /// of the last run is, and goes where nobody holds it. Judged when a listener is opened and when a route is to be set
-    /// again; one that is there and held stays, however interfaces and their settings change.
-    async fn conflicts(&self, wanted: &[Wanted]) -> BTreeMap<IpAddr, NoRoute> {
-        let in_question = |wanted: &&Wanted| wanted.announced && !self.routes.is_local_by_others(wanted.address);
+    /// again. A route that is there and held stays, however interfaces and their settings change: streams may be open there.
+    /// Where settings may be changed, that is done first.
+    async fn conflicts(&mut self, wanted: &[Wanted]) -> BTreeMap<IpAddr, NoRoute> {
+        let in_question = |Wanted { address, announced }: &&Wanted| {
+            *announced && address.is_ipv4() && !self.routes.is_local_by_others(*address)
+        };
         let in_question: Vec<IpAddr> = wanted.iter().filter(in_question).map(|wanted| wanted.address).collect();
         if in_question.is_empty() {
             return BTreeMap::new();
         }
         // Read anew, as interfaces and settings change.
-        let Ok(host) = Host::read().await else { return BTreeMap::new() };
+        let Ok(host) = Host::read().await else {
+            return in_question.into_iter().map(|address| (address, NoRoute::Unsure)).collect();
+        };
+        if let Some(tuning) = &mut self.tuning {
+            let interfaces: BTreeSet<&str> =
+                in_question.iter().flat_map(|address| arp::asked_on(*address, &host)).collect();
+            interfaces.into_iter().for_each(|interface| tuning.quieten(interface));
+        }
         let conflict = |address| {
             let interface = arp::conflict(address, &host, arp::arp_ignore)?;
             Some((address, NoRoute::ArpConflict { interface }))

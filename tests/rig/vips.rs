@@ -469,7 +469,7 @@ fn set_and_remove(node: &Namespace, count: u16) -> (Duration, Duration) {
 
     let set = in_runtime(node, async move {
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
-        let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Keep });
+        let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false });
         let began = Instant::now();
         let granted = vips.require(wanted().collect()).await;
         let took = began.elapsed();
