@@ -265,6 +265,8 @@ struct Keeper {
     /// When to look next at all routes, and when that was done last.
     look_due: Instant,
     looked: Instant,
+    /// When it was looked last whether neighbours have come to be answered for addresses with routes.
+    judged: Instant,
     /// True where the kernel has said that something has changed, but not what.
     upset: bool,
     told: Told,
@@ -282,6 +284,7 @@ struct Told {
     forbidden: bool,
     refused: bool,
     conflict: bool,
+    answering: bool,
     blind: bool,
     holder: Option<String>,
     /// When routes were set again last, whether or not that was told.
@@ -313,6 +316,7 @@ impl Keeper {
             claim_due: now,
             look_due: now,
             looked: now,
+            judged: now,
             upset: false,
             told: Told::default(),
         };
@@ -345,6 +349,7 @@ impl Keeper {
             }
             self.settle().await;
             self.take_claim().await;
+            self.judge_again().await;
         }
     }
 
@@ -412,6 +417,27 @@ impl Keeper {
             Some((address, NoRoute::ArpConflict { interface }))
         };
         in_question.into_iter().filter_map(conflict).collect()
+    }
+
+    /// Tells of neighbours that have come to be answered for addresses with routes, as interfaces and their settings change;
+    /// has that end, where it may.
+    async fn judge_again(&mut self) {
+        let now = Instant::now();
+        if self.announced.is_empty() || now < self.judged + LOOK_INTERVAL {
+            return;
+        }
+        self.judged = now;
+        let with_route = self.announced.iter().filter(|address| self.routes.is_local(**address));
+        let with_route: Vec<_> = with_route.map(|address| Wanted { address: *address, announced: true }).collect();
+        let conflicts = self.conflicts(&with_route).await;
+        let Some((address, NoRoute::ArpConflict { interface })) = conflicts.first_key_value() else {
+            self.told.answering = false;
+            return;
+        };
+        if !std::mem::replace(&mut self.told.answering, true) {
+            let remedy = arp::remedy(interface);
+            tracing::warn!(%address, interface, remedy, "this machine now answers ARP for an address of a Service, whose route stays");
+        }
     }
 
     /// Carries out what is due, and answers those who wait for it.
