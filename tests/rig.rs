@@ -1,6 +1,7 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on the `stage`
-//! that they share, and in place of it: `bootstrap`, `own_node`.
+//! that they share, and in place of it: `bootstrap`, `own_node`. Then one on each of its nodes, in a `cluster`: among
+//! neighbours (`arp`).
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -18,13 +19,19 @@ macro_rules! cases {
 
 #[path = "rig/addresses.rs"]
 mod addresses;
+#[path = "rig/arp.rs"]
+mod arp;
 #[path = "rig/beside.rs"]
 mod beside;
 #[cfg(feature = "kubernetes")]
 #[path = "rig/bootstrap.rs"]
 mod bootstrap;
+#[path = "rig/cluster.rs"]
+mod cluster;
 #[path = "rig/floods.rs"]
 mod floods;
+#[path = "rig/neighbours.rs"]
+mod neighbours;
 #[cfg(feature = "kubernetes")]
 #[path = "rig/own_node.rs"]
 mod own_node;
@@ -36,6 +43,8 @@ mod repairs;
 mod rights;
 #[path = "rig/stage.rs"]
 mod stage;
+#[path = "rig/sysctls.rs"]
+mod sysctls;
 #[path = "rig/verdicts.rs"]
 mod verdicts;
 #[path = "rig/vips.rs"]
@@ -66,7 +75,8 @@ fn main() -> ExitCode {
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
     let alone =
-        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES, registry::CASES].concat();
+        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES, registry::CASES, arp::CASES]
+            .concat();
     rig::run(&[&network[..], &alone, &beside_others].concat())
 }
 

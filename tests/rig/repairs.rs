@@ -37,7 +37,7 @@ fn f28_given_a_cable_that_is_unplugged_when_plugged_again_then_streams_go_on_and
 
             let plugged = Instant::now();
             stage.rig.plug(0).expect("it can be");
-            lead_to_node(&stage.rig);
+            lead_to_node(&stage.rig, 0);
 
             stage.served(stage.rig.client(), ClusterIp, &LOCAL);
             let served = plugged.elapsed();

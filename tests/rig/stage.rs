@@ -22,7 +22,7 @@ use tempfile::{NamedTempFile, TempDir};
 use crate::rig::{DualAddress, FAMILIES, Namespace, Process, Rig};
 
 /// No case waits longer for anything. Reached only where something is broken.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// What hears nothing for so long gets no answer: on these cables an answer takes a thousandth of it.
 const SILENCE: Duration = Duration::from_millis(500);
 
@@ -118,7 +118,7 @@ impl Stage {
     /// Everybody's way to them is by the node.
     pub(crate) fn start_bare(rig: Rig, web: &Web, prepare: impl FnOnce(&mut Command)) -> Self {
         let addresses = [1, 2, 3].map(Rig::vip_address);
-        lead_to_node(&rig);
+        lead_to_node(&rig, 0);
         Self::launch(rig, addresses, web, prepare)
     }
 
@@ -126,12 +126,9 @@ impl Stage {
         let [cluster_ip, external_ip, load_balancer_ip] = addresses;
         let folder = readable_folder();
         let node = rig.node(0);
-        // Otherwise the kernel tells of a closed UDP port once a second.
-        for limit in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
-            node.sysctl(limit, "0").expect("it is ours");
-        }
+        tell_of_each_closed_port(node);
         fs::write(folder.path().join("web.yaml"), web.to_string()).expect("the folder can be written");
-        let log = Log(NamedTempFile::new().expect("a file can be made"));
+        let log = Log::default();
         let relay = spawn(node, folder.path(), &log, prepare);
         let stage = Self { rig, relay, folder, log, cluster_ip, external_ip, load_balancer_ip };
         stage.until_ready();
@@ -182,7 +179,7 @@ impl Stage {
     }
 
     fn until_ready(&self) {
-        until("the first state is served", || self.get("/readyz").is_some_and(|answer| answer.contains(" 200 ")));
+        until("the first state is served", || is_ready(self.rig.node(0)));
     }
 
     /// Changes the Service, and waits until the relay has done what follows.
@@ -194,9 +191,7 @@ impl Stage {
 
     /// Writes the manifests anew, and waits for nothing.
     pub(crate) fn write(&self, manifests: &str) {
-        let new = self.folder.path().join(".web.yaml.new");
-        fs::write(&new, manifests).expect("the folder can be written");
-        fs::rename(&new, self.folder.path().join("web.yaml")).expect("the folder can be written");
+        write(self.folder.path(), manifests);
     }
 
     /// As [`change`](Self::change), where it is another state than the last one.
@@ -260,33 +255,16 @@ impl Stage {
 
     /// A number from the relay's metrics, summed over series whose text contains `label`.
     pub(crate) fn metric(&self, name: &str, label: &str) -> u64 {
-        let text = self.get("/metrics").unwrap_or_default();
-        let series = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
-        series.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+        metric(self.rig.node(0), name, label)
     }
 
     /// True where the relay's report names a problem so.
     pub(crate) fn reports(&self, reason: &str) -> bool {
-        self.get("/status").is_some_and(|status| status.contains(&format!("\"reason\":\"{reason}\"")))
+        reports(self.rig.node(0), reason)
     }
 
     fn revision(&self) -> u64 {
-        let status = self.get("/status").unwrap_or_default();
-        let after = status.split("\"revision\":").nth(1).unwrap_or_default();
-        after.split(|byte: char| !byte.is_ascii_digit()).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
-    }
-
-    fn get(&self, path: &str) -> Option<String> {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-        let answer = self.rig.node(0).run(|| {
-            let mut stream = TcpStream::connect("127.0.0.1:10249")?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.write_all(request.as_bytes())?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        });
-        answer.ok()
+        revision(self.rig.node(0))
     }
 }
 
@@ -302,19 +280,78 @@ fn readable_folder() -> TempDir {
     tempfile::Builder::new().permissions(everybody).tempdir().expect("a folder can be made")
 }
 
-/// Routes what the virtual addresses are taken from to node 0, from everywhere.
-pub(crate) fn lead_to_node(rig: &Rig) {
+/// Routes what the virtual addresses are taken from to node `i`, from everywhere: one route for each family.
+pub(crate) fn lead_to_node(rig: &Rig, i: usize) {
     for (network, prefix) in [("10.96.0.0", 12), ("fd96::", 64)] {
         let network = (network.parse().expect("an address"), prefix);
-        rig.network_to_node(0, network).expect("a route can be added");
+        rig.network_to_node(i, network).expect("a route can be added");
     }
 }
 
+/// Otherwise the kernel tells of a closed UDP port once a second.
+pub(crate) fn tell_of_each_closed_port(node: &Namespace) {
+    for limit in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
+        node.sysctl(limit, "0").expect("it is ours");
+    }
+}
+
+/// Puts manifests in place of those of a folder, at once.
+pub(crate) fn write(folder: &Path, manifests: &str) {
+    let new = folder.join(".web.yaml.new");
+    fs::write(&new, manifests).expect("the folder can be written");
+    fs::rename(&new, folder.join("web.yaml")).expect("the folder can be written");
+}
+
+/// A number from the metrics of the relay on a node, summed over series whose text contains `label`.
+pub(crate) fn metric(node: &Namespace, name: &str, label: &str) -> u64 {
+    let text = get(node, "/metrics").unwrap_or_default();
+    let series = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+    series.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+/// True where the report of the relay on a node names a problem so.
+pub(crate) fn reports(node: &Namespace, reason: &str) -> bool {
+    get(node, "/status").is_some_and(|status| status.contains(&format!("\"reason\":\"{reason}\"")))
+}
+
+/// How many states the relay on a node has taken so far.
+pub(crate) fn revision(node: &Namespace) -> u64 {
+    let status = get(node, "/status").unwrap_or_default();
+    let after = status.split("\"revision\":").nth(1).unwrap_or_default();
+    after.split(|byte: char| !byte.is_ascii_digit()).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// True where the relay on a node serves its first state.
+pub(crate) fn is_ready(node: &Namespace) -> bool {
+    get(node, "/readyz").is_some_and(|answer| answer.contains(" 200 "))
+}
+
+/// What the relay on a node answers, head and body; `None` where nobody does.
+fn get(node: &Namespace, path: &str) -> Option<String> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let answer = node.run(|| {
+        let mut stream = TcpStream::connect("127.0.0.1:10249")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    answer.ok()
+}
+
 /// What a relay logs. Printed where a case fails.
-struct Log(NamedTempFile);
+pub(crate) struct Log(NamedTempFile);
+
+impl Default for Log {
+    fn default() -> Self {
+        Self(NamedTempFile::new().expect("a file can be made"))
+    }
+}
 
 impl Log {
-    fn text(&self) -> String {
+    /// All of it, so far.
+    pub(crate) fn text(&self) -> String {
         fs::read_to_string(self.0.path()).expect("it was made")
     }
 }
@@ -328,7 +365,7 @@ impl Drop for Log {
 }
 
 /// Starts a relay on a node. `prepare` may change how.
-fn spawn(node: &Namespace, folder: &Path, log: &Log, prepare: impl FnOnce(&mut Command)) -> Process {
+pub(crate) fn spawn(node: &Namespace, folder: &Path, log: &Log, prepare: impl FnOnce(&mut Command)) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
     command.args(["run", "--node-name", node.name(), "--cluster-cidr", "10.82.0.0/16,fd82::/16"]);
     command.args(["--allowed-external-cidrs", "10.96.0.0/24,fd96::/64"]);

@@ -3,11 +3,7 @@
 //!
 //! When a route must be there is decided in `vip_routes` and its tests; here a kernel is asked.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -23,6 +19,7 @@ use crate::stage::{
     ClusterIp, Entry, ExternalIp, LINGER, LoadBalancerIp, Outcome, PORT, Stage, Web, ask_on, ask_tcp, ask_udp,
     expect_at, until,
 };
+use crate::sysctls::{changed, sysctls};
 use crate::verdicts::{LOCAL, backends, local, rig};
 
 pub(crate) const CASES: &[Case] = cases![
@@ -109,34 +106,6 @@ fn t096_t100_t104_t178_given_addresses_that_are_nowhere_when_served_then_each_ha
     assert_eq!(changed(&before, rig.node(0)), [] as [String; 0], "while it runs");
     stage.end(Signal::TERM);
     assert_eq!(changed(&before, stage.rig.node(0)), [] as [String; 0], "and afterwards");
-}
-
-/// The settings that are not what they were, but for those that the stage itself sets, and a number that is no setting.
-fn changed(before: &BTreeMap<String, String>, node: &Namespace) -> Vec<String> {
-    let changes_anyway = |path: &str| path.ends_with("ratelimit") || path.ends_with("nf_conntrack_count");
-    let is_changed = |(path, value): &(String, String)| before.get(path) != Some(value) && !changes_anyway(path);
-    sysctls(node).into_iter().filter(is_changed).map(|(path, value)| format!("{path}: {value}")).collect()
-}
-
-/// Each setting of the network that can be read.
-fn sysctls(node: &Namespace) -> BTreeMap<String, String> {
-    fn read(folder: &Path, settings: &mut BTreeMap<String, String>) -> io::Result<()> {
-        for entry in fs::read_dir(folder)?.flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                read(&path, settings)?;
-            } else if let Ok(value) = fs::read_to_string(&path) {
-                settings.insert(path.display().to_string(), value);
-            }
-        }
-        Ok(())
-    }
-    let all = node.run(|| {
-        let mut settings = BTreeMap::new();
-        read(Path::new("/proc/sys/net"), &mut settings)?;
-        Ok(settings)
-    });
-    all.expect("settings are listed")
 }
 
 fn f28_given_routes_when_somebody_deletes_them_then_they_are_back_and_streams_go_on() {

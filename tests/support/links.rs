@@ -8,9 +8,9 @@ use std::os::fd::AsRawFd;
 
 use futures_util::TryStreamExt;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
-use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::namespace::Namespace;
 
@@ -61,6 +61,34 @@ pub(crate) fn cable(here: &Namespace, device: &str, there: &Namespace, peer: &st
     })?;
     // Not in the same request: the far end is made first and cannot go up without a near one.
     device_up(there, peer)
+}
+
+/// Makes a bridge: all cables that are plugged into it are one network.
+pub(crate) fn bridge(namespace: &Namespace, bridge: &str) -> io::Result<()> {
+    ask(namespace, &format!("bridge {bridge}"), async |handle| {
+        handle.link().add(LinkBridge::new(bridge).build()).execute().await
+    })
+}
+
+/// Plugs a device into a bridge.
+pub(crate) fn plug(namespace: &Namespace, device: &str, bridge: &str) -> io::Result<()> {
+    ask(namespace, &format!("plug {device} into {bridge}"), async |handle| {
+        let bridge = index_of(handle, bridge).await?;
+        handle.link().set(LinkUnspec::new_with_name(device).controller(bridge).build()).execute().await
+    })
+}
+
+/// The hardware address of a device.
+pub(crate) fn hardware_address(namespace: &Namespace, device: &str) -> io::Result<[u8; 6]> {
+    let mut found = None;
+    ask(namespace, &format!("hardware address of {device}"), async |handle| {
+        found = link_of(handle, device).await?.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(bytes) => bytes.try_into().ok(),
+            _ => None,
+        });
+        Ok(())
+    })?;
+    found.ok_or_else(|| io::Error::other(format!("{device} has no hardware address")))
 }
 
 /// Gives a device an address, usable at once. Giving it twice is fine.
@@ -215,8 +243,12 @@ pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
 }
 
 async fn index_of(handle: &Handle, device: &str) -> Result<u32, rtnetlink::Error> {
+    Ok(link_of(handle, device).await?.header.index)
+}
+
+async fn link_of(handle: &Handle, device: &str) -> Result<LinkMessage, rtnetlink::Error> {
     let mut links = std::pin::pin!(handle.link().get().match_name(device).execute());
-    links.try_next().await?.map(|link| link.header.index).ok_or(rtnetlink::Error::RequestFailed)
+    links.try_next().await?.ok_or(rtnetlink::Error::RequestFailed)
 }
 
 /// One conversation with the kernel, from inside a namespace.

@@ -14,6 +14,7 @@
 #![allow(dead_code)] // shared by several binaries, each of which uses its part
 
 mod cases;
+mod lan;
 mod links;
 mod namespace;
 mod process;
@@ -27,9 +28,10 @@ use kube_relay::name::Family;
 #[allow(unused_imports)] // as above
 pub(crate) use self::{
     cases::{Case, full, run, skip},
+    lan::{Hardware, LAN, Lan},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::{Process, find},
-    rights::{NOBODY, as_nobody_with, on_a_read_only_root, with_only},
+    rights::{NOBODY, as_nobody_with, on_a_read_only_root, with_only, with_settings_read_only},
 };
 
 /// How many nodes and pods, and what lies before them.
@@ -119,6 +121,11 @@ impl Rig {
     /// Where a proxy runs.
     pub(crate) fn node(&self, i: usize) -> &Namespace {
         &self.nodes[i].namespace
+    }
+
+    /// All nodes.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &Namespace> {
+        self.nodes.iter().map(|node| &node.namespace)
     }
 
     /// Where a backend runs: pod `j` of node `i`.

@@ -20,6 +20,7 @@ use super::namespace::unshare;
 pub(crate) const NOBODY: u32 = 65_534;
 
 const ROOT: &CStr = c"/";
+const SETTINGS: &CStr = c"/proc/sys";
 
 /// As root with these capabilities alone: the pod's form, as Kubernetes gives nobody else any.
 pub(crate) fn with_only(kept: CapabilitySet, command: &mut Command) {
@@ -58,6 +59,20 @@ pub(crate) fn as_nobody_with(kept: CapabilitySet, command: &mut Command) {
 pub(crate) fn on_a_read_only_root(command: &mut Command) {
     // SAFETY: as above.
     unsafe { command.pre_exec(make_root_read_only) };
+}
+
+/// Where no setting of the kernel can be changed, as in most containers.
+pub(crate) fn with_settings_read_only(command: &mut Command) {
+    // SAFETY: as above.
+    unsafe { command.pre_exec(make_settings_read_only) };
+}
+
+fn make_settings_read_only() -> io::Result<()> {
+    unshare(UnshareFlags::NEWNS)?;
+    rustix::mount::mount_bind_recursive(SETTINGS, SETTINGS)?;
+    // What is mounted at /proc may have all of them, and none may be taken away.
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount_remount(SETTINGS, MountFlags::BIND | MountFlags::RDONLY | flags, c"")?)
 }
 
 fn make_root_read_only() -> io::Result<()> {
