@@ -1,7 +1,7 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on the `stage`
-//! that they share, and in place of it: `bootstrap`, `own_node`. Then one on each of its nodes, in a `cluster`: among
-//! neighbours (`arp`).
+//! that they share, and in place of it: `bootstrap`, `own_node`. Then one on each of its `nodes`, and among neighbours
+//! (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -32,6 +32,8 @@ mod cluster;
 mod floods;
 #[path = "rig/neighbours.rs"]
 mod neighbours;
+#[path = "rig/nodes.rs"]
+mod nodes;
 #[cfg(feature = "kubernetes")]
 #[path = "rig/own_node.rs"]
 mod own_node;
@@ -74,10 +76,10 @@ fn main() -> ExitCode {
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
-    let alone =
-        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES, registry::CASES, arp::CASES]
-            .concat();
-    rig::run(&[&network[..], &alone, &beside_others].concat())
+    let on_stage =
+        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, addresses::CASES, registry::CASES].concat();
+    let in_cluster = [arp::CASES, nodes::CASES].concat();
+    rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat())
 }
 
 fn parts_reach_each_other() {

@@ -4,6 +4,7 @@
 //! A relay on one node alone, with more ways to start it, is a `stage`.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::thread;
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use crate::rig::{FAMILIES, Namespace, Process, Rig};
 use crate::stage::{
     ClusterIp, Entry, ExternalIp, LoadBalancerIp, Log, NODE_PORT, NodePort, Outcome, PATIENCE, PORT, ask_tcp, ask_udp,
-    is_ready, lead_to_node, spawn, tell_of_each_closed_port, until, write,
+    expect_at, is_ready, lead_to_node, revision, spawn, tell_of_each_closed_port, until, write,
 };
 
 /// The nodes of a rig, with a relay each.
@@ -36,6 +37,10 @@ struct Relay {
 pub(crate) enum Answer {
     /// Each of these pods answers, no other does, and all of them see the node whose relay was asked.
     By(&'static [&'static str]),
+    /// Connection refused, port unreachable.
+    Refused,
+    /// Nobody says anything.
+    Silence,
 }
 
 impl Cluster {
@@ -53,6 +58,19 @@ impl Cluster {
         cluster.rig.nodes().for_each(|node| until("the first state is served", || is_ready(node)));
         cluster.lead_to(0);
         cluster
+    }
+
+    /// Changes the Service where it is to be another one, and waits until all relays have done what follows.
+    pub(crate) fn change(&self, manifests: &str) {
+        let last = fs::read_to_string(self.folder.path().join("web.yaml")).expect("it was written");
+        if last == manifests {
+            return;
+        }
+        let before: Vec<u64> = self.rig.nodes().map(revision).collect();
+        write(self.folder.path(), manifests);
+        for (node, before) in self.rig.nodes().zip(before) {
+            until("the change is made", || revision(node) > before);
+        }
     }
 
     /// Has the client reach the addresses of Services by node `i`.
@@ -95,6 +113,8 @@ impl Cluster {
     ) {
         match answer {
             Answer::By(pods) => self.expect_each(from, i, to, ask, pods, what),
+            Answer::Refused => expect_at(from, to, ask, what, |outcome| *outcome == Outcome::Refused),
+            Answer::Silence => expect_at(from, to, ask, what, |outcome| *outcome == Outcome::Silence),
         }
     }
 
