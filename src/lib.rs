@@ -180,6 +180,7 @@ pub mod vips;
 mod watch;
 #[cfg(feature = "kubernetes")]
 mod watched;
+pub mod wildcard;
 #[cfg(feature = "kubernetes")]
 mod wire;
 mod yaml;
