@@ -43,6 +43,7 @@
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | routes that make addresses of Services local | the keeper of [`vips`], by value: [`vip_routes::Routes`] | a [`vips::Hold`] for each listener and each connection |
+//! | which of these addresses are guarded | the task of [`guard`], by value | a table of nf_tables |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
@@ -57,6 +58,7 @@
 //! * A bound listener always has a target, and a target's balancers are always there (see [`plan::diff`] for the order).
 //! * An address that a listener or a connection needs is local, whoever tries to take that away; routes of others are never
 //!   touched.
+//! * What listens on all addresses of the machine does not answer at an address that a route of ours makes local ([`guard`]).
 //! * A backend that is a listener of this process is never picked: one connection would make thousands.
 //! * One bad object, file, address or peer hurts nobody else: it becomes a [`plan::Problem`], a failed listener or a
 //!   counted end with one word of a fixed vocabulary, the same in log, metric and status.
@@ -109,6 +111,9 @@ mod findings;
 pub mod flag_defaults;
 mod follow;
 pub mod frozen;
+pub mod guard;
+mod guard_message;
+mod guard_socket;
 pub mod health;
 mod health_port;
 mod healthcheck;

@@ -106,6 +106,7 @@ metrics! {
     VipAddresses = Gauge "kuberelay_vip_addresses" ["state"] "Addresses of Services off loopback that are local by routes of ours (own), as others made them so (foreign), or not (missing).";
     RoutesRepaired = Counter "kuberelay_routes_repaired_total" [] "Addresses of Services that somebody made local no more, and that were made so again.";
     HostReadErrors = Counter "kuberelay_host_read_errors_total" [] "Times that this machine's addresses could not be read, so that the last ones stayed in use.";
+    GuardedAddresses = Gauge "kuberelay_guarded_addresses" [] "Addresses of Services, local by routes of ours, where what listens on all addresses of the machine is refused.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
@@ -142,6 +143,7 @@ pub fn render(status: &Status, ready: bool) -> String {
     page.vip_addresses(&PROCESS.vip_addresses);
     page.sample(Id::RoutesRepaired, "", PROCESS.routes_repaired.get());
     page.sample(Id::HostReadErrors, "", PROCESS.host_read_errors.get());
+    page.sample(Id::GuardedAddresses, "", PROCESS.guarded_addresses.get());
     page.sample(Id::Panics, "", PROCESS.panics.get());
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());

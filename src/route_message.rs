@@ -102,7 +102,7 @@ pub(crate) fn read(datagram: &[u8], protocol: u8) -> impl Iterator<Item = Heard>
     })
 }
 
-/// The messages of a datagram, as far as it is whole.
+/// The messages of a datagram of any netlink socket, up to where it cannot be read.
 pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
     std::iter::from_fn(move || {
         let message = NetlinkBuffer::new_checked(datagram).ok()?;
@@ -128,8 +128,8 @@ fn heard(message: &NetlinkBuffer<&[u8]>, protocol: u8) -> Option<Heard> {
     }
 }
 
-/// Both kinds of answer begin with 0, or with the number of an error below it.
-fn result(payload: &[u8]) -> Result<(), Errno> {
+/// What an answer says. Both kinds begin with 0, or with the number of an error below it.
+pub(crate) fn result(payload: &[u8]) -> Result<(), Errno> {
     match payload.first_chunk().map(|code| i32::from_ne_bytes(*code)) {
         Some(code) if code < 0 => {
             let error = std::io::Error::from_raw_os_error(code.saturating_neg());

@@ -367,6 +367,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     vip_addresses: VipAddresses { own: Latest::new(), foreign: Latest::new(), missing: Latest::new() },
     routes_repaired: Counter::new(),
     host_read_errors: Counter::new(),
+    guarded_addresses: Latest::new(),
     panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
@@ -389,6 +390,8 @@ pub struct ProcessStats {
     pub routes_repaired: Counter,
     /// Times that this machine's addresses could not be read, so that the last ones stayed in use.
     pub host_read_errors: Counter,
+    /// Addresses of Services where what listens on all addresses of this machine is refused.
+    pub guarded_addresses: Latest,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
     pub panics: Counter,
     /// Answers of `/healthz` at the health address.
