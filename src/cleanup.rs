@@ -1,12 +1,13 @@
-//! Takes back what a relay has left on this machine: the routes that make addresses of Services local.
+//! Takes back what a relay has left on this machine: the routes that make addresses of Services local, and their guard.
 //!
-//! Which ones they are is told by their number; what is done about them while a relay runs is in `vips`.
+//! Which ones they are is told by their number; what is done about them while a relay runs is in `vips` and `guard`.
 
 use std::io;
 use std::net::IpAddr;
 
 use rustix::io::Errno;
 
+use crate::guard;
 use crate::route_claim::{Claim, ClaimError, name_of};
 use crate::route_socket::{BATCH, NotMade, RouteSocket, removals};
 
@@ -33,6 +34,9 @@ pub enum CleanupError {
         /// What the kernel said.
         source: Errno,
     },
+    /// The kernel would not remove the guard of these routes, but the routes.
+    #[error("nf_tables: cannot remove the guard of these routes")]
+    Guard(#[source] io::Error),
     /// The kernel would not remove one.
     #[error("{address}: cannot remove its route")]
     Remove {
@@ -52,7 +56,8 @@ impl From<ClaimError> for CleanupError {
     }
 }
 
-/// Removes all routes that a relay has made with this number, and says how many that were. None is no error.
+/// Removes all routes that a relay has made with this number and their guard, and says how many routes that were. None is
+/// no error.
 ///
 /// # Errors
 /// Where a relay runs, or the kernel refuses; those that it does not refuse are removed all the same.
@@ -78,7 +83,20 @@ async fn remove_claimed(name: &str, protocol: u8) -> Result<usize, CleanupError>
             }
         }
     }
-    refused.map_or(Ok(removed), Err)
+    if let Some(error) = refused {
+        return Err(error); // What is still local is still guarded.
+    }
+    remove_guard(protocol)?;
+    Ok(removed)
+}
+
+fn remove_guard(protocol: u8) -> Result<(), CleanupError> {
+    let Err(error) = guard::remove(protocol) else { return Ok(()) };
+    match Errno::from_io_error(&error) {
+        // There is no nf_tables here, or nothing that this process could have made there.
+        Some(Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT | Errno::OPNOTSUPP | Errno::PERM) => Ok(()),
+        _ => Err(CleanupError::Guard(error)),
+    }
 }
 
 fn not_removed(address: IpAddr, source: Errno) -> CleanupError {

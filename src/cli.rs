@@ -23,6 +23,7 @@ use crate::config::{
 };
 use crate::config_file::ConfigFile;
 use crate::endpoints::Node;
+use crate::guard::VipGuard;
 use crate::host::NodePortSelector;
 use crate::lifecycle::ShutdownTimes;
 use crate::logs::{LogFormat, LogLevel, LogOptions};
@@ -414,6 +415,10 @@ struct VipFlags {
     #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
     tune_sysctls: bool,
 
+    /// What keeps sockets that listen on all addresses of this machine from answering at addresses of Services
+    #[arg(long, value_name = "HOW", env = "KUBE_RELAY_VIP_GUARD", value_enum, default_value_t)]
+    vip_guard: VipGuard,
+
     #[command(flatten)]
     protocol: RouteProtocolFlag,
 }
@@ -664,6 +669,7 @@ impl TryFrom<RunArgs> for RunConfig {
             healthz_address: health,
             bind_address_hard_fail: admin.bind_address_hard_fail,
             vips: vips.options(),
+            vip_guard: vips.vip_guard,
             upstream_sources: upstream.upstream_source,
             shutdown: ShutdownTimes {
                 delay: times.shutdown_delay.map_or(delay, |time| time.0),
@@ -990,6 +996,8 @@ mod tests {
         let flags = "--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove --tune-sysctls";
         assert_eq!(vips(flags), Some(options));
         assert_eq!(vips("--vip-routes none"), None);
+        let guard = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).vip_guard;
+        assert_eq!((guard(""), guard("--vip-guard none")), (VipGuard::Auto, VipGuard::None));
         let Command::Cleanup(args) = parse("kube-relay cleanup").expect("a command line").command else {
             panic!("not cleanup")
         };

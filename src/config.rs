@@ -17,6 +17,7 @@ use crate::allocate::{ClusterIpRange, NodePortRange, Ranges};
 use crate::api_client::ApiOptions;
 use crate::control::RelayOptions;
 use crate::endpoints::Node;
+use crate::guard::VipGuard;
 use crate::host::{Host, NodePortSelector, node_port_addresses};
 use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
@@ -80,6 +81,8 @@ pub struct RunConfig {
     pub bind_address_hard_fail: bool,
     /// How addresses of Services are made local; `None`: others do that. From `--vip-routes`.
     pub vips: Option<VipOptions>,
+    /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
+    pub vip_guard: VipGuard,
     /// Addresses that TCP backends see, in turn; empty: the kernel chooses. From `--upstream-source`.
     pub upstream_sources: Vec<IpAddr>,
     /// How long the end may take.
@@ -187,6 +190,7 @@ impl RunConfig {
             udp_shards: self.workers.and_then(NonZeroUsize::new),
             awaits_node: self.source.is_cluster(),
             vips: self.vips.clone(),
+            vip_guard: self.vip_guard,
         }
     }
 }

@@ -102,6 +102,7 @@ const RELAY: &[Field] = &[
     field("vipRoutes", Form::Text, &["vip_routes"]),
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),
+    field("vipGuard", Form::Text, &["vip_guard"]),
     field("routeProtocol", Form::Number, &["route_protocol"]),
     field("tuneSysctls", Form::Switch, &["tune_sysctls"]),
     field("serviceClusterIPRange", Form::Text, &["service_cluster_ip_range"]),

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::contact::Contact;
 use crate::frozen::pack;
+use crate::guard::{Guard, VipGuard};
 use crate::health::Health;
 use crate::healthcheck::{Change, HealthPortError, HealthPorts};
 use crate::journal::{self, Moves};
@@ -95,6 +96,8 @@ pub struct RelayOptions {
     pub awaits_node: bool,
     /// How addresses of Services are made local; `None`: others do that. From `--vip-routes`.
     pub vips: Option<VipOptions>,
+    /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
+    pub vip_guard: VipGuard,
 }
 
 /// A running relay: sources send it messages, everybody may read its status. Dropping it ends its control task.
@@ -107,6 +110,7 @@ pub struct Relay {
     tcp: Arc<TcpShared>,
     contact: Arc<Contact>,
     vips: Vips,
+    guard: Guard,
 }
 
 /// What the process asks of the control task.
@@ -132,6 +136,9 @@ impl Relay {
         let udp = UdpShards::start(shards, options.udp)?;
         let health = Health::new(Instant::now());
         health.set_node_eligible(!options.awaits_node); // Before anybody can ask.
+        // Before there are routes: it follows them.
+        let guard =
+            options.vips.as_ref().map(|vips| Guard::start(options.vip_guard, vips.protocol)).unwrap_or_default();
         let vips = options.vips.map(Vips::start).unwrap_or_default();
         let listeners = Listeners::new(options.inside.into(), Arc::clone(&tcp), udp).with_vips(vips.clone());
         let control = Control {
@@ -153,7 +160,7 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, health, tcp, contact, vips })
+        Ok(Self { messages, orders, status, health, tcp, contact, vips, guard })
     }
 
     /// Where an API source says how it does; it is in each snapshot, too.
@@ -208,9 +215,10 @@ impl Relay {
     }
 
     /// The last thing to be called, after [`drain`](Self::drain): removes the routes to addresses of Services, where they
-    /// are to go at exit.
+    /// are to go at exit, and their guard with them.
     pub async fn leave_addresses(&self) {
         self.vips.end().await;
+        self.guard.end().await;
     }
 }
 

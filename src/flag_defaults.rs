@@ -90,6 +90,7 @@ mod tests {
     use crate::api_client::ApiOptions;
     use crate::config::{CheckConfig, DEFAULT_METRICS_ADDRESS, RunConfig, SourceConfig};
     use crate::config_fields::Kind;
+    use crate::guard::VipGuard;
     use crate::logs::LogFormat;
     use crate::manifest::Input;
     use crate::vips::{AtExit, VipOptions};
@@ -190,7 +191,7 @@ mod tests {
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
-                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nrouteProtocol: 207\ntuneSysctls: true\n\
+                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\ntuneSysctls: true\n\
                  logging: {level: debug, format: json}\n",
             ),
             "",
@@ -216,6 +217,7 @@ mod tests {
             config.vips,
             Some(VipOptions { protocol: 207, linger, at_exit: AtExit::Remove, tune_sysctls: true })
         );
+        assert_eq!(config.vip_guard, VipGuard::None);
         assert_eq!((config.logs.level.to_string().as_str(), config.logs.format), ("debug", LogFormat::Json));
     }
 
