@@ -475,7 +475,8 @@ impl Drop for Backends {
 /// How soon a backend sees that it is to end.
 const TICK: Duration = Duration::from_millis(50);
 
-fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
+/// Tells each client a name and whom it sees, line by line.
+pub(crate) fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
     SockRef::from(listener).set_read_timeout(Some(TICK)).expect("an option"); // It limits accept, too.
     thread::scope(|scope| {
         while !stop.load(Ordering::Relaxed) {
@@ -498,7 +499,8 @@ fn answer_lines(mut stream: TcpStream, line: &str, stop: &AtomicBool) {
     }
 }
 
-fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
+/// The same, datagram by datagram.
+pub(crate) fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
     let mut buffer = [0; 256];
     socket.set_read_timeout(Some(TICK)).expect("an option");
     while !stop.load(Ordering::Relaxed) {

@@ -1,0 +1,364 @@
+//! What listens on all addresses of a node, beside a relay that has made addresses of Services local there: who gets an
+//! answer where, while the guard comes, is taken away, and goes.
+//!
+//! What the rules are is in `guard_message`, and what is changed when in `guard`; here a kernel is asked.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use kube_relay::config::{DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER};
+use kube_relay::guard::{self, CHECK_INTERVAL, Guard, VipGuard};
+use kube_relay::name::Family;
+use kube_relay::stats::PROCESS;
+use kube_relay::vips::{AtExit, VipOptions, Vips, Wanted};
+use rustix::process::Signal;
+use rustix::thread::CapabilitySet;
+
+use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only};
+use crate::stage::{
+    ClusterIp, ExternalIp, LoadBalancerIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at, serve_tcp,
+    serve_udp, until,
+};
+use crate::verdicts::{LOCAL, backends, local, rig};
+
+pub(crate) const CASES: &[Case] = cases![
+    t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone,
+    t236_given_no_guard_when_an_address_of_a_service_is_asked_then_a_listener_of_all_addresses_answers,
+    given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then_it_gets_the_answer,
+    given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second,
+    given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on,
+    given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up,
+    given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too,
+    given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_said,
+    given_ten_thousand_addresses_when_required_then_they_are_guarded_within_a_second,
+];
+
+/// Where sshd would listen.
+const WILDCARD_PORT: u16 = 2222;
+/// As it calls itself.
+const MACHINE: &str = "machine";
+
+/// Something that listens on all addresses of a node, of both families, over TCP and UDP. Ends when dropped.
+struct Everywhere {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Everywhere {
+    fn start(node: &Namespace) -> Self {
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, WILDCARD_PORT)); // Of IPv4, too: as the kubelet's.
+        let listener = node.run(|| TcpListener::bind(any)).expect("the port is free");
+        let socket = node.run(|| UdpSocket::bind(any)).expect("the port is free");
+        let stop = Arc::new(AtomicBool::new(false));
+        let (for_tcp, for_udp) = (Arc::clone(&stop), Arc::clone(&stop));
+        let threads = vec![
+            thread::spawn(move || serve_tcp(&listener, MACHINE, &for_tcp)),
+            thread::spawn(move || serve_udp(&socket, MACHINE, &for_udp)),
+        ];
+        Self { stop, threads }
+    }
+}
+
+impl Drop for Everywhere {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The address of an entry, at the port where the machine listens.
+fn trap(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip(), WILDCARD_PORT)
+}
+
+fn of_the_node(rig: &Rig, family: Family) -> SocketAddr {
+    SocketAddr::new(rig.node(0).address(family), WILDCARD_PORT)
+}
+
+/// True where the kernel of this machine can guard at all.
+fn is_possible(node: &Namespace) -> bool {
+    let probe = node.run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
+    probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
+}
+
+fn is_machine(outcome: &Outcome) -> bool {
+    outcome.pod() == Some(MACHINE)
+}
+
+fn is_refused(outcome: &Outcome) -> bool {
+    *outcome == Outcome::Refused
+}
+
+/// At each address of the Service, what listens on all addresses does not answer.
+fn expect_guarded(stage: &Stage, from: &Namespace) {
+    for (entry, family) in
+        [ClusterIp, ExternalIp, LoadBalancerIp].into_iter().flat_map(|entry| FAMILIES.map(|f| (entry, f)))
+    {
+        let to = trap(stage.at(entry, family));
+        expect_at(from, to, ask_tcp, "refused over TCP", is_refused);
+        expect_at(from, to, ask_udp, "refused over UDP", is_refused);
+    }
+}
+
+fn t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let of_a_pod = CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
+    let stage = Stage::start_bare(rig, &web, |command| with_only(of_a_pod, command));
+    let Stage { rig, .. } = &stage;
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+
+    for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 0), rig.node(0), rig.node(1)] {
+        expect_guarded(&stage, from);
+        for family in FAMILIES {
+            expect_at(from, of_the_node(rig, family), ask_tcp, "the node's own address", is_machine);
+        }
+        for entry in [ClusterIp, ExternalIp, LoadBalancerIp] {
+            stage.served(from, entry, &LOCAL);
+        }
+    }
+    // From elsewhere: a socket that is bound to no address answers with the one that the way back begins with.
+    for family in FAMILIES {
+        expect_at(rig.client(), of_the_node(rig, family), ask_udp, "the node's own address", is_machine);
+    }
+
+    let mine = trap(stage.at(ClusterIp, Family::V4));
+    let bound =
+        rig.node(0).run(|| UdpSocket::bind(SocketAddr::new(mine.ip(), WILDCARD_PORT + 1))).expect("it is local");
+    let to = bound.local_addr().expect("it is bound");
+    let others = thread::spawn(move || {
+        let mut buffer = [0; 256];
+        bound.recv_from(&mut buffer).and_then(|(_, peer)| bound.send_to(b"others 127.0.0.1", peer))
+    });
+    expect_at(rig.client(), to, ask_udp, "what others have bound there", |outcome| outcome.pod() == Some("others"));
+    others.join().expect("it does not panic").expect("it answers");
+}
+
+fn t236_given_no_guard_when_an_address_of_a_service_is_asked_then_a_listener_of_all_addresses_answers() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let mut stage = Stage::start_bare(rig, &web, |_| ());
+    let to = trap(stage.at(ClusterIp, Family::V4));
+    stage.end(Signal::TERM);
+
+    stage.start_again(|command| {
+        command.args(["--vip-guard", "none"]);
+    });
+
+    for from in [stage.rig.client(), stage.rig.node(0)] {
+        expect_at(from, to, ask_tcp, "the trap", is_machine);
+    }
+    assert_eq!(stage.metric("kuberelay_guarded_addresses", ""), 0);
+}
+
+fn given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then_it_gets_the_answer() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    let node = stage.rig.node(0);
+    until("each address is guarded, or none can be", || {
+        stage.metric("kuberelay_guarded_addresses", "") == 6 || stage.log().contains("no guard")
+    });
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        expect_at(node, to, ask_unconnected, "as a resolver asks", |outcome| outcome.pod().is_some());
+    }
+}
+
+/// A datagram from a socket that is bound to no address, and connected to none.
+fn ask_unconnected(to: SocketAddr) -> Outcome {
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let exchange = || {
+        let socket = UdpSocket::bind(any)?;
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        socket.send_to(b"?", to)?;
+        let mut buffer = [0; 256];
+        socket.recv_from(&mut buffer)
+    };
+    match exchange() {
+        Ok((_, from)) if from == to => Outcome::Answer { pod: "some".into(), source: from.ip() },
+        Ok((_, from)) => Outcome::Other(format!("answered by {from}")),
+        Err(error) => Outcome::Other(error.to_string()),
+    }
+}
+
+fn given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    expect_guarded(&stage, stage.rig.client());
+
+    drop(sshd);
+    let began = Instant::now();
+    stage.write(&web.to_string().replace("{name: only, port: 81,", &format!("{{name: only, port: {WILDCARD_PORT},")));
+
+    let from = stage.rig.client();
+    for family in FAMILIES {
+        let to = trap(stage.at(ClusterIp, family));
+        expect_at(from, to, ask_tcp, "the Service", |outcome| outcome.pod().is_some_and(|pod| LOCAL.contains(&pod)));
+    }
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+fn given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let mut open = FAMILIES.map(|family| {
+        let to = stage.at(ClusterIp, family);
+        stage.rig.client().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).expect("it is served")
+    });
+    let mut goes_on = || {
+        for stream in &mut open {
+            let outcome = ask_on(stream).expect("the stream goes on");
+            assert!(outcome.pod().is_some(), "{outcome:?}");
+        }
+    };
+    goes_on();
+
+    let removed = stage.rig.node(0).run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
+    assert!(removed.expect("it may be removed"), "there is one");
+    let began = Instant::now();
+    goes_on();
+
+    until("that is told", || stage.log().contains("it is made again"));
+    assert!(began.elapsed() < CHECK_INTERVAL + Duration::from_secs(1), "{:?}", began.elapsed());
+    expect_guarded(&stage, stage.rig.client());
+    goes_on();
+    stage.write("apiVersion: v1\nkind: List\nitems: []\n");
+    until("only what the streams hold is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 2);
+    goes_on();
+}
+
+fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let mut stage = Stage::start_bare(rig, &web, |_| ());
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+
+    for signal in [Signal::KILL, Signal::TERM] {
+        stage.end(signal);
+        expect_guarded(&stage, stage.rig.client());
+        stage.start_again(|_| ());
+        expect_guarded(&stage, stage.rig.client());
+        assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
+    }
+
+    stage.end(Signal::KILL);
+    let mut cleanup = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
+    let output = stage.rig.node(0).run(|| cleanup.arg("cleanup").output()).expect("it starts");
+    assert!(output.status.success(), "{output:?}");
+    expect_gone(&stage);
+}
+
+/// No route of ours, and nothing to guard any.
+fn expect_gone(stage: &Stage) {
+    let node = stage.rig.node(0);
+    assert_eq!(Rig::local_networks(node, DEFAULT_ROUTE_PROTOCOL).expect("routes are listed"), []);
+    assert!(!node.run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL)).expect("it may be asked for"), "there is none left");
+}
+
+fn given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    let mut stage = Stage::start_bare(rig, &web, |command| {
+        command.args(["--vip-routes-at-exit", "remove"]);
+    });
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+
+    stage.end(Signal::TERM);
+
+    expect_gone(&stage);
+}
+
+fn given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_said() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    let mut stage = Stage::start_bare(rig, &web, |_| ());
+    stage.end(Signal::KILL);
+
+    stage.start_again(|command| with_only(CapabilitySet::NET_BIND_SERVICE, command));
+
+    until("it is said", || stage.log().contains("no guard"));
+    stage.served(stage.rig.client(), ClusterIp, &LOCAL);
+}
+
+fn given_ten_thousand_addresses_when_required_then_they_are_guarded_within_a_second() {
+    const COUNT: u16 = 10_000;
+    let rig = rig();
+    let node = rig.node(0);
+    if !is_possible(node) {
+        return;
+    }
+    let address = |number: u16| -> IpAddr {
+        let [high, low] = number.to_be_bytes();
+        if number.is_multiple_of(2) { [10, 97, high, low].into() } else { [0xfd97, 0, 0, 0, 0, 0, 0, number].into() }
+    };
+    let wanted = (0..COUNT).map(|number| Wanted { address: address(number), announced: false }).collect();
+
+    let (local, guarded) = in_runtime(node, async move {
+        let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
+        let guard = Guard::start(VipGuard::Auto, protocol);
+        let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Remove });
+        let began = Instant::now();
+        let _granted = vips.require(wanted).await;
+        let local = began.elapsed();
+        while PROCESS.guarded_addresses.get() < u64::from(COUNT) {
+            assert!(began.elapsed() < Duration::from_secs(20), "{} are guarded", PROCESS.guarded_addresses.get());
+            tokio::task::yield_now().await;
+        }
+        let guarded = began.elapsed();
+        vips.end().await;
+        guard.end().await;
+        (local, guarded)
+    });
+
+    println!("{COUNT} addresses are local after {local:?}, guarded after {guarded:?}");
+    assert!(guarded < Duration::from_secs(1), "{guarded:?}");
+    assert!(!node.run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL)).expect("it may be asked for"), "all went at the end");
+}
+
+fn in_runtime<T: Send>(node: &Namespace, work: impl Future<Output = T> + Send) -> T {
+    let outcome = node.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(runtime.block_on(work))
+    });
+    outcome.expect("the namespace is ours")
+}
