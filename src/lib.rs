@@ -95,6 +95,7 @@ pub mod decode;
 mod decode_endpoints;
 mod decode_service;
 mod describe;
+pub mod doctor;
 pub mod endpoints;
 #[cfg(feature = "kubernetes")]
 mod endpoints_watch;

@@ -30,7 +30,7 @@ const PAYLOAD_BYTES: usize = 65_536;
 const SLOT_BYTES: usize = PAYLOAD_BYTES + 64;
 
 /// Room for a listener's bursts while its shard is busy elsewhere. The kernel caps it at `net.core.rmem_max`.
-const LISTENER_BUFFER_BYTES: usize = 4 << 20;
+pub(crate) const LISTENER_BUFFER_BYTES: usize = 4 << 20;
 
 /// Room for the bursts of one backend to one client.
 const UPSTREAM_BUFFER_BYTES: usize = 1 << 20;
@@ -136,6 +136,11 @@ fn report_overflow(socket: &Socket) -> io::Result<()> {
 /// Asks the kernel to hand over datagrams of equal length from one sender as one train, where it can.
 pub fn receive_trains(socket: &UdpSocket) -> io::Result<()> {
     set_int(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1)
+}
+
+/// Tries whether the kernel takes one message apart into datagrams, for a socket that is good for nothing else then.
+pub(crate) fn try_to_send_trains(socket: &UdpSocket) -> io::Result<()> {
+    set_int(socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1_000)
 }
 
 fn set_int(socket: BorrowedFd<'_>, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
