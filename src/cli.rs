@@ -22,6 +22,7 @@ use crate::config::{
     PlanConfig, RunConfig, SourceConfig, UdpTimeouts,
 };
 use crate::config_file::ConfigFile;
+use crate::doctor::DoctorConfig;
 use crate::endpoints::Node;
 use crate::guard::VipGuard;
 use crate::host::NodePortSelector;
@@ -133,6 +134,28 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     )]
     Status(StatusArgs),
 
+    /// Show what on this machine would break a kube-relay, and what to do about it
+    #[command(
+        long_about = "Looks at this machine as `run` with the same options would find it, before or while one runs: rights, \
+                      limits, ports, addresses, rules of others, the API server. Changes nothing.\n\n\
+                      Prints a line for each finding, the worst first, with its remedy below it. Without a source it looks for \
+                      the Services of a kube-relay that runs here.\n\n\
+                      Exits with 1 where there are errors (will not work) or warnings (may not).",
+        after_long_help = "Examples:
+  Before the first start:
+    kube-relay doctor -f manifests/
+
+  On a node, with the options of its DaemonSet:
+    kube-relay doctor --kubeconfig kubelet.conf --node-name worker-1
+
+  What is fine, too:
+    kube-relay doctor --all
+
+  For a program:
+    kube-relay doctor -o json | jq '.findings[] | select(.severity == \"error\")'"
+    )]
+    Doctor(Box<DoctorArgs>),
+
     /// Remove the routes that a kube-relay has left on this machine
     #[command(
         long_about = "Removes the routes that make addresses of Services local to this machine, by their protocol number.\n\n\
@@ -195,6 +218,13 @@ pub struct RunArgs {
     #[command(flatten)]
     pub(crate) config: ConfigFlag,
 
+    #[command(flatten)]
+    flags: RunFlags,
+}
+
+/// All flags of `run` but those of its source: `doctor` has them, too.
+#[derive(Debug, Args)]
+struct RunFlags {
     #[command(flatten)]
     plan: PlanFlags,
 
@@ -485,6 +515,32 @@ pub struct StatusArgs {
     pub server: SocketAddr,
 }
 
+/// Arguments of `doctor`: those of `run`, none of which has to be there.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// File or folder with manifests; `-` reads standard input. Repeat for more
+    #[arg(short = 'f', long = "source", value_name = "PATH", env = "KUBE_RELAY_SOURCE", help_heading = "Source")]
+    sources: Vec<PathBuf>,
+
+    #[cfg(feature = "kubernetes")]
+    #[command(flatten)]
+    api: ApiFlags,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigFlag,
+
+    /// Form of the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: DoctorOutput,
+
+    /// Tell what is fine, too
+    #[arg(short = 'v', long)]
+    all: bool,
+
+    #[command(flatten)]
+    flags: RunFlags,
+}
+
 /// Arguments of `cleanup`.
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
@@ -598,6 +654,16 @@ pub enum CheckOutput {
     Json,
 }
 
+/// Form of the answer of `doctor`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DoctorOutput {
+    /// For people
+    #[default]
+    Text,
+    /// For programs: all findings
+    Json,
+}
+
 /// Form of the answer of `status`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum StatusOutput {
@@ -630,6 +696,9 @@ impl Command {
             Self::Run(args) if !args.sources.is_empty() => &["kubeconfig", "master"],
             #[cfg(feature = "kubernetes")]
             Self::Run(args) if args.api.options() != ApiOptions::default() => &["sources"],
+            Self::Doctor(args) if !args.sources.is_empty() => &["kubeconfig", "master"],
+            #[cfg(feature = "kubernetes")]
+            Self::Doctor(args) if args.api.options() != ApiOptions::default() => &["sources"],
             _ => &[],
         }
     }
@@ -639,6 +708,20 @@ impl RunArgs {
     /// What the file of `--config` says, if one was named.
     pub fn config_file(&self) -> Option<&ConfigFile> {
         self.config.file.as_ref()
+    }
+}
+
+impl DoctorArgs {
+    /// What to look for. Where no source is named, that is no mistake here: manifests, and none of them.
+    pub fn checked(self) -> Result<DoctorConfig, ConfigError> {
+        #[cfg(feature = "kubernetes")]
+        let source = match self.sources.is_empty() && !self.api.is_named() {
+            true => SourceConfig::Manifests(Vec::new()),
+            false => self.api.checked(self.sources)?,
+        };
+        #[cfg(not(feature = "kubernetes"))]
+        let source = SourceConfig::Manifests(checked_sources(self.sources)?);
+        Ok(DoctorConfig { run: self.flags.checked(source)?, all: self.all })
     }
 }
 
@@ -653,15 +736,22 @@ impl TryFrom<RunArgs> for RunConfig {
     type Error = ConfigError;
 
     fn try_from(args: RunArgs) -> Result<Self, ConfigError> {
-        let RunArgs { sources, plan, vips, admin, upstream, times, process, .. } = args;
         #[cfg(feature = "kubernetes")]
-        let source = args.api.checked(sources)?;
+        let source = args.api.checked(args.sources)?;
         #[cfg(not(feature = "kubernetes"))]
-        let source = SourceConfig::Manifests(manifests(sources)?);
+        let source = SourceConfig::Manifests(manifests(args.sources)?);
+        args.flags.checked(source)
+    }
+}
+
+impl RunFlags {
+    /// With a source, all that `run` works with.
+    fn checked(self, source: SourceConfig) -> Result<RunConfig, ConfigError> {
+        let Self { plan, vips, admin, upstream, times, process } = self;
         let cluster = source.is_cluster();
         let AdminAddresses { metrics, status, health } = admin.checked(cluster)?;
         let delay = if cluster { CLUSTER_SHUTDOWN_DELAY } else { DEFAULT_SHUTDOWN_DELAY };
-        Ok(Self {
+        Ok(RunConfig {
             source,
             plan: plan.checked(cluster)?,
             metrics_address: metrics,
@@ -714,6 +804,11 @@ impl ApiFlags {
             }),
             _ => Ok(SourceConfig::Manifests(manifests(sources)?)),
         }
+    }
+
+    /// True where flags or a pod's environment say that there is a server.
+    fn is_named(&self) -> bool {
+        self.options() != ApiOptions::default() || non_empty(self.kubernetes_service_host.clone()).is_some()
     }
 
     fn options(&self) -> ApiOptions {
@@ -1045,6 +1140,24 @@ mod tests {
     }
 
     #[test]
+    fn given_a_doctor_when_parsed_then_it_takes_what_run_takes_and_no_source_is_fine() {
+        let doctor = |line: &str| match parse(line).expect("a command line").command {
+            Command::Doctor(args) => args.checked(),
+            other => panic!("not doctor: {other:?}"),
+        };
+
+        let bare = doctor("kube-relay doctor").expect("nothing has to be said");
+        let full = doctor("kube-relay doctor -v -f web.yaml --vip-routes none --zone z").expect("as for run");
+
+        assert_eq!((bare.run.source, bare.all), (SourceConfig::Manifests(vec![]), false));
+        assert_eq!(
+            full,
+            DoctorConfig { run: run_fine("kube-relay run -f web.yaml --vip-routes none --zone z"), all: true }
+        );
+        assert!(doctor("kube-relay doctor -f - -f -").is_err(), "standard input twice");
+    }
+
+    #[test]
     fn given_no_source_when_parsed_then_the_flag_is_asked_for() {
         let error = parse("kube-relay run").expect_err("no source");
 
@@ -1079,7 +1192,7 @@ mod tests {
             command.render_long_help().to_string()
         };
 
-        for names in [&["run"][..], &["check"], &["status"], &["cleanup"], &["new", "service"]] {
+        for names in [&["run"][..], &["check"], &["status"], &["doctor"], &["cleanup"], &["new", "service"]] {
             let text = help(names);
             let examples: Vec<&str> = text.lines().filter(|line| line.contains("    kube-relay ")).collect();
             assert!(examples.len() >= 2, "{names:?}: {text}");

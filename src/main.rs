@@ -18,12 +18,13 @@ use kube_relay::admin::{self, AdminOptions, Unbound};
 use kube_relay::api_client::Api;
 use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
-    CheckArgs, CheckOutput, CleanupArgs, Command, ConfigError, EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, NewCommand,
-    NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
+    CheckArgs, CheckOutput, CleanupArgs, Command, ConfigError, DoctorArgs, DoctorOutput, EXIT_FINE, EXIT_PROBLEMS,
+    EXIT_USAGE, NewCommand, NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
+use kube_relay::doctor::{DoctorConfig, examine};
 use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::heap;
 use kube_relay::host::{self, Host, node_port_advice};
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(*args),
         Command::Check(args) => check(*args),
         Command::Status(args) => status(&args),
+        Command::Doctor(args) => doctor(*args),
         Command::Cleanup(args) => cleanup(&args),
         Command::New(NewCommand::Service(args)) => new_service(args),
     };
@@ -95,11 +97,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     heap::keep_little(); // Before there are other threads.
     let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
-    if let SourceConfig::Manifests(inputs) = &config.source
-        && let Some(missing) = inputs.iter().find_map(Input::missing)
-    {
-        bail!("{}: no such file or folder", missing.display());
-    }
+    all_there(&config.source)?;
     logs::start(&config.logs);
     panics::log_and_count();
     file.iter().for_each(tell_of_file);
@@ -116,6 +114,18 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             EXIT_PROBLEMS
         }
     })
+}
+
+/// A name that leads nowhere is a slip, not a source that is empty for now.
+fn all_there(source: &SourceConfig) -> anyhow::Result<()> {
+    match source {
+        SourceConfig::Manifests(inputs) => match inputs.iter().find_map(Input::missing) {
+            Some(missing) => bail!("{}: no such file or folder", missing.display()),
+            None => Ok(()),
+        },
+        #[cfg(feature = "kubernetes")]
+        SourceConfig::Api { .. } => Ok(()),
+    }
 }
 
 /// All that is ignored in one line: each field with its place and reason is for `check`.
@@ -335,6 +345,27 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
         StatusOutput::Table => overview::table(&live),
     })?;
     Ok(EXIT_FINE)
+}
+
+fn doctor(args: DoctorArgs) -> anyhow::Result<u8> {
+    let output = args.output;
+    let DoctorConfig { run, all } = args.checked()?;
+    all_there(&run.source)?;
+    let diagnosis = on(small_runtime()?, async {
+        let planned = match &run.source {
+            SourceConfig::Manifests(sources) if !sources.is_empty() => {
+                let config = CheckConfig { sources: sources.clone(), plan: run.plan.clone() };
+                Some(plan_of(config, &Host::read().await.unwrap_or_else(|_| Host::loopback_only())))
+            }
+            _ => None,
+        };
+        examine(&run, planned).await
+    });
+    print(&match output {
+        DoctorOutput::Text => diagnosis.text(all),
+        DoctorOutput::Json => serde_json::to_string_pretty(&diagnosis)? + "\n",
+    })?;
+    Ok(if diagnosis.has_problems() { EXIT_PROBLEMS } else { EXIT_FINE })
 }
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<u8> {

@@ -116,6 +116,71 @@ fn given_a_configuration_file_with_mistakes_when_used_then_each_is_told_with_its
     refuses(&["run", "--config", path], 64, &["--source", "--config"]);
 }
 
+/// What a doctor says here, for programs.
+fn doctor(arguments: &[&str]) -> (serde_json::Value, Option<i32>) {
+    let output = kube_relay(&[&["doctor", "-o", "json", "--status-bind-address", "none"], arguments].concat())
+        .output()
+        .expect("the program starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    (serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")), output.status.code())
+}
+
+#[test]
+fn given_a_machine_when_the_doctor_looks_then_each_subject_is_told_worst_first_and_the_exit_code_follows() {
+    let (said, code) = doctor(&["-f", "examples/whoami.yaml"]);
+
+    let findings = said["findings"].as_array().expect("a list");
+    let subjects: BTreeSet<&str> = findings.iter().filter_map(|found| found["subject"].as_str()).collect();
+    let of_every_machine = [
+        "arp",
+        "capabilities",
+        "cni",
+        "conntrack",
+        "kernel",
+        "loopback",
+        "node-ports",
+        "open-files",
+        "other-proxies",
+        "queues",
+        "source-ports",
+        "vip-routes",
+        "wildcard-listeners",
+    ];
+    assert_eq!(subjects.into_iter().collect::<Vec<_>>(), of_every_machine);
+    let rank = |found: &serde_json::Value| {
+        ["error", "warning", "note", "ok"].iter().position(|word| found["severity"] == *word)
+    };
+    let ranks: Vec<_> = findings.iter().map(|found| rank(found).expect("a severity")).collect();
+    assert!(ranks.is_sorted(), "{findings:#?}");
+    for (count, place) in [("errors", 0), ("warnings", 1), ("notes", 2), ("ok", 3)] {
+        assert_eq!(said[count], ranks.iter().filter(|rank| **rank == place).count(), "{count}");
+    }
+    assert_eq!(code, Some(i32::from(ranks.iter().any(|rank| *rank < 2))), "{findings:#?}");
+    let fine = "no address of a Service has to be made local";
+    assert!(findings.iter().any(|found| found["message"] == fine), "they are on loopback: {findings:#?}");
+}
+
+#[test]
+fn given_a_machine_when_the_doctor_tells_people_then_what_is_fine_is_counted_unless_it_is_asked_for() {
+    let say = |all: &[&str]| say(kube_relay(&[&["doctor", "--status-bind-address", "none"], all].concat())).text;
+
+    let (short, all) = (say(&[]), say(&["--all"]));
+
+    let last = short.lines().last().expect("a summary");
+    assert!(
+        last.ends_with(" fine (--all shows them)") && last.contains(" errors, ") | last.contains(" error, "),
+        "{short}"
+    );
+    assert!(!short.contains("ok       "), "{short}");
+    assert!(all.contains("\nok       kernel: ") && all.ends_with(" fine\n"), "{all}");
+}
+
+#[test]
+fn given_options_that_lead_nowhere_when_the_doctor_is_asked_then_that_is_said() {
+    refuses(&["doctor", "-f", "nothing/here.yaml"], 1, &["nothing/here.yaml: no such file or folder"]);
+    refuses(&["doctor", "-o", "yaml"], 64, &["text", "json"]);
+}
+
 /// `run` without admin servers: those have fixed ports, and tests run side by side. And without routes: the machine is
 /// not ours.
 fn run_command(sources: &[&str]) -> Command {
