@@ -1,7 +1,7 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on
-//! the `stage` that they share, and in place of it: `bootstrap`, `own_node`. Then one on each of its `nodes`, and among
-//! neighbours (`arp`), in the `cluster` that these share.
+//! the `stage` that they share, and in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of
+//! its `nodes`, and among neighbours (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -28,6 +28,8 @@ mod beside;
 mod bootstrap;
 #[path = "rig/cluster.rs"]
 mod cluster;
+#[path = "rig/doctor.rs"]
+mod doctor;
 #[path = "rig/floods.rs"]
 mod floods;
 #[path = "rig/guard.rs"]
@@ -78,9 +80,17 @@ fn main() -> ExitCode {
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
-    let on_stage =
-        [verdicts::CASES, vips::CASES, repairs::CASES, rights::CASES, guard::CASES, addresses::CASES, registry::CASES]
-            .concat();
+    let on_stage = [
+        verdicts::CASES,
+        vips::CASES,
+        repairs::CASES,
+        rights::CASES,
+        guard::CASES,
+        doctor::CASES,
+        addresses::CASES,
+        registry::CASES,
+    ]
+    .concat();
     let in_cluster = [arp::CASES, nodes::CASES].concat();
     rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat())
 }
