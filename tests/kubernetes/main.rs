@@ -6,6 +6,7 @@ mod away;
 mod bootstrap;
 mod caller;
 mod credentials;
+mod doctor;
 mod endurance;
 mod events;
 mod failures;

@@ -102,6 +102,8 @@ struct State {
     token: Option<String>,
     /// A resource about which nothing is answered.
     silenced: Option<String>,
+    /// Verbs and resources that access reviews say no to.
+    denied: Vec<(String, String)>,
     version: u64,
     /// By resource and `namespace/name`.
     objects: BTreeMap<(String, String), Value>,
@@ -135,6 +137,7 @@ impl ApiServer {
             unknown: None,
             token: None,
             silenced: None,
+            denied: Vec::new(),
             version: 1,
             objects: BTreeMap::new(),
             history: Vec::new(),
@@ -209,6 +212,11 @@ impl ApiServer {
     /// Requests for this resource are taken and never answered.
     pub fn silence(&self, resource: &str) {
         self.state.lock().silenced = Some(resource.to_owned());
+    }
+
+    /// Who asks whether it may do this hears no from now on.
+    pub fn deny(&self, verb: &str, resource: &str) {
+        self.state.lock().denied.push((verb.to_owned(), resource.to_owned()));
     }
 
     /// The server is too old for this resource, and does not name its group either.
@@ -378,6 +386,7 @@ fn kind_of(resource: &str) -> (&'static str, &'static str) {
         "endpointslices" => ("discovery.k8s.io/v1", "EndpointSlice"),
         "nodes" => ("v1", "Node"),
         "events" => ("events.k8s.io/v1", "Event"),
+        "networkpolicies" => ("networking.k8s.io/v1", "NetworkPolicy"),
         _ => ("v1", "Endpoints"),
     }
 }
@@ -476,6 +485,12 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Bod
     if request.uri().path() == "/apis" {
         return Response::new(text(groups(&shared.lock())));
     }
+    if request.uri().path() == "/version" {
+        return Response::new(text(json!({"major": "1", "minor": "33", "gitVersion": "v1.33.2"}).to_string()));
+    }
+    if target.resource == "selfsubjectaccessreviews" {
+        return review(request, &shared).await;
+    }
     if !matches!(verb, "list" | "watch") {
         return writes::answer(request, &target, &shared).await.map(|body| spoil(mood, body));
     }
@@ -497,6 +512,20 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Response<Bod
     };
     let mood = shared.lock().next_cut(mood);
     Response::new(spoil(mood, body))
+}
+
+/// Whether the one who asks may do what the review names. Nothing is kept of it.
+async fn review(request: Request<Incoming>, shared: &Shared) -> Response<Body> {
+    let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let Ok(mut review) = serde_json::from_slice::<Value>(&body) else {
+        return failure(400, "BadRequest", "no JSON");
+    };
+    let attributes = &review["spec"]["resourceAttributes"];
+    let is_denied =
+        |(verb, resource): &(String, String)| attributes["verb"] == **verb && attributes["resource"] == **resource;
+    let allowed = !shared.lock().denied.iter().any(is_denied);
+    review["status"] = json!({"allowed": allowed});
+    whole(StatusCode::CREATED, review.to_string())
 }
 
 /// The groups of the API besides the first one.
