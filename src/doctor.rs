@@ -106,13 +106,25 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
     let proxies = proxies::read(interfaces.clone());
     let circumstances = wildcards::Circumstances {
         foreign_nets: routes.foreign_nets(),
-        guarded: if proxies.has_guard(duty) { routes.own_addresses().collect() } else { BTreeSet::new() },
+        guarded: guarded(duty, &routes, &proxies),
         sources: ports.sources(),
     };
     findings.extend(wildcards::judge(&wildcards::read(), duty, &circumstances));
     findings.extend(proxies::judge(&proxies, duty));
     findings.extend(ports::judge(&ports, duty));
     findings
+}
+
+/// Addresses at which what listens on all addresses is refused, or will be once a relay has begun.
+fn guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTreeSet<IpAddr> {
+    if proxies.has_guard(duty) {
+        return routes.own_addresses().collect();
+    }
+    let begins = duty.guards && duty.running.is_none() && duty.routes.is_some() && proxies.has_nftables();
+    if !begins || !matches!(routes.may_change, Ok(true)) {
+        return BTreeSet::new();
+    }
+    duty.vips().into_keys().filter(|vip| !routes.is_local(*vip)).chain(routes.own_addresses()).collect()
 }
 
 fn of_kernel(duty: &Duty) -> Vec<Finding> {

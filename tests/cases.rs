@@ -17,7 +17,6 @@ const TO_COME: &[(u16, u16, &str)] = &[
     (150, 12, "state that is handed over belongs to the upgrade"),
     (171, 9, "connections end with their endpoint once `kube-relay.dev/reset-after` is acted on"),
     (172, 9, "a connection has no greatest age yet"),
-    (223, 8, "what a failed look at interfaces leaves in use belongs to following them"),
     (234, 12, "sockets that change hands are the upgrade"),
 ];
 

@@ -19,8 +19,10 @@ use crate::causes::causes;
 use crate::config::PlanConfig;
 use crate::decode::{Kind, Observed};
 use crate::host::Host;
+use crate::host_watch::Hosts;
 use crate::model::{Event, Model, Objects};
-use crate::own_node::{OwnNode, Place};
+use crate::own_node::OwnNode;
+use crate::place::Place;
 use crate::plan::Plan;
 use crate::status::Report;
 
@@ -205,8 +207,8 @@ impl Facts {
         let observed = self.services.as_ref().ok()?.iter().flat_map(|item| Observed::deserialize(item, Kind::Service));
         let mut objects = Objects::default();
         observed.filter_map(|observed| observed.content).for_each(|content| objects.add(&content));
-        let place = Place { plan: plan.clone(), host };
-        let options = place.setting(&self.node().unwrap_or_default()).plan;
+        let place = Place { plan: plan.clone(), hosts: Hosts::fixed(host) };
+        let options = self.node().unwrap_or_default().setting(&place).plan;
         let (mut model, mut planned, mut dirty) = (Model::default(), Plan::default(), Default::default());
         model.apply(Event::Replace(objects), &mut dirty);
         planned.update(&model, &dirty, &options);

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use crate::config::RunConfig;
+use crate::guard::VipGuard;
 use crate::name::{Family, ListenKey, Protocol};
 use crate::plan::ListenerKind;
 use crate::status::Report;
@@ -27,6 +28,8 @@ pub(super) struct Duty {
     pub(super) node_ports: RangeInclusive<u16>,
     /// By which number its routes are known; `None`: it makes none. From `--vip-routes` and `--route-protocol`.
     pub(super) routes: Option<u8>,
+    /// True where it guards their addresses, if the kernel lets it. From `--vip-guard`.
+    pub(super) guards: bool,
     /// From `--proxy-name`: another proxy serves all other Services.
     pub(super) proxy_name: Option<String>,
     /// True where it serves a whole cluster.
@@ -41,6 +44,7 @@ impl Duty {
             listeners: services.map(listeners),
             node_ports: config.plan.service_node_port_range.clone(),
             routes: config.vips.as_ref().map(|vips| vips.protocol),
+            guards: config.vip_guard == VipGuard::Auto,
             proxy_name: config.plan.proxy_name.clone(),
             is_cluster: config.source.is_cluster(),
             running,
@@ -136,6 +140,7 @@ pub(super) mod sample {
             listeners: None,
             node_ports: DEFAULT_NODE_PORT_RANGE,
             routes: Some(DEFAULT_ROUTE_PROTOCOL),
+            guards: true,
             proxy_name: None,
             is_cluster: false,
             running: None,

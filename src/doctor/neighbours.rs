@@ -17,7 +17,7 @@ pub(super) struct Facts {
     /// Interfaces and their networks.
     pub(super) host: Fact<Host>,
     /// The setting that holds for each interface.
-    pub(super) arp_ignore: BTreeMap<String, u8>,
+    pub(super) arp_ignore: BTreeMap<String, i32>,
 }
 
 pub(super) async fn read() -> Facts {
@@ -79,7 +79,7 @@ mod tests {
     use crate::host::InterfaceAddress;
     use crate::vip_routes::LocalRoute;
 
-    fn facts(arp_ignore: u8) -> Facts {
+    fn facts(arp_ignore: i32) -> Facts {
         let address = InterfaceAddress { interface: "eth0".into(), address: [203, 0, 113, 5].into(), prefix: 24 };
         let host = Host { interfaces: vec![address], default_sources: vec![] };
         Facts { host: Ok(host), arp_ignore: [("eth0".to_owned(), arp_ignore)].into() }

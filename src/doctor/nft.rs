@@ -38,15 +38,15 @@ pub(super) struct Named {
     pub(super) chain: Option<String>,
 }
 
-/// All tables, then all chains; none where this kernel has no nftables.
-pub(super) fn read() -> Fact<Vec<Named>> {
+/// All tables, then all chains; `None`: this kernel has no nftables.
+pub(super) fn read() -> Fact<Option<Vec<Named>>> {
     let unreadable = |error: Errno| match error {
         Errno::PERM => Unreadable::new("the rules of nftables", "they are told with CAP_NET_ADMIN only"),
         other => Unreadable::new("the rules of nftables", other),
     };
     match ask(GET_TABLES).and_then(|tables| Ok([tables, ask(GET_CHAINS)?].concat())) {
-        Ok(named) => Ok(named),
-        Err(error) if is_missing(error) => Ok(Vec::new()),
+        Ok(named) => Ok(Some(named)),
+        Err(error) if is_missing(error) => Ok(None),
         Err(error) => Err(unreadable(error)),
     }
 }

@@ -6,6 +6,7 @@ use super::duty::Duty;
 use super::fact::{Fact, file, names_in};
 use super::finding::{Abridged, Finding, Subject};
 use super::nft::{self, Named};
+use crate::guard_socket::table_name;
 
 const SUBJECT: Subject = Subject::OtherProxies;
 
@@ -27,7 +28,7 @@ const TABLE: &str = "kube-proxy";
 #[derive(Debug)]
 pub(super) struct Facts {
     /// nftables, with what `iptables` makes there.
-    pub(super) rules: Fact<Vec<Named>>,
+    pub(super) rules: Fact<Option<Vec<Named>>>,
     /// Tables of the old iptables, of both families: what is in them is told to their own program alone.
     pub(super) legacy: Fact<Vec<String>>,
     /// Addresses that IPVS balances; `None`: there is no IPVS.
@@ -42,10 +43,19 @@ pub(super) fn read(interfaces: Fact<Vec<String>>) -> Facts {
 }
 
 impl Facts {
+    fn rules(&self) -> impl Iterator<Item = &Named> {
+        self.rules.iter().flatten().flatten()
+    }
+
+    /// True where the kernel has nftables, and this process may use it.
+    pub(super) fn has_nftables(&self) -> bool {
+        matches!(self.rules, Ok(Some(_)))
+    }
+
     /// True where there is the table that guards addresses which routes of our number make local.
     pub(super) fn has_guard(&self, duty: &Duty) -> bool {
-        let Some(table) = duty.routes.map(|protocol| format!("kube-relay-{protocol}")) else { return false };
-        self.rules.iter().flatten().any(|named| named.chain.is_none() && named.table == table)
+        let Some(table) = duty.routes.map(table_name) else { return false };
+        self.rules().any(|named| named.chain.is_none() && named.table == table)
     }
 }
 
@@ -94,7 +104,7 @@ fn signs(facts: &Facts) -> BTreeMap<&'static str, Vec<String>> {
             known.push(sign);
         }
     };
-    for Named { table, chain } in facts.rules.iter().flatten() {
+    for Named { table, chain } in facts.rules() {
         match chain {
             None if table == TABLE => add("kube-proxy", format!("nftables table {TABLE}")),
             None => {}
@@ -177,12 +187,12 @@ mod tests {
     use super::*;
 
     fn facts() -> Facts {
-        Facts { rules: Ok(vec![]), legacy: Ok(vec![]), ipvs: Ok(None), interfaces: Ok(vec![]), processes: vec![] }
+        Facts { rules: Ok(Some(vec![])), legacy: Ok(vec![]), ipvs: Ok(None), interfaces: Ok(vec![]), processes: vec![] }
     }
 
     fn with_rules(rules: &[(&str, Option<&str>)]) -> Facts {
         let rules = rules.iter().map(|(table, chain)| Named { table: (*table).into(), chain: chain.map(Into::into) });
-        Facts { rules: Ok(rules.collect()), ..facts() }
+        Facts { rules: Ok(Some(rules.collect())), ..facts() }
     }
 
     fn web() -> Duty {

@@ -92,7 +92,7 @@ fn judge_reach(servers: &[&WildcardListener], duty: &Duty, circumstances: &Circu
     };
     let answer = if named.len() == 1 { "answers" } else { "answer" };
     let message = format!("{} {answer} at {there} as well", Abridged(&named));
-    let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration";
+    let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration; --vip-guard auto refuses them at addresses that our routes make local, with CAP_NET_ADMIN and nf_tables";
     Some(Finding::warning(SUBJECT, message).remedy(remedy))
 }
 
