@@ -4,6 +4,7 @@
 //! kept out is up to `serve`. Kubernetes' own list, which is for load-balancer addresses and asks everybody, is
 //! `source_ranges`.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -17,6 +18,8 @@ const ANNOTATION: &str = "allow-from";
 
 /// Wrong entries that are named; of more, only how many there are.
 const NAMED_ENTRIES: usize = 3;
+/// Of one that is longer, so many characters are shown.
+const SHOWN: usize = 48;
 
 /// The clients from outside that are let in, at every listener of a Service. This node and its pods are in no list, and
 /// let in by every one.
@@ -87,12 +90,26 @@ fn described(text: &str) -> String {
 
 /// `"a" is`, `"a", "b" are`, `"a", "b", "c" and 4 more are`.
 fn named(entries: &[&str]) -> String {
-    let shown: Vec<_> = entries.iter().take(NAMED_ENTRIES).map(|entry| format!("{entry:?}")).collect();
+    let shown: Vec<_> = entries.iter().take(NAMED_ENTRIES).map(|entry| shown(entry)).collect();
     match entries.len() - shown.len() {
         0 if shown.len() == 1 => format!("{} is", shown[0]),
         0 => format!("{} are", shown.join(", ")),
         more => format!("{} and {more} more are", shown.join(", ")),
     }
+}
+
+fn shown(entry: &str) -> String {
+    match entry.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{:?}…", &entry[..end]),
+        None => format!("{entry:?}"),
+    }
+}
+
+/// True where an address is in one of these networks of its family, sorted and with none within another: in steps that grow
+/// with the length's logarithm, as a stranger can have this asked for each datagram.
+pub(crate) fn within(nets: &[IpNet], address: IpAddr) -> bool {
+    let before = nets.partition_point(|net| net.network() <= address);
+    before.checked_sub(1).is_some_and(|last| nets[last].contains(&address))
 }
 
 /// The addresses that are in both of two lists, each sorted and with none within another.
@@ -118,8 +135,6 @@ fn shared(one: &[IpNet], other: &[IpNet]) -> Arc<[IpNet]> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -169,6 +184,13 @@ mod tests {
     }
 
     #[test]
+    fn given_an_entry_without_end_when_read_then_its_beginning_is_named() {
+        let (_, problems) = read(Some(&"ä".repeat(100_000)), None);
+
+        assert!(problems[0].len() < 300 && problems[0].contains("ä\"… is not used"), "{problems:?}");
+    }
+
+    #[test]
     fn given_a_list_without_an_entry_that_can_be_read_when_read_then_nobody_is_let_in() {
         for text in ["", " ", "everybody", "0.0.0.0/0/0", "*"] {
             let (allowed, problems) = read(Some(text), None);
@@ -212,13 +234,13 @@ mod tests {
     proptest! {
         #[test]
         fn given_two_lists_when_combined_then_an_address_is_in_both_or_in_none(one in nets(), other in nets()) {
-            let within = |nets: &[IpNet], address: &IpAddr| nets.iter().any(|net| net.contains(address));
             let both = shared(&AllowFrom::new(&one).v4, &AllowFrom::new(&other).v4);
 
             prop_assert!(both.is_sorted());
             for host in 0..=255 {
                 let address = IpAddr::from([10, 0, 0, host]);
-                prop_assert_eq!(within(&both, &address), within(&one, &address) && within(&other, &address));
+                let is_in = |nets: &[IpNet]| nets.iter().any(|net| net.contains(&address));
+                prop_assert_eq!(within(&both, address), is_in(&one) && is_in(&other));
             }
         }
     }

@@ -121,12 +121,27 @@ impl<'a> Entries<'a> {
     }
 
     fn open_load_balancer_ips(&mut self) {
+        let of_nodes = self.service.load_balancer_ips.iter().any(|ip| self.is_own(*ip));
+        let mut elsewhere = Vec::new();
         for ip in &self.service.load_balancer_ips {
             match self.refusal_of_family(*ip) {
                 Some((reason, why)) => self.refuse(reason, format!("load-balancer IP {ip} is not served: {why}")),
+                None if of_nodes && !self.is_own(*ip) => elsewhere.push(ip.to_string()),
                 None => self.open_ports(ListenerKind::LoadBalancerIp, *ip, false),
             }
         }
+        if !elsewhere.is_empty() {
+            self.note_other_nodes(&elsewhere);
+        }
+    }
+
+    /// A balancer that nodes are themselves (ServiceLB of k3s) lists their addresses. Whoever made the others' local here
+    /// would cut this node off from those nodes.
+    fn note_other_nodes(&mut self, ips: &[String]) {
+        let object = format_args!("Service {}", self.service.name);
+        let text =
+            format!("load-balancer IPs {} are left to other nodes, as one of this node is among them", ips.join(", "));
+        self.problems.push(Problem::note(object, "node_address", text));
     }
 
     fn open_exposed(&mut self) {
@@ -192,12 +207,17 @@ impl<'a> Entries<'a> {
 
     /// Whoever may edit a Service could take any address with it (CVE-2020-8554): closed unless opened.
     fn refusal_of_external_ip(&self, ip: IpAddr) -> Option<Refusal> {
-        let PlanOptions { node_addresses, lent_addresses, .. } = self.options;
-        if node_addresses.contains(&ip) && !lent_addresses.contains(&ip) {
+        if self.is_own(ip) {
             return Some(("external_ip", "it is an address of this node".into()));
         }
         let allowed = self.options.allowed_external_cidrs.iter().any(|net| net.contains(&ip));
         (!allowed).then(|| ("external_ip", format!("allow it with --allowed-external-cidrs {}", IpNet::from(ip))))
+    }
+
+    /// True where this node goes by the address, and has not got it for a Service.
+    fn is_own(&self, ip: IpAddr) -> bool {
+        let PlanOptions { node_addresses, lent_addresses, .. } = self.options;
+        node_addresses.contains(&ip) && !lent_addresses.contains(&ip)
     }
 
     fn refuse(&mut self, reason: &'static str, message: String) {
@@ -282,6 +302,21 @@ mod tests {
 
         assert_eq!(listed(&service, &node()), Vec::<String>::new());
         assert_eq!(reasons(&service, &node()), ["family"]);
+    }
+
+    #[test]
+    fn given_addresses_of_nodes_for_a_load_balancer_when_opened_then_those_of_other_nodes_are_left_to_them() {
+        let mut service = web();
+        service.load_balancer_ips = vec![ip("192.0.2.1"), ip("192.0.2.2"), ip("192.0.2.3")].into();
+        let elsewhere = PlanOptions { node_addresses: vec![ip("198.51.100.1")], ..node() };
+        let lent = PlanOptions { lent_addresses: vec![ip("192.0.2.1")], ..node() };
+
+        assert_eq!(listed(&service, &node()), ["clusterIP 10.96.0.10:80/TCP", "loadBalancerIP 192.0.2.1:80/TCP"]);
+        assert_eq!(reasons(&service, &node()), ["node_address"]);
+        for options in [elsewhere, lent] {
+            assert_eq!(listed(&service, &options).len(), 4, "nothing says that they are nodes");
+            assert_eq!(reasons(&service, &options), [] as [&str; 0]);
+        }
     }
 
     #[test]

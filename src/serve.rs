@@ -49,6 +49,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
+use crate::allow_from;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
 use crate::vips::Hold;
@@ -80,7 +81,8 @@ pub struct Target {
     pub inside_of: Arc<[IpNet]>,
     /// Who may come at all, on either side; empty: everybody. Others get no answer.
     pub source_ranges: Arc<[IpNet]>,
-    /// Who may come from outside; others get no answer. `None`: everybody, empty: nobody.
+    /// Who may come from outside; others get no answer. `None`: everybody, empty: nobody. As [`AllowFrom`](crate::plan::AllowFrom)
+    /// has them: sorted, none within another.
     pub allow_from: Option<Arc<[IpNet]>>,
     /// What keeps the listener's address local: for the listener, and for each connection that came there.
     pub address: Option<Hold>,
@@ -92,19 +94,16 @@ impl Target {
     /// What the listener's filter lets through is judged once more: it may have been on its way when the target
     /// changed, and not every kernel takes filters from everybody.
     pub fn judge(&self, client: IpAddr) -> &Verdict {
-        if !self.admits(client) {
-            return &Verdict::Drop;
-        }
-        if has(&self.inside_of, client) { &self.inside } else { &self.outside }
+        self.admitted(client).unwrap_or(&Verdict::Drop)
     }
 
     /// The balancer for a source address, or why there is none.
     pub fn balancer_for(&self, client: IpAddr) -> Result<&Arc<Balancer>, DropReason> {
-        match self.judge(client) {
-            Verdict::Serve(balancer) => Ok(balancer),
-            Verdict::Reject => Err(DropReason::NoEndpoints),
-            Verdict::Drop if self.admits(client) => Err(DropReason::NoLocalEndpoints),
-            Verdict::Drop => Err(DropReason::DeniedAddress),
+        match self.admitted(client) {
+            Some(Verdict::Serve(balancer)) => Ok(balancer),
+            Some(Verdict::Reject) => Err(DropReason::NoEndpoints),
+            Some(Verdict::Drop) => Err(DropReason::NoLocalEndpoints),
+            None => Err(DropReason::DeniedAddress),
         }
     }
 
@@ -118,10 +117,16 @@ impl Target {
         !self.source_ranges.is_empty() || self.allow_from.is_some()
     }
 
-    fn admits(&self, client: IpAddr) -> bool {
-        let allowed = |nets: &Arc<[IpNet]>| has(nets, client) || has(&self.inside_of, client);
-        let in_range = self.source_ranges.is_empty() || has(&self.source_ranges, client);
-        in_range && self.allow_from.as_ref().is_none_or(allowed)
+    /// The verdict of the client's side; `None` where it may not come at all.
+    fn admitted(&self, client: IpAddr) -> Option<&Verdict> {
+        if !self.source_ranges.is_empty() && !has(&self.source_ranges, client) {
+            return None;
+        }
+        if has(&self.inside_of, client) {
+            return Some(&self.inside);
+        }
+        let allowed = self.allow_from.as_ref().is_none_or(|nets| allow_from::within(nets, client));
+        allowed.then_some(&self.outside)
     }
 }
 

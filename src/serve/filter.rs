@@ -218,6 +218,7 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::allow_from::AllowFrom;
     use crate::name::{ObjectName, Protocol, ServicePortName};
     use crate::serve::address_set::tests::{nets, telling};
     use crate::serve::balancer::PortState;
@@ -280,12 +281,11 @@ pub(super) mod tests {
         verdicts: [Verdict; 2],
         inside_of: &[IpNet],
         source_ranges: &[IpNet],
-        allow_from: Option<&[IpNet]>,
+        allow_from: Option<Arc<[IpNet]>>,
     ) -> Target {
         let name = ServicePortName::new(ObjectName::parse("web"), "", Protocol::Tcp);
         let (port, [outside, inside]) = (Arc::new(PortState::new(name)), verdicts);
         let (inside_of, source_ranges) = (inside_of.into(), source_ranges.into());
-        let allow_from = allow_from.map(Into::into);
         Target { port, outside, inside, inside_of, source_ranges, allow_from, address: None }
     }
 
@@ -297,11 +297,12 @@ pub(super) mod tests {
             (drops_outside, drops_inside) in any::<(bool, bool)>(),
         ) {
             let verdicts = [drops_outside, drops_inside].map(|drops| if drops { Verdict::Drop } else { Verdict::Reject });
-            let target = target(verdicts, &inside_of, &ranges, allowed.as_deref());
+            let allowed = allowed.map(|nets| AllowFrom::new(&nets).at(family));
+            let target = target(verdicts, &inside_of, &ranges, allowed.clone());
 
             let filter = Filter::of_target(&target, family).expect("few networks");
 
-            let nets = [inside_of, ranges, allowed.unwrap_or_default()].concat();
+            let nets = [&*inside_of, &ranges, allowed.as_deref().unwrap_or_default()].concat();
             for source in telling(family, &nets) {
                 let passed = filter.as_ref().is_none_or(|filter| passes(filter, source));
                 prop_assert_eq!(passed, !matches!(target.judge(source), Verdict::Drop), "{}", source);
@@ -314,7 +315,7 @@ pub(super) mod tests {
         let net = |text: &str| text.parse::<IpNet>().expect("a net");
         let (inside, allowed, other) = (net("10.0.0.0/8"), net("203.0.113.0/24"), net("198.51.100.0/24"));
         let heard = |ranges: &[IpNet], list: &[IpNet]| {
-            let target = target([Verdict::Reject, Verdict::Reject], &[inside], ranges, Some(list));
+            let target = target([Verdict::Reject, Verdict::Reject], &[inside], ranges, Some(list.into()));
             let filter = Filter::of_target(&target, Family::V4).expect("short").expect("not everybody");
             [inside, allowed, other].map(|net| passes(&filter, net.addr()))
         };
