@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::str::FromStr;
+use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
@@ -15,6 +16,7 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkExtentMask};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::time::timeout;
 
 use crate::name::Family;
 
@@ -46,6 +48,9 @@ impl InterfaceAddress {
     }
 }
 
+/// How long the kernel may take to tell all addresses: a dump that it gives up for want of memory never ends.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// The machine's addresses could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -60,6 +65,9 @@ pub enum HostError {
         /// Its answer; boxed, since it carries whole messages.
         source: Box<rtnetlink::Error>,
     },
+    /// The kernel has begun to answer, or not even that.
+    #[error("rtnetlink: the addresses of this machine are not told within {PATIENCE:?}")]
+    Unfinished,
 }
 
 impl Host {
@@ -68,7 +76,7 @@ impl Host {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(HostError::Open)?;
         // Ends by itself when the last handle is dropped, at the end of this function.
         tokio::spawn(connection);
-        let interfaces = interface_addresses(&handle).await?;
+        let interfaces = timeout(PATIENCE, interface_addresses(&handle)).await.map_err(|_| HostError::Unfinished)??;
         Ok(Self { interfaces, default_sources: default_route_sources() })
     }
 

@@ -11,7 +11,7 @@ use Answer::{By, Refused, Silence};
 use Who::{Client, Node, PodOf};
 
 pub(crate) const CASES: &[Case] = cases![
-    t093_to_t096_t101_to_t106_t115_t126_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them,
+    t093_to_t096_t101_to_t106_t115_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them,
     t107_to_t110_given_source_ranges_when_asked_at_each_node_then_the_load_balancer_ip_alone_is_silent_to_others,
     t112_to_t114_given_local_policies_when_asked_at_each_node_then_each_has_its_own_pods,
     t116_to_t121_given_terminating_pods_when_asked_at_each_node_then_each_falls_back_for_itself,
@@ -53,7 +53,7 @@ const LOAD_BALANCER: &[Entry] = &[LoadBalancerIp];
 const CLUSTER_IP: &[Entry] = &[ClusterIp];
 const NODE_PORTS: &[Entry] = &[NodePort];
 
-fn t093_to_t096_t101_to_t106_t115_t126_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them() {
+fn t093_to_t096_t101_to_t106_t115_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them() {
     const EACH: Answer = By(&["pod0-0", "pod1-0", "pod2-0"]);
     const FAR: Answer = By(&["pod2-0", "pod2-1"]);
     const NOBODY: Story = Story {
