@@ -98,11 +98,13 @@ impl RouteSocket {
     }
 
     fn look_at_both(&mut self) -> io::Result<Vec<LocalRoute>> {
-        let mut routes = self.look_at(Family::V4)?;
-        match self.look_at(Family::V6) {
-            Ok(more) => routes.extend(more),
-            Err(error) if is_missing_family(&error) => {}
-            Err(error) => return Err(error),
+        let mut routes = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            match self.look_at(family) {
+                Ok(more) => routes.extend(more),
+                Err(error) if is_missing_table(family, &error) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(routes)
     }
@@ -182,9 +184,14 @@ impl RouteSocket {
     }
 }
 
-/// True where this machine has no such table, as it does not speak the family.
-fn is_missing_family(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::OPNOTSUPP | Errno::AFNOSUPPORT))
+/// True where this machine has no such table: it does not speak IPv6, or loopback has never been up. A kernel that does not
+/// tell routes of IPv4 tells none.
+fn is_missing_table(family: Family, error: &io::Error) -> bool {
+    match Errno::from_io_error(error) {
+        Some(Errno::NOENT) => true,
+        Some(Errno::OPNOTSUPP | Errno::AFNOSUPPORT) => family == Family::V6,
+        _ => false,
+    }
 }
 
 fn errno(error: io::Error) -> Errno {
@@ -277,6 +284,15 @@ mod tests {
         let loopback = LocalRoute { net: "127.0.0.0/8".parse().expect("a network"), own: false };
         assert!(routes.contains(&loopback), "{routes:?}");
         assert!(routes.iter().all(|route| !route.own), "{routes:?}");
+    }
+
+    #[test]
+    fn given_errors_of_a_look_when_told_apart_then_a_table_that_is_missing_is_none() {
+        let is_missing = |family, error: Errno| is_missing_table(family, &error.into());
+
+        assert!([Family::V4, Family::V6].into_iter().all(|family| is_missing(family, Errno::NOENT)));
+        assert!(is_missing(Family::V6, Errno::AFNOSUPPORT) && !is_missing(Family::V4, Errno::OPNOTSUPP));
+        assert!(!is_missing(Family::V6, Errno::NOBUFS));
     }
 
     #[test]

@@ -371,6 +371,11 @@ impl Routes {
         self.held.get(&address).is_some_and(|held| held.was_local)
     }
 
+    /// True once all routes were looked at.
+    pub fn are_known(&self) -> bool {
+        self.looked
+    }
+
     /// True once the kernel has said that this process may not change routes.
     pub fn is_forbidden(&self) -> bool {
         self.forbidden

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::sleep_until;
+use tokio::time::{sleep_until, timeout};
 
 use crate::arp;
 use crate::arp_tuning::ArpTuning;
@@ -41,6 +41,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(4);
 const LOOK_RETRY: Duration = Duration::from_secs(1);
 /// The least time between two looks, however often the kernel says that there is something to see.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
+/// When a socket to the kernel is opened again after that has failed.
+const OPEN_RETRY: Duration = Duration::from_secs(5);
 /// How often a claim is tried again that somebody else has.
 const CLAIM_INTERVAL: Duration = Duration::from_secs(20);
 /// Routes that are set again within this time of the last ones are no news for the log.
@@ -222,20 +224,28 @@ impl Vips {
 }
 
 async fn run(options: VipOptions, mut inbox: mpsc::UnboundedReceiver<Order>, own: mpsc::WeakUnboundedSender<Order>) {
-    match Keeper::new(options, own) {
-        Ok(keeper) => keeper.run(&mut inbox).await,
-        Err(error) => refuse(&mut inbox, &error).await,
+    let mut counted = true;
+    loop {
+        let error = match RouteSocket::open(options.protocol) {
+            Ok(socket) => return Keeper::new(options, socket, own, counted).run(&mut inbox).await,
+            Err(error) => error,
+        };
+        if timeout(OPEN_RETRY, refuse(&mut inbox, &error, &mut counted)).await.is_ok() {
+            return;
+        }
     }
 }
 
-/// Without rtnetlink: nobody's address is made local.
-async fn refuse(inbox: &mut mpsc::UnboundedReceiver<Order>, error: &io::Error) {
-    let mut told = false;
+/// Without rtnetlink: nobody's address is made local, and who needs it is not `counted`. Ends when nobody needs it any more.
+async fn refuse(inbox: &mut mpsc::UnboundedReceiver<Order>, error: &io::Error, counted: &mut bool) {
     while let Some(order) = inbox.recv().await {
-        if let Order::Require(..) = order
-            && !std::mem::replace(&mut told, true)
-        {
-            tracing::warn!(%error, "no rtnetlink: addresses of Services are local only where others make them so");
+        match order {
+            Order::Require(..) if std::mem::replace(counted, false) => tracing::warn!(
+                %error,
+                "no rtnetlink, trying again: addresses of Services are local only where others make them so"
+            ),
+            Order::End(_) => return,
+            _ => {}
         }
     }
 }
@@ -258,6 +268,9 @@ struct Keeper {
     announced: BTreeSet<IpAddr>,
     /// The last refusals of the kernel.
     refused: BTreeMap<IpAddr, Errno>,
+    /// False where it may be that somebody needs an address and was not counted, by a keeper before this one. Then all routes
+    /// that are found are held, and none is ever removed.
+    counted: bool,
     all_known: bool,
     stopping: bool,
     /// When to try next to get the claim.
@@ -293,8 +306,7 @@ struct Told {
 }
 
 impl Keeper {
-    fn new(options: VipOptions, own: mpsc::WeakUnboundedSender<Order>) -> io::Result<Self> {
-        let socket = RouteSocket::open(options.protocol)?;
+    fn new(options: VipOptions, socket: RouteSocket, own: mpsc::WeakUnboundedSender<Order>, counted: bool) -> Self {
         let news = RouteNews::open(options.protocol); // Before the first look, so that nothing is missed in between.
         if let Err(error) = &news {
             tracing::warn!(%error, "the kernel does not tell of changed routes: they are looked at every few seconds");
@@ -311,6 +323,7 @@ impl Keeper {
             asked: Vec::new(),
             announced: BTreeSet::new(),
             refused: BTreeMap::new(),
+            counted,
             all_known: false,
             stopping: false,
             claim_due: now,
@@ -320,8 +333,8 @@ impl Keeper {
             upset: false,
             told: Told::default(),
         };
-        keeper.try_look().map_err(|error| io::Error::new(error.kind(), format!("routes cannot be read: {error}")))?;
-        Ok(keeper)
+        keeper.look();
+        keeper
     }
 
     /// Until nobody needs it any more.
@@ -534,7 +547,11 @@ impl Keeper {
     fn try_look(&mut self) -> io::Result<()> {
         let routes = self.socket.look()?;
         let now = Instant::now();
+        let is_first = !self.routes.are_known();
         self.routes.note_all(routes, now);
+        if is_first && !self.counted {
+            self.routes.own_addresses().into_iter().for_each(|address| self.routes.hold(address, now));
+        }
         (self.looked, self.look_due) = (now, now + LOOK_INTERVAL);
         Ok(())
     }
@@ -583,7 +600,7 @@ impl Keeper {
 
     /// What nobody wants goes once it is known what that is, and if nobody else is there to say the contrary.
     fn remove_what_may_go(&mut self) {
-        if self.all_known && self.claim.is_some() && !self.stopping {
+        if self.all_known && self.counted && self.claim.is_some() && !self.stopping {
             self.routes.allow_removal(Instant::now());
         }
     }
@@ -597,7 +614,8 @@ impl Keeper {
                 continue;
             }
             granted.holds.insert(address, Arc::new(Lease { address, keeper: keeper.clone() }));
-            if !self.routes.is_local(address) {
+            // Before the first look others may have made it local: who binds it will see.
+            if self.routes.are_known() && !self.routes.is_local(address) {
                 granted.refused.insert(address, self.why_not_local(address));
             }
         }
@@ -617,6 +635,9 @@ impl Keeper {
         let addresses = self.routes.own_addresses();
         if self.options.at_exit == AtExit::Keep || addresses.is_empty() {
             return;
+        }
+        if !self.counted {
+            return tracing::warn!(routes = addresses.len(), "routes stay; `kube-relay cleanup` removes them");
         }
         if self.claim.is_none() {
             self.told.holder = None; // It is to be named again, if it is still there.
@@ -775,6 +796,21 @@ mod tests {
 
         vips.require(vec![wanted([10, 96, 0, 1])]).await;
         vips.end().await;
+    }
+
+    #[tokio::test]
+    async fn given_no_rtnetlink_when_addresses_are_required_then_it_is_known_that_they_were_not_counted() {
+        let error = io::Error::from(io::ErrorKind::Unsupported);
+        for (order, expected) in [(Order::AllKnown, true), (Order::Require(Vec::new(), oneshot::channel().0), false)] {
+            let (orders, mut inbox) = mpsc::unbounded_channel();
+            let mut counted = true;
+            orders.send(order).expect("it is open");
+            drop(orders);
+
+            refuse(&mut inbox, &error, &mut counted).await;
+
+            assert_eq!(counted, expected);
+        }
     }
 
     #[test]

@@ -5,20 +5,24 @@
 
 use std::fs;
 use std::io;
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, Ipv6Addr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kube_relay::cleanup::remove_routes;
+use kube_relay::config::{DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER};
+use kube_relay::vips::{AtExit, VipOptions, Vips, Wanted};
 use rustix::process::Signal;
 
-use crate::rig::{Case, FAMILIES, Namespace};
+use crate::rig::{Case, DualAddress, FAMILIES, Namespace};
 use crate::stage::{ClusterIp, Stage, Web, ask_on, ask_tcp, lead_to_node, until};
 use crate::verdicts::{LOCAL, backends, local, rig};
-use crate::vips::{VIPS, bare, connect, host, of, ours};
+use crate::vips::{VIPS, bare, connect, host, in_runtime, of, ours};
 
 pub(crate) const CASES: &[Case] = cases![
     f28_given_a_cable_that_is_unplugged_when_plugged_again_then_streams_go_on_and_clients_are_served_within_a_second,
     f28_given_more_news_than_there_is_room_for_when_a_route_went_among_them_then_all_are_looked_at_and_it_is_back,
+    f28_given_loopback_that_was_never_up_when_addresses_are_required_then_they_are_made_local,
 ];
 
 fn f28_given_a_cable_that_is_unplugged_when_plugged_again_then_streams_go_on_and_clients_are_served_within_a_second() {
@@ -88,6 +92,24 @@ fn f28_given_more_news_than_there_is_room_for_when_a_route_went_among_them_then_
         assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
     }
     stage.served(stage.rig.client(), ClusterIp, &LOCAL);
+}
+
+fn f28_given_loopback_that_was_never_up_when_addresses_are_required_then_they_are_made_local() {
+    let address = Ipv4Addr::new(10, 96, 0, 1).into();
+    let nowhere = DualAddress { v4: Ipv4Addr::UNSPECIFIED.into(), v6: Ipv6Addr::UNSPECIFIED.into() };
+    let node = Namespace::create("node", nowhere).expect("namespaces can be made");
+
+    let removed = in_runtime(&node, remove_routes(DEFAULT_ROUTE_PROTOCOL));
+    assert_eq!(removed.expect("there is nothing to remove"), 0);
+    let granted = in_runtime(&node, async {
+        let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
+        let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false });
+        vips.require(vec![Wanted { address, announced: false }]).await
+    });
+
+    assert_eq!(granted.refused(address), None);
+    assert!(granted.hold(address).is_some());
+    assert_eq!(ours(&node), [address]);
 }
 
 /// How many messages about routes and the like had no room, at any listener of a namespace.

@@ -458,7 +458,7 @@ fn set_and_remove(node: &Namespace, count: u16) -> (Duration, Duration) {
     (set, gone)
 }
 
-fn in_runtime<T: Send>(node: &Namespace, work: impl Future<Output = T> + Send) -> T {
+pub(crate) fn in_runtime<T: Send>(node: &Namespace, work: impl Future<Output = T> + Send) -> T {
     let outcome = node.run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(runtime.block_on(work))
