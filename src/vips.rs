@@ -97,6 +97,14 @@ pub struct Lease {
     keeper: mpsc::UnboundedSender<Order>,
 }
 
+#[cfg(test)]
+impl Lease {
+    /// One that no keeper counts.
+    pub(crate) fn of_nobody(address: IpAddr) -> Hold {
+        Arc::new(Self { address, keeper: mpsc::unbounded_channel().0 })
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         // Where the keeper has ended, nobody counts any more.

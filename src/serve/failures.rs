@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::name::{ListenKey, ServicePortName};
 use crate::plan::Listener;
+use crate::vips::Hold;
 
 /// A failed bind is tried again after this time at first,
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -41,6 +42,9 @@ pub(super) struct Failures {
 #[derive(Debug)]
 struct Failure {
     wanted: Listener,
+    /// Its address stays required until it is bound or forgotten: who makes addresses local tries by times of its own, and
+    /// counts those that are missing.
+    hold: Option<Hold>,
     error: BindError,
     wait: Duration,
     due: Instant,
@@ -52,23 +56,27 @@ pub(super) struct Due {
     pub(super) key: ListenKey,
     /// What it is to be by now.
     pub(super) wanted: Listener,
+    /// What it holds of its address since the last try. To be kept until the next one has its own.
+    pub(super) hold: Option<Hold>,
     /// How long it had to wait since the last try.
     pub(super) waited: Duration,
 }
 
 impl Failures {
-    /// Notes that a listener could not be bound. One that has `waited` for this try waits twice as long for the next.
+    /// Notes that a listener could not be bound. One that has `waited` for this try waits twice as long for the next, and
+    /// so long it has the `hold` of its address.
     pub(super) fn note(
         &mut self,
         key: ListenKey,
         wanted: Listener,
+        hold: Option<Hold>,
         source: io::Error,
         waited: Option<Duration>,
         now: Instant,
     ) {
         let wait = next_wait(waited);
         let error = BindError { service: wanted.port.clone(), key, source };
-        self.by_key.insert(key, Failure { wanted, error, wait, due: now + wait });
+        self.by_key.insert(key, Failure { wanted, hold, error, wait, due: now + wait });
         self.news.insert(key);
     }
 
@@ -114,7 +122,10 @@ impl Failures {
     pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
         let keys: Vec<_> = self.by_key.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| *key).collect();
         self.news.extend(&keys);
-        let take = |key| self.by_key.remove(&key).map(|Failure { wanted, wait, .. }| Due { key, wanted, waited: wait });
+        let take = |key| {
+            let Failure { wanted, hold, wait, .. } = self.by_key.remove(&key)?;
+            Some(Due { key, wanted, hold, waited: wait })
+        };
         keys.into_iter().filter_map(take).collect()
     }
 
@@ -126,9 +137,12 @@ impl Failures {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::name::{ObjectName, Protocol, Scope};
     use crate::plan::{ListenerKind, Side, Target, Verdict};
+    use crate::vips::Lease;
 
     fn key(host: u8) -> ListenKey {
         ListenKey::new([127, 0, 0, host].into(), 80, Protocol::Tcp)
@@ -154,14 +168,14 @@ mod tests {
     #[test]
     fn f32_given_a_listener_that_fails_again_and_again_when_tried_then_waits_double_to_four_seconds() {
         let (mut failures, mut now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), in_use(), None, now);
+        failures.note(key(1), listener("web"), None, in_use(), None, now);
         let mut waits = Vec::new();
 
         for _ in 0..5 {
             now = failures.next_due().expect("one failed");
-            for Due { key, wanted, waited } in failures.take_due(now) {
+            for Due { key, wanted, hold, waited } in failures.take_due(now) {
                 waits.push(waited.as_millis());
-                failures.note(key, wanted, in_use(), Some(waited), now);
+                failures.note(key, wanted, hold, in_use(), Some(waited), now);
             }
         }
 
@@ -171,8 +185,8 @@ mod tests {
     #[test]
     fn given_two_failures_when_one_is_due_then_it_alone_is_tried() {
         let (mut failures, now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), in_use(), None, now);
-        failures.note(key(2), listener("web"), in_use(), Some(FIRST_RETRY), now);
+        failures.note(key(1), listener("web"), None, in_use(), None, now);
+        failures.note(key(2), listener("web"), None, in_use(), Some(FIRST_RETRY), now);
 
         let due: Vec<_> = failures.take_due(now + FIRST_RETRY).into_iter().map(|due| due.key).collect();
 
@@ -183,21 +197,21 @@ mod tests {
     #[test]
     fn f31_given_a_failure_that_waits_long_when_its_address_comes_then_it_is_due_and_waits_as_at_first() {
         let (mut failures, now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), in_use(), Some(LAST_RETRY), now);
-        failures.note(key(2), listener("web"), in_use(), Some(LAST_RETRY), now);
+        failures.note(key(1), listener("web"), None, in_use(), Some(LAST_RETRY), now);
+        failures.note(key(2), listener("web"), None, in_use(), Some(LAST_RETRY), now);
 
         failures.hasten(|failed| *failed == key(1), now);
 
-        let [Due { key, wanted, waited }] = failures.take_due(now).try_into().expect("one is due");
-        failures.note(key, wanted, in_use(), Some(waited), now);
+        let [Due { key, wanted, hold, waited }] = failures.take_due(now).try_into().expect("one is due");
+        failures.note(key, wanted, hold, in_use(), Some(waited), now);
         assert_eq!(failures.next_due(), Some(now + FIRST_RETRY));
     }
 
     #[test]
     fn given_changes_of_failures_when_asked_for_news_then_each_key_is_told_once() {
         let mut failures = Failures::default();
-        failures.note(key(1), listener("web"), in_use(), None, Instant::now());
-        failures.note(key(2), listener("web"), in_use(), None, Instant::now());
+        failures.note(key(1), listener("web"), None, in_use(), None, Instant::now());
+        failures.note(key(2), listener("web"), None, in_use(), None, Instant::now());
         assert_eq!(failures.take_news(), [key(1), key(2)].into());
         assert!(failures.take_news().is_empty());
 
@@ -211,5 +225,30 @@ mod tests {
             failures.get(&key(1)).expect("failed").to_string(),
             "default/other:http: cannot listen on 127.0.0.1:80/TCP"
         );
+    }
+
+    #[test]
+    fn given_failures_that_hold_their_addresses_when_tried_or_forgotten_then_only_the_first_is_still_held() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        let holds = [1, 2, 3].map(|host| Lease::of_nobody([10, 96, 0, host].into()));
+        let held: Vec<_> = holds.iter().map(Arc::downgrade).collect();
+        let is_held = || held.iter().map(|hold| hold.strong_count() > 0).collect::<Vec<_>>();
+        for (host, hold) in (1..).zip(holds) {
+            failures.note(key(host), listener("web"), Some(hold), in_use(), None, now);
+        }
+        assert_eq!(is_held(), [true; 3]);
+        assert!(failures.want(&key(1), listener("other")).is_none());
+
+        failures.forget(&key(2));
+        let now = now + FIRST_RETRY;
+        for Due { key, wanted, hold, waited } in failures.take_due(now) {
+            if key == self::key(1) {
+                failures.note(key, wanted, hold, in_use(), Some(waited), now);
+            }
+        }
+        assert_eq!(is_held(), [true, false, false]);
+
+        failures.forget_all();
+        assert_eq!(is_held(), [false; 3]);
     }
 }

@@ -183,9 +183,10 @@ impl Listeners {
     pub async fn retry(&mut self, now: Instant) {
         let due = self.failures.take_due(now);
         self.require(due.iter().filter_map(|due| vip(&due.key, &due.wanted)).collect()).await;
-        for Due { key, wanted, waited } in due {
+        for Due { key, wanted, hold, waited } in due {
             consume_budget().await;
             self.bind_all(vec![Bind { key, wanted, waited: Some(waited) }], now);
+            drop(hold); // Not before: an address that nobody holds in between would count as one never tried.
         }
         self.finish().await;
     }
@@ -303,7 +304,7 @@ impl Listeners {
     /// Has a listener served that was opened, or notes why it was not: again, if it had `waited` for this try.
     fn serve(&mut self, bind: Bind, target: Target, opened: io::Result<Opened>, now: Instant) {
         let Bind { key, wanted, waited } = bind;
-        let port = Arc::clone(&target.port);
+        let (port, hold) = (Arc::clone(&target.port), target.address.clone());
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
         match opened.and_then(|opened| self.servers.serve(key, opened, &wanted, &target)) {
             Ok(bound) => {
@@ -311,7 +312,7 @@ impl Listeners {
                 self.own(&key, &port);
                 self.opened.push((key, Running { port, target, bound }));
             }
-            Err(source) => self.failures.note(key, wanted, source, waited, now),
+            Err(source) => self.failures.note(key, wanted, hold, source, waited, now),
         }
     }
 
@@ -340,7 +341,8 @@ impl Listeners {
             }
             Err(source) => {
                 self.turned.insert(key);
-                self.failures.note(key, wanted, source, None, now);
+                let hold = running.target.load().address.clone();
+                self.failures.note(key, wanted, hold, source, None, now);
             }
         }
     }

@@ -409,6 +409,7 @@ fn given_a_node_without_ipv6_when_a_service_has_both_families_then_the_other_one
     let of_ipv4 = || of(&stage, &VIPS).into_iter().filter(IpAddr::is_ipv4).collect::<Vec<_>>();
 
     assert_eq!(ours(stage.rig.node(0)), of_ipv4());
+    until("missing ones are counted", || stage.metric("kuberelay_vip_addresses", "missing") == 3);
     stage.rig.network_foreign_to_node(0, host(of_ipv4()[0])).expect("it is there");
 
     until("it is back", || ours(stage.rig.node(0)) == of_ipv4());
@@ -416,6 +417,12 @@ fn given_a_node_without_ipv6_when_a_service_has_both_families_then_the_other_one
         outcome.pod().is_some()
     });
     assert!(!stage.log().contains("no right to change routes"), "{}", stage.log());
+    // Failed listeners try again meanwhile, each after half a second at first.
+    let until_tried = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until_tried {
+        assert_eq!(stage.metric("kuberelay_vip_addresses", "missing"), 3);
+    }
+    assert_eq!(stage.log().matches("the kernel refuses a route, trying again").count(), 1, "{}", stage.log());
 }
 
 fn given_ten_thousand_addresses_when_required_then_they_are_local_within_a_second_and_gone_after_cleanup() {
