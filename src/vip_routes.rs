@@ -210,6 +210,11 @@ impl Routes {
         self.judge(address, now);
     }
 
+    /// Somebody may want any address that has a route of ours, and cannot be asked.
+    pub fn hold_own(&mut self, now: Instant) {
+        self.own_addresses().into_iter().for_each(|address| self.hold(address, now));
+    }
+
     /// One of those who want the address does not any more.
     pub fn release(&mut self, address: IpAddr, now: Instant) {
         let Some(held) = self.held.get_mut(&address) else { return };
@@ -625,6 +630,18 @@ mod tests {
         routes.allow_removal(now);
 
         assert_eq!(carry_out(&mut routes, now + LINGER), [Change::Remove(ip("10.96.0.2"))]);
+    }
+
+    #[test]
+    fn f35_given_routes_of_holders_who_cannot_be_asked_when_one_is_taken_away_then_it_is_set_again() {
+        let now = Instant::now();
+        let mut routes = machine(&[route("10.96.0.1/32", true)], now);
+
+        routes.hold_own(now);
+        routes.note(News::Vanished(route("10.96.0.1/32", true)), now);
+
+        assert_eq!(carry_out(&mut routes, now), [Change::Add(ip("10.96.0.1"))]);
+        assert!(!routes.is_held(ip("192.0.2.5")), "it is not ours");
     }
 
     #[test]

@@ -18,13 +18,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::io;
 use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::arp;
 use crate::arp_tuning::ArpTuning;
@@ -43,6 +45,8 @@ const LOOK_RETRY: Duration = Duration::from_secs(1);
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 /// When a socket to the kernel is opened again after that has failed.
 const OPEN_RETRY: Duration = Duration::from_secs(5);
+/// How long is waited after a panic.
+const PANIC_PAUSE: Duration = Duration::from_secs(1);
 /// How often a claim is tried again that somebody else has.
 const CLAIM_INTERVAL: Duration = Duration::from_secs(20);
 /// Routes that are set again within this time of the last ones are no news for the log.
@@ -174,6 +178,9 @@ enum Order {
     Stop,
     /// The process ends: what is to go at exit goes.
     End(oneshot::Sender<()>),
+    /// Panic, to see what happens then.
+    #[cfg(test)]
+    Panic,
 }
 
 /// Where addresses are required. By default nobody makes any local. Clones lead to the same keeper, which ends with the
@@ -235,7 +242,18 @@ async fn run(options: VipOptions, mut inbox: mpsc::UnboundedReceiver<Order>, own
     let mut counted = true;
     loop {
         let error = match RouteSocket::open(options.protocol) {
-            Ok(socket) => return Keeper::new(options, socket, own, counted).run(&mut inbox).await,
+            Ok(socket) => {
+                let keeper = async { Keeper::new(options.clone(), socket, own.clone(), counted).run(&mut inbox).await };
+                if AssertUnwindSafe(keeper).catch_unwind().await.is_ok() {
+                    return;
+                }
+                tracing::error!(
+                    "who keeps addresses local has panicked: it begins anew, and removes no route any more"
+                );
+                counted = false;
+                sleep(PANIC_PAUSE).await; // What made it panic may still be there.
+                continue;
+            }
             Err(error) => error,
         };
         if timeout(OPEN_RETRY, refuse(&mut inbox, &error, &mut counted)).await.is_ok() {
@@ -408,6 +426,8 @@ impl Keeper {
                 self.routes.forbid_removal(now);
             }
             Order::End(done) => return Some(done),
+            #[cfg(test)]
+            Order::Panic => panic!("asked to"),
         }
         None
     }
@@ -558,7 +578,7 @@ impl Keeper {
         let is_first = !self.routes.are_known();
         self.routes.note_all(routes, now);
         if is_first && !self.counted {
-            self.routes.own_addresses().into_iter().for_each(|address| self.routes.hold(address, now));
+            self.routes.hold_own(now);
         }
         (self.looked, self.look_due) = (now, now + LOOK_INTERVAL);
         Ok(())
@@ -819,6 +839,29 @@ mod tests {
 
             assert_eq!(counted, expected);
         }
+    }
+
+    #[tokio::test]
+    async fn f35_given_a_keeper_that_panics_when_addresses_are_required_then_another_one_answers() {
+        let protocol = 254; // Nobody's, and nothing is asked for that is not there.
+        if let Err(error) = RouteSocket::open(protocol) {
+            return eprintln!("skipped, no rtnetlink here: {error}");
+        }
+        let linger = Duration::from_secs(60);
+        let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false });
+        let require = async || {
+            let (reply, granted) = oneshot::channel();
+            vips.tell(Order::Require(vec![wanted([127, 96, 0, 1])], reply));
+            granted.await.ok()?.hold([127, 96, 0, 1].into())
+        };
+        assert!(require().await.is_some());
+
+        vips.tell(Order::Panic);
+
+        // Who is heard together with that order has no answer.
+        let again = async { while require().await.is_none() {} };
+        timeout(Duration::from_secs(10), again).await.expect("another one has begun");
+        vips.end().await;
     }
 
     #[test]
