@@ -45,6 +45,8 @@ const LOOK_RETRY: Duration = Duration::from_secs(1);
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 /// When a socket to the kernel is opened again after that has failed.
 const OPEN_RETRY: Duration = Duration::from_secs(5);
+/// How long the kernel may take to tell the interfaces: everybody waits for that.
+const HOST_PATIENCE: Duration = Duration::from_secs(1);
 /// How long is waited after a panic.
 const PANIC_PAUSE: Duration = Duration::from_secs(1);
 /// How often a claim is tried again that somebody else has.
@@ -445,8 +447,8 @@ impl Keeper {
             return BTreeMap::new();
         }
         // Read anew, as interfaces and settings change.
-        let Ok(host) = Host::read().await else {
-            return in_question.into_iter().map(|address| (address, NoRoute::Unsure)).collect();
+        let Ok(Ok(host)) = timeout(HOST_PATIENCE, Host::read()).await else {
+            return unsure(in_question, &self.routes);
         };
         if let Some(tuning) = &mut self.tuning {
             let interfaces: BTreeSet<&str> =
@@ -760,6 +762,13 @@ impl Keeper {
     }
 }
 
+/// Those that get no route as nobody can tell whether neighbours would be answered. One that is there and held stays.
+fn unsure(in_question: Vec<IpAddr>, routes: &Routes) -> BTreeMap<IpAddr, NoRoute> {
+    let is_kept = |address| routes.is_held(address) && routes.is_local(address);
+    let refused = in_question.into_iter().filter(|address| !is_kept(*address));
+    refused.map(|address| (address, NoRoute::Unsure)).collect()
+}
+
 async fn readable(news: Option<&RouteNews>) {
     match news {
         Some(news) => news.readable().await,
@@ -777,6 +786,7 @@ async fn answer(claim: Option<&Claim>) -> std::convert::Infallible {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vip_routes::LocalRoute;
 
     fn wanted(address: [u8; 4]) -> Wanted {
         Wanted { address: address.into(), announced: false }
@@ -862,6 +872,19 @@ mod tests {
         let again = async { while require().await.is_none() {} };
         timeout(Duration::from_secs(10), again).await.expect("another one has begun");
         vips.end().await;
+    }
+
+    #[test]
+    fn given_interfaces_that_cannot_be_read_when_addresses_are_required_then_only_routes_that_are_held_stay() {
+        let now = Instant::now();
+        let [held, left_over, held_and_missing, new] = [1, 2, 3, 4].map(|host| IpAddr::from([198, 18, 0, host]));
+        let mut routes = Routes::new(Duration::from_secs(60));
+        routes.note_all([held, left_over].map(|address| LocalRoute { net: address.into(), own: true }), now);
+        [held, held_and_missing].into_iter().for_each(|address| routes.hold(address, now));
+
+        let refused = unsure(vec![held, left_over, held_and_missing, new], &routes);
+
+        assert_eq!(refused, [left_over, held_and_missing, new].map(|address| (address, NoRoute::Unsure)).into());
     }
 
     #[test]
