@@ -10,6 +10,7 @@ use rtnetlink::sys::{Socket, SocketAddr};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::yield_now;
 
 use crate::name::Family;
 use crate::route_message::{Heard, read, write_change, write_look};
@@ -22,6 +23,8 @@ pub(crate) const BATCH: usize = 128;
 const DATAGRAM: usize = 32 * 1024;
 /// Bytes of news that may wait, as far as `net.core.rmem_max` allows it.
 const ROOM: i32 = 1 << 20;
+/// Datagrams of news that are taken at once: others have their turn before the next.
+const READS: usize = 4_096;
 /// How often all routes are read anew, where they change all the time while they are told.
 const LOOKS: usize = 5;
 
@@ -209,6 +212,8 @@ pub(crate) struct RouteNews {
     socket: AsyncFd<Socket>,
     protocol: u8,
     buffer: Box<[u8]>,
+    /// True where not all was taken that is there.
+    more: bool,
 }
 
 impl RouteNews {
@@ -220,21 +225,29 @@ impl RouteNews {
         socket.bind(&SocketAddr::new(0, GROUPS.cast_unsigned()))?;
         socket.set_non_blocking(true)?;
         let _ = socket.set_rx_buf_sz(ROOM); // What does not fit is noticed, and everything looked at then.
-        Ok(Self { socket: watch(socket)?, protocol, buffer: vec![0; DATAGRAM].into() })
+        Ok(Self { socket: watch(socket)?, protocol, buffer: vec![0; DATAGRAM].into(), more: false })
     }
 
     /// Waits until there may be news.
     pub(crate) async fn readable(&self) {
+        if self.more {
+            return yield_now().await;
+        }
         // An error means that the runtime ends.
         if let Ok(mut guard) = self.socket.readable().await {
-            guard.clear_ready(); // All that is there is taken now, to the end.
+            guard.clear_ready(); // What is there is taken now, to the end, or there is `more`.
         }
     }
 
-    /// What is there, in its order.
+    /// What is there, in its order: the first part of it, where it is very much.
     pub(crate) fn take(&mut self) -> Vec<News> {
+        self.take_reads(READS)
+    }
+
+    fn take_reads(&mut self, reads: usize) -> Vec<News> {
         let mut news = Vec::new();
-        loop {
+        self.more = false;
+        for _ in 0..reads {
             let length = match self.socket.get_ref().recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT) {
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return news,
@@ -254,6 +267,8 @@ impl RouteNews {
                 _ => None,
             }));
         }
+        self.more = true;
+        news
     }
 }
 
@@ -319,5 +334,29 @@ mod tests {
             Ok(mut news) => assert!(news.take().iter().all(|news| *news != News::Unknown)),
             Err(error) => eprintln!("skipped, no rtnetlink here: {error}"),
         }
+    }
+
+    #[tokio::test]
+    async fn given_more_news_than_are_taken_at_once_when_the_first_are_taken_then_the_rest_is_to_be_taken() {
+        let (mut news, mut sender) = match (RouteNews::open(UNUSED), Socket::new(NETLINK_ROUTE)) {
+            (Ok(news), Ok(sender)) => (news, sender),
+            (Err(error), _) | (_, Err(error)) => return eprintln!("skipped, no rtnetlink here: {error}"),
+        };
+        let mut port = SocketAddr::new(0, 0);
+        news.socket.get_ref().get_address(&mut port).expect("it is bound");
+        sender.bind_auto().expect("a port");
+        for _ in 0..3 {
+            if let Err(error) = sender.send_to(&[0; 16], &SocketAddr::new(port.port_number(), 0), 0) {
+                return eprintln!("skipped, no right to send to it: {error}");
+            }
+        }
+        news.readable().await;
+
+        news.take_reads(2);
+        assert!(news.more);
+        news.readable().await; // The kernel tells of nothing new.
+
+        news.take();
+        assert!(!news.more);
     }
 }
