@@ -75,7 +75,9 @@ const REJECT_TYPE: u16 = 1;
 const REJECT_CODE: u16 = 2;
 const IMMEDIATE_TO: u16 = 1;
 const IMMEDIATE_VALUE: u16 = 2;
-/// Whether the socket that a packet is for is bound to no address (`NFT_SOCKET_WILDCARD`, Linux 5.10).
+/// Whether the socket that a packet is for takes those to addresses of others, too (`NFT_SOCKET_TRANSPARENT`, Linux 4.19),
+const SOCKET_TRANSPARENT: u32 = 0;
+/// and whether it is bound to no address (`NFT_SOCKET_WILDCARD`, Linux 5.10).
 const SOCKET_WILDCARD: u32 = 2;
 /// What `nft` writes and reads a rule's comment as, in the part of it that the kernel only keeps.
 const COMMENT: u8 = 0;
@@ -114,9 +116,13 @@ impl Rule {
 /// Which socket a packet is for is asked of the kernel: so a listener of ours, a connection, and whatever others have bound
 /// to an address of a Service are let through without being known here, and stay so whatever happens to this process.
 ///
-/// An answer of a Service to a client on this machine is for a socket that is often bound to no address, too, as resolvers
-/// have them. It comes by loopback to a port of `clients` (`net.ipv4.ip_local_port_range`), over UDP: that is let through,
-/// whoever it is from.
+/// Two kinds of sockets that are bound to no address are meant all the same:
+///
+/// * One that says it is transparent: others lead connections to it, wherever these were going (TPROXY).
+/// * That of a client on this machine that waits for an answer of a Service, as resolvers have them. The answer comes by
+///   loopback, over UDP. It goes to a port of `clients` (`net.ipv4.ip_local_port_range`), or comes from a port that the
+///   kernel gives to no client, as those of most Services are: then the client may have any (NTP has 123). Either is let
+///   through, whoever it is from; a question from here to such a socket comes from a port of `clients`, and is refused.
 pub(crate) fn rules(clients: &RangeInclusive<u16>) -> Vec<Rule> {
     let to = |family| {
         let (protocol, offset, length) = match family {
@@ -128,24 +134,45 @@ pub(crate) fn rules(clients: &RangeInclusive<u16>) -> Vec<Rule> {
         rule.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, length).lookup(set_name(family)).jump(JUDGE);
         Rule { chain: INPUT, comment: format!("to a Service, {family}"), expressions: rule.0 }
     };
-    let mut answers = Expressions::default();
-    answers.protocol(libc::IPPROTO_UDP).meta(libc::NFT_META_IIF).compare(libc::NFT_CMP_EQ, &LOOPBACK.to_ne_bytes());
-    answers.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2);
-    answers.compare(libc::NFT_CMP_GTE, &clients.start().to_be_bytes());
-    answers.compare(libc::NFT_CMP_LTE, &clients.end().to_be_bytes()).accept();
-    let comment = format!("answers to clients here, ports {}-{}", clients.start(), clients.end());
+    let (start, end) = (*clients.start(), *clients.end());
+    let answers = |port: Port, compared: &[(libc::c_int, u16)], comment: String| {
+        let mut rule = Expressions::default();
+        rule.protocol(libc::IPPROTO_UDP).meta(libc::NFT_META_IIF).compare(libc::NFT_CMP_EQ, &LOOPBACK.to_ne_bytes());
+        rule.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, port as u32, 2);
+        for (how, with) in compared {
+            rule.compare(*how, &with.to_be_bytes());
+        }
+        rule.accept();
+        Rule { chain: JUDGE, comment, expressions: rule.0 }
+    };
+    let mut transparent = Expressions::default();
+    transparent.socket(SOCKET_TRANSPARENT).accept();
     let mut refuse_tcp = Expressions::default();
-    refuse_tcp.protocol(libc::IPPROTO_TCP).is_wildcard().reject(libc::NFT_REJECT_TCP_RST, 0);
+    refuse_tcp.protocol(libc::IPPROTO_TCP).socket(SOCKET_WILDCARD).reject(libc::NFT_REJECT_TCP_RST, 0);
     let mut refuse_udp = Expressions::default();
-    refuse_udp.protocol(libc::IPPROTO_UDP).is_wildcard();
+    refuse_udp.protocol(libc::IPPROTO_UDP).socket(SOCKET_WILDCARD);
     refuse_udp.reject(libc::NFT_REJECT_ICMPX_UNREACH, libc::NFT_REJECT_ICMPX_PORT_UNREACH);
     vec![
         to(Family::V4),
         to(Family::V6),
-        Rule { chain: JUDGE, comment, expressions: answers.0 },
+        Rule { chain: JUDGE, comment: "for a transparent socket".into(), expressions: transparent.0 },
+        answers(
+            Port::Destination,
+            &[(libc::NFT_CMP_GTE, start), (libc::NFT_CMP_LTE, end)],
+            format!("answers to clients here, ports {start}-{end}"),
+        ),
+        answers(Port::Source, &[(libc::NFT_CMP_LT, start)], format!("answers from ports below {start}")),
+        answers(Port::Source, &[(libc::NFT_CMP_GT, end)], format!("answers from ports above {end}")),
         Rule { chain: JUDGE, comment: "for a socket of all addresses, TCP".into(), expressions: refuse_tcp.0 },
         Rule { chain: JUDGE, comment: "for a socket of all addresses, UDP".into(), expressions: refuse_udp.0 },
     ]
+}
+
+/// Where a port is in the header of UDP.
+#[derive(Clone, Copy)]
+enum Port {
+    Source = 0,
+    Destination = 2,
 }
 
 /// The set of guarded addresses of a family.
@@ -206,10 +233,10 @@ impl Expressions {
         })
     }
 
-    /// Goes on where there is a socket, and it is bound to no address.
-    fn is_wildcard(&mut self) -> &mut Self {
+    /// Goes on where there is a socket, and it is so.
+    fn socket(&mut self, key: u32) -> &mut Self {
         self.add("socket", |data| {
-            number(data, SOCKET_KEY, SOCKET_WILDCARD);
+            number(data, SOCKET_KEY, key);
             number(data, SOCKET_TO, libc::NFT_REG_1 as u32);
         });
         self.compare(libc::NFT_CMP_EQ, &[1])

@@ -3,6 +3,7 @@
 //!
 //! What the rules are is in `guard_message`, and what is changed when in `guard`; here a kernel is asked.
 
+use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use kube_relay::stats::PROCESS;
 use kube_relay::vips::{AtExit, VipOptions, Vips, Wanted};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
+use socket2::SockRef;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only};
 use crate::stage::{
@@ -29,6 +31,8 @@ pub(crate) const CASES: &[Case] = cases![
     t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone,
     t236_given_no_guard_when_an_address_of_a_service_is_asked_then_a_listener_of_all_addresses_answers,
     given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then_it_gets_the_answer,
+    given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer,
+    given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers,
     given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second,
     given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on,
     given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up,
@@ -50,8 +54,18 @@ struct Everywhere {
 
 impl Everywhere {
     fn start(node: &Namespace) -> Self {
+        Self::start_with(node, |_| Ok(()))
+    }
+
+    /// As [`start`](Self::start), with more options on the socket that listens for connections.
+    fn start_with(node: &Namespace, prepare: impl FnOnce(SockRef<'_>) -> io::Result<()> + Send) -> Self {
         let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, WILDCARD_PORT)); // Of IPv4, too: as the kubelet's.
-        let listener = node.run(|| TcpListener::bind(any)).expect("the port is free");
+        let listener = node.run(|| {
+            let listener = TcpListener::bind(any)?;
+            prepare(SockRef::from(&listener))?;
+            Ok(listener)
+        });
+        let listener = listener.expect("the port is free");
         let socket = node.run(|| UdpSocket::bind(any)).expect("the port is free");
         let stop = Arc::new(AtomicBool::new(false));
         let (for_tcp, for_udp) = (Arc::clone(&stop), Arc::clone(&stop));
@@ -176,13 +190,36 @@ fn given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then
 
     for family in FAMILIES {
         let to = stage.at(ClusterIp, family);
-        expect_at(node, to, ask_unconnected, "as a resolver asks", |outcome| outcome.pod().is_some());
+        let ask = |to| ask_unconnected(0, to);
+        expect_at(node, to, ask, "as a resolver asks", |outcome| outcome.pod().is_some());
     }
 }
 
-/// A datagram from a socket that is bound to no address, and connected to none.
-fn ask_unconnected(to: SocketAddr) -> Outcome {
-    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+fn given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    let node = stage.rig.node(0);
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        for port in [2_000, 61_001] {
+            let ask = |to| ask_unconnected(port, to);
+            expect_at(node, to, ask, "as NTP asks", |outcome| outcome.pod().is_some());
+        }
+        expect_at(node, trap(to), ask_udp, "what listens on all addresses", is_refused);
+    }
+}
+
+/// A datagram from a socket that is bound to no address, and connected to none. Port 0 is one that the kernel chooses.
+fn ask_unconnected(port: u16, to: SocketAddr) -> Outcome {
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], port).into() } else { ([0_u16; 8], port).into() };
     let exchange = || {
         let socket = UdpSocket::bind(any)?;
         socket.set_read_timeout(Some(Duration::from_millis(500)))?;
@@ -194,6 +231,28 @@ fn ask_unconnected(to: SocketAddr) -> Outcome {
         Ok((_, from)) if from == to => Outcome::Answer { pod: "some".into(), source: from.ip() },
         Ok((_, from)) => Outcome::Other(format!("answered by {from}")),
         Err(error) => Outcome::Other(error.to_string()),
+    }
+}
+
+fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    let from = stage.rig.client();
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    expect_guarded(&stage, from);
+    drop(sshd);
+
+    let _mesh = Everywhere::start_with(stage.rig.node(0), |socket| socket.set_ip_transparent_v6(true));
+
+    for family in FAMILIES {
+        let to = trap(stage.at(ClusterIp, family));
+        expect_at(from, to, ask_tcp, "what takes all connections", is_machine);
     }
 }
 
