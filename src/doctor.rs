@@ -118,13 +118,13 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
 /// Addresses at which what listens on all addresses is refused, or will be once a relay has begun.
 fn guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTreeSet<IpAddr> {
     if proxies.has_guard(duty) {
-        return routes.own_addresses().collect();
+        return routes.guarded_addresses();
     }
     let begins = duty.guards && duty.running.is_none() && duty.routes.is_some() && proxies.has_nftables();
     if !begins || !matches!(routes.may_change, Ok(true)) {
         return BTreeSet::new();
     }
-    duty.vips().into_keys().filter(|vip| !routes.is_local(*vip)).chain(routes.own_addresses()).collect()
+    duty.vips().into_keys().filter(|vip| !routes.is_local(*vip)).chain(routes.guarded_addresses()).collect()
 }
 
 fn of_kernel(duty: &Duty) -> Vec<Finding> {

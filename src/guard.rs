@@ -5,7 +5,8 @@
 //! which routes of ours make local, and asks the kernel which socket each packet to them is for (`guard_message`):
 //!
 //! * Sockets that are bound to the address are never touched: ours, those of open connections, those of others.
-//! * What others have made local is theirs to judge: only addresses of our own routes are guarded.
+//! * What others have made local is theirs to judge: only addresses of our own routes are guarded, and none that is an
+//!   interface's, too (`guard_addresses`).
 //! * The table stays for as long as the routes do, also when this process ends or is killed, and goes with the last of them.
 //! * Whoever removes it (`nft flush ruleset`) has it made again within [`CHECK_INTERVAL`].
 //!
@@ -24,16 +25,18 @@ use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
+use crate::guard_addresses::{GuardAddresses, Noted};
 use crate::guard_message::{Rule, rules};
 use crate::guard_socket::{BATCH, GuardSocket, There, table_name};
 use crate::route_socket::{RouteNews, RouteSocket};
 use crate::stats::PROCESS;
-use crate::vip_routes::News;
 
 /// How often it is looked at whether the table is as we left it. That costs one question where nobody has changed any.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(4);
 /// When it is tried again after it has failed.
 const RETRY: Duration = Duration::from_secs(10);
+/// The same, where the kernel was busy: others were changing what was looked at.
+const BUSY_RETRY: Duration = Duration::from_secs(1);
 /// A table that is made again within this time of the last one is no news for the log.
 const QUIET: Duration = Duration::from_secs(60);
 /// The ports of clients, where the kernel does not tell: its default.
@@ -98,10 +101,13 @@ struct Watcher {
     routes: RouteSocket,
     /// `None` where the kernel tells nothing: then routes are looked at now and then.
     news: Option<RouteNews>,
-    /// The addresses that routes of ours make local.
-    wanted: BTreeSet<IpAddr>,
-    /// True where that is to be looked at anew.
+    addresses: GuardAddresses,
+    /// True where routes are to be looked at anew.
     is_stale: bool,
+    /// True where the table may be another one than it is to be.
+    is_pending: bool,
+    /// True where the kernel was busy when it was tried last.
+    is_busy: bool,
     /// `None` where there is no netfilter, or it was not needed yet.
     socket: Option<GuardSocket>,
     rules: Vec<Rule>,
@@ -130,8 +136,10 @@ impl Watcher {
             protocol,
             routes,
             news,
-            wanted: BTreeSet::new(),
+            addresses: GuardAddresses::default(),
             is_stale: true,
+            is_pending: true,
+            is_busy: false,
             socket: None,
             rules: rules(&clients),
             clients,
@@ -144,56 +152,40 @@ impl Watcher {
 
     async fn run(mut self, mut ends: mpsc::UnboundedReceiver<oneshot::Sender<()>>) {
         loop {
+            self.check(); // Not left to the timer below: there may be news all the time.
             self.hear();
             self.settle();
             tokio::select! {
                 biased;
                 end = ends.recv() => {
                     let Some(done) = end else { return };
-                    self.is_stale = true;
+                    (self.is_stale, self.is_pending) = (true, true);
                     self.hear();
                     self.settle();
                     let _ = done.send(()); // Who asked may have gone.
                     return;
                 }
                 () = readable(self.news.as_ref()) => {}
-                () = due(self.check_due, self.is_idle()) => self.check(),
+                () = due(self.check_due, self.is_idle()) => {}
             }
         }
     }
 
-    /// True where nothing is to be guarded, and nothing is known to be left.
+    /// True where nothing is to be guarded, nothing is known to be left, and all else is told.
     fn is_idle(&self) -> bool {
-        self.wanted.is_empty() && !self.is_stale && !matches!(self.there, Some(There::Other | There::Guarded(_)))
-    }
-
-    /// Takes note of what has become of routes.
-    fn hear(&mut self) {
-        for news in self.news.as_mut().map(RouteNews::take).unwrap_or_default() {
-            match news {
-                News::Appeared(route) => self.wanted.extend(route.own_address()),
-                News::Vanished(route) => {
-                    if let Some(address) = route.own_address() {
-                        self.wanted.remove(&address);
-                    }
-                }
-                News::Unknown => self.is_stale = true,
-            }
-        }
-        if std::mem::take(&mut self.is_stale) {
-            match self.routes.look() {
-                Ok(routes) => self.wanted = routes.iter().filter_map(|route| route.own_address()).collect(),
-                Err(error) => {
-                    tracing::debug!(%error, "routes cannot be read, trying again");
-                    self.is_stale = true;
-                    self.check_due = Instant::now() + RETRY;
-                }
-            }
-        }
+        let is_done = !self.is_stale && !self.is_pending && !self.is_busy;
+        let is_left = matches!(self.there, Some(There::Other | There::Guarded(_)));
+        is_done && !is_left && self.addresses.wanted().is_empty() && self.news.is_some()
     }
 
     /// Now and then: what nobody tells of.
     fn check(&mut self) {
+        let now = Instant::now();
+        if now < self.check_due || self.is_idle() {
+            return;
+        }
+        self.check_due = now + CHECK_INTERVAL;
+        self.is_pending = true;
         self.is_stale |= self.news.is_none();
         let clients = clients();
         if clients != self.clients {
@@ -203,20 +195,51 @@ impl Watcher {
         }
     }
 
-    /// Has the addresses guarded that are to be, and no other.
+    /// Takes note of what has become of routes.
+    fn hear(&mut self) {
+        for news in self.news.as_mut().map(RouteNews::take).unwrap_or_default() {
+            match self.addresses.note(news) {
+                Noted::Same => {}
+                Noted::Changed => self.is_pending = true,
+                Noted::Unsure => self.is_stale = true,
+            }
+        }
+        if !self.is_stale {
+            return;
+        }
+        match self.routes.look() {
+            Ok(routes) => {
+                self.is_stale = false;
+                self.is_pending |= self.addresses.note_all(&routes) == Noted::Changed;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "routes cannot be read, trying again");
+                self.check_due = Instant::now() + BUSY_RETRY;
+            }
+        }
+    }
+
+    /// Has the addresses guarded that are to be, and no other; where that is not known, the table stays as it is.
     fn settle(&mut self) {
+        if self.is_stale || !std::mem::take(&mut self.is_pending) {
+            return;
+        }
         let outcome = self.try_settle();
-        let wait = if outcome.is_ok() { CHECK_INTERVAL } else { RETRY };
-        self.check_due = Instant::now() + wait;
+        self.is_busy = outcome.is_err_and(is_busy);
         let guarded = match &self.there {
             Some(There::Guarded(addresses)) => addresses.len(),
             _ => 0,
         };
         PROCESS.guarded_addresses.set(guarded as u64);
+        let now = Instant::now();
         match outcome {
-            Ok(()) => self.tell_guards(guarded),
+            Ok(()) => {
+                self.check_due = self.check_due.min(now + CHECK_INTERVAL); // Later only where it has failed before.
+                self.tell_guards(guarded);
+            }
             Err(error) => {
                 self.generation = None; // It may be done in part.
+                self.check_due = now + if self.is_busy { BUSY_RETRY } else { RETRY };
                 self.tell_fails(error);
             }
         }
@@ -231,13 +254,14 @@ impl Watcher {
         if self.generation != Some(generation) {
             let found = socket.look(&self.rules)?;
             let had = self.there.replace(found);
-            let is_lost = matches!(had, Some(There::Guarded(_))) && self.there != had && !self.wanted.is_empty();
+            let is_lost =
+                matches!(had, Some(There::Guarded(_))) && self.there != had && !self.addresses.wanted().is_empty();
             if is_lost {
                 tell_lost(&mut self.told.lost, self.protocol);
             }
         }
         let there = self.there.get_or_insert(There::Nothing);
-        let steps = steps(there, &self.wanted);
+        let steps = steps(there, self.addresses.wanted());
         self.generation = None; // As long as not all is done.
         for step in &steps {
             step.carry_out(socket, &self.rules)?;
@@ -258,7 +282,10 @@ impl Watcher {
 
     /// Nobody misses a guard of no address.
     fn tell_fails(&mut self, error: Errno) {
-        if self.wanted.is_empty() || std::mem::replace(&mut self.told.fails, true) {
+        if is_busy(error) {
+            return tracing::debug!(%error, "nf_tables is busy, trying again");
+        }
+        if self.addresses.wanted().is_empty() || std::mem::replace(&mut self.told.fails, true) {
             return;
         }
         self.told.guards = false;
@@ -275,6 +302,11 @@ impl Watcher {
             "no guard: what listens on all addresses of this machine (sshd, kubelet) may answer at addresses of Services"
         );
     }
+}
+
+/// True where others were changing what was looked at, or to be changed: that is no fault of the kernel.
+fn is_busy(error: Errno) -> bool {
+    matches!(error, Errno::AGAIN | Errno::INTR)
 }
 
 fn tell_lost(last: &mut Option<Instant>, protocol: u8) {
@@ -367,6 +399,7 @@ fn errno(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vip_routes::{LocalRoute, News};
 
     fn addresses(numbers: impl IntoIterator<Item = u16>) -> BTreeSet<IpAddr> {
         numbers.into_iter().map(|number| [0xfd96, 0, 0, 0, 0, 0, 0, number].into()).collect()
@@ -440,6 +473,55 @@ mod tests {
         for wrong in ["", "1024", "a b", "1 70000"] {
             assert_eq!(read_range(wrong), None, "{wrong}");
         }
+    }
+
+    /// Of a number that nobody uses. It has asked nothing of nf_tables yet.
+    fn watcher() -> Option<Watcher> {
+        Watcher::new(254).inspect_err(|error| eprintln!("skipped, no rtnetlink here: {error}")).ok()
+    }
+
+    #[tokio::test]
+    async fn given_routes_that_could_not_be_read_when_settled_then_the_table_is_left_alone_and_that_is_tried_again() {
+        let Some(mut watcher) = watcher() else { return };
+
+        watcher.settle();
+
+        assert!(watcher.is_stale && watcher.socket.is_none(), "nobody was asked");
+        assert!(watcher.is_pending && !watcher.is_idle(), "it is still to be done");
+    }
+
+    #[tokio::test]
+    async fn given_a_settled_guard_when_nothing_of_ours_changes_then_nobody_is_asked_until_the_check_is_due() {
+        let Some(mut watcher) = watcher() else { return };
+        let due = Instant::now() + Duration::from_secs(3_600);
+        (watcher.is_stale, watcher.is_pending, watcher.check_due) = (false, false, due);
+        watcher.there = Some(There::Other);
+
+        watcher.check();
+        watcher.settle();
+
+        assert!(watcher.socket.is_none(), "nobody was asked");
+        assert_eq!(watcher.check_due, due);
+        watcher.check_due = Instant::now();
+        watcher.check();
+        assert!(watcher.is_pending && watcher.check_due > Instant::now());
+    }
+
+    #[tokio::test]
+    async fn given_a_busy_kernel_when_told_then_it_is_not_blamed_and_soon_tried_again() {
+        let Some(mut watcher) = watcher() else { return };
+        watcher.addresses.note(News::Appeared(LocalRoute { net: IpAddr::from([10, 96, 0, 1]).into(), own: true }));
+
+        for busy in [Errno::AGAIN, Errno::INTR] {
+            watcher.tell_fails(busy);
+            assert!(!watcher.told.fails);
+        }
+        (watcher.is_stale, watcher.is_pending, watcher.is_busy) = (false, false, true);
+        watcher.addresses = GuardAddresses::default();
+        assert!(!watcher.is_idle(), "what the last run has left is still to go");
+        watcher.addresses.note(News::Appeared(LocalRoute { net: IpAddr::from([10, 96, 0, 1]).into(), own: true }));
+        watcher.tell_fails(Errno::OPNOTSUPP);
+        assert!(watcher.told.fails);
     }
 
     #[tokio::test]

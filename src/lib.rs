@@ -113,6 +113,7 @@ pub mod flag_defaults;
 mod follow;
 pub mod frozen;
 pub mod guard;
+mod guard_addresses;
 mod guard_message;
 mod guard_socket;
 pub mod health;

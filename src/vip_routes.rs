@@ -46,7 +46,12 @@ pub struct LocalRoute {
 impl LocalRoute {
     /// The address of a route such as ours: with our number, for one address alone.
     pub(crate) fn own_address(&self) -> Option<IpAddr> {
-        (self.own && is_host(&self.net)).then(|| self.net.addr())
+        self.host_address().filter(|_| self.own)
+    }
+
+    /// The address of a route for one address alone, whoever has made it.
+    pub(crate) fn host_address(&self) -> Option<IpAddr> {
+        is_host(&self.net).then(|| self.net.addr())
     }
 }
 

@@ -14,6 +14,7 @@ use super::fact::{Fact, Unreadable};
 use super::finding::{Abridged, Finding, Subject};
 use crate::config::DEFAULT_ROUTE_PROTOCOL;
 use crate::describe::counted;
+use crate::guard_addresses::GuardAddresses;
 use crate::name::Family;
 use crate::route_claim::name_of;
 use crate::route_socket::RouteSocket;
@@ -64,6 +65,13 @@ impl Facts {
     /// Addresses that routes with our number make local.
     pub(super) fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.routes.iter().flatten().filter_map(LocalRoute::own_address)
+    }
+
+    /// Of these, the ones that a guard would guard.
+    pub(super) fn guarded_addresses(&self) -> BTreeSet<IpAddr> {
+        let mut addresses = GuardAddresses::default();
+        addresses.note_all(self.routes.as_deref().unwrap_or_default());
+        addresses.wanted().clone()
     }
 
     pub(super) fn is_local(&self, address: IpAddr) -> bool {
@@ -184,6 +192,13 @@ mod tests {
         let mut found = judge(facts, duty, &BTreeSet::new());
         assert_eq!(found.len(), 1, "{found:?}");
         found.remove(0)
+    }
+
+    #[test]
+    fn given_an_address_that_an_interface_has_too_when_asked_what_is_guarded_then_it_is_not() {
+        let facts = facts(&[("10.96.0.10/32", true), ("10.96.0.11/32", true), ("10.96.0.11/32", false)]);
+
+        assert_eq!(facts.guarded_addresses(), [IpAddr::from([10, 96, 0, 10])].into());
     }
 
     #[test]

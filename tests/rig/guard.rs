@@ -33,6 +33,7 @@ pub(crate) const CASES: &[Case] = cases![
     given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then_it_gets_the_answer,
     given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer,
     given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers,
+    given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_more_until_it_is_not,
     given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second,
     given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on,
     given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up,
@@ -253,6 +254,30 @@ fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is
     for family in FAMILIES {
         let to = trap(stage.at(ClusterIp, family));
         expect_at(from, to, ask_tcp, "what takes all connections", is_machine);
+    }
+}
+
+fn given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_more_until_it_is_not() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let _sshd = Everywhere::start(rig.node(0));
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start_bare(rig, &web, |_| ());
+    let from = stage.rig.client();
+    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+
+    for family in FAMILIES {
+        let to = trap(stage.at(ExternalIp, family));
+        expect_at(from, to, ask_tcp, "an address of a Service", is_refused);
+        stage.rig.add_address(0, to.ip()).expect("an address can be added");
+        expect_at(from, to, ask_tcp, "the node's own address", is_machine);
+        expect_at(from, trap(stage.at(ClusterIp, family)), ask_tcp, "another one", is_refused);
+
+        stage.rig.remove_address(0, to.ip()).expect("it is there");
+        expect_at(from, to, ask_tcp, "an address of a Service again", is_refused);
     }
 }
 
