@@ -1,4 +1,7 @@
 //! Signs of other proxies: their rules come before any socket, and what those lead elsewhere never reaches a relay.
+//!
+//! Only what is there for Services alone is such a sign: kube-router and Cilium also run for policies or as a network of
+//! pods. What Cilium does is told by its settings (`cni`).
 
 use std::collections::BTreeMap;
 
@@ -11,17 +14,12 @@ use crate::guard_socket::table_name;
 const SUBJECT: Subject = Subject::OtherProxies;
 
 /// Names of processes, as the kernel shortens them, and whose they are.
-const PROCESSES: [(&str, &str); 3] =
-    [("kube-proxy", "kube-proxy"), ("kube-router", "kube-router"), ("cilium-agent", "Cilium")];
+const PROCESSES: [(&str, &str); 1] = [("kube-proxy", "kube-proxy")];
 /// Interfaces that a proxy makes for its addresses.
 const INTERFACES: [(&str, &str); 2] = [("kube-ipvs0", "kube-proxy"), ("kube-dummy-if", "kube-router")];
-/// What chains of a proxy begin with. Others of kubernetes are the kubelet's.
-const CHAINS: [(&str, &str); 4] = [
-    ("KUBE-SERVICES", "kube-proxy"),
-    ("KUBE-NODEPORTS", "kube-proxy"),
-    ("KUBE-ROUTER-", "kube-router"),
-    ("CILIUM_", "Cilium"),
-];
+/// Chains of a proxy. Others of kubernetes are the kubelet's, others of kube-router are for policies.
+const CHAINS: [(&str, &str); 3] =
+    [("KUBE-SERVICES", "kube-proxy"), ("KUBE-NODEPORTS", "kube-proxy"), ("KUBE-ROUTER-SERVICES", "kube-router")];
 /// kube-proxy's own table in its mode of that name.
 const TABLE: &str = "kube-proxy";
 
@@ -109,13 +107,8 @@ fn signs(facts: &Facts) -> BTreeMap<&'static str, Vec<String>> {
             None if table == TABLE => add("kube-proxy", format!("nftables table {TABLE}")),
             None => {}
             Some(chain) => {
-                let known = CHAINS.iter().filter(|(prefix, _)| chain.starts_with(prefix));
-                known.for_each(|(prefix, proxy)| {
-                    add(
-                        proxy,
-                        format!("iptables chains {prefix}{}", if prefix.ends_with(['-', '_']) { "…" } else { "" }),
-                    )
-                });
+                let known = CHAINS.iter().filter(|(name, _)| name == chain);
+                known.for_each(|(name, proxy)| add(proxy, format!("iptables chains {name}")));
             }
         }
     }
@@ -156,9 +149,6 @@ fn remedy(proxy: &str) -> &'static str {
         }
         "kube-router" => {
             "run it with `--run-service-proxy=false`, then `kube-router --cleanup-config`; or `--proxy-name kube-relay`"
-        }
-        "Cilium" => {
-            "`kubeProxyReplacement: false` in its Helm values; or share the Services by label: `--proxy-name kube-relay`"
         }
         _ => "`ipvsadm -Ln` shows them, `ipvsadm --clear` removes all",
     }
@@ -230,6 +220,23 @@ mod tests {
         let facts = with_rules(&[("mangle", Some("KUBE-KUBELET-CANARY")), ("filter", Some("DOCKER"))]);
 
         assert_eq!(judge(&facts, &web())[0].grade, Grade::Ok);
+    }
+
+    #[test]
+    fn given_kube_router_and_cilium_when_they_serve_no_services_then_they_are_no_proxies() {
+        let policies = ["KUBE-ROUTER-INPUT", "KUBE-ROUTER-FORWARD", "KUBE-ROUTER-OUTPUT", "CILIUM_INPUT"];
+        let policies = policies.map(|chain| ("filter", Some(chain)));
+        let proxying = [
+            with_rules(&[("filter", Some("KUBE-ROUTER-INPUT")), ("filter", Some("KUBE-ROUTER-SERVICES"))]),
+            Facts { interfaces: Ok(vec!["kube-dummy-if".into()]), ..with_rules(&policies) },
+        ];
+
+        assert_eq!(judge(&with_rules(&policies), &web())[0].grade, Grade::Ok, "k3s has those for policies");
+        for facts in proxying {
+            let found = judge(&facts, &web());
+            assert_eq!((found.len(), found[0].grade), (1, Grade::Warning), "{found:?}");
+            assert!(found[0].message.starts_with("kube-router is here ("), "{found:?}");
+        }
     }
 
     #[test]
