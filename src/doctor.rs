@@ -85,8 +85,7 @@ async fn running(config: &RunConfig) -> (Option<Running>, Option<Report>) {
     // Nobody there, or somebody else: then no relay runs as it is told here.
     let Ok(live) = peer::status(address).await else { return (None, None) };
     let name = std::fs::read_to_string(format!("/proc/{}/comm", live.pid)).unwrap_or_default();
-    let running = Running { pid: live.pid, visible: name.trim_end() == "kube-relay" };
-    (Some(running), Some(live.report))
+    (Some(Running::new(live.pid, &name, std::process::id())), Some(live.report))
 }
 
 fn of_process(duty: &Duty) -> Vec<Finding> {
@@ -98,7 +97,10 @@ fn of_process(duty: &Duty) -> Vec<Finding> {
 
 /// Who reaches addresses of Services, and who is in the way.
 fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<Vec<String>>) -> Vec<Finding> {
-    let may_change = rights::read(&duty.process_folder()).rights.map(|rights| rights.routes);
+    let may_change = match duty.out_of_sight() {
+        Some(why) => Err(why),
+        None => rights::read(&duty.process_folder()).rights.map(|rights| rights.routes),
+    };
     let routes = routes::read(duty.routes, may_change);
     let ports = ports::read();
     let mut findings = routes::judge(&routes, duty, &neighbours.conflicts(duty));
@@ -107,6 +109,7 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
     let circumstances = wildcards::Circumstances {
         foreign_nets: routes.foreign_nets(),
         guarded: guarded(duty, &routes, &proxies),
+        perhaps_guarded: perhaps_guarded(duty, &routes, &proxies),
         sources: ports.sources(),
     };
     findings.extend(wildcards::judge(&wildcards::read(), duty, &circumstances));
@@ -125,6 +128,14 @@ fn guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTr
         return BTreeSet::new();
     }
     duty.vips().into_keys().filter(|vip| !routes.is_local(*vip)).chain(routes.guarded_addresses()).collect()
+}
+
+/// Addresses at which they may be refused: the rules that would tell are not for this process to read.
+fn perhaps_guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTreeSet<IpAddr> {
+    match &proxies.rules {
+        Err(_) if duty.guards && duty.routes.is_some() => routes.own_addresses().collect(),
+        _ => BTreeSet::new(),
+    }
 }
 
 fn of_kernel(duty: &Duty) -> Vec<Finding> {

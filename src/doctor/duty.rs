@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
+use super::fact::Unreadable;
 use crate::config::RunConfig;
 use crate::guard::VipGuard;
 use crate::name::{Family, ListenKey, Protocol};
@@ -17,6 +18,14 @@ pub(super) struct Running {
     pub(super) pid: u32,
     /// True where that process is seen from here: it may be in another PID namespace.
     pub(super) visible: bool,
+}
+
+impl Running {
+    /// A relay that says that it has this pid; `name` is what the kernel calls a process here with the same one. We have
+    /// that pid ourselves where both are the first process of a container.
+    pub(super) fn new(pid: u32, name: &str, ourselves: u32) -> Self {
+        Self { pid, visible: name.trim_end() == "kube-relay" && pid != ourselves }
+    }
 }
 
 /// Where a relay is to listen, and by what means.
@@ -92,6 +101,13 @@ impl Duty {
     /// True where no other proxy is expected beside it, and traffic comes by addresses that another one would take.
     pub(super) fn is_alone(&self) -> bool {
         self.proxy_name.is_none() && (self.is_cluster || !self.vips().is_empty())
+    }
+
+    /// A relay that runs, but is not seen from here: what is true of our own process need not be of that one.
+    pub(super) fn out_of_sight(&self) -> Option<Unreadable> {
+        let running = self.running.filter(|running| !running.visible)?;
+        let what = format!("the running kube-relay (pid {} where it runs)", running.pid);
+        Some(Unreadable::new(what, "it cannot be looked at from here, as its processes have numbers of their own"))
     }
 
     /// Where the kernel tells about the process that is at it, or would be: that of the running relay, else our own.
@@ -179,6 +195,21 @@ mod tests {
 
         assert_eq!(vips, [([10, 96, 0, 1].into(), false), ([203, 0, 113, 7].into(), true)]);
         assert!(duty.serves_udp() && !duty.serves(Family::V6) && duty.is_alone());
+    }
+
+    #[test]
+    fn given_the_pid_of_a_relay_when_somebody_else_or_we_have_it_here_then_it_is_out_of_sight() {
+        let duty = |pid, name| Duty { running: Some(Running::new(pid, name, 1)), ..sample::unknown() };
+
+        let (seen, other, ourselves) = (duty(7, "kube-relay\n"), duty(7, "systemd\n"), duty(1, "kube-relay\n"));
+
+        assert_eq!((seen.out_of_sight(), seen.process_folder()), (None, "/proc/7".into()));
+        assert_eq!(sample::unknown().out_of_sight(), None, "none runs");
+        for hidden in [other, ourselves] {
+            let why = hidden.out_of_sight().expect("it is not seen").to_string();
+            assert!(why.contains("it cannot be looked at from here"), "{why}");
+            assert_eq!(hidden.process_folder(), "/proc/self");
+        }
     }
 
     #[test]

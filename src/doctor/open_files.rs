@@ -27,6 +27,9 @@ fn hard_limit(limits: &str) -> Option<Option<u64>> {
 }
 
 pub(super) fn judge(limit: &Fact<Option<u64>>, duty: &Duty) -> Finding {
+    if let Some(why) = duty.out_of_sight() {
+        return Finding::unknown(SUBJECT, &why);
+    }
     let limit = match limit {
         Ok(None) => return Finding::ok(SUBJECT, "no limit of descriptors"),
         Ok(Some(limit)) => *limit,
@@ -49,6 +52,7 @@ pub(super) fn judge(limit: &Fact<Option<u64>>, duty: &Duty) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use super::super::duty::Running;
     use super::super::duty::sample::{duty, unknown};
     use super::super::finding::Grade;
     use super::*;
@@ -64,6 +68,8 @@ mod tests {
         assert_eq!(grade(Some(20_000)), Grade::Ok);
         assert_eq!(grade(None), Grade::Ok);
         assert_eq!(judge(&Err(Unreadable::new("x", "y")), &unknown()).grade, Grade::Note);
+        let hidden = Duty { running: Some(Running { pid: 1, visible: false }), ..duty(&listeners) };
+        assert_eq!(judge(&Ok(Some(299)), &hidden).grade, Grade::Note, "that limit is our own");
     }
 
     #[test]

@@ -47,6 +47,9 @@ fn rights(status: &str) -> Option<Rights> {
 
 /// What is missing of routes is told with the addresses that want them (`routes`).
 pub(super) fn judge(facts: &Facts, duty: &Duty) -> Vec<Finding> {
+    if let Some(why) = duty.out_of_sight() {
+        return vec![Finding::unknown(SUBJECT, &why)];
+    }
     let rights = match &facts.rights {
         Ok(rights) => rights,
         Err(why) => return vec![Finding::unknown(SUBJECT, why)],
@@ -92,6 +95,7 @@ fn lacking(rights: &Rights, low_ports: RangeInclusive<u16>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::duty::Running;
     use super::super::duty::sample::{duty, unknown};
     use super::super::finding::Grade;
     use super::*;
@@ -129,6 +133,17 @@ mod tests {
         assert!(found.message.contains("ports up to 1023, and CAP_NET_ADMIN"), "{}", found.message);
         assert_eq!(judged(Rights { low_ports: true, routes: true }, 1024, &unknown()).grade, Grade::Ok);
         assert!(!judged(NONE, 0, &unknown()).message.contains("BIND"), "there are no low ports");
+    }
+
+    #[test]
+    fn given_a_relay_that_is_not_seen_when_judged_then_our_own_rights_are_not_taken_for_its() {
+        let hidden = Running { pid: 1, visible: false };
+        let pod = Duty { running: Some(hidden), ..duty(&["clusterIP 10.96.0.1:80/TCP"]) };
+
+        let found = judged(NONE, 1024, &pod);
+
+        assert_eq!(found.grade, Grade::Note);
+        assert!(found.message.starts_with("not known: the running kube-relay (pid 1 where it runs)"), "{found:?}");
     }
 
     #[test]

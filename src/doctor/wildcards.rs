@@ -26,6 +26,8 @@ pub(super) struct Circumstances {
     pub(super) foreign_nets: Vec<IpNet>,
     /// Addresses of Services at which a table of nftables refuses whatever is not bound there.
     pub(super) guarded: BTreeSet<IpAddr>,
+    /// Addresses at which such a table may be: nobody may tell us.
+    pub(super) perhaps_guarded: BTreeSet<IpAddr>,
     /// Ports that clients' own sockets have.
     pub(super) sources: BTreeSet<u16>,
 }
@@ -70,12 +72,28 @@ fn judge_ports(servers: &[&WildcardListener], duty: &Duty) -> Option<Finding> {
     Some(Finding::error(SUBJECT, message).remedy(remedy))
 }
 
-fn judge_reach(servers: &[&WildcardListener], duty: &Duty, circumstances: &Circumstances) -> Option<Finding> {
-    let Circumstances { foreign_nets, guarded, .. } = circumstances;
-    let vips: Vec<IpAddr> = duty.vips().into_keys().filter(|vip| !guarded.contains(vip)).collect();
+fn judge_reach(servers: &[&WildcardListener], duty: &Duty, circumstances: &Circumstances) -> Vec<Finding> {
+    let Circumstances { foreign_nets, guarded, perhaps_guarded, .. } = circumstances;
+    let vips = duty.vips().into_keys().filter(|vip| !guarded.contains(vip));
+    let (unsure, open): (Vec<IpAddr>, Vec<IpAddr>) = vips.partition(|vip| perhaps_guarded.contains(vip));
+    let reached = reach(servers, &open, foreign_nets).map(|answers| {
+        let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration; --vip-guard auto refuses them at addresses that our routes make local, with CAP_NET_ADMIN and nf_tables";
+        Finding::warning(SUBJECT, format!("{answers} as well")).remedy(remedy)
+    });
+    let unsure = reach(servers, &unsure, &[]).map(|answers| {
+        let message =
+            format!("{answers} as well, unless kube-relay's rules refuse that: not known whether they are refused");
+        Finding::note(SUBJECT, message)
+            .remedy("CAP_NET_ADMIN for `kube-relay doctor`, which reads the rules of nftables then")
+    });
+    reached.into_iter().chain(unsure).collect()
+}
+
+/// Who answers at these, in a sentence: `sshd (pid 712) at 22/TCP answers at 10.96.0.1 of a Service`.
+fn reach(servers: &[&WildcardListener], vips: &[IpAddr], nets: &[IpNet]) -> Option<String> {
     let reached = |family| {
         let is_of = |address: &IpAddr| Family::of(*address) == family;
-        vips.iter().any(is_of) || foreign_nets.iter().any(|net| is_of(&net.addr()))
+        vips.iter().any(is_of) || nets.iter().any(|net| is_of(&net.addr()))
     };
     let (v4, v6) = (reached(Family::V4), reached(Family::V6));
     let there = servers.iter().filter(|server| if server.family == Family::V4 { v4 } else { v6 });
@@ -85,15 +103,13 @@ fn judge_reach(servers: &[&WildcardListener], duty: &Duty, circumstances: &Circu
         return None;
     }
     let named: Vec<_> = named.into_values().collect();
-    let there = match vips.as_slice() {
-        [] => format!("each address of {}", Abridged(foreign_nets)),
+    let there = match vips {
+        [] => format!("each address of {}", Abridged(nets)),
         [one] => format!("{one} of a Service"),
         vips => format!("{} addresses of Services", vips.len()),
     };
     let answer = if named.len() == 1 { "answers" } else { "answer" };
-    let message = format!("{} {answer} at {there} as well", Abridged(&named));
-    let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration; --vip-guard auto refuses them at addresses that our routes make local, with CAP_NET_ADMIN and nf_tables";
-    Some(Finding::warning(SUBJECT, message).remedy(remedy))
+    Some(format!("{} {answer} at {there}", Abridged(&named)))
 }
 
 /// `sshd (pid 712) at 22/TCP`.
@@ -156,6 +172,22 @@ mod tests {
 
         assert_eq!(judged(&[[10, 96, 0, 1], [10, 96, 0, 2]]).grade, Grade::Ok);
         assert!(judged(&[[10, 96, 0, 1]]).message.ends_with("at 10.96.0.2 of a Service as well"));
+    }
+
+    #[test]
+    fn given_rules_that_cannot_be_read_when_judged_then_what_they_may_refuse_is_a_note() {
+        let services = duty(&["clusterIP 10.96.0.1:80/TCP", "clusterIP 10.96.0.2:80/TCP"]);
+        let judged = |perhaps: &[[u8; 4]]| {
+            let perhaps_guarded = perhaps.iter().map(|ip| IpAddr::from(*ip)).collect();
+            judge(&machine(), &services, &Circumstances { perhaps_guarded, ..Circumstances::default() })
+        };
+
+        let (all, one) = (judged(&[[10, 96, 0, 1], [10, 96, 0, 2]]), judged(&[[10, 96, 0, 1]]));
+
+        assert_eq!((all.len(), all[0].grade), (1, Grade::Note), "{all:?}");
+        assert!(all[0].message.ends_with("not known whether they are refused"), "{all:?}");
+        assert_eq!((one.len(), one[0].grade, one[1].grade), (2, Grade::Warning, Grade::Note));
+        assert!(one[0].message.ends_with("at 10.96.0.2 of a Service as well"), "{one:?}");
     }
 
     #[test]
