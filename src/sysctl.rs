@@ -43,6 +43,11 @@ impl Sysctl {
         fs::write(&file, value.to_string()).map_err(|source| SysctlError { file, value, source })
     }
 
+    /// True where this process could set it; what it is stays.
+    pub(crate) fn may_set(&self) -> bool {
+        fs::OpenOptions::new().write(true).open(self.file()).is_ok()
+    }
+
     fn file(&self) -> PathBuf {
         Path::new("/proc/sys").join(&self.0)
     }

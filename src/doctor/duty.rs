@@ -39,6 +39,8 @@ pub(super) struct Duty {
     pub(super) routes: Option<u8>,
     /// True where it guards their addresses, if the kernel lets it. From `--vip-guard`.
     pub(super) guards: bool,
+    /// True where it has interfaces not answer ARP for addresses that others announce. From `--tune-sysctls`.
+    pub(super) tunes: bool,
     /// From `--proxy-name`: another proxy serves all other Services.
     pub(super) proxy_name: Option<String>,
     /// True where it serves a whole cluster.
@@ -54,6 +56,7 @@ impl Duty {
             node_ports: config.plan.service_node_port_range.clone(),
             routes: config.vips.as_ref().map(|vips| vips.protocol),
             guards: config.vip_guard == VipGuard::Auto,
+            tunes: config.vips.as_ref().is_some_and(|vips| vips.tune_sysctls),
             proxy_name: config.plan.proxy_name.clone(),
             is_cluster: config.source.is_cluster(),
             running,
@@ -157,6 +160,7 @@ pub(super) mod sample {
             node_ports: DEFAULT_NODE_PORT_RANGE,
             routes: Some(DEFAULT_ROUTE_PROTOCOL),
             guards: true,
+            tunes: false,
             proxy_name: None,
             is_cluster: false,
             running: None,
