@@ -10,7 +10,7 @@ use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessR
 use kube::api::PostParams;
 use kube::{Api as Resources, Client};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::fact::{Fact, Unreadable};
 use super::finding::{Finding, Subject};
@@ -29,6 +29,8 @@ use crate::status::Report;
 const SUBJECT: Subject = Subject::Api;
 /// From a question to its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// From the first question to the last answer: a server that answers some and hangs at others holds nobody for longer.
+const ALL_PATIENCE: Duration = Duration::from_secs(20);
 /// The grant that a relay needs, as a manifest.
 const ROLE: &str = "examples/kubernetes/base/rbac.yaml";
 
@@ -106,7 +108,7 @@ pub(super) async fn read(server: &ApiOptions, node_name: String, has_cilium: boo
     let unreadable = |error: &dyn std::error::Error| Unreadable::new("API server", causes(error));
     let api = Api::find(server).await.map_err(|error| unreadable(&error))?;
     let client = api.plain_client().map_err(|error| unreadable(&error))?;
-    let asked = Asked { server: api.server(), client };
+    let asked = Asked { server: api.server(), client, deadline: Deadline::from(Instant::now()) };
     let version = asked.get("/version").await?;
     let has_slices = asked.has_slices().await;
     let endpoints = if has_slices == Ok(false) { &ENDPOINTS } else { &SLICES };
@@ -133,6 +135,25 @@ pub(super) async fn read(server: &ApiOptions, node_name: String, has_cilium: boo
 struct Asked {
     server: String,
     client: Client,
+    deadline: Deadline,
+}
+
+/// When the last question has to be answered.
+struct Deadline(Instant);
+
+impl Deadline {
+    fn from(start: Instant) -> Self {
+        Self(start + ALL_PATIENCE)
+    }
+
+    /// Waits for one answer, for as long as there is time; then tells how long that was.
+    async fn wait<T>(&self, answer: impl Future<Output = T>) -> Result<T, String> {
+        let own = Instant::now() + PATIENCE;
+        timeout_at(own.min(self.0), answer).await.map_err(|_| match own <= self.0 {
+            true => format!("no answer within {} s", PATIENCE.as_secs()),
+            false => format!("no answer within the {} s for all questions", ALL_PATIENCE.as_secs()),
+        })
+    }
 }
 
 impl Asked {
@@ -142,9 +163,9 @@ impl Asked {
     }
 
     async fn within<T>(&self, what: &str, answer: impl Future<Output = kube::Result<T>>) -> Fact<T> {
-        match timeout(PATIENCE, answer).await {
+        match self.deadline.wait(answer).await {
             Ok(answer) => answer.map_err(|error| self.unreadable(what, causes(&error))),
-            Err(_) => Err(self.unreadable(what, format!("no answer within {} s", PATIENCE.as_secs()))),
+            Err(late) => Err(self.unreadable(what, late)),
         }
     }
 
@@ -336,6 +357,23 @@ mod tests {
 
         assert_eq!(grades, [Grade::Ok, Grade::Note, Grade::Note, Grade::Note]);
         assert_eq!(judge(&Err(unread()))[0].grade, Grade::Error);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn given_a_server_that_hangs_when_asked_again_and_again_then_all_questions_end_together() {
+        let (start, mut waited, mut told) = (Instant::now(), Vec::new(), Vec::new());
+        let deadline = Deadline::from(start);
+
+        for _ in 0..4 {
+            told.push(deadline.wait(std::future::pending::<()>()).await.expect_err("it never answers"));
+            waited.push(start.elapsed());
+        }
+
+        assert!(waited[0] >= PATIENCE && waited[0] < ALL_PATIENCE, "{waited:?}");
+        assert!(waited[3] >= ALL_PATIENCE && waited[3] < ALL_PATIENCE + Duration::from_secs(1), "{waited:?}");
+        assert_eq!(told[0], "no answer within 10 s");
+        assert_eq!(told[3], "no answer within the 20 s for all questions");
+        assert_eq!(deadline.wait(async { 7 }).await, Ok(7), "what is there already is taken");
     }
 
     #[test]
