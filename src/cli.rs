@@ -137,7 +137,7 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     /// Show what on this machine would break a kube-relay, and what to do about it
     #[command(
         long_about = "Looks at this machine as `run` with the same options would find it, before or while one runs: rights, \
-                      limits, ports, addresses, rules of others, the API server. Changes nothing.\n\n\
+                      limits, ports, addresses, rules of others, the API server. Changes none of it.\n\n\
                       Prints a line for each finding, the worst first, with its remedy below it. Without a source it looks for \
                       the Services of a kube-relay that runs here.\n\n\
                       Exits with 1 where there are errors (will not work) or warnings (may not).",
@@ -145,8 +145,8 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
   Before the first start:
     kube-relay doctor -f manifests/
 
-  On a node, with the options of its DaemonSet:
-    kube-relay doctor --kubeconfig kubelet.conf --node-name worker-1
+  In a pod of the DaemonSet, with its account and its options:
+    kubectl -n kube-system exec daemonset/kube-relay -- /kube-relay doctor --config /etc/kube-relay/relay.yaml
 
   What is fine, too:
     kube-relay doctor --all

@@ -4,7 +4,8 @@
 //! server and gives plain facts, each of which may be an error; `judge` is pure, and tells a finding for each thing that it
 //! has looked at. What a relay is to do here, on which most of it depends, is a `Duty`.
 //!
-//! Nothing is changed, and nothing is sent but to the API server and to a relay that runs here.
+//! No setting, route or rule is changed (the kernel may load its module for nftables to tell of the rules), and nothing is
+//! sent but to the API server and to a relay that runs here.
 
 #[cfg(feature = "kubernetes")]
 mod cluster;
