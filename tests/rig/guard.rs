@@ -26,6 +26,7 @@ use crate::stage::{
     serve_udp, until,
 };
 use crate::verdicts::{LOCAL, backends, local, rig};
+use crate::vips::SOON;
 
 pub(crate) const CASES: &[Case] = cases![
     t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone,
@@ -39,7 +40,7 @@ pub(crate) const CASES: &[Case] = cases![
     given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up,
     given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too,
     given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_said,
-    given_ten_thousand_addresses_when_required_then_they_are_guarded_within_a_second,
+    given_ten_thousand_addresses_when_required_then_they_are_guarded_soon,
 ];
 
 /// Where sshd would listen.
@@ -405,7 +406,7 @@ fn given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_sa
     stage.served(stage.rig.client(), ClusterIp, &LOCAL);
 }
 
-fn given_ten_thousand_addresses_when_required_then_they_are_guarded_within_a_second() {
+fn given_ten_thousand_addresses_when_required_then_they_are_guarded_soon() {
     let rig = rig();
     if !is_possible(rig.node(0)) {
         return;
@@ -414,7 +415,7 @@ fn given_ten_thousand_addresses_when_required_then_they_are_guarded_within_a_sec
     // A machine that has other things to do as well gets another try.
     let mut tries = (0..3).map(|_| guard_and_remove(rig.node(0), 10_000));
 
-    assert!(tries.any(|guarded| guarded < Duration::from_secs(1)), "never within a second");
+    assert!(tries.any(|guarded| guarded < SOON), "never within {SOON:?}");
 }
 
 /// How long it takes to make so many addresses local, and to guard them. All goes after that.
