@@ -2,6 +2,7 @@
 //!
 //! What happens to traffic that arrives there is decided in `service_plan`.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -121,12 +122,13 @@ impl<'a> Entries<'a> {
     }
 
     fn open_load_balancer_ips(&mut self) {
-        let of_nodes = self.service.load_balancer_ips.iter().any(|ip| self.is_own(*ip));
+        let own = self.service.load_balancer_ips.iter().filter(|ip| self.is_own(**ip));
+        let of_nodes: BTreeSet<Family> = own.map(|ip| Family::of(*ip)).collect();
         let mut elsewhere = Vec::new();
         for ip in &self.service.load_balancer_ips {
             match self.refusal_of_family(*ip) {
                 Some((reason, why)) => self.refuse(reason, format!("load-balancer IP {ip} is not served: {why}")),
-                None if of_nodes && !self.is_own(*ip) => elsewhere.push(ip.to_string()),
+                None if of_nodes.contains(&Family::of(*ip)) && !self.is_own(*ip) => elsewhere.push(ip.to_string()),
                 None => self.open_ports(ListenerKind::LoadBalancerIp, *ip, false),
             }
         }
@@ -135,7 +137,7 @@ impl<'a> Entries<'a> {
         }
     }
 
-    /// A balancer that nodes are themselves (ServiceLB of k3s) lists their addresses. Whoever made the others' local here
+    /// A balancer that nodes are themselves (ServiceLB of k3s) lists their addresses, in each family. Whoever made the others' local here
     /// would cut this node off from those nodes.
     fn note_other_nodes(&mut self, ips: &[String]) {
         let object = format_args!("Service {}", self.service.name);
@@ -317,6 +319,13 @@ mod tests {
             assert_eq!(listed(&service, &options).len(), 4, "nothing says that they are nodes");
             assert_eq!(reasons(&service, &options), [] as [&str; 0]);
         }
+
+        let mut both = web();
+        both.cluster_ips =
+            ClusterIps::Addresses { addresses: vec![ip("10.96.0.10"), ip("fd00::10")], allocated: false };
+        both.families = vec![Family::V4, Family::V6];
+        both.load_balancer_ips = vec![ip("192.0.2.1"), ip("2001:db8::1")].into();
+        assert_eq!(reasons(&both, &node()), [] as [&str; 0], "one of each family may be one balancer's");
     }
 
     #[test]
