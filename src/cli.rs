@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU16;
+use std::num::{NonZeroU8, NonZeroU16};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,11 +15,12 @@ use ipnet::IpNet;
 #[cfg(feature = "kubernetes")]
 use crate::api_client::ApiOptions;
 use crate::config::{
-    CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_DRAIN_TIMEOUT,
+    CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_CONNECT_TIMEOUT,
+    DEFAULT_CONNECT_TRIES, DEFAULT_DRAIN_TIMEOUT, DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT,
     DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES,
     DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS,
     DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER,
-    PlanConfig, RunConfig, SourceConfig, UdpTimeouts,
+    PlanConfig, RunConfig, SourceConfig, UdpTimeouts, UpstreamConfig,
 };
 use crate::config_file::ConfigFile;
 use crate::doctor::DoctorConfig;
@@ -33,6 +34,9 @@ use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
 use crate::scaffold::{NewNodePort, NewService};
+use crate::serve::connect::Steps;
+use crate::serve::limits::LimitOptions;
+use crate::tcp_settings::{CONNECT_TIMEOUTS, CONNECT_TRIES, LASTING};
 use crate::value::{OrNone, PortRange, Time, expose, label, network, socket_address};
 use crate::vips::{AtExit, VipOptions};
 
@@ -310,6 +314,20 @@ struct UpstreamFlags {
     /// Address of this machine that TCP backends see; repeat for more, used in turn: each has about 28,000 ports towards one backend [default: the kernel chooses]
     #[arg(long, value_name = "IP", env = "KUBE_RELAY_UPSTREAM_SOURCE", value_delimiter = ',')]
     upstream_source: Vec<IpAddr>,
+
+    /// Time that a TCP backend gets to answer a connect before the next is asked; each further silent one gets twice as long
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_CONNECT_TIMEOUT")]
+    #[arg(default_value_t = Time(DEFAULT_CONNECT_TIMEOUT))]
+    connect_timeout: Time,
+
+    /// Silent TCP backends that are waited for before a client is reset
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_CONNECT_TRIES", default_value_t = DEFAULT_CONNECT_TRIES)]
+    #[arg(value_parser = clap::value_parser!(u8).range(i64::from(*CONNECT_TRIES.start())..=i64::from(*CONNECT_TRIES.end())))]
+    connect_tries: u8,
+
+    /// Failures to connect in a row after which a TCP backend gets nothing for 10 s, and twice as long each time up to 5 min; `none` for never
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_EJECT_AFTER", default_value_t = OrNone(Some(DEFAULT_EJECT_AFTER)))]
+    eject_after: OrNone<NonZeroU8>,
 }
 
 /// How long things may take.
@@ -324,6 +342,19 @@ struct TimeFlags {
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_DRAIN_TIMEOUT")]
     #[arg(default_value_t = Time(DEFAULT_DRAIN_TIMEOUT))]
     drain_timeout: Time,
+
+    /// Time that one side of a half-closed TCP connection may keep silent
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_HALF_CLOSE_TIMEOUT")]
+    #[arg(default_value_t = Time(DEFAULT_HALF_CLOSE_TIMEOUT))]
+    half_close_timeout: Time,
+
+    /// Time that both sides of a TCP connection may keep silent before it is reset; `none` for ever
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_IDLE_TIMEOUT", default_value_t = OrNone(None))]
+    idle_timeout: OrNone<Time>,
+
+    /// Age, a tenth more or less, at which a TCP connection is reset in a moment of quiet, so that its client is spread anew; `none` for never
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_MAX_CONNECTION_AGE", default_value_t = OrNone(None))]
+    max_connection_age: OrNone<Time>,
 
     /// Idle time of a UDP flow that no backend has answered
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_UDP_TIMEOUT_UNREPLIED")]
@@ -760,7 +791,8 @@ impl RunFlags {
             bind_address_hard_fail: admin.bind_address_hard_fail,
             vips: vips.options(),
             vip_guard: vips.vip_guard,
-            upstream_sources: upstream.upstream_source,
+            upstream: upstream.checked()?,
+            limits: times.limits()?,
             shutdown: ShutdownTimes {
                 delay: times.shutdown_delay.map_or(delay, |time| time.0),
                 drain_timeout: times.drain_timeout.0,
@@ -814,6 +846,47 @@ impl ApiFlags {
     fn options(&self) -> ApiOptions {
         ApiOptions { kubeconfig: non_empty_path(self.kubeconfig.clone()), master: non_empty(self.master.clone()) }
     }
+}
+
+impl UpstreamFlags {
+    fn checked(self) -> Result<UpstreamConfig, ConfigError> {
+        let first = self.connect_timeout.0;
+        if !CONNECT_TIMEOUTS.contains(&first) {
+            return Err(ConfigError {
+                flag: "--connect-timeout",
+                value: self.connect_timeout.to_string(),
+                right: "write a time from 10ms to 1m".into(),
+            });
+        }
+        let count = NonZeroU8::new(self.connect_tries).unwrap_or(NonZeroU8::MIN);
+        Ok(UpstreamConfig {
+            sources: self.upstream_source,
+            steps: Steps { first, count },
+            eject_after: self.eject_after.0,
+        })
+    }
+}
+
+impl TimeFlags {
+    fn limits(&self) -> Result<LimitOptions, ConfigError> {
+        Ok(LimitOptions {
+            half_close_timeout: lasting("--half-close-timeout", self.half_close_timeout)?,
+            idle_timeout: self.idle_timeout.0.map(|time| lasting("--idle-timeout", time)).transpose()?,
+            max_connection_age: self
+                .max_connection_age
+                .0
+                .map(|time| lasting("--max-connection-age", time))
+                .transpose()?,
+        })
+    }
+}
+
+/// Less than a second would end connections that are in use.
+fn lasting(flag: &'static str, time: Time) -> Result<Duration, ConfigError> {
+    if !LASTING.contains(&time.0) {
+        return Err(ConfigError { flag, value: time.to_string(), right: "write a time from 1s to 8760h".into() });
+    }
+    Ok(time.0)
 }
 
 /// Where our own servers are to be, wildcards not yet written out.
@@ -995,7 +1068,12 @@ mod tests {
         assert_eq!(config.workers, None);
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
         assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false }));
-        assert_eq!(config.upstream_sources, [] as [IpAddr; 0]);
+        assert_eq!(config.upstream.sources, [] as [IpAddr; 0]);
+        assert_eq!(config.upstream.steps, Steps::default());
+        assert_eq!(config.upstream.eject_after, Some(DEFAULT_EJECT_AFTER));
+        assert_eq!(config.limits, LimitOptions::default());
+        let options = config.relay_options(&crate::host::Host::loopback_only()).tcp;
+        assert_eq!((options.connect.steps, options.limits), (Steps::default(), LimitOptions::default()));
         assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
         assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
         assert_eq!(config.plan.service_node_port_range, DEFAULT_NODE_PORT_RANGE);
@@ -1118,6 +1196,32 @@ mod tests {
     }
 
     #[test]
+    fn given_how_connections_are_served_when_parsed_then_each_is_taken_and_none_switches_off() {
+        let config = run_fine(
+            "kube-relay run -f x --connect-timeout 1s --connect-tries 2 --eject-after none --half-close-timeout 5m \
+             --idle-timeout 1h --max-connection-age 2h",
+        );
+
+        assert_eq!(config.upstream.steps.total(), Duration::from_secs(3));
+        assert_eq!(config.upstream.eject_after, None);
+        assert_eq!(config.limits.half_close_timeout, Duration::from_secs(300));
+        assert_eq!(config.limits.idle_timeout, Some(Duration::from_secs(3_600)));
+        assert_eq!(config.limits.max_connection_age, Some(Duration::from_secs(7_200)));
+    }
+
+    #[test]
+    fn given_times_that_make_no_sense_when_checked_then_flag_value_and_remedy_are_named() {
+        let told = |flags: &str| run(&format!("kube-relay run -f x {flags}")).expect_err("no sense").to_string();
+
+        let short = told("--connect-timeout 1ms");
+        assert_eq!(short, "invalid value '1ms' for '--connect-timeout': write a time from 10ms to 1m");
+        for flag in ["--half-close-timeout", "--idle-timeout", "--max-connection-age"] {
+            let message = told(&format!("{flag} 0"));
+            assert_eq!(message, format!("invalid value '0s' for '{flag}': write a time from 1s to 8760h"));
+        }
+    }
+
+    #[test]
     fn given_wrong_values_when_parsed_then_flag_value_and_remedy_are_named() {
         let cases = [
             ("run -f x --drain-timeout 30", "--drain-timeout", "10s, 250ms, 1m30s"),
@@ -1129,6 +1233,9 @@ mod tests {
             ("run -f x --workers 0", "--workers", "1..=1024"),
             ("run -f x --vip-routes all", "--vip-routes", "none"),
             ("cleanup --route-protocol 4", "--route-protocol", "5..=255"),
+            ("run -f x --connect-tries 9", "--connect-tries", "1..=8"),
+            ("run -f x --eject-after 0", "--eject-after", "none"),
+            ("run -f x --idle-timeout 5", "--idle-timeout", "none"),
             ("new service Web --port 1 --backend 1.2.3.4:5", "<NAME>", "lower case"),
             ("new service web --port 1 --node-port x --backend 1.2.3.4:5", "--node-port", "auto"),
         ];

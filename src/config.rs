@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU8, NonZeroU16, NonZeroUsize};
 use std::ops::RangeInclusive;
 #[cfg(feature = "kubernetes")]
 use std::path::PathBuf;
@@ -23,8 +23,9 @@ use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
 use crate::manifest::Input;
 use crate::plan::{AllowFrom, Expose, PlanOptions};
-use crate::serve::connect::{ConnectOptions, Sources};
+use crate::serve::connect::{ConnectOptions, Sources, Steps};
 use crate::serve::flow::IdleTimes;
+use crate::serve::limits::LimitOptions;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp::UdpOptions;
 use crate::vips::VipOptions;
@@ -55,6 +56,14 @@ pub const DEFAULT_UDP_TIMEOUT_UNREPLIED: Duration = Duration::from_secs(10);
 pub const DEFAULT_UDP_TIMEOUT_ANSWERED: Duration = Duration::from_secs(10);
 /// `--udp-timeout-stream`: a client that sent again after an answer.
 pub const DEFAULT_UDP_TIMEOUT_STREAM: Duration = Duration::from_secs(60);
+/// `--connect-timeout`: the first step of the ladder; the others are 500 ms, 1 s and 2 s.
+pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_millis(250);
+/// `--connect-tries`.
+pub const DEFAULT_CONNECT_TRIES: u8 = 4;
+/// `--eject-after`.
+pub const DEFAULT_EJECT_AFTER: NonZeroU8 = NonZeroU8::new(5).expect("5 is not 0");
+/// `--half-close-timeout`.
+pub const DEFAULT_HALF_CLOSE_TIMEOUT: Duration = Duration::from_secs(3_600);
 /// `--udp-shards`: what one thread can do is enough for most ports.
 pub const DEFAULT_UDP_SHARDS: u16 = 1;
 /// `--route-protocol`: known to no other program that says so.
@@ -83,8 +92,10 @@ pub struct RunConfig {
     pub vips: Option<VipOptions>,
     /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
     pub vip_guard: VipGuard,
-    /// Addresses that TCP backends see, in turn; empty: the kernel chooses. From `--upstream-source`.
-    pub upstream_sources: Vec<IpAddr>,
+    /// How TCP backends are reached.
+    pub upstream: UpstreamConfig,
+    /// How long TCP connections may last.
+    pub limits: LimitOptions,
     /// How long the end may take.
     pub shutdown: ShutdownTimes,
     /// How long idle UDP flows live.
@@ -120,6 +131,17 @@ impl SourceConfig {
     pub fn is_cluster(&self) -> bool {
         !matches!(self, Self::Manifests(_))
     }
+}
+
+/// How TCP backends are reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    /// Addresses that they see, in turn; empty: the kernel chooses. From `--upstream-source`.
+    pub sources: Vec<IpAddr>,
+    /// How long they are waited for. From `--connect-timeout` and `--connect-tries`.
+    pub steps: Steps,
+    /// Failures in a row after which one gets nothing for a time; `None`: never. From `--eject-after`.
+    pub eject_after: Option<NonZeroU8>,
 }
 
 /// Idle times of UDP flows.
@@ -174,11 +196,13 @@ impl RunConfig {
     /// Everything that a relay wants to know, on this machine. After the limit of open files has been raised.
     pub fn relay_options(&self, host: &Host) -> RelayOptions {
         let UdpTimeouts { unreplied, answered, stream } = self.udp_timeouts;
+        let UpstreamConfig { sources, steps, eject_after } = self.upstream.clone();
         RelayOptions {
             plan: self.plan.resolve(host),
             inside: self.plan.inside(host),
             tcp: TcpOptions {
-                connect: ConnectOptions { sources: Sources::new(self.upstream_sources.clone()), ..Default::default() },
+                connect: ConnectOptions { steps, eject_after, sources: Sources::new(sources) },
+                limits: self.limits,
                 workers: self.workers.and_then(NonZeroUsize::new).unwrap_or(TcpOptions::default().workers),
                 ..TcpOptions::default()
             },

@@ -66,6 +66,8 @@ pub(crate) enum Form {
     Text,
     /// A number.
     Number,
+    /// A number, or `none`.
+    NumberOrNone,
     /// `true` or `false`.
     Switch,
     /// A list of text, or text with commas.
@@ -113,6 +115,12 @@ const RELAY: &[Field] = &[
     field("zone", Form::Text, &["zone"]),
     field("nodeAddresses", Form::List, &["node_address"]),
     field("upstreamSources", Form::List, &["upstream_source"]),
+    field("connectTimeout", Form::Text, &["connect_timeout"]),
+    field("connectTries", Form::Number, &["connect_tries"]),
+    field("ejectAfter", Form::NumberOrNone, &["eject_after"]),
+    field("halfCloseTimeout", Form::Text, &["half_close_timeout"]),
+    field("idleTimeout", Form::Text, &["idle_timeout"]),
+    field("maxConnectionAge", Form::Text, &["max_connection_age"]),
     field("shutdownDelay", Form::Text, &["shutdown_delay"]),
     field("drainTimeout", Form::Text, &["drain_timeout"]),
     field("udpTimeouts.unreplied", Form::Text, &["udp_timeout_unreplied"]),

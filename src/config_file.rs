@@ -319,6 +319,9 @@ fn words(form: Form, value: &Value) -> Result<Vec<String>, Odd> {
         (Form::Text, _) => Err(Odd::Wrong("text")),
         (Form::Number, Value::Number(number)) => one(number.to_string()),
         (Form::Number, _) => Err(Odd::Wrong("a number")),
+        (Form::NumberOrNone, Value::Number(number)) => one(number.to_string()),
+        (Form::NumberOrNone, Value::String(text)) => one(text.clone()),
+        (Form::NumberOrNone, _) => Err(Odd::Wrong("a number or none")),
         (Form::Switch, Value::Bool(flag)) => one(flag.to_string()),
         (Form::Switch, _) => Err(Odd::Wrong("true or false")),
         (Form::Entries, Value::Array(items)) if items.is_empty() => {

@@ -21,12 +21,17 @@ use crate::rare::Rare;
 use crate::yaml::{Fields, List, Object, Scalar, fields};
 
 /// Annotations of ours, behind `kube-relay.dev/`.
-pub(crate) const ANNOTATIONS: [&str; 10] = [
+pub(crate) const ANNOTATIONS: [&str; 15] = [
     "accept-proxy",
     "affinity-ipv6-prefix",
     "allow-from",
     "balance",
+    "connect-timeout",
+    "connect-tries",
+    "eject-after",
     "half-close-timeout",
+    "idle-timeout",
+    "max-connection-age",
     "proxy-protocol",
     "reset-after",
     "source-address",
@@ -34,8 +39,8 @@ pub(crate) const ANNOTATIONS: [&str; 10] = [
     "udp-timeout",
 ];
 
-/// Those of [`ANNOTATIONS`] that this version acts on.
-const HEEDED: [&str; 5] = ["affinity-ipv6-prefix", "allow-from", "balance", "udp-shards", "udp-timeout"];
+/// Those of [`ANNOTATIONS`] that this version does not act on yet.
+const UNHEEDED: [&str; 3] = ["accept-proxy", "proxy-protocol", "source-address"];
 
 /// What [`ANNOTATIONS`] begin with.
 pub(crate) const PREFIX: &str = "kube-relay.dev/";
@@ -180,7 +185,7 @@ fn annotations(found: &mut Findings, at: At<'_>, identity: &Identity) -> BTreeMa
             continue;
         }
         if let Some(value) = found.text(at.key(key), value) {
-            if !HEEDED.contains(&known) {
+            if UNHEEDED.contains(&known) {
                 found.note(at.key(key), "unsupported", "this version does not act on it yet");
             }
             ours.insert(known.into(), value);

@@ -191,6 +191,8 @@ mod tests {
                  allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
+                 connectTimeout: 1s\nconnectTries: 2\nejectAfter: 3\nhalfCloseTimeout: 8s\nidleTimeout: 9s\n\
+                 maxConnectionAge: none\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
                  vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\ntuneSysctls: true\n\
                  logging: {level: debug, format: json}\n",
@@ -207,7 +209,12 @@ mod tests {
         assert_eq!((config.plan.cluster_cidrs.len(), config.plan.node_addresses.len()), (2, 1));
         assert_eq!(config.plan.proxy_name.as_deref(), Some("kube-relay"));
         assert_eq!((config.plan.node.name.as_deref(), config.plan.node.zone.as_deref()), (Some("worker-1"), Some("z")));
-        assert_eq!(config.upstream_sources.len(), 1);
+        assert_eq!(config.upstream.sources.len(), 1);
+        assert_eq!(config.upstream.steps.total(), Duration::from_secs(3));
+        assert_eq!(config.upstream.eject_after.map(u8::from), Some(3));
+        let limits = config.limits;
+        assert_eq!((limits.half_close_timeout.as_secs(), limits.max_connection_age), (8, None));
+        assert_eq!(limits.idle_timeout, Some(Duration::from_secs(9)));
         assert_eq!(config.shutdown.delay, Duration::from_secs(3));
         assert_eq!(config.shutdown.drain_timeout, Duration::from_secs(4));
         let times = config.udp_timeouts;
@@ -278,6 +285,8 @@ mod tests {
             ("drainTimeout: 30\n", ":3:15: ", "30 where text is wanted"),
             ("drainTimeout: soon\n", ":3:15: ", "drainTimeout: \"soon\": not a time: write 10s"),
             ("workers: 0\n", ":3:10: ", "workers: \"0\": 0 is not in 1..=1024"),
+            ("ejectAfter: true\n", ":3:13: ", "a number or none"),
+            ("ejectAfter: often\n", ":3:13: ", "ejectAfter: \"often\": write a number from 1 to 255, or none"),
             ("logging:\n  format: xml\n", ":4:11: ", "write one of auto, text, json"),
             ("udpTimeouts: 5s\n", ":3:14: ", "where a mapping is wanted"),
             ("allowFrom: []\n", ":3:12: ", "a list with an entry (or no such field) is wanted"),

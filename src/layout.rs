@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::balancing::Balancing;
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
+use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
 
 /// Why a listener exists.
@@ -150,6 +151,8 @@ pub struct Backends {
     pub affinity_timeout: Option<Duration>,
     /// How it chooses.
     pub balancing: Balancing,
+    /// How its connections are served; `None`: as the flags say. Hardly any Service says otherwise.
+    pub tcp: Option<Arc<TcpSettings>>,
     /// Its endpoints.
     pub usable: Usable,
 }

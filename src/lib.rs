@@ -23,6 +23,7 @@
 //!
 //! ```text
 //! client ─▶ accept ─▶ Balancer::pick ─▶ connect (next backend on failure) ─▶ relay ─▶ guard drop: counters, close reason
+//!                          ▲ what a try gave: who fails again and again is left out for a time (`serve::ejection`)
 //! client ─▶ receive a batch ─▶ FlowTable (pure) ─▶ pick, open, send, close ─▶ replies leave from the listener's own socket
 //! ```
 //!
@@ -37,7 +38,7 @@
 //! | a table of backends | its [`serve::balancer::Balancer`]'s `ArcSwap` cell | one load a pick |
 //! | turn of the round robin | its [`serve::balancer::Balancer`], over all swaps | an atomic |
 //! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
-//! | a backend's counters | [`serve::balancer::Backend`], from table to table | atomics |
+//! | a backend's counters, and whether it is ejected | [`serve::balancer::Backend`], from table to table | atomics |
 //! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
 //! | an open connection | a task of one worker thread, from the first byte to the last | its counters |
 //! | flows | their UDP shard, by value | nobody |
@@ -178,6 +179,7 @@ mod source_ranges;
 pub mod stats;
 pub mod status;
 mod sysctl;
+mod tcp_settings;
 mod texts;
 pub mod timestamp;
 mod udp_settings;

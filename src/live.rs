@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -153,6 +154,7 @@ impl BackendTraffic {
             downstream_bytes,
             upstream_datagrams,
             downstream_datagrams,
+            ejections,
             connect_failures,
             closed,
             connect_us: _, // For the connect ladder, not for people.
@@ -168,6 +170,8 @@ impl BackendTraffic {
             downstream_bytes: downstream_bytes.get(),
             upstream_datagrams: upstream_datagrams.get(),
             downstream_datagrams: downstream_datagrams.get(),
+            ejected_seconds: backend.out_for(Instant::now()).map(|time| time.as_secs_f64().ceil() as u64),
+            ejections: ejections.get(),
             connect_failures: counted(connect_failures, ConnectFailure::ALL, ConnectFailure::as_str),
             closed: counted(closed, CloseReason::ALL, CloseReason::as_str),
         }

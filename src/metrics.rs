@@ -100,6 +100,8 @@ metrics! {
     DownstreamBytes = Counter "kuberelay_downstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes received from the backend and passed to clients.";
     Datagrams = Counter "kuberelay_datagrams_total" ["namespace", "service", "port", "protocol", "backend", "direction"] "Datagrams sent to the backend (upstream) and passed from it to clients (downstream).";
     ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
+    BackendEjected = Gauge "kuberelay_backend_ejected" ["namespace", "service", "port", "protocol", "backend"] "1 while the backend gets no new connections, as it could not be reached again and again; only over TCP.";
+    Ejections = Counter "kuberelay_ejections_total" ["namespace", "service", "port", "protocol", "backend"] "Times that the backend was ejected; only over TCP.";
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
@@ -297,6 +299,8 @@ impl Page {
         } else {
             self.sample(Id::Connections, labels, stats.connections.get());
             self.sample(Id::ActiveConnections, labels, stats.active_connections.get());
+            self.sample(Id::BackendEjected, labels, u8::from(backend.is_ejected()));
+            self.sample(Id::Ejections, labels, stats.ejections.get());
         }
         self.sample(Id::UpstreamBytes, labels, stats.upstream_bytes.get());
         self.sample(Id::DownstreamBytes, labels, stats.downstream_bytes.get());

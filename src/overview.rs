@@ -239,11 +239,10 @@ fn side(side: Side) -> &'static str {
 }
 
 fn backend_row(port: &PortReport, backend: &BackendTraffic) -> Vec<Cow<'static, str>> {
-    let state = if picks(port).contains(backend.address.as_str()) { "ready" } else { "draining" };
     vec![
         backend.address.clone().into(),
         backend.pod.clone().unwrap_or_else(|| "-".into()).into(),
-        state.into(),
+        backend_state(port, backend),
         (backend.active_connections + backend.active_flows).to_string().into(),
         (backend.connections + backend.flows).to_string().into(),
         bytes(backend.upstream_bytes).into(),
@@ -251,6 +250,15 @@ fn backend_row(port: &PortReport, backend: &BackendTraffic) -> Vec<Cow<'static, 
         reasons(&backend.connect_failures).into(),
         reasons(&backend.closed).into(),
     ]
+}
+
+fn backend_state(port: &PortReport, backend: &BackendTraffic) -> Cow<'static, str> {
+    match (picks(port).contains(backend.address.as_str()), backend.ejected_seconds) {
+        (false, _) => "draining".into(),
+        (true, None) => "ready".into(),
+        (true, Some(0)) => "ejected, next client tries".into(),
+        (true, Some(seconds)) => format!("ejected, {seconds} s").into(),
+    }
 }
 
 /// `refused 3, timeout 1`.

@@ -27,6 +27,7 @@ pub use crate::health_port::HealthPort;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
 pub use crate::service_plan::{ServicePlan, Wanted};
+pub use crate::tcp_settings::TcpSettings;
 pub use crate::udp_settings::UdpSettings;
 
 /// Services that one thread plans in about 10 ms; with fewer, more threads would not be noticed.

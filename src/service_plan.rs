@@ -20,6 +20,7 @@ use crate::plan::PlanOptions;
 use crate::problem::Problem;
 use crate::rare::Rare;
 use crate::source_ranges::SourceRanges;
+use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
 
 /// What is planned for one Service.
@@ -156,14 +157,14 @@ impl<'a> Asked<'a> {
         });
         let mut layout = Layout::default();
         let mut problems = Vec::new();
-        let balancing = Balancing::of(service, &mut problems);
+        let manner = Manner::of(service, &mut problems);
         let guards = Guards {
             source_ranges: SourceRanges { service, node_addresses: &options.node_addresses },
             allow_from: AllowFrom::of(service, options.allow_from.as_ref(), &mut problems),
         };
         plan.problems.extend(problems);
         let mut loops = BTreeSet::new();
-        let targets = choose_backends(&mut layout, service, balancing, &entries.list, |port, family, external| {
+        let targets = choose_backends(&mut layout, service, &manner, &entries.list, |port, family, external| {
             let port = &service.ports[port];
             let key = |address| ListenKey::at(address, port.protocol);
             let slices = slices.iter().map(AsRef::as_ref);
@@ -190,11 +191,24 @@ fn looping(service: &Service, key: &ListenKey) -> Problem {
     Problem::error(format_args!("Service {}", service.name), "loop", text)
 }
 
+/// What a Service says about all its balancers by annotations.
+struct Manner {
+    balancing: Balancing,
+    tcp: Option<Arc<TcpSettings>>,
+}
+
+impl Manner {
+    fn of(service: &Service, problems: &mut Vec<Problem>) -> Self {
+        let (balancing, tcp) = (Balancing::of(service, problems), TcpSettings::of(service, problems));
+        Self { balancing, tcp: (tcp != TcpSettings::default()).then(|| Arc::new(tcp)) }
+    }
+}
+
 /// Chooses backends for each port and family that has an entry, and what follows for its listeners.
 fn choose_backends(
     layout: &mut Layout,
     service: &Service,
-    balancing: Balancing,
+    manner: &Manner,
     entries: &[Entry],
     mut select: impl FnMut(usize, Family, bool) -> Selection,
 ) -> BTreeMap<(usize, Family), Targets> {
@@ -205,7 +219,7 @@ fn choose_backends(
     let chosen = external.into_iter().map(|((port, family), external)| {
         let selection = select(port, family, external);
         let targets = Targets::of(service, port_name(service, port), &selection);
-        add_balancers(layout, service, balancing, (&targets.port, family), selection);
+        add_balancers(layout, service, manner, (&targets.port, family), selection);
         ((port, family), targets)
     });
     chosen.collect()
@@ -214,7 +228,7 @@ fn choose_backends(
 fn add_balancers(
     layout: &mut Layout,
     service: &Service,
-    balancing: Balancing,
+    manner: &Manner,
     (port, family): (&ServicePortName, Family),
     selection: Selection,
 ) {
@@ -224,7 +238,9 @@ fn add_balancers(
             // The same number over TCP and UDP has the same endpoints: both are one list.
             let known = layout.balancers.values().map(|known| &known.usable).find(|known| **known == usable);
             let usable = known.cloned().unwrap_or(usable);
-            let backends = Backends { affinity_timeout: service.affinity_timeout, balancing, usable };
+            let tcp = manner.tcp.clone().filter(|_| key.port.protocol == Protocol::Tcp);
+            let (affinity_timeout, balancing) = (service.affinity_timeout, manner.balancing);
+            let backends = Backends { affinity_timeout, balancing, tcp, usable };
             layout.balancers.insert(key, backends);
         }
     }

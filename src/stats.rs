@@ -54,6 +54,8 @@ words! {
         IdleUnreplied = "idle_unreplied",
         /// One side had closed and the other said nothing for the half-close limit.
         HalfClose = "half_close",
+        /// It was as old as a connection may get.
+        MaxAge = "max_age",
         /// The endpoint left what the Service may use.
         EndpointRemoved = "endpoint_removed",
         /// The backend's host answered port unreachable.
@@ -453,6 +455,8 @@ pub struct BackendStats {
     pub downstream_datagrams: Counter,
     /// Microseconds that the last successful connect took; 0 before the first. A far backend is given time by it.
     pub connect_us: Latest,
+    /// Times that it was left out, as it could not be reached again and again.
+    pub ejections: Counter,
     /// Tries to reach it that failed, by reason.
     pub connect_failures: ConnectFailureTally,
     /// Connections and flows that ended, by reason.
@@ -471,6 +475,7 @@ impl Zeros for BackendStats {
             upstream_datagrams: Counter::new(),
             downstream_datagrams: Counter::new(),
             connect_us: Latest::new(),
+            ejections: Counter::new(),
             connect_failures: Tally::new(),
             closed: Tally::new(),
         };

@@ -281,6 +281,13 @@ pub struct BackendTraffic {
     pub upstream_datagrams: u64,
     /// Datagrams from it.
     pub downstream_datagrams: u64,
+    /// Seconds until it is tried again, as it could not be reached again and again; 0: the next client tries it. Left out
+    /// where it gets its share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected_seconds: Option<u64>,
+    /// How often it was ejected.
+    #[serde(default)]
+    pub ejections: u64,
     /// Failed tries, by reason; reasons at 0 are left out.
     pub connect_failures: BTreeMap<Cow<'static, str>, u64>,
     /// Ends, by reason; reasons at 0 are left out.

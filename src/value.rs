@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU8;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
@@ -89,6 +90,22 @@ impl FromStr for OrNone<IpNet> {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         or_none(text, ValueError("not a network: write a CIDR like 127.96.0.0/16, or none"))
+    }
+}
+
+impl FromStr for OrNone<Time> {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        or_none(text, ValueError("not a time: write 10s, 1m30s, 2h, or none"))
+    }
+}
+
+impl FromStr for OrNone<NonZeroU8> {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        or_none(text, ValueError("write a number from 1 to 255, or none"))
     }
 }
 
@@ -214,6 +231,9 @@ mod tests {
         }
         assert_eq!("127.96.0.0/16".parse::<OrNone<IpNet>>().expect("a network").to_string(), "127.96.0.0/16");
         assert!("127.0.0.1".parse::<OrNone<SocketAddr>>().is_err(), "the port is missing");
+        assert_eq!("5m".parse(), Ok(OrNone(Some(Time(Duration::from_secs(300))))));
+        assert_eq!("none".parse(), Ok(OrNone::<Time>(None)));
+        assert!("5".parse::<OrNone<Time>>().is_err() && "0".parse::<OrNone<NonZeroU8>>().is_err());
     }
 
     #[test]

@@ -15,8 +15,6 @@ const CASES: std::ops::RangeInclusive<u16> = 1..=237;
 const TO_COME: &[(u16, u16, &str)] = &[
     (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
     (150, 12, "state that is handed over belongs to the upgrade"),
-    (171, 9, "connections end with their endpoint once `kube-relay.dev/reset-after` is acted on"),
-    (172, 9, "a connection has no greatest age yet"),
     (234, 12, "sockets that change hands are the upgrade"),
 ];
 

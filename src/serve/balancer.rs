@@ -1,19 +1,28 @@
-//! A hot-swapped table of backends, and the pick: session affinity, turns, no waiting.
+//! A hot-swapped table of backends, and the pick: session affinity, turns, no waiting; and who is left out for a time.
 //!
-//! Which backend a turn means is the table's to say (`table`), what to put into it is decided in `plan`; who reaches the
-//! picked backend is `connect` and `udp`.
+//! Which backend a turn means is the table's to say (`table`), when one is left out `ejection`'s; what to put into a table
+//! is decided in `plan`; who reaches the picked backend is `connect` and `udp`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU8;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tracing::info;
 
 use crate::name::{BalancerKey, Family, Scope, ServicePortName};
+use crate::plan::TcpSettings;
 use crate::serve::affinity::Affinity;
+use crate::serve::ejection::Ejection;
+use crate::serve::few_lines::FewLines;
+use crate::serve::moment::Moment;
 pub use crate::serve::table::{Table, Tried};
-use crate::stats::{BackendStats, OnDemand, ServiceStats};
+use crate::stats::{BackendStats, ConnectFailure, OnDemand, ServiceStats};
+
+/// What is said of backends that go and come: a node that is down takes thousands with it.
+static NEWS: FewLines = FewLines::new();
 
 /// One endpoint of one ServicePort. Made by `Listeners`, carried over from table to table and shared by both scopes.
 #[derive(Debug)]
@@ -26,12 +35,23 @@ pub struct Backend {
     pub stats: OnDemand<BackendStats>,
     /// True while this process itself listens there.
     own: AtomicBool,
+    /// Whether it gets new connections.
+    pub(super) ejection: Ejection,
+    /// When connections to it end, as a [`Moment`]; 0: when they are over.
+    leaving: AtomicU64,
 }
 
 impl Backend {
     /// A backend that has not carried anything yet.
     pub fn new(id: u32, address: SocketAddr) -> Self {
-        Self { id, address, stats: OnDemand::default(), own: AtomicBool::new(false) }
+        Self {
+            id,
+            address,
+            stats: OnDemand::default(),
+            own: AtomicBool::new(false),
+            ejection: Ejection::default(),
+            leaving: AtomicU64::new(0),
+        }
     }
 
     /// True while this process itself listens there: it is not picked, as each connection would make another one,
@@ -49,6 +69,29 @@ impl Backend {
     /// Says whether this process listens there. Known to `Listeners`.
     pub fn set_own(&self, own: bool) {
         self.own.store(own, Ordering::Relaxed);
+    }
+
+    /// For how long no new connection will be tried, 0 where the next one is; `None` where it gets its share.
+    pub fn out_for(&self, now: Instant) -> Option<Duration> {
+        self.ejection.out_for(now)
+    }
+
+    /// True while it gets no new connections, as it could not be reached again and again, until one client has reached it.
+    pub fn is_ejected(&self) -> bool {
+        self.ejection.is_out()
+    }
+
+    /// Has the connections to it end then, as its endpoint is not wanted any more. Who waits has to be woken.
+    pub(crate) fn leave(&self, at: Instant) {
+        self.leaving.store(Moment::of(at).0.max(1), Ordering::Relaxed); // Read by who is woken afterwards.
+    }
+
+    /// When connections to it end whatever they do.
+    pub(crate) fn leaves_at(&self) -> Option<Instant> {
+        match self.leaving.load(Ordering::Relaxed) {
+            0 => None,
+            moment => Some(Moment(moment).instant()),
+        }
     }
 }
 
@@ -100,28 +143,58 @@ impl Balancer {
 
     /// Chooses a backend for a client that has not been tried by this connection; `None` when there is none left.
     ///
-    /// A client with a live pin gets its backend; after a failed try the pin moves to the next one.
-    /// Everybody else takes the next turn, and what the table has for it. A retry takes a turn too: otherwise the neighbour of a dead backend
-    /// would get the dead one's share besides its own.
+    /// A client with a live pin gets its backend; after a failed try, and where the backend is ejected, the pin moves to the
+    /// next one. Everybody else takes the next turn, and what the table has for it. A retry takes a turn too: otherwise the
+    /// neighbour of a dead backend would get the dead one's share besides its own. Backends that are ejected come last.
     pub fn pick(&self, client: IpAddr, tried: &Tried, now: Instant) -> Option<Arc<Backend>> {
         let table = self.table.load(); // one load: everything below belongs to one moment
         let affinity = &self.port.affinity;
         let pin = affinity.recall(client, self.scope, now);
-        let pinned = pin.and_then(|id| table.pick_by_id(id));
+        let pinned = pin.and_then(|id| table.pick_by_id(id)).filter(|backend| !tried.contains(backend));
         if let Some(backend) = pinned
-            && !tried.contains(backend)
+            && backend.ejection.admits(now)
         {
-            return Some(Arc::clone(backend));
+            return Some(hand_out(backend, now));
         }
-        let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
-        let backend = table.choose(turn, tried)?;
+        let next_turn = || self.cursor.fetch_add(1, Ordering::Relaxed);
+        let is_left = |backend: &Backend| tried.leaves(backend);
+        let is_in = |backend: &Backend| is_left(backend) && backend.ejection.admits(now);
+        // Where all are out, all are used: that one is out is no more than experience.
+        let backend = in_turn(&table, next_turn, is_in).or(pinned).or_else(|| in_turn(&table, next_turn, is_left))?;
         let kept = affinity.remember(client, self.scope, backend.id, pin, now);
         if kept == backend.id {
-            return Some(Arc::clone(backend));
+            return Some(hand_out(backend, now));
         }
         // Another connection of this client was pinned meanwhile: both go to the same place, if this one still can.
         let kept = table.pick_by_id(kept).filter(|kept| !tried.contains(kept));
-        Some(Arc::clone(kept.unwrap_or(backend)))
+        Some(hand_out(kept.unwrap_or(backend), now))
+    }
+
+    /// A backend has been reached.
+    pub(crate) fn note_success(&self, backend: &Backend, now: Instant) {
+        if backend.ejection.reached(now)
+            && let Some(untold) = NEWS.ask(now)
+        {
+            let untold = (untold > 0).then_some(untold);
+            info!(service = %self.port.name, backend = %backend.address, untold, "backend returned");
+        }
+    }
+
+    /// A backend could not be reached, and it is not this host that lacks something: after so many failures in a row it
+    /// gets nothing for a time, unless half of the table is out already.
+    pub(crate) fn note_failure(&self, backend: &Backend, reason: ConnectFailure, eject_after: NonZeroU8, now: Instant) {
+        let table = self.table.load();
+        let Some(time) = backend.ejection.failed(eject_after, now, |more| table.spares(more)) else { return };
+        backend.stats.ejections.increment();
+        if let Some(untold) = NEWS.ask(now) {
+            let (seconds, untold) = (time.as_secs(), (untold > 0).then_some(untold));
+            info!(service = %self.port.name, backend = %backend.address, %reason, seconds, untold, "backend ejected");
+        }
+    }
+
+    /// What the Service says about its connections now; `None`: as the flags say.
+    pub(crate) fn tcp_settings(&self) -> Option<Arc<TcpSettings>> {
+        self.table.load().settings().cloned()
     }
 
     /// Stores another table. New picks see it at once; picks under way end with the old one.
@@ -140,11 +213,28 @@ impl Balancer {
     }
 }
 
+/// The turn of one that may not be chosen is passed over: its neighbour would get its share besides its own.
+fn in_turn(table: &Table, next_turn: impl Fn() -> usize, may: impl Fn(&Backend) -> bool) -> Option<&Arc<Backend>> {
+    let mut turn = next_turn();
+    for _ in 1..table.picks().len() {
+        match table.whose_turn(turn) {
+            Some(backend) if may(backend) => return Some(backend),
+            Some(_) => turn = next_turn(),
+            None => break,
+        }
+    }
+    table.choose(turn, &may) // Others take turns, too: that so many were passed over does not mean that nobody is left.
+}
+
+fn hand_out(backend: &Arc<Backend>, now: Instant) -> Arc<Backend> {
+    backend.ejection.probe(now);
+    Arc::clone(backend)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::AtomicU32;
-    use std::time::Duration;
 
     use super::*;
     use crate::name::{ObjectName, Protocol};
@@ -489,6 +579,153 @@ mod tests {
         }
 
         assert_eq!(shares, BTreeMap::from([(1, 150), (3, 150)]));
+    }
+
+    const FIVE: NonZeroU8 = NonZeroU8::new(5).expect("5 is not 0");
+
+    fn fail(balancer: &Balancer, backend: &Backend, times: usize, now: Instant) {
+        (0..times).for_each(|_| balancer.note_failure(backend, ConnectFailure::Refused, FIVE, now));
+    }
+
+    fn shares_at(balancer: &Balancer, now: Instant) -> BTreeMap<u32, usize> {
+        let mut shares = BTreeMap::new();
+        for _ in 0..300 {
+            let backend = balancer.pick(client(1), &Tried::default(), now).expect("a backend");
+            *shares.entry(backend.id).or_default() += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn f07_given_an_ejected_backend_when_picked_then_the_others_share_exactly_what_it_had() {
+        let backends = backends([1, 2, 3, 4]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+
+        fail(&web, &backends[1], 5, now);
+
+        assert_eq!(shares_at(&web, now), BTreeMap::from([(1, 100), (3, 100), (4, 100)]));
+        assert_eq!(backends[1].stats.ejections.get(), 1);
+        assert!(backends[1].out_for(now).is_some() && backends[0].out_for(now).is_none());
+    }
+
+    #[test]
+    fn f07_given_any_balance_when_a_backend_is_ejected_then_it_is_not_picked_until_its_time_is_up() {
+        for balance in crate::plan::Balance::ALL {
+            let backends = backends([1, 2]);
+            let web = cluster(&port("web"), &[]);
+            web.swap(table(&backends).balanced_by(balance, 3));
+            let now = Instant::now();
+
+            fail(&web, &backends[0], 5, now);
+
+            assert_eq!(shares_at(&web, now), BTreeMap::from([(2, 300)]), "{balance}");
+            let later = now + Duration::from_secs(11);
+            assert_eq!(
+                shares_at(&web, later).get(&1),
+                Some(&1),
+                "{balance}: one client tries it, and has not told yet"
+            );
+            web.note_success(&backends[0], later);
+            assert!(shares_at(&web, later)[&1] > 50, "{balance}");
+        }
+    }
+
+    #[test]
+    fn f07_given_all_backends_that_fail_when_half_are_ejected_then_the_others_stay_in() {
+        let backends = backends([1, 2, 3, 4, 5]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+
+        backends.iter().for_each(|backend| fail(&web, backend, 50, now));
+
+        assert_eq!(shares_at(&web, now), BTreeMap::from([(3, 100), (4, 100), (5, 100)]));
+        let alone = cluster(&port("web"), &backends[4..]);
+        fail(&alone, &backends[4], 50, now);
+        assert!(backends[4].out_for(now).is_none(), "a single one is never ejected");
+    }
+
+    #[test]
+    fn f07_given_only_ejected_backends_when_picked_then_all_of_them_are_used() {
+        let backends = backends([1, 2, 3, 4]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+        fail(&web, &backends[0], 5, now);
+        fail(&web, &backends[1], 5, now);
+
+        web.swap(table(&backends[..2]));
+
+        assert_eq!(shares_at(&web, now), BTreeMap::from([(1, 150), (2, 150)]));
+    }
+
+    #[test]
+    fn f33_given_only_ejected_backends_when_a_pinned_client_comes_then_it_stays_with_its_own() {
+        let backends = backends([1, 2]);
+        let web = cluster(&sticky_port("web"), &backends);
+        let now = Instant::now();
+        assert_eq!(pick(&web, client(1)), Some(1));
+        fail(&web, &backends[0], 5, now);
+
+        web.swap(table(&backends[..1]));
+
+        assert_eq!((0..3).filter_map(|_| pick(&web, client(1))).collect::<Vec<_>>(), [1, 1, 1]);
+    }
+
+    #[test]
+    fn f07_given_an_ejected_backend_when_all_others_were_tried_then_it_is_the_last_resort() {
+        let backends = backends([1, 2, 3]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+        fail(&web, &backends[0], 5, now);
+
+        let mut tried = Tried::default();
+        let mut seen = Vec::new();
+        while let Some(backend) = web.pick(client(1), &tried, now) {
+            seen.push(backend.id);
+            tried.add(&backend);
+        }
+
+        assert_eq!((seen.len(), seen[2]), (3, 1));
+    }
+
+    #[test]
+    fn f33_given_a_pinned_backend_that_is_ejected_when_picked_again_then_the_pin_moves_and_stays_moved() {
+        let backends = backends([1, 2, 3]);
+        let web = cluster(&sticky_port("web"), &backends);
+        let now = Instant::now();
+        let pick = |number, now| web.pick(client(number), &Tried::default(), now).map(|backend| backend.id);
+        assert_eq!([1, 2].map(|number| pick(number, now)), [Some(1), Some(2)]);
+
+        fail(&web, &backends[0], 5, now);
+        let moved = pick(1, now).expect("another one");
+        web.note_success(&backends[0], now);
+
+        assert_ne!(moved, 1);
+        assert_eq!([1, 2].map(|number| pick(number, now)), [Some(moved), Some(2)]);
+    }
+
+    #[test]
+    fn f07_given_an_ejected_backend_when_the_table_is_swapped_then_it_is_still_out() {
+        let backends = backends([1, 2, 3]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+        fail(&web, &backends[2], 5, now);
+
+        web.swap(table(&backends));
+
+        assert_eq!(shares_at(&web, now), BTreeMap::from([(1, 150), (2, 150)]));
+    }
+
+    #[test]
+    fn t171_given_a_backend_that_leaves_when_asked_then_it_says_when() {
+        let [one] = backends([1]);
+        let at = Instant::now() + Duration::from_secs(30);
+        assert_eq!(one.leaves_at(), None);
+
+        one.leave(at);
+
+        let left = at.saturating_duration_since(one.leaves_at().expect("it leaves"));
+        assert!(left < Duration::from_millis(2), "{left:?}");
     }
 
     #[test]

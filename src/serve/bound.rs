@@ -175,6 +175,11 @@ impl Servers {
         }
     }
 
+    /// Has connections end whose backends have left.
+    pub(super) fn look_at_backends(&self) {
+        self.tcp.look_at_backends();
+    }
+
     /// Closes a socket. When this is done, its address is free.
     pub(super) async fn release(&self, bound: Bound) {
         match bound {

@@ -6,11 +6,13 @@
 //! asked twice while another is left. When all were asked and steps are left, those that were silent
 //! are asked again, as each step is longer than the last: a single backend that is far away is reached.
 //! Those that said no are not asked again. Whatever happens, the ladder ends after the sum of its steps.
+//! What a try gave is told to the balancer, which leaves out for a time who fails again and again (`ejection`).
 //!
 //! A try also ends when its endpoint is removed meanwhile. Who gives up is reset in `tcp`, not here.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU8;
 use std::os::fd::OwnedFd;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use socket2::SockRef;
 use tracing::debug;
 
 use crate::name::Family;
+use crate::plan::TcpSettings;
 use crate::serve::balancer::{Backend, Balancer, Tried};
 use crate::serve::deadline::{before, within_a_turn};
 use crate::serve::socket;
@@ -30,16 +33,58 @@ use crate::stats::{ConnectFailure, DropReason};
 /// How backends are connected to.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// How long each silent try may take. Their sum is the longest that a client waits.
-    /// Default 250 ms, 500 ms, 1 s, 2 s, as the classic userspace mode had it.
-    pub steps: [Duration; 4],
+    /// How long each silent try may take.
+    pub steps: Steps,
+    /// Failed tries in a row after which a backend gets nothing for a time; `None`: never. Default 5. From `--eject-after`.
+    pub eject_after: Option<NonZeroU8>,
     /// The addresses that backends see. Default: the kernel chooses.
     pub sources: Sources,
 }
 
 impl Default for ConnectOptions {
     fn default() -> Self {
-        Self { steps: [250, 500, 1_000, 2_000].map(Duration::from_millis), sources: Sources::default() }
+        Self { steps: Steps::default(), eject_after: NonZeroU8::new(5), sources: Sources::default() }
+    }
+}
+
+/// The times of silent tries: each has twice the time of the one before. Their sum is the longest that a client waits.
+///
+/// Default 250 ms, 500 ms, 1 s, 2 s, as the classic userspace mode had it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steps {
+    /// Of the first. From `--connect-timeout`.
+    pub first: Duration,
+    /// How many there are. From `--connect-tries`.
+    pub count: NonZeroU8,
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self { first: Duration::from_millis(250), count: NonZeroU8::new(4).expect("4 is not 0") }
+    }
+}
+
+impl Steps {
+    /// No clock goes further than some years.
+    const LONGEST: Duration = Duration::from_secs(24 * 3_600);
+
+    /// As a Service wants them.
+    fn of_service(self, settings: &TcpSettings) -> Self {
+        Self {
+            first: settings.connect_timeout.unwrap_or(self.first),
+            count: settings.connect_tries.unwrap_or(self.count),
+        }
+    }
+
+    /// The time of a try after so many silent ones; `None` where there is no further one.
+    fn after(self, silent: u8) -> Option<Duration> {
+        let time = self.first.saturating_mul(2_u32.saturating_pow(silent.into()));
+        (silent < self.count.get()).then_some(time.min(Self::LONGEST))
+    }
+
+    /// The longest that a client waits.
+    pub fn total(self) -> Duration {
+        self.first.saturating_mul(2_u32.saturating_pow(self.count.get().into()) - 1).min(Self::LONGEST)
     }
 }
 
@@ -149,7 +194,10 @@ pub(crate) async fn dial(
         let backend = ladder.next_backend()?;
         ladder.count_attempt();
         match ladder.attempt(&backend, source, preface).await {
-            Ok(stream) => return Ok(Reached { backend, stream }),
+            Ok(stream) => {
+                balancer.note_success(&backend, Instant::now());
+                return Ok(Reached { backend, stream });
+            }
             Err(missed) => ladder.note(&backend, &missed)?,
         }
     }
@@ -168,12 +216,14 @@ enum Missed {
 struct Ladder<'a> {
     balancer: &'a Balancer,
     client: IpAddr,
-    options: &'a ConnectOptions,
+    sources: &'a Sources,
+    steps: Steps,
+    eject_after: Option<NonZeroU8>,
     end: Instant,
     /// Tries so far, of any outcome.
     attempts: usize,
     /// Silent tries so far.
-    step: usize,
+    silent: u8,
     /// Not to be asked in this round.
     tried: Tried,
     /// Not to be asked again at all.
@@ -189,14 +239,26 @@ impl<'a> Ladder<'a> {
     /// A step is at least this many times what the last connect to the same backend took.
     const PATIENCE: u32 = 4;
 
+    /// A connect that took so long has lost a packet, and has had to wait for the kernel to send it again: that says
+    /// nothing about the way.
+    const LOSSY: Duration = Duration::from_secs(1);
+
     fn new(balancer: &'a Balancer, client: IpAddr, options: &'a ConnectOptions) -> Self {
+        let ConnectOptions { steps, eject_after, sources } = options;
+        let (mut steps, mut eject_after) = (*steps, *eject_after);
+        if let Some(settings) = balancer.tcp_settings() {
+            steps = steps.of_service(&settings);
+            eject_after = settings.eject_after.map_or(eject_after, |of_service| of_service.0);
+        }
         Self {
             balancer,
             client,
-            options,
-            end: Instant::now() + options.steps.iter().sum::<Duration>(),
+            sources,
+            steps,
+            eject_after,
+            end: Instant::now() + steps.total(),
             attempts: 0,
-            step: 0,
+            silent: 0,
             tried: Tried::default(),
             denied: Tried::default(),
             verdict: DropReason::NoEndpoints,
@@ -205,7 +267,7 @@ impl<'a> Ladder<'a> {
 
     /// Whom to try now.
     fn next_backend(&mut self) -> Result<Arc<Backend>, DropReason> {
-        if self.step == self.options.steps.len() || Instant::now() >= self.end {
+        if self.steps.after(self.silent).is_none() || Instant::now() >= self.end {
             return Err(self.verdict);
         }
         let next = self.pick().or_else(|| {
@@ -232,7 +294,7 @@ impl<'a> Ladder<'a> {
         if source != Source::Any {
             return self.attempt_from(source, backend, preface).await;
         }
-        let mut sources = self.options.sources.towards(backend.address, backend.stats.connections.get()).peekable();
+        let mut sources = self.sources.towards(backend.address, backend.stats.connections.get()).peekable();
         loop {
             let source = sources.next().unwrap_or_default();
             match self.attempt_from(source, backend, preface).await {
@@ -257,8 +319,10 @@ impl<'a> Ladder<'a> {
         if !self.balancer.serves(backend) {
             return Err(Missed::Left);
         }
-        let stream = outcome.map_err(Missed::Failed)?;
-        backend.stats.connect_us.set(begin.elapsed().as_micros() as u64);
+        let (stream, took) = (outcome.map_err(Missed::Failed)?, begin.elapsed());
+        if took < Self::LOSSY {
+            backend.stats.connect_us.set(took.as_micros() as u64);
+        }
         Ok(stream)
     }
 
@@ -286,7 +350,7 @@ impl<'a> Ladder<'a> {
     /// The time of the current step, and more for a backend that is known to be far.
     fn patience(&self, backend: &Backend) -> Duration {
         let last = Duration::from_micros(backend.stats.connect_us.get());
-        self.options.steps[self.step].max(last.saturating_mul(Self::PATIENCE))
+        self.steps.after(self.silent).unwrap_or_default().max(last.saturating_mul(Self::PATIENCE))
     }
 
     /// Draws the conclusions from a missed try; an error where another try would be useless.
@@ -305,8 +369,13 @@ impl<'a> Ladder<'a> {
             // This host's trouble, and the same for each backend.
             ConnectFailure::FdLimit => return Err(DropReason::FdLimit),
             ConnectFailure::Memory => return Err(DropReason::Memory),
-            ConnectFailure::Timeout => self.step += 1,
+            ConnectFailure::Timeout => self.silent += 1,
             _ => self.denied.add(backend),
+        }
+        if let Some(eject_after) = self.eject_after
+            && error.reason != ConnectFailure::LocalPorts
+        {
+            self.balancer.note_failure(backend, error.reason, eject_after, Instant::now());
         }
         self.verdict = match (error.reason, self.verdict) {
             (ConnectFailure::LocalPorts, DropReason::NoEndpoints | DropReason::LocalPorts) => DropReason::LocalPorts,
@@ -386,9 +455,14 @@ mod tests {
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
-    /// A ladder for tests that climb to its end.
+    /// A ladder for tests that climb to its end: 150 ms.
     fn quick() -> ConnectOptions {
-        ConnectOptions { steps: [20, 30, 40, 50].map(Duration::from_millis), ..ConnectOptions::default() }
+        steps(Duration::from_millis(10), 4)
+    }
+
+    fn steps(first: Duration, count: u8) -> ConnectOptions {
+        let steps = Steps { first, count: NonZeroU8::new(count).expect("a number of tries") };
+        ConnectOptions { steps, ..ConnectOptions::default() }
     }
 
     async fn dial(balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
@@ -405,9 +479,13 @@ mod tests {
 
     #[test]
     fn given_the_defaults_when_added_up_then_a_client_waits_3750_ms_at_most() {
-        let options = ConnectOptions::default();
+        let steps = ConnectOptions::default().steps;
 
-        assert_eq!(options.steps.iter().sum::<Duration>(), Duration::from_millis(3_750));
+        assert_eq!(steps.total(), Duration::from_millis(3_750));
+        let each: Vec<_> = (0..).map_while(|silent| steps.after(silent)).map(|time| time.as_millis()).collect();
+        assert_eq!(each, [250, 500, 1_000, 2_000]);
+        let absurd = Steps { first: Duration::MAX, count: NonZeroU8::MAX };
+        assert_eq!((absurd.total(), absurd.after(254)), (Steps::LONGEST, Some(Steps::LONGEST)));
     }
 
     #[test]
@@ -433,7 +511,7 @@ mod tests {
             let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
 
             assert_eq!(reached.backend.id, alive.id);
-            assert!(begin.elapsed() < ConnectOptions::default().steps[0], "no step was waited for");
+            assert!(begin.elapsed() < Steps::default().first, "no step was waited for");
             assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
             assert_eq!(web.port.stats.retries.get(), 1);
         });
@@ -450,8 +528,8 @@ mod tests {
             let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
 
             assert_eq!(reached.backend.id, alive.id);
-            let [first, second, ..] = ConnectOptions::default().steps;
-            assert!((first..first + second).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+            let first = Steps::default().first;
+            assert!((first..3 * first).contains(&begin.elapsed()), "{:?}", begin.elapsed());
             assert_eq!(failures(&silent, ConnectFailure::Timeout), 1);
         });
     }
@@ -468,7 +546,7 @@ mod tests {
             let verdict = dial(&web, &quick()).await.expect_err("nobody");
 
             assert_eq!(verdict, DropReason::EjectedAll);
-            assert!(begin.elapsed() >= quick().steps.iter().sum());
+            assert!(begin.elapsed() >= quick().steps.total());
             assert_eq!(all.map(|backend| failures(&backend, ConnectFailure::Timeout)), [2, 2], "each in turn");
             assert_eq!(web.port.stats.retries.get(), 3);
         });
@@ -507,8 +585,7 @@ mod tests {
             let (_held, silent) = black_hole();
             let [silent, alive] = backends([silent, echo().await]);
             let web = balancer(std::slice::from_ref(&silent));
-            let hour = Duration::from_secs(3_600);
-            let patient = ConnectOptions { steps: [hour; 4], ..ConnectOptions::default() };
+            let patient = steps(Duration::from_secs(3_600), 4);
 
             let dialing = spawn({
                 let web = Arc::clone(&web);
@@ -538,10 +615,152 @@ mod tests {
         let options = ConnectOptions::default();
         let ladder = Ladder::new(&web, CLIENT, &options);
 
-        assert_eq!(ladder.patience(&far), options.steps[0]);
+        assert_eq!(ladder.patience(&far), options.steps.first);
         far.stats.connect_us.set(200_000);
 
         assert_eq!(ladder.patience(&far), Duration::from_millis(800));
+    }
+
+    fn eject_after(failures: u8) -> ConnectOptions {
+        ConnectOptions { eject_after: NonZeroU8::new(failures), ..steps(Duration::from_millis(50), 4) }
+    }
+
+    #[test]
+    fn f07_given_a_backend_that_refuses_when_dialed_five_times_then_it_is_asked_no_more() {
+        on_worker(async {
+            let (_held, dead) = refusing();
+            let [dead, alive] = backends([dead, echo().await]);
+            let web = balancer(&[dead.clone(), alive.clone()]);
+
+            for _ in 0..30 {
+                let reached = dial(&web, &ConnectOptions::default()).await.expect("the other one");
+                assert_eq!(reached.backend.id, alive.id);
+            }
+
+            assert_eq!(failures(&dead, ConnectFailure::Refused), 5);
+            assert_eq!((dead.stats.ejections.get(), web.port.stats.retries.get()), (1, 5));
+        });
+    }
+
+    #[test]
+    fn f08_given_a_black_hole_when_dialed_then_one_client_for_each_failure_waits_and_none_after_it_is_ejected() {
+        on_worker(async {
+            let (_held, silent) = black_hole();
+            let [silent, alive] = backends([silent, echo().await]);
+            let web = balancer(&[silent.clone(), alive]);
+            let options = eject_after(2);
+
+            for _ in 0..20 {
+                dial(&web, &options).await.expect("the other one");
+            }
+
+            assert_eq!(failures(&silent, ConnectFailure::Timeout), 2);
+            assert_eq!(silent.stats.ejections.get(), 1);
+        });
+    }
+
+    #[test]
+    fn given_ejection_that_is_off_when_a_backend_refuses_then_it_is_asked_in_each_turn() {
+        on_worker(async {
+            let (_held, dead) = refusing();
+            let [dead, alive] = backends([dead, echo().await]);
+            let web = balancer(&[dead.clone(), alive]);
+
+            for _ in 0..30 {
+                dial(&web, &eject_after(0)).await.expect("the other one");
+            }
+
+            assert!(failures(&dead, ConnectFailure::Refused) >= 15);
+            assert_eq!(dead.stats.ejections.get(), 0);
+        });
+    }
+
+    #[test]
+    fn f07_given_an_ejected_backend_when_all_others_refuse_then_it_is_reached_and_in_again() {
+        on_worker(async {
+            let (_held, dead) = refusing();
+            let [dead, alive] = backends([dead, echo().await]);
+            let web = balancer(&[dead, alive.clone()]);
+            let one = NonZeroU8::MIN;
+            web.note_failure(&alive, ConnectFailure::Timeout, one, Instant::now());
+            assert!(alive.out_for(Instant::now()).is_some());
+
+            let reached = dial(&web, &ConnectOptions::default()).await.expect("the last resort");
+
+            assert_eq!(reached.backend.id, alive.id);
+            assert!(alive.out_for(Instant::now()).is_none());
+        });
+    }
+
+    #[test]
+    fn t140_f33_given_a_pinned_backend_that_refuses_when_dialed_then_another_is_reached_and_pinned_at_once() {
+        on_worker(async {
+            let (_held, dead) = refusing();
+            let [dead, alive, other] = backends([dead, echo().await, echo().await]);
+            let web = balancer(&[dead.clone(), alive, other]);
+            web.port.affinity.set_timeout(Some(Duration::from_secs(60)));
+            let pinned = web.pick(CLIENT, &Tried::default(), Instant::now()).expect("a backend");
+            assert_eq!(pinned.id, dead.id);
+
+            let first = dial(&web, &ConnectOptions::default()).await.expect("another one").backend.id;
+            let second = dial(&web, &ConnectOptions::default()).await.expect("the same one").backend.id;
+
+            assert_eq!(first, second);
+            assert_eq!(failures(&dead, ConnectFailure::Refused), 1);
+        });
+    }
+
+    #[test]
+    fn given_a_service_with_settings_of_its_own_when_dialed_then_these_count() {
+        let all = backends([SocketAddr::from((LOOPBACK, 9))]);
+        let web = balancer(&all);
+        let settings = TcpSettings {
+            connect_timeout: Some(Duration::from_millis(40)),
+            connect_tries: NonZeroU8::new(2),
+            eject_after: Some(crate::value::OrNone(None)),
+            ..TcpSettings::default()
+        };
+        web.swap(Table::new(all.to_vec().into(), &[]).with_settings(Some(Arc::new(settings))));
+
+        let options = ConnectOptions::default();
+        let ladder = Ladder::new(&web, CLIENT, &options);
+
+        assert_eq!(ladder.steps.total(), Duration::from_millis(120));
+        assert_eq!(ladder.eject_after, None);
+    }
+
+    /// F15: that this host has no port left is no fault of the backend.
+    #[test]
+    fn f15_given_no_source_port_when_dialed_again_and_again_then_nobody_is_ejected() {
+        on_worker(async {
+            let all = backends([echo().await, echo().await]);
+            let foreign = Sources::new([IpAddr::from([192, 0, 2, 7])]);
+            let options = ConnectOptions { sources: foreign, ..ConnectOptions::default() };
+            let web = balancer(&all);
+
+            for _ in 0..10 {
+                assert_eq!(dial(&web, &options).await.expect_err("no port"), DropReason::LocalPorts);
+            }
+
+            assert!(all.iter().all(|backend| backend.out_for(Instant::now()).is_none()));
+        });
+    }
+
+    /// The kernel asks a second time after a second: steps that end before it each begin with a question of their own.
+    #[test]
+    fn t165_given_a_single_backend_that_is_silent_at_first_when_dialed_then_it_is_asked_again_and_reached() {
+        on_worker(async {
+            let (mut held, silent) = black_hole();
+            let web = balancer(&backends([silent]));
+            let dialing = spawn(async move { dial(&web, &steps(Duration::from_millis(50), 8)).await });
+
+            tokio::time::sleep(Duration::from_millis(100)).await; // The silence is the case.
+            let listener = held.swap_remove(0);
+            held.clear();
+            listener.accept().expect("what fills its queue");
+
+            soon(dialing).await.expect("reached by a later step");
+        });
     }
 
     #[test]

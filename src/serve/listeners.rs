@@ -150,7 +150,10 @@ impl Listeners {
         }
         self.bind_all(binds, now);
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
-        changed_ports.iter().for_each(|port| self.ports.forget(port));
+        let ends = changed_ports.iter().fold(false, |ends, port| self.ports.forget(port, now) | ends);
+        if ends {
+            self.servers.look_at_backends();
+        }
         self.finish().await;
     }
 

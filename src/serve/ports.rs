@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use foldhash::fast::RandomState;
 use tracing::warn;
@@ -12,9 +13,10 @@ use tracing::warn;
 use crate::endpoints::{Usable, UsableEndpoint};
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
-use crate::plan::Backends;
+use crate::plan::{Backends, TcpSettings};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::stats::DropReason;
+use crate::value::OrNone;
 
 /// All ServicePorts that have a balancer. Owned by `Listeners`, by value.
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ pub(super) struct Port {
     pub(super) backends: Arc<[Arc<Backend>]>,
     /// Those over UDP: a swapped table concerns the flows that they have.
     pub(super) listeners: Vec<ListenKey>,
+    /// What the Service says about its connections, or said last.
+    tcp: Option<Arc<TcpSettings>>,
     next_backend: u32,
 }
 
@@ -69,18 +73,21 @@ impl Ports {
     }
 
     /// Drops the backends that no table of the ServicePort names any more (connections keep theirs alive), and the
-    /// ServicePort without balancers.
-    pub(super) fn forget(&mut self, name: &ServicePortName) {
-        let Some(port) = self.0.get_mut(name) else { return };
-        if port.balancers.is_empty() {
-            self.0.remove(name);
-            return;
-        }
+    /// ServicePort without balancers. True where that ends connections: then they have to be woken.
+    pub(super) fn forget(&mut self, name: &ServicePortName, now: Instant) -> bool {
+        let Some(port) = self.0.get_mut(name) else { return false };
         let tables: Vec<_> = port.balancers.iter().map(|balancer| balancer.table()).collect();
-        let serves = |backend: &&Arc<Backend>| tables.iter().any(|table| table.serves(backend));
-        if !port.backends.iter().all(|backend| serves(&backend)) {
-            port.backends = port.backends.iter().filter(serves).cloned().collect();
+        let serves = |backend: &Backend| tables.iter().any(|table| table.serves(backend));
+        if !tables.is_empty() && port.backends.iter().all(|backend| serves(backend)) {
+            return false;
         }
+        let (staying, leaving): (Vec<_>, Vec<_>) = port.backends.iter().cloned().partition(|backend| serves(backend));
+        let ends = port.part_with(&leaving, now);
+        match tables.is_empty() {
+            true => drop(self.0.remove(name)),
+            false => port.backends = staying.into(),
+        }
+        ends
     }
 
     /// The UDP listener leads to this ServicePort from now on.
@@ -138,6 +145,7 @@ impl Port {
             balancers: Vec::new(),
             backends: Arc::default(),
             listeners: Vec::new(),
+            tcp: None,
             next_backend: 0,
         }
     }
@@ -159,7 +167,19 @@ impl Port {
         let Usable { picks, serving } = &wanted.usable;
         self.know(picks.iter().chain(serving.iter()));
         let picks = self.known(picks);
-        Table::new(picks, &self.known(serving)).balanced_by(wanted.balancing.balance, rand::random())
+        if wanted.tcp.as_ref().is_some_and(|tcp| tcp.eject_after == Some(OrNone(None))) {
+            picks.iter().for_each(|backend| backend.ejection.pardon());
+        }
+        self.tcp.clone_from(&wanted.tcp);
+        let table = Table::new(picks, &self.known(serving)).balanced_by(wanted.balancing.balance, rand::random());
+        table.with_settings(wanted.tcp.clone())
+    }
+
+    /// Says when connections to backends end whose endpoints have left. True where the Service wants that at all.
+    fn part_with(&self, leaving: &[Arc<Backend>], now: Instant) -> bool {
+        let Some(reset_after) = self.tcp.as_ref().and_then(|tcp| tcp.reset_after) else { return false };
+        leaving.iter().for_each(|backend| backend.leave(now + reset_after));
+        !leaving.is_empty()
     }
 
     /// The backends of some endpoints that are known: the list of all, where it is all of them.

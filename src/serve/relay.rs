@@ -8,7 +8,7 @@
 //! read from that side: truncated bytes never look complete. So does every other untimely end,
 //! be it a cancelled task or a panic: unless both sides have finished, the sockets are closed by reset.
 //!
-//! How a backend is reached is in `connect`; who may connect at all is in `tcp`.
+//! How a backend is reached is in `connect`; who may connect at all is in `tcp`; what a connection may last in `limits`.
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
@@ -16,10 +16,10 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
 
 use crate::serve::balancer::Backend;
 use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
+use crate::serve::limits::{LimitOptions, Limits, Silence};
 use crate::serve::sleep::Sleep;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
@@ -34,20 +34,25 @@ thread_local! {
 pub(crate) struct Connection {
     pair: Pair, // Dropped before the account: what is counted as closed is closed.
     account: Account,
+    /// Where its Service has some of its own; few have.
+    limits: Option<Box<LimitOptions>>,
 }
 
 impl Connection {
     /// Counts a new connection of the backend. The client's socket has TCP_NODELAY.
     pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>) -> Self {
-        Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend) }
+        Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend), limits: None }
+    }
+
+    /// Has it end by these limits, whatever [`Connection::relay`] is told.
+    pub(crate) fn limited(self, limits: LimitOptions) -> Self {
+        Self { limits: Some(Box::new(limits)), ..self }
     }
 
     /// Moves bytes until the end of the connection and tells why it ended.
-    ///
-    /// `half_close_timeout`: how long one side may keep silent after the other has closed its half.
-    pub(crate) async fn relay(&mut self, half_close_timeout: &Duration) -> CloseReason {
-        let Self { pair, account } = self;
-        let mut relay = Relay::new(pair, account, half_close_timeout);
+    pub(crate) async fn relay(&mut self, limits: &LimitOptions) -> CloseReason {
+        let Self { pair, account, limits: own } = self;
+        let mut relay = Relay::new(pair, account, own.as_deref().unwrap_or(limits));
         let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
         let mute = relay.mute;
         drop(relay);
@@ -125,9 +130,14 @@ impl Account {
         Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None }
     }
 
+    /// Bytes, both ways.
+    fn moved(&self) -> u64 {
+        self.upstream.moved + self.downstream.moved
+    }
+
     /// True where nothing has moved.
     fn is_empty(&self) -> bool {
-        self.upstream.moved == 0 && self.downstream.moved == 0
+        self.moved() == 0
     }
 
     /// Costs two shared writes at most: once when the connection falls idle and once per budget of a direction, not
@@ -158,20 +168,23 @@ struct Relay<'s> {
     account: &'s mut Account,
     up: Direction,
     down: Direction,
-    half_close_timeout: &'s Duration,
+    options: &'s LimitOptions,
+    /// What it has of them; most have none.
+    limits: Option<Box<Limits>>,
     /// The client ended before anybody had said anything, as a health check of a load balancer does.
     mute: bool,
     rare: Option<Box<Rare<'s>>>,
 }
 
 impl<'s> Relay<'s> {
-    fn new(pair: &'s Pair, account: &'s mut Account, half_close_timeout: &'s Duration) -> Self {
+    fn new(pair: &'s Pair, account: &'s mut Account, options: &'s LimitOptions) -> Self {
         Self {
             pair,
             account,
             up: Direction::to_backend(),
             down: Direction::to_client(),
-            half_close_timeout,
+            options,
+            limits: Limits::begin(options, rand::random),
             mute: false,
             rare: None,
         }
@@ -181,7 +194,7 @@ impl<'s> Relay<'s> {
     fn poll(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> Poll<Result<(), CloseReason>> {
         let outcome = match self.poll_directions(cx, scratch) {
             Poll::Ready(outcome) => Poll::Ready(outcome.map_err(|broken| broken.reason())),
-            Poll::Pending => self.poll_rare(cx).map(Err),
+            Poll::Pending => self.poll_ends(cx).map(Err),
         };
         self.mute |= self.up.is_done() && !self.down.is_done() && self.account.is_empty();
         self.account.publish();
@@ -196,6 +209,27 @@ impl<'s> Relay<'s> {
         let down = Path { from: backend, to: client, last: self.up.is_done() };
         let down = self.down.poll(cx, down, scratch, &mut downstream.moved)?;
         if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    /// What may end it though nothing moves. For most that is nothing but a look at three places that are empty.
+    fn poll_ends(&mut self, cx: &mut Context<'_>) -> Poll<CloseReason> {
+        if let Poll::Ready(reason) = self.poll_rare(cx) {
+            return Poll::Ready(reason);
+        }
+        let moved = self.account.moved();
+        if let Some(limits) = &mut self.limits
+            && let Poll::Ready(reason) = limits.poll(cx, moved)
+        {
+            return Poll::Ready(reason);
+        }
+        self.poll_parting(cx).map(|()| CloseReason::EndpointRemoved)
+    }
+
+    /// Ready when connections to the backend have to end. Whoever says so wakes all.
+    fn poll_parting(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(at) = self.account.backend.leaves_at() else { return Poll::Pending };
+        let parting = &mut self.rare.get_or_insert_default().parting;
+        Pin::new(parting.get_or_insert_with(|| sleep_until(at))).poll(cx)
     }
 
     /// What a connection needs only where a party is not being read: nobody would notice that it is gone.
@@ -216,8 +250,8 @@ impl<'s> Relay<'s> {
             }
         }
         if self.up.is_done() || self.down.is_done() {
-            let moved = self.account.upstream.moved + self.account.downstream.moved;
-            let silence = rare.silence.get_or_insert_with(|| Silence::new(*self.half_close_timeout, moved));
+            let moved = self.account.moved();
+            let silence = rare.silence.get_or_insert_with(|| Silence::new(self.options.half_close_timeout, moved));
             ready!(silence.poll(cx, moved));
             return Poll::Ready(CloseReason::HalfClose);
         }
@@ -232,56 +266,28 @@ struct Rare<'s> {
     watches: [Option<Watch<'s>>; 2],
     /// From the first half-close on.
     silence: Option<Silence>,
+    /// Once the backend's endpoint is not wanted any more, where that ends connections.
+    parting: Option<Sleep>,
 }
 
 type Watch<'s> = Pin<Box<dyn Future<Output = io::Error> + 's>>;
-
-/// Waits for a time without progress. The timer is set anew when it fires, not at each progress.
-struct Silence {
-    limit: Duration,
-    moved: u64,
-    since: Instant,
-    timer: Sleep,
-}
-
-impl Silence {
-    fn new(limit: Duration, moved: u64) -> Self {
-        let since = Instant::now();
-        Self { limit, moved, since, timer: sleep_until(since + limit) }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>, moved: u64) -> Poll<()> {
-        if moved != self.moved {
-            self.moved = moved;
-            self.since = Instant::now();
-        }
-        loop {
-            ready!(Pin::new(&mut self.timer).poll(cx));
-            if self.since.elapsed() >= self.limit {
-                return Poll::Ready(());
-            }
-            self.timer.reset(self.since + self.limit);
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
     use std::thread;
+    use std::time::{Duration, Instant};
 
     use socket2::SockRef;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::serve::pipe;
     use crate::serve::scripted::{
         LOOPBACK, Spawned, expect_reset, on_worker, pair, read_all, registered, reset, soon, spawn, until,
     };
+    use crate::serve::{pipe, worker};
     use crate::stats::PROCESS;
-
-    const HOUR: Duration = Duration::from_secs(3600);
 
     /// A relay with both of its peers in the hands of the test.
     struct Line {
@@ -300,10 +306,14 @@ mod tests {
 
     impl Line {
         async fn open() -> Self {
-            Self::with_half_close_timeout(HOUR).await
+            Self::limited(LimitOptions::default()).await
         }
 
         async fn with_half_close_timeout(limit: Duration) -> Self {
+            Self::limited(LimitOptions { half_close_timeout: limit, ..LimitOptions::default() }).await
+        }
+
+        async fn limited(limits: LimitOptions) -> Self {
             let (client, downstream) = pair().await;
             let (server, upstream) = pair().await;
             for stream in [&client, &downstream, &server] {
@@ -312,7 +322,7 @@ mod tests {
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
             let mut connection = Connection::open(registered(downstream), registered(upstream), Arc::clone(&backend));
             let relay = spawn(async move {
-                let reason = connection.relay(&limit).await;
+                let reason = connection.relay(&limits).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
                 Ended { reason, upstream_bytes, downstream_bytes }
             });
@@ -783,6 +793,55 @@ mod tests {
 
             assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::HalfClose);
             assert!(last.elapsed() >= limit, "{:?}", last.elapsed());
+        });
+    }
+
+    #[test]
+    fn t173_given_an_idle_limit_when_nothing_moves_then_both_peers_see_a_reset() {
+        on_worker(async {
+            let limits = LimitOptions { idle_timeout: Some(Duration::from_millis(50)), ..LimitOptions::default() };
+            let Line { mut client, mut server, backend, relay } = Line::limited(limits).await;
+            client.write_all(b"x").await.expect("a connection");
+            server.read_exact(&mut [0]).await.expect("what was sent");
+
+            expect_reset(&mut client).await;
+            expect_reset(&mut server).await;
+
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::Idle);
+        });
+    }
+
+    #[test]
+    fn t172_given_an_age_limit_when_a_connection_is_as_old_then_both_peers_see_a_reset() {
+        on_worker(async {
+            let age = Duration::from_millis(100);
+            let limits = LimitOptions { max_connection_age: Some(age), ..LimitOptions::default() };
+            let Line { mut client, mut server, backend, relay } = Line::limited(limits).await;
+
+            expect_reset(&mut client).await;
+            expect_reset(&mut server).await;
+
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::MaxAge);
+        });
+    }
+
+    #[test]
+    fn t171_given_a_backend_that_leaves_when_its_connection_is_woken_then_it_is_reset_at_that_time_and_not_before() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::open().await;
+            client.write_all(b"x").await.expect("a connection");
+            server.read_exact(&mut [0]).await.expect("what was sent");
+            let at = Instant::now() + Duration::from_millis(100);
+
+            backend.leave(at);
+            worker::current().wake_all();
+            server.write_all(b"y").await.expect("a connection that goes on");
+            client.read_exact(&mut [0]).await.expect("what was sent");
+            expect_reset(&mut client).await;
+
+            assert!(Instant::now() + Duration::from_millis(2) > at, "before its time");
+            expect_reset(&mut server).await;
+            assert_eq!(Line::ended(relay, &backend).await.reason, CloseReason::EndpointRemoved);
         });
     }
 

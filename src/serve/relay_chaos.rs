@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::serve::balancer::Backend;
+use crate::serve::limits::LimitOptions;
 use crate::serve::relay::Connection;
 use crate::serve::scripted::{LOOPBACK, on_worker, pair, registered, reset, soon, spawn};
 use crate::stats::CloseReason;
@@ -154,7 +155,8 @@ async fn exchange(seed: u64) {
 
     let mut connection = Connection::open(registered(downstream), registered(upstream), backend);
     let relay = spawn(async move {
-        let relayed = connection.relay(&HALF_CLOSE_TIMEOUT);
+        let limits = LimitOptions { half_close_timeout: HALF_CLOSE_TIMEOUT, ..LimitOptions::default() };
+        let relayed = connection.relay(&limits);
         tokio::time::timeout(cancelled.unwrap_or(Duration::MAX), relayed).await.ok()
     });
     let (client, server) = tokio::join!(client.play(at_client, answered), server.play(at_server, said));

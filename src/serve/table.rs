@@ -1,10 +1,10 @@
 //! The backends of a balancer at one moment, and the four ways to choose one of them.
 //!
-//! Pure: turns, chances and tries are arguments. Who swaps tables, counts turns and remembers clients is `balancer`.
+//! Pure: turns, and who may be chosen, are arguments. Who swaps tables, counts turns and remembers clients is `balancer`.
 
 use std::sync::Arc;
 
-use crate::plan::Balance;
+use crate::plan::{Balance, TcpSettings};
 use crate::serve::balancer::Backend;
 
 /// Up to so many picks a walk finds an id as fast as a search does: most tables need no index.
@@ -20,6 +20,8 @@ pub struct Table {
     draining: Box<[u32]>,
     balance: Balance,
     seed: u32,
+    /// What the Service says about its connections; `None`: as the flags say.
+    tcp: Option<Arc<TcpSettings>>,
 }
 
 impl Table {
@@ -39,6 +41,16 @@ impl Table {
     /// and of the same table on another node.
     pub fn balanced_by(self, balance: Balance, seed: u32) -> Self {
         Self { balance, seed, ..self }
+    }
+
+    /// With what the Service says about its connections.
+    pub fn with_settings(self, tcp: Option<Arc<TcpSettings>>) -> Self {
+        Self { tcp, ..self }
+    }
+
+    /// What the Service says about its connections; `None`: as the flags say.
+    pub(super) fn settings(&self) -> Option<&Arc<TcpSettings>> {
+        self.tcp.as_ref()
     }
 
     /// The backends that may get new traffic, in the order of picks.
@@ -64,41 +76,50 @@ impl Table {
         Some(self.by_id[found].1 as usize)
     }
 
-    /// Chooses among the backends that were not tried yet; `None` where there is none left.
+    /// True where so many more could be ejected, and half of the picks would be left.
+    pub(super) fn spares(&self, more: usize) -> bool {
+        self.picks.iter().filter(|backend| backend.ejection.is_out()).count() + more <= self.picks.len() / 2
+    }
+
+    /// The backend whose turn it is; `None` where it does not go by turns.
+    pub(super) fn whose_turn(&self, turn: usize) -> Option<&Arc<Backend>> {
+        let by_turns = self.balance == Balance::RoundRobin && !self.picks.is_empty();
+        by_turns.then(|| &self.picks[turn % self.picks.len()])
+    }
+
+    /// Chooses among the backends that may be chosen; `None` where there is none.
     ///
     /// `turn` grows by one with each choice, for all who choose from the table.
-    pub(super) fn choose(&self, turn: usize, tried: &Tried) -> Option<&Arc<Backend>> {
+    pub(super) fn choose(&self, turn: usize, may: &impl Fn(&Backend) -> bool) -> Option<&Arc<Backend>> {
         match self.balance {
-            Balance::RoundRobin => self.untried_from(turn, tried).next(),
-            Balance::Random => self.any(self.chance(turn), tried),
+            Balance::RoundRobin => self.from(turn, may).next(),
+            Balance::Random => self.any(self.chance(turn), may),
             // Of equals `min_by_key` takes the first, and that is another one at each turn.
-            Balance::LeastConnections => self.untried_from(turn, tried).min_by_key(|backend| backend.open_count()),
-            Balance::P2c => self.better_of_two(self.chance(turn), tried),
+            Balance::LeastConnections => self.from(turn, may).min_by_key(|backend| backend.open_count()),
+            Balance::P2c => self.better_of_two(self.chance(turn), may),
         }
     }
 
     /// Once around, from a turn's place on.
-    fn untried_from(&self, turn: usize, tried: &Tried) -> impl Iterator<Item = &Arc<Backend>> {
+    fn from(&self, turn: usize, may: &impl Fn(&Backend) -> bool) -> impl Iterator<Item = &Arc<Backend>> {
         let first = turn.checked_rem(self.picks.len()).unwrap_or(0);
         let (behind, ahead) = self.picks.split_at(first);
-        ahead.iter().chain(behind).filter(|backend| tried.leaves(backend))
+        ahead.iter().chain(behind).filter(move |backend| may(backend))
     }
 
-    fn any(&self, chance: Chance, tried: &Tried) -> Option<&Arc<Backend>> {
+    fn any(&self, chance: Chance, may: &impl Fn(&Backend) -> bool) -> Option<&Arc<Backend>> {
         let drawn = self.picks.get(chance.below(self.picks.len()))?;
-        if tried.leaves(drawn) {
+        if may(drawn) {
             return Some(drawn);
         }
         // Not the drawn one's neighbour, which would get its share besides its own.
-        let count = self.untried_from(0, tried).count();
-        self.untried_from(0, tried).nth(chance.next().below(count))
+        let count = self.from(0, may).count();
+        self.from(0, may).nth(chance.next().below(count))
     }
 
-    fn better_of_two(&self, chance: Chance, tried: &Tried) -> Option<&Arc<Backend>> {
-        let one = self.any(chance, tried)?;
-        let mut all_but_one = tried.clone();
-        all_but_one.add(one);
-        let other = self.any(chance.next().next(), &all_but_one);
+    fn better_of_two(&self, chance: Chance, may: &impl Fn(&Backend) -> bool) -> Option<&Arc<Backend>> {
+        let one = self.any(chance, may)?;
+        let other = self.any(chance.next().next(), &|other: &Backend| other.id != one.id && may(other));
         other.filter(|other| other.open_count() < one.open_count()).or(Some(one))
     }
 
@@ -164,7 +185,7 @@ impl Tried {
     }
 
     /// True where the backend may be tried, and was not yet.
-    fn leaves(&self, backend: &Backend) -> bool {
+    pub(super) fn leaves(&self, backend: &Backend) -> bool {
         !self.contains(backend) && !backend.is_own()
     }
 
@@ -191,10 +212,14 @@ mod tests {
         Table::new(picks.to_vec().into(), &[]).balanced_by(balance, 7)
     }
 
+    fn choose<'t>(table: &'t Table, turn: usize, tried: &Tried) -> Option<&'t Arc<Backend>> {
+        table.choose(turn, &|backend: &Backend| tried.leaves(backend))
+    }
+
     /// How often each id is chosen by as many turns.
     fn shares(table: &Table, tried: &Tried) -> BTreeMap<u32, usize> {
         let mut shares = BTreeMap::new();
-        for backend in (0..PICKS).filter_map(|turn| table.choose(turn, tried)) {
+        for backend in (0..PICKS).filter_map(|turn| choose(table, turn, tried)) {
             *shares.entry(backend.id).or_default() += 1;
         }
         shares
@@ -215,7 +240,7 @@ mod tests {
         let table = table(Balance::Random, &backends([1, 2, 3]));
 
         assert!(even(&shares(&table, &Tried::default()), 3));
-        let chosen = |turn| table.choose(turn, &Tried::default()).map(|backend| backend.id);
+        let chosen = |turn| choose(&table, turn, &Tried::default()).map(|backend| backend.id);
         let again = (0..PICKS).filter(|turn| chosen(*turn) == chosen(turn + 1)).count();
         assert!(again.abs_diff(PICKS / 3) < PICKS / 60, "{again}");
     }
@@ -237,7 +262,7 @@ mod tests {
         let [one, other] =
             [1, 2].map(|seed| Table::new(backends.to_vec().into(), &[]).balanced_by(Balance::Random, seed));
 
-        let chosen = |table: &Table, turn| table.choose(turn, &Tried::default()).map(|backend| backend.id);
+        let chosen = |table: &Table, turn| choose(table, turn, &Tried::default()).map(|backend| backend.id);
         let same = (0..PICKS).filter(|turn| chosen(&one, *turn) == chosen(&other, *turn)).count();
 
         assert!(same.abs_diff(PICKS / 3) < PICKS / 60, "{same}");
@@ -247,7 +272,7 @@ mod tests {
     fn given_least_connections_when_all_are_idle_then_it_is_by_turns() {
         let table = table(Balance::LeastConnections, &backends([1, 2, 3]));
 
-        let chosen = (0..6).filter_map(|turn| table.choose(turn, &Tried::default())).map(|backend| backend.id);
+        let chosen = (0..6).filter_map(|turn| choose(&table, turn, &Tried::default())).map(|backend| backend.id);
 
         assert_eq!(chosen.collect::<Vec<_>>(), [1, 2, 3, 1, 2, 3]);
     }
@@ -260,7 +285,7 @@ mod tests {
         open(&backends[1], 4);
 
         for turn in 0..16 {
-            open(table.choose(turn, &Tried::default()).expect("a backend"), 1);
+            open(choose(&table, turn, &Tried::default()).expect("a backend"), 1);
         }
 
         assert_eq!(backends.map(|backend| backend.open_count()), [10, 10, 10]);
@@ -298,13 +323,14 @@ mod tests {
             let table = table(balance, &backends);
             let mut tried = Tried::default();
             for _ in 0..3 {
-                let backend = table.choose(tried.count(), &tried).expect("one is left");
+                let backend = choose(&table, tried.count(), &tried).expect("one is left");
                 assert!(!tried.contains(backend), "{balance}");
                 tried.add(backend);
             }
 
-            assert!(table.choose(3, &tried).is_none(), "{balance}");
-            assert!(Table::default().balanced_by(balance, 1).choose(0, &Tried::default()).is_none(), "{balance}");
+            assert!(choose(&table, 3, &tried).is_none(), "{balance}");
+            let empty = Table::default().balanced_by(balance, 1);
+            assert!(choose(&empty, 0, &Tried::default()).is_none() && empty.whose_turn(0).is_none(), "{balance}");
         }
     }
 

@@ -50,6 +50,7 @@ use crate::name::ListenKey;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
 use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_last};
+use crate::serve::limits::LimitOptions;
 use crate::serve::mailbox::Seat;
 use crate::serve::pool::{Listening, Pool};
 use crate::serve::reactor::{Foreign, Unwatched};
@@ -67,8 +68,8 @@ pub struct TcpOptions {
     pub connect: ConnectOptions,
     /// What upstream connections get that last.
     pub lasting: LastingOptions,
-    /// How long one side of a half-closed connection may keep silent. Default 1 h.
-    pub half_close_timeout: Duration,
+    /// How long connections may last.
+    pub limits: LimitOptions,
     /// Silence after which a client is asked whether it is still there. Whole seconds. Default 60 s.
     pub keepalive_idle: Duration,
     /// How often it is asked, a third of `keepalive_idle` apart, before it is given up (1..=127). Default 3.
@@ -82,7 +83,7 @@ impl Default for TcpOptions {
         Self {
             connect: ConnectOptions::default(),
             lasting: LastingOptions::default(),
-            half_close_timeout: Duration::from_secs(3_600),
+            limits: LimitOptions::default(),
             keepalive_idle: Duration::from_secs(60),
             keepalive_probes: 3,
             workers: available_parallelism().unwrap_or(NonZeroUsize::MIN),
@@ -132,6 +133,11 @@ impl TcpShared {
     /// Ends all connections by reset, with the reason `drain`, and those that would come.
     pub fn abort_connections(&self) {
         self.aborting.store(true, Ordering::Release); // Pairs with the load in `unless_aborted`.
+        self.workers.wake_all();
+    }
+
+    /// Has every connection look whether its backend [has left](crate::serve::balancer::Backend::leave).
+    pub(crate) fn look_at_backends(&self) {
         self.workers.wake_all();
     }
 
@@ -422,7 +428,7 @@ fn serve(
         let _stay = stay;
         let carry = pin!(async {
             let Some((port, mut connection)) = reaching.await else { return };
-            let reason = connection.relay(&shared.options.half_close_timeout).await;
+            let reason = connection.relay(&shared.options.limits).await;
             let Some((listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
@@ -451,7 +457,11 @@ async fn reach(
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
             set_if_they_last(&client, &stream, shared.options.if_lasting());
-            Some((Arc::clone(&guest.port), Connection::open(client, stream, backend)))
+            let mut connection = Connection::open(client, stream, backend);
+            if let Some(settings) = balancer.tcp_settings() {
+                connection = connection.limited(shared.options.limits.of_service(&settings));
+            }
+            Some((Arc::clone(&guest.port), connection))
         }
         Err(reason) => {
             if reason == DropReason::LocalPorts && shared.lack_of_ports.is_news(Instant::now()) {
@@ -476,6 +486,7 @@ mod tests {
     use super::*;
     use crate::name::{Family, Protocol};
     use crate::serve::balancer::{Backend, Table};
+    use crate::serve::connect::Steps;
     use crate::serve::scripted::{
         LOOPBACK, backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker,
         pair, read_all, refusing, reset, soon, until,
@@ -733,13 +744,16 @@ mod tests {
     }
 
     fn quick() -> TcpOptions {
-        let connect = ConnectOptions { steps: [20, 30, 40, 50].map(Duration::from_millis), ..Default::default() };
-        TcpOptions { connect, ..TcpOptions::default() }
+        steps(Duration::from_millis(10)) // 150 ms in all.
     }
 
     fn patient() -> TcpOptions {
-        let connect = ConnectOptions { steps: [Duration::from_secs(3_600); 4], ..ConnectOptions::default() };
-        TcpOptions { connect, ..TcpOptions::default() }
+        steps(Duration::from_secs(3_600))
+    }
+
+    fn steps(first: Duration) -> TcpOptions {
+        let steps = Steps { first, ..Steps::default() };
+        TcpOptions { connect: ConnectOptions { steps, ..ConnectOptions::default() }, ..TcpOptions::default() }
     }
 
     #[tokio::test]
@@ -750,7 +764,7 @@ mod tests {
 
         expect_turned_away(served.key.address()).await;
 
-        assert!(begin.elapsed() >= quick().connect.steps.iter().sum());
+        assert!(begin.elapsed() >= quick().connect.steps.total());
         assert_eq!(served.dropped(DropReason::EjectedAll), 1);
     }
 
@@ -806,6 +820,23 @@ mod tests {
 
         client.shutdown().await.expect("a connection");
         assert_eq!(read_all(&mut client).await.0, b"one");
+    }
+
+    #[tokio::test]
+    async fn t171_given_connections_to_two_backends_when_one_leaves_then_its_own_are_reset_and_the_others_go_on() {
+        let all = backends([echo().await, echo().await]);
+        let served = Served::start("127.83.0.19:7300", &all);
+        let mut leaving = served.connect().await;
+        ping(&mut leaving).await;
+        let mut staying = served.connect().await;
+        ping(&mut staying).await;
+
+        all[0].leave(Instant::now());
+        served.shared.look_at_backends();
+
+        expect_reset(&mut leaving).await;
+        until(|| all[0].stats.closed.get(CloseReason::EndpointRemoved) == 1).await;
+        ping(&mut staying).await;
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 //!
 //! Needs namespaces (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
+mod backends;
 mod bursts;
 mod families;
 mod floods;
@@ -25,6 +26,18 @@ fn main() -> ExitCode {
         (
             "t178_given_services_of_both_families_when_clients_come_then_each_reaches_a_backend_of_its_family",
             families::each_reaches_its_own,
+        ),
+        (
+            "f07_t161_given_a_backend_that_refuses_when_clients_come_then_none_fails_and_a_retry_costs_next_to_nothing",
+            backends::one_refuses,
+        ),
+        (
+            "f08_t162_given_a_black_hole_when_clients_come_then_none_waits_longer_than_300_ms_and_soon_none_at_all",
+            backends::one_is_a_black_hole,
+        ),
+        (
+            "f07_given_an_ejected_backend_when_it_comes_back_then_a_client_finds_it_within_its_ten_seconds",
+            backends::one_comes_back,
         ),
         ("f27_given_2000_short_connections_a_second_when_relayed_then_none_fails", bursts::none_fails),
         (

@@ -3,6 +3,7 @@
 mod health_ports;
 mod idle;
 mod lack;
+mod ladder;
 mod limits;
 mod listeners;
 mod manifests;

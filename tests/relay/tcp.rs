@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::backend::{Backend, BlackHole, Script, refusing, reset_on_drop};
+use crate::support::backend::{Backend, BlackHole, Script, reset_on_drop};
 use crate::support::manifest::Manifest;
 use crate::support::relay::Relay;
 use crate::support::site::Site;
@@ -140,26 +140,6 @@ async fn t156_given_an_open_connection_when_the_relay_stops_accepting_then_it_go
     assert_eq!(cut, 1);
     let end = within("the end", open.read_to_end(&mut Vec::new())).await;
     assert_eq!(end.expect_err("not a clean end").kind(), io::ErrorKind::ConnectionReset);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t161_given_a_backend_that_refuses_when_clients_connect_then_the_next_one_answers_within_5_ms() {
-    let site = Site::new(161);
-    let _refusing = refusing(site.backend(1));
-    let _backend = Backend::named(site.backend(2)).await;
-    let _relay = Relay::start(site, Manifest::new(site).tcp().endpoints([site.backend(1), site.backend(2)])).await;
-
-    let mut took = Vec::new();
-    for _ in 0..21 {
-        let start = Instant::now();
-        assert_eq!(client::ask(site.service()).await.expect("no client notices"), site.backend(2));
-        took.push(start.elapsed());
-    }
-
-    // At least half of the connections met the refusal first: three quarters up, one of these is looked at.
-    took.sort_unstable();
-    let slow = took[took.len() * 3 / 4];
-    assert!(slow < Duration::from_millis(5), "{slow:?} with one refusal on the way");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
