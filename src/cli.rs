@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::num::{NonZeroU8, NonZeroU16};
+use std::num::{NonZeroU8, NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -383,6 +383,10 @@ struct ProcessFlags {
     /// Form of the log on standard error
     #[arg(long, value_name = "FORMAT", env = "KUBE_RELAY_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
+
+    /// TCP connections at once; more wait until one has gone. `none`: as many as there are descriptors and memory for
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_MAX_CONNECTIONS", default_value_t = OrNone(None))]
+    max_connections: OrNone<NonZeroU32>,
 
     /// Threads that relay [default: the processors that this process may use: CPU affinity and whole CPUs of its cgroup's quota count]
     #[arg(long, value_name = "N", env = "KUBE_RELAY_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -793,6 +797,7 @@ impl RunFlags {
             vip_guard: vips.vip_guard,
             upstream: upstream.checked()?,
             limits: times.limits()?,
+            max_connections: process.max_connections.0,
             shutdown: ShutdownTimes {
                 delay: times.shutdown_delay.map_or(delay, |time| time.0),
                 drain_timeout: times.drain_timeout.0,
@@ -1199,7 +1204,7 @@ mod tests {
     fn given_how_connections_are_served_when_parsed_then_each_is_taken_and_none_switches_off() {
         let config = run_fine(
             "kube-relay run -f x --connect-timeout 1s --connect-tries 2 --eject-after none --half-close-timeout 5m \
-             --idle-timeout 1h --max-connection-age 2h",
+             --idle-timeout 1h --max-connection-age 2h --max-connections 1000",
         );
 
         assert_eq!(config.upstream.steps.total(), Duration::from_secs(3));
@@ -1207,6 +1212,7 @@ mod tests {
         assert_eq!(config.limits.half_close_timeout, Duration::from_secs(300));
         assert_eq!(config.limits.idle_timeout, Some(Duration::from_secs(3_600)));
         assert_eq!(config.limits.max_connection_age, Some(Duration::from_secs(7_200)));
+        assert_eq!(config.max_connections, NonZeroU32::new(1_000));
     }
 
     #[test]

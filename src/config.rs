@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::{NonZeroU8, NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU8, NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::RangeInclusive;
 #[cfg(feature = "kubernetes")]
 use std::path::PathBuf;
@@ -96,6 +96,8 @@ pub struct RunConfig {
     pub upstream: UpstreamConfig,
     /// How long TCP connections may last.
     pub limits: LimitOptions,
+    /// TCP connections at once; `None`: as many as there are descriptors and memory for. From `--max-connections`.
+    pub max_connections: Option<NonZeroU32>,
     /// How long the end may take.
     pub shutdown: ShutdownTimes,
     /// How long idle UDP flows live.
@@ -203,6 +205,7 @@ impl RunConfig {
             tcp: TcpOptions {
                 connect: ConnectOptions { steps, eject_after, sources: Sources::new(sources) },
                 limits: self.limits,
+                max_connections: self.max_connections,
                 workers: self.workers.and_then(NonZeroUsize::new).unwrap_or(TcpOptions::default().workers),
                 ..TcpOptions::default()
             },

@@ -121,6 +121,7 @@ const RELAY: &[Field] = &[
     field("halfCloseTimeout", Form::Text, &["half_close_timeout"]),
     field("idleTimeout", Form::Text, &["idle_timeout"]),
     field("maxConnectionAge", Form::Text, &["max_connection_age"]),
+    field("maxConnections", Form::NumberOrNone, &["max_connections"]),
     field("shutdownDelay", Form::Text, &["shutdown_delay"]),
     field("drainTimeout", Form::Text, &["drain_timeout"]),
     field("udpTimeouts.unreplied", Form::Text, &["udp_timeout_unreplied"]),

@@ -13,10 +13,12 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::contact::Contact;
 use crate::frozen::pack;
 use crate::guard::{Guard, VipGuard};
+use crate::headroom;
 use crate::health::Health;
 use crate::healthcheck::{Change, HealthPortError, HealthPorts};
 use crate::journal::{self, Moves};
@@ -111,6 +113,8 @@ pub struct Relay {
     contact: Arc<Contact>,
     vips: Vips,
     guard: Guard,
+    /// Looks how many connections there is room for.
+    _headroom: AbortOnDropHandle<()>,
 }
 
 /// What the process asks of the control task.
@@ -160,7 +164,8 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, health, tcp, contact, vips, guard })
+        let headroom = headroom::follow(Arc::clone(&tcp));
+        Ok(Self { messages, orders, status, health, tcp, contact, vips, guard, _headroom: headroom })
     }
 
     /// Where an API source says how it does; it is in each snapshot, too.

@@ -21,7 +21,7 @@ use crate::rare::Rare;
 use crate::yaml::{Fields, List, Object, Scalar, fields};
 
 /// Annotations of ours, behind `kube-relay.dev/`.
-pub(crate) const ANNOTATIONS: [&str; 15] = [
+pub(crate) const ANNOTATIONS: [&str; 16] = [
     "accept-proxy",
     "affinity-ipv6-prefix",
     "allow-from",
@@ -32,6 +32,7 @@ pub(crate) const ANNOTATIONS: [&str; 15] = [
     "half-close-timeout",
     "idle-timeout",
     "max-connection-age",
+    "max-connections",
     "proxy-protocol",
     "reset-after",
     "source-address",

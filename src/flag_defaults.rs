@@ -192,7 +192,7 @@ mod tests {
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  connectTimeout: 1s\nconnectTries: 2\nejectAfter: 3\nhalfCloseTimeout: 8s\nidleTimeout: 9s\n\
-                 maxConnectionAge: none\n\
+                 maxConnectionAge: none\nmaxConnections: 1000\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
                  vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\ntuneSysctls: true\n\
                  logging: {level: debug, format: json}\n",
@@ -215,6 +215,7 @@ mod tests {
         let limits = config.limits;
         assert_eq!((limits.half_close_timeout.as_secs(), limits.max_connection_age), (8, None));
         assert_eq!(limits.idle_timeout, Some(Duration::from_secs(9)));
+        assert_eq!(config.max_connections.map(u32::from), Some(1_000));
         assert_eq!(config.shutdown.delay, Duration::from_secs(3));
         assert_eq!(config.shutdown.drain_timeout, Duration::from_secs(4));
         let times = config.udp_timeouts;

@@ -40,6 +40,7 @@
 //! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
 //! | a backend's counters, and whether it is ejected | [`serve::balancer::Backend`], from table to table | atomics |
 //! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
+//! | how many connections there is room for | the task of `headroom`, by value | two atomics of `serve::gate`, a load each for an accept |
 //! | an open connection | a task of one worker thread, from the first byte to the last | its counters |
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
@@ -82,6 +83,7 @@ mod arp;
 mod arp_tuning;
 mod balancing;
 mod causes;
+mod cgroup;
 mod claims;
 pub mod cleanup;
 pub mod cli;
@@ -117,6 +119,7 @@ pub mod guard;
 mod guard_addresses;
 mod guard_message;
 mod guard_socket;
+mod headroom;
 pub mod health;
 mod health_port;
 mod healthcheck;

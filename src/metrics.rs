@@ -18,7 +18,7 @@ use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
 use crate::plan::ServicePlan;
 use crate::serve::balancer::Backend;
-use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS, VipAddresses};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS, PauseReason, VipAddresses};
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
@@ -103,6 +103,8 @@ metrics! {
     BackendEjected = Gauge "kuberelay_backend_ejected" ["namespace", "service", "port", "protocol", "backend"] "1 while the backend gets no new connections, as it could not be reached again and again; only over TCP.";
     Ejections = Counter "kuberelay_ejections_total" ["namespace", "service", "port", "protocol", "backend"] "Times that the backend was ejected; only over TCP.";
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
+    AcceptPaused = Counter "kuberelay_accept_paused_seconds_total" ["reason"] "Seconds in which a listener or more accepted nobody though clients waited, by what was lacking.";
+    StalledConnections = Gauge "kuberelay_stalled_connections" [] "Connections that hold bytes which their receiver does not take now; one that is stuck both ways counts twice.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
     VipAddresses = Gauge "kuberelay_vip_addresses" ["state"] "Addresses of Services off loopback that are local by routes of ours (own), as others made them so (foreign), or not (missing).";
@@ -140,6 +142,11 @@ pub fn render(status: &Status, ready: bool) -> String {
     for service in status.services.values() {
         page.service(service);
     }
+    for reason in PauseReason::ALL {
+        let seconds = PROCESS.accept_paused[usize::from(*reason)].seconds();
+        page.sample(Id::AcceptPaused, &label("reason", reason.as_str()), seconds);
+    }
+    page.sample(Id::StalledConnections, "", PROCESS.stalled.get());
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
     page.vip_addresses(&PROCESS.vip_addresses);

@@ -17,6 +17,7 @@ mod fault;
 mod few_lines;
 mod filter;
 pub mod flow;
+pub(crate) mod gate;
 pub mod lasting;
 pub mod limits;
 pub mod listeners;

@@ -126,6 +126,20 @@ words! {
 }
 
 words! {
+    /// Why a listener accepts nobody for a time: clients wait, in the kernel.
+    PauseReason {
+        /// Few descriptors are left, or none.
+        FdLimit = "fd_limit",
+        /// Most of the memory is taken that this process may have, or the kernel has none.
+        Memory = "memory",
+        /// There are as many connections as the process may have.
+        ConnectionLimit = "connection_limit",
+        /// There are as many as the Service allows.
+        ServiceLimit = "service_limit",
+    }
+}
+
+words! {
     /// A kind of objects that is asked for at an API server.
     WatchedKind {
         /// `Service`, v1.
@@ -271,6 +285,47 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
+/// How long something has lasted that many say at once: where their times overlap, the time counts once.
+///
+/// Times are told as they begin, so it is ahead of the clock by what is left of them.
+#[derive(Debug, Default)]
+pub struct WallTime {
+    /// The end of all times so far, on the clock of those who tell.
+    end_ms: AtomicU64,
+    sum_ms: Counter,
+}
+
+impl WallTime {
+    const fn new() -> Self {
+        Self { end_ms: AtomicU64::new(0), sum_ms: Counter::new() }
+    }
+
+    /// It lasts from now on, for so long. All who tell have one clock.
+    pub fn add(&self, now_ms: u64, length_ms: u64) {
+        let end = now_ms.saturating_add(length_ms);
+        let known = self.end_ms.fetch_max(end, Ordering::Relaxed);
+        self.sum_ms.add(end.saturating_sub(known.max(now_ms)));
+    }
+
+    /// The sum in seconds.
+    pub fn seconds(&self) -> f64 {
+        Duration::from_millis(self.sum_ms.get()).as_secs_f64()
+    }
+}
+
+/// A gauge on cache lines of its own, for what all threads count often.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct BusyGauge(Gauge);
+
+impl Deref for BusyGauge {
+    type Target = Gauge;
+
+    fn deref(&self) -> &Gauge {
+        &self.0
+    }
+}
+
 /// One counter for each word of a vocabulary of at most `N` words.
 #[derive(Debug)]
 pub struct Tally<const N: usize>([Counter; N]);
@@ -348,6 +403,8 @@ pub trait Zeros: 'static {
 pub struct ServiceStats {
     /// Connections accepted from clients (TCP) or flows begun (UDP).
     pub accepted: Counter,
+    /// TCP connections that are open or on their way to a backend, now.
+    pub open: Gauge,
     /// Connections or datagrams turned away, by reason.
     pub dropped: DropTally,
     /// Tries after a first failed one.
@@ -356,8 +413,12 @@ pub struct ServiceStats {
 
 impl Zeros for ServiceStats {
     fn zeros() -> &'static Self {
-        static ZEROS: ServiceStats =
-            ServiceStats { accepted: Counter::new(), dropped: Tally::new(), retries: Counter::new() };
+        static ZEROS: ServiceStats = ServiceStats {
+            accepted: Counter::new(),
+            open: Gauge::new(),
+            dropped: Tally::new(),
+            retries: Counter::new(),
+        };
         &ZEROS
     }
 }
@@ -370,6 +431,8 @@ pub static PROCESS: ProcessStats = ProcessStats {
     routes_repaired: Counter::new(),
     host_read_errors: Counter::new(),
     guarded_addresses: Latest::new(),
+    accept_paused: [const { WallTime::new() }; PauseReason::ALL.len()],
+    stalled: BusyGauge(Gauge::new()),
     panics: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
@@ -394,6 +457,10 @@ pub struct ProcessStats {
     pub host_read_errors: Counter,
     /// Addresses of Services where what listens on all addresses of this machine is refused.
     pub guarded_addresses: Latest,
+    /// How long a listener or more accepted nobody though clients waited, by [`PauseReason`].
+    pub accept_paused: [WallTime; PauseReason::ALL.len()],
+    /// Directions of connections that hold bytes which their receiver does not take.
+    pub stalled: BusyGauge,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
     pub panics: Counter,
     /// Answers of `/healthz` at the health address.
@@ -519,6 +586,22 @@ mod tests {
 
         assert_eq!(stats.so_far().accepted.get(), 4_000);
         assert_eq!(ServiceStats::zeros().accepted.get(), 0, "nobody counts there");
+    }
+
+    #[test]
+    fn f14_given_times_that_overlap_when_told_by_many_then_no_moment_counts_twice() {
+        let time = WallTime::default();
+        let after = |now_ms, length_ms| {
+            time.add(now_ms, length_ms);
+            time.seconds()
+        };
+
+        assert_eq!(after(1_000, 500), 0.5);
+        assert_eq!(after(1_200, 100), 0.5, "within the first");
+        assert_eq!(after(1_400, 200), 0.6, "beyond its end");
+        assert_eq!(after(5_000, 1_000), 1.6, "nothing in between");
+        assert_eq!(after(5_000, 1_000), 1.6, "at the same time");
+        assert_eq!(after(u64::MAX, 1), 1.6);
     }
 
     #[test]

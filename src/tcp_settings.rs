@@ -1,9 +1,9 @@
-//! What a Service says about its TCP connections: how its backends are reached, and how long a connection may last. The
-//! annotations have the names of the flags that say it for all Services.
+//! What a Service says about its TCP connections: how its backends are reached, how many connections there may be, and how
+//! long one may last. The annotations have the names of the flags that say it for all Services.
 //!
 //! What they default to is told in `config`; who acts on them are `serve::connect`, `serve::limits` and `serve::ports`.
 
-use std::num::NonZeroU8;
+use std::num::{NonZeroU8, NonZeroU32};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
@@ -38,6 +38,9 @@ pub struct TcpSettings {
     /// How old a connection may get, a tenth more or less (1s to a year); or as old as it likes. From
     /// `kube-relay.dev/max-connection-age`.
     pub max_connection_age: Option<OrNone<Duration>>,
+    /// How many connections each of its ports may have (1 or more); others wait. From `kube-relay.dev/max-connections`;
+    /// `None`: as many as come.
+    pub max_connections: Option<NonZeroU32>,
     /// How long after its endpoint has left a connection is reset (0s to a year). From `kube-relay.dev/reset-after`;
     /// `None`: never.
     pub reset_after: Option<Duration>,
@@ -65,6 +68,7 @@ impl TcpSettings {
             half_close_timeout: reader.read("half-close-timeout", "a time from 1s on", lasting),
             idle_timeout: reader.read("idle-timeout", "a time from 1s on, or none", lasting_or_none),
             max_connection_age: reader.read("max-connection-age", "a time from 1s on, or none", lasting_or_none),
+            max_connections: reader.read("max-connections", "a number from 1 on", |text| text.trim().parse().ok()),
             reset_after: reader.read("reset-after", "a time like 0s or 30s, or none", leaving).flatten(),
         }
     }
@@ -128,6 +132,7 @@ mod tests {
         assert_eq!(fine("half-close-timeout", "1m").half_close_timeout, seconds(60));
         assert_eq!(fine("idle-timeout", "10m").idle_timeout, Some(OrNone(seconds(600))));
         assert_eq!(fine("max-connection-age", "1h").max_connection_age, Some(OrNone(seconds(3600))));
+        assert_eq!(fine("max-connections", "1000").max_connections, NonZeroU32::new(1_000));
         assert_eq!(fine("balance", "random"), TcpSettings::default());
     }
 
@@ -162,6 +167,9 @@ mod tests {
             ("idle-timeout", ""),
             ("idle-timeout", "0s"),
             ("max-connection-age", "9000h"),
+            ("max-connections", "0"),
+            ("max-connections", "none"),
+            ("max-connections", "5000000000"),
             ("reset-after", "soon"),
             ("reset-after", ""),
         ] {

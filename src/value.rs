@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::NonZeroU8;
+use std::num::{NonZeroU8, NonZeroU32};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
@@ -106,6 +106,14 @@ impl FromStr for OrNone<NonZeroU8> {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         or_none(text, ValueError("write a number from 1 to 255, or none"))
+    }
+}
+
+impl FromStr for OrNone<NonZeroU32> {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        or_none(text, ValueError("write a number from 1 on, or none"))
     }
 }
 

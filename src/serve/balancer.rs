@@ -17,6 +17,7 @@ use crate::plan::TcpSettings;
 use crate::serve::affinity::Affinity;
 use crate::serve::ejection::Ejection;
 use crate::serve::few_lines::FewLines;
+use crate::serve::gate::Cap;
 use crate::serve::moment::Moment;
 pub use crate::serve::table::{Table, Tried};
 use crate::stats::{BackendStats, ConnectFailure, OnDemand, ServiceStats};
@@ -104,12 +105,36 @@ pub struct PortState {
     pub stats: OnDemand<ServiceStats>,
     /// Which client stays with which backend.
     pub affinity: Affinity,
+    /// How many TCP connections there may be.
+    pub(crate) cap: Cap,
 }
 
 impl PortState {
     /// Fresh state for a ServicePort.
     pub fn new(name: ServicePortName) -> Self {
-        Self { name, stats: OnDemand::default(), affinity: Affinity::default() }
+        Self { name, stats: OnDemand::default(), affinity: Affinity::default(), cap: Cap::default() }
+    }
+
+    /// True where it has as many TCP connections as the Service allows.
+    pub(crate) fn is_full(&self) -> bool {
+        self.cap.is_reached(self.stats.so_far().open.get())
+    }
+}
+
+/// Counts a TCP connection as an open one of its ServicePort, for as long as it is there.
+#[derive(Debug)]
+pub(crate) struct Counted(Arc<PortState>);
+
+impl Counted {
+    pub(crate) fn begin(port: &Arc<PortState>) -> Self {
+        port.stats.open.increment();
+        Self(Arc::clone(port))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.stats.open.decrement();
     }
 }
 

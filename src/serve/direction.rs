@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use crate::serve::pipe::Pipe;
 use crate::serve::socket;
 use crate::serve::stream::{Filled, Stream};
-use crate::stats::CloseReason;
+use crate::stats::{CloseReason, PROCESS};
 
 /// How much is read at once.
 pub(crate) const SCRATCH_BYTES: usize = 64 * 1024;
@@ -104,6 +104,8 @@ pub(crate) struct Direction {
     /// Full reads without two short ones in a row; below 0: so many to go before counting begins.
     full: i16,
     load: Load,
+    /// There while it holds something between polls.
+    stalled: Option<Stalled>,
 }
 
 /// How far a direction is.
@@ -131,6 +133,22 @@ enum Load {
     Rest(Box<Rest>),
     /// A pipe, empty only within a poll.
     Pipe(Pipe),
+}
+
+/// Counts a direction as one whose receiver takes nothing now, for as long as it is there.
+struct Stalled(());
+
+impl Stalled {
+    fn begin() -> Self {
+        PROCESS.stalled.increment();
+        Self(())
+    }
+}
+
+impl Drop for Stalled {
+    fn drop(&mut self) {
+        PROCESS.stalled.decrement();
+    }
 }
 
 /// What was read and could not be written yet.
@@ -183,6 +201,7 @@ impl Direction {
     ) -> Poll<Result<(), Broken>> {
         let outcome = self.advance(cx, path, scratch, moved);
         self.let_go_of_pipe();
+        self.note_stall();
         outcome
     }
 
@@ -374,6 +393,14 @@ impl Direction {
         }
     }
 
+    /// Between polls it holds only what its receiver does not take.
+    fn note_stall(&mut self) {
+        let holds = !matches!(self.load, Load::Nothing);
+        if holds != self.stalled.is_some() {
+            self.stalled = holds.then(Stalled::begin);
+        }
+    }
+
     // ---- Ending ----
 
     /// Passes the end of stream on. Returns 0, as nothing more was read.
@@ -433,6 +460,22 @@ mod tests {
             direction.phase == Phase::Splicing
         });
         assert_eq!(reads, Some(i32::from(READS_AFTER_REFUSAL) / 3 + 2));
+    }
+
+    #[test]
+    fn f11_given_a_direction_that_holds_bytes_when_its_receiver_takes_them_then_it_is_stalled_no_more() {
+        let mut direction = Direction::default();
+        direction.note_stall();
+        assert!(direction.stalled.is_none());
+
+        direction.load = Load::Rest(Box::new(Rest { bytes: [1].into(), sent: 0 }));
+        direction.note_stall();
+        direction.note_stall();
+        assert!(direction.stalled.is_some() && PROCESS.stalled.get() > 0);
+
+        direction.load = Load::Nothing;
+        direction.note_stall();
+        assert!(direction.stalled.is_none());
     }
 
     #[test]

@@ -55,6 +55,7 @@ impl Ports {
         let port = self.0.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
         port.state.affinity.set_timeout(wanted.affinity_timeout);
         port.state.affinity.set_ipv6_prefix(wanted.balancing.ipv6_prefix.get());
+        port.state.cap.set(wanted.tcp.as_ref().and_then(|tcp| tcp.max_connections));
         let table = port.table(wanted);
         match port.balancer(key.family, key.scope) {
             Some(balancer) => balancer.swap(table),

@@ -5,7 +5,8 @@
 //! [`TcpShared`], which waits for them or ends them when the process stops.
 //!
 //! The life of a connection: accepted here, a backend reached in `connect`, bytes moved in `relay`. A client
-//! that is turned away gets a reset, never a clean end of stream, and is counted with the reason.
+//! that is turned away gets a reset, never a clean end of stream, and is counted with the reason. Where this host lacks
+//! something, or a limit is reached (`gate`), nobody is turned away: who accepts rests, and clients wait in the kernel.
 //!
 //! # The system calls of a short connection
 //! Open, a request, a response, close; 14 calls, and a share of those that serve many connections under load (of
@@ -30,7 +31,7 @@ use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -47,18 +48,20 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Level, debug, enabled, warn};
 
 use crate::name::ListenKey;
-use crate::serve::balancer::{Balancer, PortState};
+use crate::serve::balancer::{Balancer, Counted, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
+use crate::serve::gate::{Allowance, Gate, remedy};
 use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_last};
 use crate::serve::limits::LimitOptions;
 use crate::serve::mailbox::Seat;
+use crate::serve::moment::Moment;
 use crate::serve::pool::{Listening, Pool};
 use crate::serve::reactor::{Foreign, Unwatched};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
 use crate::serve::worker::{Readable, Worker};
 use crate::serve::{TargetCell, socket};
-use crate::stats::DropReason;
+use crate::stats::{DropReason, PROCESS, PauseReason};
 use crate::vips::Hold;
 
 /// How TCP is served.
@@ -74,6 +77,9 @@ pub struct TcpOptions {
     pub keepalive_idle: Duration,
     /// How often it is asked, a third of `keepalive_idle` apart, before it is given up (1..=127). Default 3.
     pub keepalive_probes: u32,
+    /// Connections at once; more wait. `None`, the default: as many as there are descriptors and memory for. From
+    /// `--max-connections`.
+    pub max_connections: Option<NonZeroU32>,
     /// Threads that carry connections. From `--workers`; default: the CPUs that this process may use.
     pub workers: NonZeroUsize,
 }
@@ -86,6 +92,7 @@ impl Default for TcpOptions {
             limits: LimitOptions::default(),
             keepalive_idle: Duration::from_secs(60),
             keepalive_probes: 3,
+            max_connections: None,
             workers: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
@@ -105,7 +112,10 @@ pub struct TcpShared {
     workers: Pool,
     connections: TaskTracker,
     aborting: AtomicBool,
+    gate: Gate,
     lack_of_ports: News,
+    /// That the gate is closed: for all listeners at once.
+    lack_of_room: News,
 }
 
 impl TcpShared {
@@ -115,8 +125,15 @@ impl TcpShared {
     /// No thread, descriptor or memory is left.
     pub fn new(options: TcpOptions) -> io::Result<Self> {
         let workers = Pool::start(options.workers.get())?;
-        let lack_of_ports = News::since(Instant::now());
-        Ok(Self { options, workers, connections: TaskTracker::new(), aborting: AtomicBool::new(false), lack_of_ports })
+        let gate = Gate::new(options.max_connections);
+        let [lack_of_ports, lack_of_room] = [(); 2].map(|()| News::since(Instant::now()));
+        let (connections, aborting) = (TaskTracker::new(), AtomicBool::new(false));
+        Ok(Self { options, workers, connections, aborting, gate, lack_of_ports, lack_of_room })
+    }
+
+    /// Says how many connections there may be from now on.
+    pub(crate) fn allow(&self, allowance: Allowance) {
+        self.gate.allow(allowance);
     }
 
     /// Connections that are open or being made.
@@ -240,6 +257,9 @@ impl Readable for Acceptor {
     fn readable(&self, worker: &Rc<Worker>) {
         let pace = self.pace.get();
         for _ in 0..pace.burst {
+            if let Some(reason) = self.server.closed() {
+                return self.wait_for_room(worker, reason);
+            }
             match socket::accept(&self.server.listener) {
                 Ok((socket, peer)) => self.server.admit(worker, socket, peer),
                 Err(error) => match Refusal::of(&error) {
@@ -247,9 +267,9 @@ impl Readable for Acceptor {
                     Refusal::Gone => {}
                     Refusal::Lack(reason) => {
                         self.server.target.load().port.stats.dropped.count(reason);
-                        return self.pause(worker, &error, Some(reason));
+                        return self.wait_for_kernel(worker, &error, Some(reason));
                     }
-                    Refusal::Broken => return self.pause(worker, &error, None),
+                    Refusal::Broken => return self.wait_for_kernel(worker, &error, None),
                 },
             }
         }
@@ -258,19 +278,53 @@ impl Readable for Acceptor {
 }
 
 impl Acceptor {
-    fn pause(&self, worker: &Rc<Worker>, error: &io::Error, reason: Option<DropReason>) {
+    /// The kernel has said no. `reason` is what it lacks.
+    fn wait_for_kernel(&self, worker: &Rc<Worker>, error: &io::Error, reason: Option<DropReason>) {
         if self.server.lack.is_news(Instant::now()) {
             let service = &self.server.target.load().port.name;
             let reason = reason.map(tracing::field::display);
             warn!(%service, listen = %self.server.key, reason, %error, "cannot accept, clients wait");
         }
+        let reason = reason.map(|reason| match reason {
+            DropReason::FdLimit => PauseReason::FdLimit,
+            _ => PauseReason::Memory,
+        });
+        self.rest(worker, reason, Pause::LONGEST);
+    }
+
+    /// There are as many connections as there may be.
+    fn wait_for_room(&self, worker: &Rc<Worker>, reason: PauseReason) {
+        let of_service = reason == PauseReason::ServiceLimit;
+        let news = if of_service { &self.server.lack } else { &self.server.shared.lack_of_room };
+        if news.is_news(Instant::now()) {
+            let service = of_service.then(|| self.server.target.load().port.name.to_string());
+            let (open, remedy) = (self.server.shared.open_connections(), remedy(reason));
+            warn!(service, %reason, open, remedy, "no room for more connections, clients wait");
+        }
+        self.rest(worker, Some(reason), Pause::LONGEST_FOR_ROOM);
+    }
+
+    /// Does not look for clients for a time, longer each time up to the longest.
+    fn rest(&self, worker: &Rc<Worker>, reason: Option<PauseReason>, longest: Duration) {
         let pace = self.pace.get().after_lack();
         self.pace.set(pace);
-        worker.mute(self.number, &self.server.listener, pace.pause.length());
+        let length = pace.pause.length().min(longest);
+        if let Some(reason) = reason {
+            let now = Moment::of(Instant::now());
+            PROCESS.accept_paused[usize::from(reason)].add(now.0, length.as_millis() as u64);
+        }
+        worker.mute(self.number, &self.server.listener, length);
     }
 }
 
 impl Server {
+    /// Why nobody may come in now; `None` where one may.
+    fn closed(&self) -> Option<PauseReason> {
+        let shared = &self.shared;
+        let reason = shared.gate.closed(shared.open_connections());
+        reason.or_else(|| self.target.load().port.is_full().then_some(PauseReason::ServiceLimit))
+    }
+
     /// Gives a client to a task of its own, or turns it away.
     fn admit(&self, worker: &Rc<Worker>, socket: OwnedFd, peer: SocketAddr) {
         let target = self.target.load();
@@ -282,9 +336,10 @@ impl Server {
         };
         let guest = Guest::new(socket, peer, &balancer.port);
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
-        let address = target.address.clone();
+        let (counted, address) = (Counted::begin(&balancer.port), target.address.clone());
         self.shared.workers.place(worker, move |seat| {
-            serve(guest, listen, balancer, shared, Stay { _open: open, _seat: seat, _address: address })
+            let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: address };
+            serve(guest, listen, balancer, shared, stay)
         });
     }
 }
@@ -328,11 +383,12 @@ impl<S: AsFd> Drop for Guest<S> {
     }
 }
 
-/// Counts a connection for as long as it is there: as an open one, as its worker's, and as one that needs the address
-/// where it came in.
+/// Counts a connection for as long as it is there: as an open one, as its worker's, as its ServicePort's, and as one that
+/// needs the address where it came in.
 struct Stay {
     _open: TaskTrackerToken,
     _seat: Seat,
+    _counted: Counted,
     _address: Option<Hold>,
 }
 
@@ -362,7 +418,7 @@ impl Refusal {
     }
 }
 
-/// The pause of a listener that cannot accept: 5 ms, doubling to 1 s.
+/// The pause of a listener that cannot accept, or may not: 5 ms, doubling to 1 s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Pause {
     /// 0 where none was needed since all who waited were accepted, or many in a row.
@@ -372,6 +428,10 @@ struct Pause {
 impl Pause {
     const FIRST_MS: u16 = 5;
     const LONGEST_MS: u16 = 1_000;
+    const LONGEST: Duration = Duration::from_millis(Self::LONGEST_MS as u64);
+    /// Whether there is room costs no system call to ask. Beside the time from one look at what is left to the next
+    /// (`headroom`) it is what recovery takes, which has a second.
+    const LONGEST_FOR_ROOM: Duration = Duration::from_millis(500);
 
     fn next(self) -> Self {
         Self { length_ms: (self.length_ms * 2).clamp(Self::FIRST_MS, Self::LONGEST_MS) }
@@ -422,14 +482,14 @@ fn serve(
     shared: Arc<TcpShared>,
     stay: Stay,
 ) -> impl Future<Output = ()> {
-    let named = enabled!(Level::DEBUG).then(|| Box::new((listen, guest.peer))); // Kept for the log alone.
+    let named = enabled!(Level::DEBUG).then(|| Box::new((Arc::clone(&guest.port), listen, guest.peer))); // For the log.
     let reaching = Box::pin(reach(guest, balancer, Arc::clone(&shared)));
     async move {
         let _stay = stay;
         let carry = pin!(async {
-            let Some((port, mut connection)) = reaching.await else { return };
+            let Some(mut connection) = reaching.await else { return };
             let reason = connection.relay(&shared.options.limits).await;
-            let Some((listen, peer)) = named.as_deref() else { return };
+            let Some((port, listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
                 service = %port.name, %listen, client = %peer, backend = %connection.backend().address, %reason,
@@ -441,11 +501,7 @@ fn serve(
 }
 
 /// Reaches a backend, unless the client goes away meanwhile.
-async fn reach(
-    guest: Guest<OwnedFd>,
-    balancer: Arc<Balancer>,
-    shared: Arc<TcpShared>,
-) -> Option<(Arc<PortState>, Connection)> {
+async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpShared>) -> Option<Connection> {
     let mut guest = guest.register()?;
     let (client, source) = (guest.client.as_ref()?, guest.peer.ip());
     let reached = select! {
@@ -461,7 +517,7 @@ async fn reach(
             if let Some(settings) = balancer.tcp_settings() {
                 connection = connection.limited(shared.options.limits.of_service(&settings));
             }
-            Some((Arc::clone(&guest.port), connection))
+            Some(connection)
         }
         Err(reason) => {
             if reason == DropReason::LocalPorts && shared.lack_of_ports.is_news(Instant::now()) {
@@ -954,6 +1010,68 @@ mod tests {
         assert!(answers.iter().all(|answer| answer == "one"));
     }
 
+    fn at_most(connections: u32) -> TcpOptions {
+        TcpOptions { max_connections: NonZeroU32::new(connections), ..TcpOptions::default() }
+    }
+
+    /// A client that has asked, and waits: the workers have looked, and have accepted no more than so many.
+    async fn waiting(served: &Served, accepted: u64) -> TcpStream {
+        let mut client = served.connect().await;
+        client.write_all(b"x").await.expect("the kernel takes it");
+        served.settle();
+        assert_eq!(served.balancer.port.stats.accepted.get(), accepted);
+        client
+    }
+
+    #[tokio::test]
+    async fn f14_given_as_many_connections_as_may_be_when_another_client_comes_then_it_waits_until_one_has_gone() {
+        let served = Served::with_options("127.83.0.20:7300", &backends([echo().await]), at_most(2));
+        let mut first = served.connect().await;
+        let mut second = served.connect().await;
+        ping(&mut first).await;
+        ping(&mut second).await;
+
+        let mut third = waiting(&served, 2).await;
+        ping(&mut first).await;
+        drop(second);
+
+        soon(third.read_exact(&mut [0])).await.expect("an echo");
+        assert!(DropReason::ALL.iter().all(|reason| served.dropped(*reason) == 0), "nobody was turned away");
+        let paused = &PROCESS.accept_paused[usize::from(PauseReason::ConnectionLimit)];
+        assert!(paused.seconds() > 0.0);
+    }
+
+    #[tokio::test]
+    async fn given_as_many_connections_as_a_service_allows_when_another_comes_then_it_waits_and_other_services_go_on() {
+        let served = Served::start("127.83.0.21:7300", &backends([echo().await]));
+        let other = Served::start("127.83.0.22:7300", &backends([echo().await]));
+        served.balancer.port.cap.set(NonZeroU32::new(1));
+        let mut first = served.connect().await;
+        ping(&mut first).await;
+
+        let mut second = waiting(&served, 1).await;
+        ping(&mut other.connect().await).await;
+        drop(first);
+
+        soon(second.read_exact(&mut [0])).await.expect("an echo");
+        drop(second);
+        until(|| served.balancer.port.stats.open.get() == 0).await;
+    }
+
+    #[tokio::test]
+    async fn f22_given_no_room_when_a_client_comes_then_it_waits_until_there_is_and_open_connections_go_on() {
+        let served = Served::start("127.83.0.23:7300", &backends([echo().await]));
+        let mut before = served.connect().await;
+        ping(&mut before).await;
+
+        served.shared.allow(Allowance { by_descriptors: usize::MAX, by_memory: 0 });
+        let mut late = waiting(&served, 1).await;
+        ping(&mut before).await;
+        served.shared.allow(Allowance { by_descriptors: usize::MAX, by_memory: usize::MAX });
+
+        soon(late.read_exact(&mut [0])).await.expect("an echo");
+    }
+
     #[test]
     fn given_a_connection_when_its_future_is_measured_then_it_is_small() {
         on_worker(async {
@@ -969,7 +1087,7 @@ mod tests {
             shared.workers.place(&here, move |seat| {
                 let balancer = balancer(&[]);
                 let guest = Guest::new(socket, peer, &balancer.port);
-                let stay = Stay { _open: open, _seat: seat, _address: None };
+                let stay = Stay { _open: open, _seat: seat, _counted: Counted::begin(&balancer.port), _address: None };
                 let connection = serve(guest, listen, balancer, options, stay);
                 told.send(size_of_val(&connection)).expect("the test");
                 connection

@@ -170,7 +170,8 @@ pub(crate) fn exchange(service: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn message(stream: &mut TcpStream) -> io::Result<()> {
+/// Asks once on a connection.
+pub(crate) fn message(stream: &mut TcpStream) -> io::Result<()> {
     stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
     stream.read_exact(&mut [0; MESSAGE_BYTES])
 }

@@ -7,6 +7,7 @@ mod bursts;
 mod families;
 mod floods;
 mod front;
+mod memory;
 mod programs;
 mod stage;
 
@@ -51,6 +52,10 @@ fn main() -> ExitCode {
         (
             "f18_given_a_sweep_of_spoofed_sources_when_they_flood_then_flows_are_bounded_and_others_served",
             floods::sources_are_spoofed,
+        ),
+        (
+            "f22_given_64_mib_when_ever_more_clients_come_then_they_wait_and_nobody_ends_the_relay",
+            memory::is_short,
         ),
         (
             "given_haproxy_before_three_nodes_when_one_is_drained_then_no_client_notices",

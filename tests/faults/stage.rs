@@ -126,6 +126,12 @@ impl Relay<'_> {
         seen::sum(&page, metric, labels)
     }
 
+    /// The value of one series at `/metrics`, with its labels as they are written there.
+    pub(crate) fn gauge(&self, series: &str) -> f64 {
+        let page = self.page("/metrics").unwrap_or_else(|error| panic!("no metrics: {error}"));
+        seen::gauge(&page, series).expect("a series that is there")
+    }
+
     /// What it has turned away, for any reason or for one.
     pub(crate) fn dropped(&self, reason: Option<&str>) -> u64 {
         let label = reason.map(|reason| format!(r#"reason="{reason}""#)).unwrap_or_default();

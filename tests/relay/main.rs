@@ -1,5 +1,6 @@
 //! The relay from end to end: manifests in, connections and datagrams through, over real sockets on loopback.
 
+mod caps;
 mod health_ports;
 mod idle;
 mod lack;

@@ -69,7 +69,7 @@ impl Program {
         seen::sum(&seen::page(self.admin, "/metrics").expect("it answers"), metric, labels)
     }
 
-    /// The value of a metric without labels at `/metrics`.
+    /// The value of one series at `/metrics`, named with its labels if it has any.
     pub fn gauge(&self, metric: &str) -> f64 {
         let metrics = seen::page(self.admin, "/metrics").expect("it answers");
         seen::gauge(&metrics, metric).expect("a metric that is there")

@@ -28,7 +28,7 @@ pub(crate) fn sum(metrics: &str, metric: &str, labels: &[&str]) -> u64 {
     series.filter_map(|rest| rest.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
 
-/// The value of a metric that has one series, without labels; `None` where it is not there.
+/// The value of one series, named with its labels as they are written, if it has any; `None` where it is not there.
 pub(crate) fn gauge(metrics: &str, metric: &str) -> Option<f64> {
     metrics.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' ')?.parse().ok())
 }

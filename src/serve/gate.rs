@@ -1,0 +1,141 @@
+//! Whether one more client may come in: how many connections there may be, and who says so.
+//!
+//! Clients that may not come in wait in the queue of the kernel; nobody is turned away. Who accepts asks here before each
+//! client, and rests where the answer is no (`tcp`). The numbers of descriptors and memory come from `headroom`, that of
+//! one Service from its plan.
+
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use crate::stats::PauseReason;
+
+/// How many connections the process may have. Asked by all workers, before each accept; told by one task.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// What the operator allows.
+    most: usize,
+    by_descriptors: AtomicUsize,
+    by_memory: AtomicUsize,
+}
+
+/// How many connections may be open until the next look, by what this process has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Allowance {
+    pub(crate) by_descriptors: usize,
+    pub(crate) by_memory: usize,
+}
+
+impl Gate {
+    /// Open for so many, or for as many as come; nothing is lacking as long as nobody says so.
+    pub(crate) fn new(most: Option<NonZeroU32>) -> Self {
+        Self {
+            most: most.map_or(usize::MAX, |most| most.get() as usize),
+            by_descriptors: AtomicUsize::new(usize::MAX),
+            by_memory: AtomicUsize::new(usize::MAX),
+        }
+    }
+
+    /// Holds until it is called again.
+    pub(crate) fn allow(&self, Allowance { by_descriptors, by_memory }: Allowance) {
+        // Relaxed: each is true by itself, and a worker that has not heard of it yet admits a few more.
+        self.by_descriptors.store(by_descriptors, Ordering::Relaxed);
+        self.by_memory.store(by_memory, Ordering::Relaxed);
+    }
+
+    /// Why nobody may come in while so many connections are open; `None` where one may.
+    pub(crate) fn closed(&self, open: usize) -> Option<PauseReason> {
+        if open >= self.by_descriptors.load(Ordering::Relaxed) {
+            Some(PauseReason::FdLimit)
+        } else if open >= self.by_memory.load(Ordering::Relaxed) {
+            Some(PauseReason::Memory)
+        } else {
+            (open >= self.most).then_some(PauseReason::ConnectionLimit)
+        }
+    }
+}
+
+/// How many connections one ServicePort may have; as many as come by default. Set by `control`, read before each accept.
+#[derive(Debug, Default)]
+pub(crate) struct Cap(AtomicU32);
+
+impl Cap {
+    /// For connections from then on.
+    pub(crate) fn set(&self, most: Option<NonZeroU32>) {
+        self.0.store(most.map_or(0, NonZeroU32::get), Ordering::Relaxed);
+    }
+
+    /// True where so many are as many as there may be.
+    pub(crate) fn is_reached(&self, open: u64) -> bool {
+        let most = self.0.load(Ordering::Relaxed);
+        most > 0 && open >= u64::from(most)
+    }
+}
+
+/// What an operator can do.
+pub(crate) fn remedy(reason: PauseReason) -> &'static str {
+    match reason {
+        PauseReason::FdLimit => "a higher limit of open files (LimitNOFILE=, the container runtime's), or more nodes",
+        PauseReason::Memory => "a higher memory limit, or more nodes",
+        PauseReason::ConnectionLimit => "a higher --max-connections, or more nodes",
+        PauseReason::ServiceLimit => "a higher kube-relay.dev/max-connections, or clients that close what they do not use",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate(most: u32) -> Gate {
+        Gate::new(NonZeroU32::new(most))
+    }
+
+    #[test]
+    fn given_no_limit_when_asked_then_it_is_open_however_many_there_are() {
+        assert_eq!(gate(0).closed(1_000_000), None);
+    }
+
+    #[test]
+    fn given_a_limit_of_the_process_when_it_is_reached_then_it_is_closed_until_one_has_gone() {
+        let gate = gate(2);
+
+        assert_eq!([1, 2, 3, 1].map(|open| gate.closed(open)), {
+            let full = Some(PauseReason::ConnectionLimit);
+            [None, full, full, None]
+        });
+    }
+
+    #[test]
+    fn f22_given_an_allowance_when_there_are_more_then_it_is_closed_for_what_is_lacking_until_it_is_not() {
+        let gate = gate(50);
+
+        gate.allow(Allowance { by_descriptors: 20, by_memory: 10 });
+        assert_eq!([9, 10, 20].map(|open| gate.closed(open)), [
+            None,
+            Some(PauseReason::Memory),
+            Some(PauseReason::FdLimit)
+        ]);
+
+        gate.allow(Allowance { by_descriptors: 20, by_memory: 0 });
+        assert_eq!(gate.closed(0), Some(PauseReason::Memory), "none at all");
+
+        gate.allow(Allowance { by_descriptors: 100, by_memory: usize::MAX });
+        assert_eq!([20, 50].map(|open| gate.closed(open)), [None, Some(PauseReason::ConnectionLimit)]);
+    }
+
+    #[test]
+    fn given_a_cap_of_a_service_when_set_then_it_holds_and_none_is_no_cap() {
+        let cap = Cap::default();
+        assert!(!cap.is_reached(u64::MAX));
+
+        cap.set(NonZeroU32::new(2));
+        assert_eq!([1, 2, 3].map(|open| cap.is_reached(open)), [false, true, true]);
+
+        cap.set(None);
+        assert!(!cap.is_reached(3));
+    }
+
+    #[test]
+    fn given_each_reason_when_told_then_there_is_something_to_do() {
+        assert!(PauseReason::ALL.iter().all(|reason| !remedy(*reason).is_empty()));
+    }
+}

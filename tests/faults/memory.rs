@@ -1,0 +1,133 @@
+//! A relay that may have little memory, in a group of the kernel's own that would be its end.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube_relay::name::Family;
+
+use crate::bursts::{backends, message};
+use crate::rig::{full, skip};
+use crate::stage::{PATIENCE, Relay, Stage};
+
+/// What the relay may have, with what the kernel takes for its sockets.
+const LIMIT_BYTES: u64 = 64 << 20;
+/// Who has no answer by then waits to be accepted.
+const WAITING: Duration = Duration::from_secs(2);
+/// Clients that wait besides.
+const MORE: usize = 200;
+/// How long memory stays short.
+const SHORT: Duration = Duration::from_secs(3);
+const LONG: Duration = Duration::from_secs(300);
+/// From one look at the relay to the next.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+pub(crate) fn is_short() {
+    let group = match Group::make(LIMIT_BYTES) {
+        Ok(group) => group,
+        Err(error) => return skip("cgroup", &format!("no memory group (version 1) of our own: {error}")),
+    };
+    let stage = Stage::build();
+    let _backends = backends(&stage);
+    let relay = group.run(|| stage.relay(&stage.backends(Family::V4), &[]));
+    let service = stage.service(Family::V4);
+
+    let (mut open, mut late) = stage.client().run(|| until_one_waits(service)).expect("each is served, or waits");
+    let more = (0..MORE).map(|_| TcpStream::connect_timeout(&service, PATIENCE));
+    let _more = stage.client().run(|| more.collect::<io::Result<Vec<_>>>()).expect("the kernel's queue takes them");
+    let slowest = admin_answers(&relay, if full() { LONG } else { SHORT });
+    message(&mut open[0]).expect("an open connection goes on");
+
+    let count = open.len();
+    assert_eq!(relay.dropped(None), 0, "nobody was turned away");
+    drop(open);
+    let freed = Instant::now();
+    late.set_read_timeout(Some(PATIENCE)).expect("an option");
+    message(&mut late).expect("it is served");
+    println!(
+        "{count} connections in {} MiB; the slowest page took {slowest:?}; served again {:?} after the others had gone",
+        LIMIT_BYTES >> 20,
+        freed.elapsed()
+    );
+}
+
+/// Looks at it for a time: it is there, and says why it accepts nobody. Returns how long the slowest page took.
+fn admin_answers(relay: &Relay<'_>, span: Duration) -> Duration {
+    let (begin, mut slowest) = (Instant::now(), Duration::ZERO);
+    while begin.elapsed() < span {
+        let asked = Instant::now();
+        let paused = relay.gauge(r#"kuberelay_accept_paused_seconds_total{reason="memory"}"#);
+        slowest = slowest.max(asked.elapsed());
+        assert!(paused > 0.0, "something else than memory was lacking");
+        thread::sleep(LOOK_EVERY); // Nothing to wait for: that nothing happens is the point.
+    }
+    slowest
+}
+
+/// Opens connections until one is not accepted; that one comes last.
+fn until_one_waits(service: SocketAddr) -> io::Result<(Vec<TcpStream>, TcpStream)> {
+    let mut open = Vec::new();
+    loop {
+        let mut stream = TcpStream::connect_timeout(&service, PATIENCE)?;
+        stream.set_read_timeout(Some(WAITING))?;
+        match message(&mut stream) {
+            Ok(()) => open.push(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok((open, stream)),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A group of our own below the one that this process is in. Dropping it takes it away, when nobody is in it any more.
+struct Group {
+    home: PathBuf,
+    folder: PathBuf,
+}
+
+impl Group {
+    fn make(limit_bytes: u64) -> io::Result<Self> {
+        let home = home()?;
+        let folder = home.join(format!("kube-relay-test-{}", std::process::id()));
+        fs::create_dir(&folder)?;
+        let group = Self { home, folder };
+        fs::write(group.folder.join("memory.limit_in_bytes"), limit_bytes.to_string())?;
+        enter(&group.folder)?; // Not everybody may.
+        enter(&group.home)?;
+        Ok(group)
+    }
+
+    /// Acts with this process in it: what is started stays there.
+    fn run<T>(&self, act: impl FnOnce() -> T) -> T {
+        enter(&self.folder).expect("as before");
+        let outcome = act();
+        enter(&self.home).expect("as before");
+        outcome
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = enter(&self.home); // Where the act has panicked.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// Moves this process with all its threads.
+fn enter(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// The memory group that this process is in.
+fn home() -> io::Result<PathBuf> {
+    let groups = fs::read_to_string("/proc/self/cgroup")?;
+    let of_memory = |line: &str| {
+        let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
+        controllers.split(',').any(|controller| controller == "memory").then(|| group.to_owned())
+    };
+    let group = groups.lines().find_map(of_memory);
+    let group = group.ok_or_else(|| io::Error::other("there is no hierarchy of memory of this version"))?;
+    Ok(Path::new("/sys/fs/cgroup/memory").join(group.trim_start_matches('/')))
+}
