@@ -183,7 +183,10 @@ mod tests {
         let root = fixture(&[
             ("pods/memory.max", "104857600\n"),
             ("pods/memory.current", "73400320\n"),
-            ("pods/memory.stat", "anon 1\nfile 31457280\nshmem 10485760\ninactive_file 10485760\nactive_file 10485760\n"),
+            (
+                "pods/memory.stat",
+                "anon 1\nfile 31457280\nshmem 10485760\ninactive_file 10485760\nactive_file 10485760\n",
+            ),
             ("pods/a/memory.max", "max\n"),
             ("pods/a/memory.current", "1048576\n"),
         ]);

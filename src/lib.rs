@@ -51,6 +51,7 @@
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
+//! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
 //! # What always holds
@@ -143,6 +144,7 @@ pub mod lifecycle;
 mod listener_set;
 pub mod live;
 mod locate;
+mod log_queue;
 #[cfg(feature = "kubernetes")]
 mod login;
 pub mod logs;

@@ -1,11 +1,14 @@
 //! Log output: who reads it decides the form. Text for a person at a terminal, JSON for a collector.
 //!
-//! Logs go to standard error; standard output belongs to the answers of commands.
+//! Logs go to standard error, by way of `log_queue`; standard output belongs to the answers of commands.
 
-use std::io::{IsTerminal, stderr};
+use std::io::{self, IsTerminal, stderr};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+
+pub use crate::log_queue::LastWords;
+use crate::log_queue::LogQueue;
 
 /// How to log. From `--log-level` and `--log-format`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,17 +52,25 @@ pub enum LogFormat {
 /// What we say in our own words, once: the client of the API server logs each failure, with all that it was sent.
 const OWN_WORDS: &str = "kube_client=off,kube_runtime=off";
 
-/// Sends all logs of this process to standard error. A second call changes nothing.
-pub fn start(options: &LogOptions) {
+/// Sends all logs of this process to standard error, by a thread of their own. A second call changes nothing.
+///
+/// Nobody waits for whoever reads there; what is said last is written before the result is dropped.
+///
+/// # Errors
+/// Where the system gives no thread.
+pub fn start(options: &LogOptions) -> io::Result<LastWords> {
     let terminal = stderr().is_terminal();
     // Cannot fail: the text was parsed before. If it did, errors alone would be logged.
     let filter = EnvFilter::builder().parse_lossy(format!("{OWN_WORDS},{}", options.level.0));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_target(false);
+    let format = options.format.resolve(terminal);
+    let (queue, last_words) = LogQueue::start(stderr(), format == LogFormat::Json)?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(queue).with_target(false);
     // An error here means that somebody who embeds us logs already: their choice stands.
-    let _ = match options.format.resolve(terminal) {
+    let _ = match format {
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
         LogFormat::Auto | LogFormat::Text => builder.with_ansi(terminal && !no_color()).try_init(),
     };
+    Ok(last_words)
 }
 
 impl LogFormat {

@@ -98,11 +98,15 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
     all_there(&config.source)?;
-    logs::start(&config.logs);
+    let open_files = host::raise_open_files();
+    host::make_room_for_open_files(OPEN_FILES_EXPECTED); // Before there are other threads, as that of the log.
+    let _last_words = logs::start(&config.logs).context("cannot start the log")?;
     panics::log_and_count();
     file.iter().for_each(tell_of_file);
-    let open_files = raise_open_files();
-    host::make_room_for_open_files(OPEN_FILES_EXPECTED); // Before there are other threads.
+    let open_files = open_files.unwrap_or_else(|error| {
+        warn!(%error, "the limit of open files stays as it is");
+        None
+    });
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
@@ -282,13 +286,6 @@ fn advise_on_node_ports(Place { plan, hosts }: &Place) {
         let selectors: Vec<_> = plan.node_port_addresses.iter().map(ToString::to_string).collect();
         info!(nodeport_addresses = selectors.join(","), "{advice}");
     }
-}
-
-fn raise_open_files() -> Option<u64> {
-    host::raise_open_files().unwrap_or_else(|error| {
-        warn!(%error, "the limit of open files stays as it is");
-        None
-    })
 }
 
 async fn read_host() -> Host {

@@ -112,6 +112,7 @@ metrics! {
     HostReadErrors = Counter "kuberelay_host_read_errors_total" [] "Times that this machine's addresses could not be read, so that the last ones stayed in use.";
     GuardedAddresses = Gauge "kuberelay_guarded_addresses" [] "Addresses of Services, local by routes of ours, where what listens on all addresses of the machine is refused.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
+    LogLinesDropped = Counter "kuberelay_log_lines_dropped_total" ["reason"] "Log lines that were not written: more than ten a second of the same place (storm), or nobody read what came before (unread).";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
     Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
@@ -154,6 +155,9 @@ pub fn render(status: &Status, ready: bool) -> String {
     page.sample(Id::HostReadErrors, "", PROCESS.host_read_errors.get());
     page.sample(Id::GuardedAddresses, "", PROCESS.guarded_addresses.get());
     page.sample(Id::Panics, "", PROCESS.panics.get());
+    let lines = &PROCESS.log_lines_dropped;
+    page.sample(Id::LogLinesDropped, &label("reason", "storm"), lines.storm.get());
+    page.sample(Id::LogLinesDropped, &label("reason", "unread"), lines.unread.get());
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());

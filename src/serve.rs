@@ -14,7 +14,7 @@ mod direction;
 pub mod ejection;
 mod failures;
 mod fault;
-mod few_lines;
+pub(crate) mod few_lines;
 mod filter;
 pub mod flow;
 pub(crate) mod gate;
@@ -141,3 +141,20 @@ fn has(nets: &[IpNet], client: IpAddr) -> bool {
 
 /// The cell through which `control` points a live listener elsewhere; whoever accepts loads it for each connection.
 pub type TargetCell = Arc<ArcSwap<Target>>;
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    /// Whoever sets a machine's clock would end at once what lasts for a time, or have it last for a day more.
+    #[test]
+    fn f26_given_the_data_plane_when_it_is_read_then_it_never_asks_for_the_wall_clock() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve");
+        let files = fs::read_dir(folder).expect("the sources are there").flatten().map(|file| file.path());
+
+        let asks = |path: &PathBuf| fs::read_to_string(path).expect("a text file").contains("SystemTime");
+
+        assert_eq!(files.filter(asks).collect::<Vec<_>>(), Vec::<PathBuf>::new());
+    }
+}

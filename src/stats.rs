@@ -434,6 +434,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     accept_paused: [const { WallTime::new() }; PauseReason::ALL.len()],
     stalled: BusyGauge(Gauge::new()),
     panics: Counter::new(),
+    log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
     // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
@@ -463,12 +464,23 @@ pub struct ProcessStats {
     pub stalled: BusyGauge,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
     pub panics: Counter,
+    /// Lines that the log does not have.
+    pub log_lines_dropped: LogLinesDropped,
     /// Answers of `/healthz` at the health address.
     pub healthz: HealthAnswers,
     /// Answers of `/livez` there.
     pub livez: HealthAnswers,
     /// From a change of endpoints, as the control plane noticed it, to its being served here.
     pub network_programming: Histogram<15>,
+}
+
+/// Lines that were not logged, by why.
+#[derive(Debug)]
+pub struct LogLinesDropped {
+    /// Too many of the same place in the data plane in one second. The next line of that place says how many.
+    pub storm: Counter,
+    /// Nobody has read what was written before. The next line of all says how many.
+    pub unread: Counter,
 }
 
 /// How many addresses of Services are local at all, and by whom.

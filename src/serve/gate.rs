@@ -77,7 +77,9 @@ pub(crate) fn remedy(reason: PauseReason) -> &'static str {
         PauseReason::FdLimit => "a higher limit of open files (LimitNOFILE=, the container runtime's), or more nodes",
         PauseReason::Memory => "a higher memory limit, or more nodes",
         PauseReason::ConnectionLimit => "a higher --max-connections, or more nodes",
-        PauseReason::ServiceLimit => "a higher kube-relay.dev/max-connections, or clients that close what they do not use",
+        PauseReason::ServiceLimit => {
+            "a higher kube-relay.dev/max-connections, or clients that close what they do not use"
+        }
     }
 }
 
@@ -109,11 +111,10 @@ mod tests {
         let gate = gate(50);
 
         gate.allow(Allowance { by_descriptors: 20, by_memory: 10 });
-        assert_eq!([9, 10, 20].map(|open| gate.closed(open)), [
-            None,
-            Some(PauseReason::Memory),
-            Some(PauseReason::FdLimit)
-        ]);
+        assert_eq!(
+            [9, 10, 20].map(|open| gate.closed(open)),
+            [None, Some(PauseReason::Memory), Some(PauseReason::FdLimit)]
+        );
 
         gate.allow(Allowance { by_descriptors: 20, by_memory: 0 });
         assert_eq!(gate.closed(0), Some(PauseReason::Memory), "none at all");

@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn given_a_thousand_half_closed_exchanges_when_relayed_then_none_loses_a_byte() {
+    fn f10_given_a_thousand_half_closed_exchanges_when_relayed_then_none_loses_a_byte() {
         on_worker(async {
             for round in 0..1_000 {
                 let Line { mut client, server, relay, .. } = Line::open().await;
@@ -762,7 +762,7 @@ mod tests {
     }
 
     #[test]
-    fn given_a_half_closed_stream_when_nothing_moves_for_the_limit_then_it_is_ended_by_reset() {
+    fn f10_given_a_half_closed_stream_when_nothing_moves_for_the_limit_then_it_is_ended_by_reset() {
         on_worker(async {
             let line = Line::with_half_close_timeout(Duration::from_millis(50)).await;
             let Line { mut client, mut server, backend, relay } = line;
@@ -896,7 +896,7 @@ mod tests {
     }
 
     #[test]
-    fn given_two_connections_of_a_worker_when_the_task_of_one_panics_then_only_that_is_reset() {
+    fn f35_given_two_connections_of_a_worker_when_the_task_of_one_panics_then_only_that_is_reset() {
         on_worker(async {
             let Line { mut client, mut server, backend, relay } = Line::open().await;
             let (mut far, near) = pair().await;

@@ -104,29 +104,37 @@ pub(crate) struct Burst {
     /// Why some have got no answer, each with its number.
     pub(crate) failures: Vec<String>,
     took: Duration,
-    /// How long the slowest one had to wait for its answer.
-    slowest: Duration,
+    /// How long each had to wait for its answer, the slowest last.
+    times: Vec<Duration>,
 }
 
 impl Burst {
     /// Opens one after the other at an even rate, so many a second, however long each takes.
     pub(crate) fn run(client: &Namespace, service: SocketAddr, count: u32, a_second: u32) -> Self {
+        Self::of(client, count, a_second, move || exchange(service).map(drop))
+    }
+
+    /// The same for anything else that a client does.
+    pub(crate) fn of<E>(client: &Namespace, count: u32, a_second: u32, exchange: E) -> Self
+    where
+        E: Fn() -> io::Result<()> + Copy + Send + 'static,
+    {
         let (next, begin) = (Arc::new(AtomicU32::new(0)), Instant::now());
         let work = move |next: Arc<AtomicU32>| {
-            let (mut failures, mut slowest) = (Vec::new(), Duration::ZERO);
+            let (mut failures, mut times) = (Vec::new(), Vec::new());
             loop {
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 if number >= count {
-                    return (failures, slowest);
+                    return (failures, times);
                 }
                 thread::sleep(
                     (begin + Duration::from_secs(1) * number / a_second).saturating_duration_since(Instant::now()),
                 );
                 let start = Instant::now();
-                if let Err(error) = exchange(service) {
+                if let Err(error) = exchange() {
                     failures.push(format!("{number}: {error}"));
                 }
-                slowest = slowest.max(start.elapsed());
+                times.push(start.elapsed());
             }
         };
         let start = |_| {
@@ -138,14 +146,20 @@ impl Burst {
                 .expect("a thread starts")
         };
         let threads: Vec<_> = (0..AT_ONCE).map(start).collect();
-        let mut burst = Self { count, failures: Vec::new(), took: Duration::ZERO, slowest: Duration::ZERO };
+        let mut burst = Self { count, failures: Vec::new(), took: Duration::ZERO, times: Vec::new() };
         for thread in threads {
-            let (failures, slowest) = thread.join().expect("a client does not panic");
+            let (failures, times) = thread.join().expect("a client does not panic");
             burst.failures.extend(failures);
-            burst.slowest = burst.slowest.max(slowest);
+            burst.times.extend(times);
         }
         burst.took = begin.elapsed();
+        burst.times.sort_unstable();
         burst
+    }
+
+    /// So many of a hundred waited no longer.
+    pub(crate) fn percentile(&self, percent: usize) -> Duration {
+        self.times.get(self.times.len().saturating_sub(1) * percent / 100).copied().unwrap_or_default()
     }
 }
 
@@ -154,10 +168,11 @@ impl std::fmt::Display for Burst {
         let rate = f64::from(self.count) / self.took.as_secs_f64();
         write!(
             f,
-            "{} connections, {rate:.0}/s, {} failed, the slowest took {:?}",
+            "{} connections, {rate:.0}/s, {} failed, p99 {:?}, the slowest took {:?}",
             self.count,
             self.failures.len(),
-            self.slowest
+            self.percentile(99),
+            self.percentile(100),
         )
     }
 }

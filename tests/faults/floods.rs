@@ -201,7 +201,7 @@ impl Caller {
 }
 
 /// A UDP backend that gives small datagrams back, and counts. Ends when dropped.
-struct Echo {
+pub(crate) struct Echo {
     address: SocketAddr,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -215,7 +215,7 @@ struct Shared {
 }
 
 impl Echo {
-    fn start(inside: &Namespace, address: SocketAddr) -> Self {
+    pub(crate) fn start(inside: &Namespace, address: SocketAddr) -> Self {
         let socket = inside.run(|| UdpSocket::bind(address)).expect("the pod is ours");
         let _ = SockRef::from(&socket).set_recv_buffer_size(4 << 20); // Less will do, too.
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("an option");

@@ -4,12 +4,21 @@
 
 mod backends;
 mod bursts;
+mod clocks;
 mod families;
 mod floods;
 mod front;
+mod many;
 mod memory;
 mod programs;
+mod readers;
+mod restarts;
+mod rollout;
+mod scrapes;
+mod soak;
 mod stage;
+mod storms;
+mod syns;
 
 #[path = "../support/rig.rs"]
 mod rig;
@@ -40,6 +49,44 @@ fn main() -> ExitCode {
             "f07_given_an_ejected_backend_when_it_comes_back_then_a_client_finds_it_within_its_ten_seconds",
             backends::one_comes_back,
         ),
+        (
+            "f06_given_rolling_updates_of_100_endpoints_a_second_when_1000_clients_a_second_come_then_none_fails",
+            rollout::no_client_notices,
+        ),
+        (
+            "f09_given_syns_of_nobody_at_one_service_when_clients_come_to_another_then_they_notice_nothing",
+            syns::one_service_is_flooded,
+        ),
+        (
+            "f11_given_clients_that_read_nothing_when_others_come_then_these_do_not_wait_and_each_stalled_one_costs_little",
+            readers::nobody_waits_for_them,
+        ),
+        (
+            "f21_given_a_relay_under_load_when_it_is_killed_and_started_anew_then_all_is_served_within_half_a_second",
+            restarts::killed_and_started_anew,
+        ),
+        (
+            "f23_given_streams_and_new_clients_when_a_relay_is_asked_to_end_then_it_serves_closes_drains_and_cuts_in_this_order",
+            restarts::drained,
+        ),
+        ("f23_given_a_relay_that_is_asked_to_end_when_it_is_asked_again_then_it_does_so_now", restarts::asked_twice),
+        (
+            "f24_given_100000_backends_when_metrics_are_read_all_the_time_then_each_page_is_soon_there_and_no_client_waits",
+            scrapes::nobody_waits_for_it,
+        ),
+        (
+            "f26_given_machines_that_started_at_other_times_when_relayed_then_what_lasts_for_a_time_lasts_as_long",
+            clocks::nothing_depends_on_them,
+        ),
+        (
+            "f30_given_a_thousand_failures_a_second_when_nobody_reads_the_log_then_no_client_waits_and_the_log_stays_short",
+            storms::nobody_reads,
+        ),
+        ("f30_given_a_log_that_nobody_reads_when_the_relay_is_asked_to_end_then_it_does", storms::nobody_reads_the_end),
+        (
+            "f34_given_ordinary_work_for_a_long_time_when_it_is_over_then_descriptors_and_memory_are_as_before",
+            soak::nothing_stays,
+        ),
         ("f27_given_2000_short_connections_a_second_when_relayed_then_none_fails", bursts::none_fails),
         (
             "f15_given_all_source_ports_to_three_backends_in_use_when_one_more_comes_then_it_is_told_at_once",
@@ -53,10 +100,7 @@ fn main() -> ExitCode {
             "f18_given_a_sweep_of_spoofed_sources_when_they_flood_then_flows_are_bounded_and_others_served",
             floods::sources_are_spoofed,
         ),
-        (
-            "f22_given_64_mib_when_ever_more_clients_come_then_they_wait_and_nobody_ends_the_relay",
-            memory::is_short,
-        ),
+        ("f22_given_64_mib_when_ever_more_clients_come_then_they_wait_and_nobody_ends_the_relay", memory::is_short),
         (
             "given_haproxy_before_three_nodes_when_one_is_drained_then_no_client_notices",
             front::haproxy_asks_before_each_node_ends,

@@ -4,12 +4,12 @@ use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde_json::json;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::rig::{DualAddress, FAMILIES, Namespace, Process, Rig, Shape};
@@ -24,6 +24,11 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where the Service answers on its node's loopback addresses.
 pub(crate) const NODE_PORT: u16 = 30_000;
+
+/// The file that a relay follows.
+const MANIFEST: &str = "web.json";
+/// What each pod has of addresses beside its own: 10.84.`pod`.1 to 250.
+const MORE_ADDRESSES: u32 = 250;
 
 /// The number of the one virtual address.
 const VIP: u8 = 10;
@@ -74,6 +79,38 @@ impl Stage {
         (0..PODS).map(|number| self.backend(number, family)).collect()
     }
 
+    /// Gives the pods many addresses more, for [`next_backend`](Self::next_backend).
+    pub(crate) fn give_pods_addresses(&self) {
+        for pod in 0..PODS {
+            let network = ([10, 84, pod, 0].into(), 24);
+            self.rig.network_of_pod(0, pod.into(), network).expect("the pod is ours");
+        }
+    }
+
+    /// Backend `number` of all that there ever are, by turns in each pod, and the number of that pod. The first of each pod
+    /// has its address for ever; the others' are used anew after some hundreds.
+    pub(crate) fn next_backend(number: u32) -> (u8, SocketAddr) {
+        let pods = u32::from(PODS);
+        let pod = (number % pods) as u8;
+        let host = if number < pods { 1 } else { ((number / pods - 1) % (MORE_ADDRESSES - 1)) as u8 + 2 };
+        (pod, SocketAddr::from(([10, 84, pod, host], PORT)))
+    }
+
+    /// The objects of the Service `web`, with annotations of ours, whose prefix is left out.
+    pub(crate) fn manifest(&self, backends: &[SocketAddr], annotations: &[(&str, &str)]) -> Value {
+        let mut objects = manifest(self.vip, backends);
+        for (name, value) in annotations {
+            objects["items"][0]["metadata"]["annotations"][format!("kube-relay.dev/{name}")] = (*value).into();
+        }
+        objects
+    }
+
+    /// Writes the manifest anew, by an atomic rename.
+    pub(crate) fn edit(&self, manifest: &Value) {
+        let new = self.file("new", &manifest.to_string());
+        fs::rename(new, self.folder.path().join(MANIFEST)).expect("the folder is ours");
+    }
+
     /// A file with this text.
     pub(crate) fn file(&self, name: &str, text: &str) -> PathBuf {
         let path = self.folder.path().join(name);
@@ -83,11 +120,15 @@ impl Stage {
 
     /// Starts a program that serves until it is dropped. What it says goes to a file.
     pub(crate) fn start(&self, inside: &Namespace, mut command: Command) -> Process {
-        let log =
-            File::create(self.folder.path().join(format!("{}.log", inside.name()))).expect("a file for its output");
+        let log = self.log(inside);
         let log_too = log.try_clone().expect("descriptors are left");
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
         inside.spawn(command).expect("the program starts")
+    }
+
+    /// An empty file for what the program in a namespace says.
+    fn log(&self, inside: &Namespace) -> File {
+        File::create(self.folder.path().join(format!("{}.log", inside.name()))).expect("a file for its output")
     }
 
     /// What the program in a namespace has said so far.
@@ -97,12 +138,24 @@ impl Stage {
 
     /// Starts kube-relay with a Service for these backends, and waits until it serves. More flags are the test's.
     pub(crate) fn relay(&self, backends: &[SocketAddr], flags: &[String]) -> Relay<'_> {
-        let manifest = self.file("web.json", &manifest(self.vip, backends));
+        self.relay_of(&self.manifest(backends, &[]), flags)
+    }
+
+    /// The same for a whole manifest.
+    pub(crate) fn relay_of(&self, manifest: &Value, flags: &[String]) -> Relay<'_> {
+        self.relay_heard_by(manifest, "warn", flags, self.log(self.node()).into())
+    }
+
+    /// The same, with another level of its log, and somebody else who reads that.
+    pub(crate) fn relay_heard_by(&self, manifest: &Value, level: &str, flags: &[String], log: Stdio) -> Relay<'_> {
+        self.edit(manifest);
         let mut command = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
-        command.arg("run").arg("-f").arg(manifest).env_clear();
-        command.args(["--nodeport-addresses", "localhost", "--healthz-bind-address", "none", "--log-level", "warn"]);
+        command.arg("run").arg("-f").arg(self.folder.path().join(MANIFEST)).env_clear();
+        command.args(["--nodeport-addresses", "localhost", "--healthz-bind-address", "none", "--log-level", level]);
         command.args(["--metrics-bind-address", &SocketAddr::from(ADMIN).to_string()]).args(flags);
-        let relay = Relay { process: self.start(self.node(), command), stage: self };
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let process = self.node().spawn(command).expect("the program starts");
+        let relay = Relay { process, stage: self };
         until(&format!("kube-relay to be ready: {}", self.said(self.node())), || relay.page("/readyz").ok());
         relay
     }
@@ -118,6 +171,17 @@ impl Relay<'_> {
     /// The number of its process.
     pub(crate) fn pid(&self) -> u32 {
         self.process.pids()[0]
+    }
+
+    /// Has its process get a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.pid().cast_signed()).expect("a process has a number");
+        kill_process(pid, signal).expect("it is our child");
+    }
+
+    /// Waits until its process has ended.
+    pub(crate) fn end(mut self) -> ExitStatus {
+        until("kube-relay to end", || self.process.ended().expect("it is our child"))
     }
 
     /// A sum at `/metrics`, over all series with these labels.
@@ -138,13 +202,14 @@ impl Relay<'_> {
         self.metric("kuberelay_service_dropped_total", &[&label])
     }
 
-    fn page(&self, path: &str) -> io::Result<String> {
+    /// What it answers with 200.
+    pub(crate) fn page(&self, path: &str) -> io::Result<String> {
         self.stage.node().run(|| seen::page(ADMIN.into(), path))
     }
 }
 
 /// A Service of both families, with a port of both protocols, and where it leads.
-fn manifest(vip: DualAddress, backends: &[SocketAddr]) -> String {
+fn manifest(vip: DualAddress, backends: &[SocketAddr]) -> Value {
     let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": PORT, "protocol": protocol});
     let ports = ["TCP", "UDP"].map(port);
     let node_ports = ports.clone().map(|mut port| {
@@ -168,7 +233,7 @@ fn manifest(vip: DualAddress, backends: &[SocketAddr]) -> String {
         })
     };
     let [v4, v6] = FAMILIES.map(slice);
-    json!({"apiVersion": "v1", "kind": "List", "items": [service, v4, v6]}).to_string()
+    json!({"apiVersion": "v1", "kind": "List", "items": [service, v4, v6]})
 }
 
 /// Waits for a condition that only looking tells.

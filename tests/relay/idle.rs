@@ -21,7 +21,8 @@ const BYTES_EACH: u64 = 3 * 1024;
 const FEW: u64 = 100;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t170_given_many_idle_connections_when_they_are_open_then_memory_is_bounded_and_afterwards_all_is_as_before() {
+async fn f13_t170_given_many_idle_connections_when_they_are_open_then_memory_is_bounded_and_afterwards_all_is_as_before()
+ {
     let site = Site::new(170);
     let _backend = Backend::named(site.backend(1)).await;
     let relay = Program::start(site, Manifest::new(site).tcp().endpoints([site.backend(1)]), |_| ()).await;

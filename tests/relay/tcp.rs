@@ -82,7 +82,7 @@ async fn given_a_backend_that_ends_writing_first_when_the_client_goes_on_then_it
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t155_given_an_open_connection_when_the_client_resets_it_then_the_backend_sees_a_reset() {
+async fn f12_t155_given_an_open_connection_when_the_client_resets_it_then_the_backend_sees_a_reset() {
     let site = Site::new(155);
     let mut backend = Backend::start(site.backend(1), Script::Silent).await;
     let _relay = Relay::start(site, Manifest::new(site).tcp().endpoints([site.backend(1)])).await;
@@ -97,7 +97,7 @@ async fn t155_given_an_open_connection_when_the_client_resets_it_then_the_backen
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t155_given_an_open_connection_when_the_backend_resets_it_then_the_client_sees_a_reset() {
+async fn f12_t155_given_an_open_connection_when_the_backend_resets_it_then_the_client_sees_a_reset() {
     let site = Site::new(255);
     let _backend = Backend::start(site.backend(1), Script::Reset).await;
     let _relay = Relay::start(site, Manifest::new(site).tcp().endpoints([site.backend(1)])).await;

@@ -14,6 +14,7 @@
 #![allow(dead_code)] // shared by several binaries, each of which uses its part
 
 mod cases;
+mod clock;
 mod lan;
 mod links;
 mod namespace;
@@ -28,6 +29,7 @@ use kube_relay::name::Family;
 #[allow(unused_imports)] // as above
 pub(crate) use self::{
     cases::{Case, full, run, skip},
+    clock::set_by,
     lan::{Hardware, LAN, Lan},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::{Process, find},
@@ -196,6 +198,13 @@ impl Rig {
     /// Makes all addresses of a network local to node `i` by one route (AnyIP).
     pub(crate) fn network_local_to_node(&self, i: usize, network: (IpAddr, u8)) -> io::Result<()> {
         links::local_route(self.node(i), network)
+    }
+
+    /// Makes all addresses of a network local to pod `j` of node `i`, and routes them there from the node.
+    pub(crate) fn network_of_pod(&self, i: usize, j: usize, network: (IpAddr, u8)) -> io::Result<()> {
+        let (node, pod) = (self.node(i), self.pod(i, j));
+        links::local_route(pod, network)?;
+        links::route(node, network, pod.name(), Some(pod.address(Family::of(network.0))))
     }
 
     /// Takes away what makes a network local to node `i`, whoever made it so.
