@@ -176,23 +176,24 @@ impl Balancer {
         let affinity = &self.port.affinity;
         let pin = affinity.recall(client, self.scope, now);
         let pinned = pin.and_then(|id| table.pick_by_id(id)).filter(|backend| !tried.contains(backend));
-        if let Some(backend) = pinned
-            && backend.ejection.admits(now)
-        {
-            return Some(hand_out(backend, now));
+        let claim = |backend: &&Arc<Backend>| backend.ejection.claim(now);
+        if let Some(backend) = pinned.filter(claim) {
+            return Some(Arc::clone(backend));
         }
         let next_turn = || self.cursor.fetch_add(1, Ordering::Relaxed);
         let is_left = |backend: &Backend| tried.leaves(backend);
         let is_in = |backend: &Backend| is_left(backend) && backend.ejection.admits(now);
+        // Who comes too late to try one again that was out chooses anew.
+        let admitted = std::iter::from_fn(|| in_turn(&table, next_turn, is_in)).find(claim);
         // Where all are out, all are used: that one is out is no more than experience.
-        let backend = in_turn(&table, next_turn, is_in).or(pinned).or_else(|| in_turn(&table, next_turn, is_left))?;
+        let backend = admitted.or(pinned).or_else(|| in_turn(&table, next_turn, is_left))?;
         let kept = affinity.remember(client, self.scope, backend.id, pin, now);
         if kept == backend.id {
-            return Some(hand_out(backend, now));
+            return Some(Arc::clone(backend));
         }
         // Another connection of this client was pinned meanwhile: both go to the same place, if this one still can.
-        let kept = table.pick_by_id(kept).filter(|kept| !tried.contains(kept));
-        Some(hand_out(kept.unwrap_or(backend), now))
+        let kept = table.pick_by_id(kept).filter(|kept| !tried.contains(kept)).filter(claim);
+        Some(Arc::clone(kept.unwrap_or(backend)))
     }
 
     /// A backend has been reached.
@@ -249,11 +250,6 @@ fn in_turn(table: &Table, next_turn: impl Fn() -> usize, may: impl Fn(&Backend) 
         }
     }
     table.choose(turn, &may) // Others take turns, too: that so many were passed over does not mean that nobody is left.
-}
-
-fn hand_out(backend: &Arc<Backend>, now: Instant) -> Arc<Backend> {
-    backend.ejection.probe(now);
-    Arc::clone(backend)
 }
 
 #[cfg(test)]
@@ -739,6 +735,39 @@ mod tests {
         web.swap(table(&backends));
 
         assert_eq!(shares_at(&web, now), BTreeMap::from([(1, 150), (2, 150)]));
+    }
+
+    #[test]
+    fn f07_given_half_of_the_backends_ejected_when_another_endpoint_leaves_then_nobody_dead_is_taken_in_for_it() {
+        let backends = backends([1, 2, 3, 4]);
+        let web = cluster(&port("web"), &backends);
+        let now = Instant::now();
+        fail(&web, &backends[0], 5, now);
+        fail(&web, &backends[1], 5, now);
+
+        web.swap(table(&backends[..3]));
+
+        assert_eq!(shares_at(&web, now), BTreeMap::from([(3, 300)]));
+    }
+
+    /// All look at the same instant, which is when its time is up.
+    #[test]
+    fn f07_given_threads_that_pick_when_an_ejected_backend_is_tried_again_then_one_of_them_goes_there() {
+        let backends = backends([1, 2]);
+        let web = cluster(&port("web"), &backends);
+        let mut now = Instant::now();
+        fail(&web, &backends[0], 5, now);
+
+        for _ in 0..50 {
+            now += backends[0].out_for(now).expect("it is out") + Duration::from_secs(1);
+            let went = std::thread::scope(|scope| {
+                let shares = || shares_at(&web, now).get(&1).copied().unwrap_or(0);
+                let threads = [(); 4].map(|()| scope.spawn(shares));
+                threads.map(|thread| thread.join().expect("no panic")).into_iter().sum::<usize>()
+            });
+            assert_eq!(went, 1);
+            fail(&web, &backends[0], 1, now);
+        }
     }
 
     #[test]

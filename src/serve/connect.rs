@@ -26,6 +26,7 @@ use crate::name::Family;
 use crate::plan::TcpSettings;
 use crate::serve::balancer::{Backend, Balancer, Tried};
 use crate::serve::deadline::{before, within_a_turn};
+use crate::serve::ejection::PROBE;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
 use crate::stats::{ConnectFailure, DropReason};
@@ -347,10 +348,12 @@ impl<'a> Ladder<'a> {
         }
     }
 
-    /// The time of the current step, and more for a backend that is known to be far.
+    /// The time of the current step, and more for a backend that is known to be far; not too much more where others wait
+    /// for what this client meets.
     fn patience(&self, backend: &Backend) -> Duration {
         let last = Duration::from_micros(backend.stats.connect_us.get());
-        self.steps.after(self.silent).unwrap_or_default().max(last.saturating_mul(Self::PATIENCE))
+        let step = self.steps.after(self.silent).unwrap_or_default().max(last.saturating_mul(Self::PATIENCE));
+        if backend.is_ejected() { step.min(PROBE) } else { step }
     }
 
     /// Draws the conclusions from a missed try; an error where another try would be useless.
@@ -619,6 +622,19 @@ mod tests {
         far.stats.connect_us.set(200_000);
 
         assert_eq!(ladder.patience(&far), Duration::from_millis(800));
+    }
+
+    #[test]
+    fn f07_given_a_patient_service_when_an_ejected_backend_is_tried_again_then_the_others_do_not_wait_for_all_of_that()
+    {
+        let all = backends([SocketAddr::from((LOOPBACK, 9)), SocketAddr::from((LOOPBACK, 10))]);
+        let web = balancer(&all);
+        let options = steps(Duration::from_secs(60), 4);
+        let ladder = Ladder::new(&web, CLIENT, &options);
+
+        web.note_failure(&all[0], ConnectFailure::Timeout, NonZeroU8::MIN, Instant::now());
+
+        assert_eq!(all.each_ref().map(|backend| ladder.patience(backend)), [PROBE, options.steps.first]);
     }
 
     fn eject_after(failures: u8) -> ConnectOptions {

@@ -12,11 +12,13 @@
 //! ```
 //!
 //! *One client at a time tries it again.* If all were let in when the time is up, each of them would meet a black hole
-//! that is still one, for a whole step of the ladder.
+//! that is still one, for a whole step of the ladder. So whoever goes there claims it, and of many that
+//! look in the same instant one gets it.
 //!
 //! *At most half of a table is out.* Threads may eject two at once, so each looks again after it did, and takes back what
 //! was too much. Both do one thing and then look at what the other does, with a fence in between: at least one
-//! of them sees both. What is told and counted is told and counted after that look.
+//! of them sees both. What is told and counted is told and counted after that look. Endpoints that leave later on take nobody
+//! in again: those that are left would share their clients with what is known to be dead.
 //!
 //! Who passes over those that are out is `balancer`, who tells what a try gave is `connect`.
 
@@ -42,8 +44,11 @@ pub const SHORTEST: Duration = Duration::from_secs(10);
 /// but never longer than this. One that has been in for so long begins anew.
 pub const LONGEST: Duration = Duration::from_secs(300);
 
-/// How long a client may take to tell what it met. It may go away without a word; then another one tries.
-const PROBE: Duration = Duration::from_secs(4);
+/// How long the client that tries it again waits for an answer at most, as all others wait for what it meets.
+pub(super) const PROBE: Duration = Duration::from_secs(4);
+
+/// It may go away without a word: when so much has passed, another one tries.
+const PROBE_TOLD: Duration = Duration::from_secs(5);
 
 /// Whether one backend is in or out. Shared by all who connect to it; lives as long as the backend.
 #[derive(Debug)]
@@ -73,18 +78,16 @@ impl Ejection {
         (record.standing != Standing::In).then(|| record.moment.since(Moment::of(now)))
     }
 
-    /// A client is on its way. Where it is the first one after the time is up, the others wait for what it meets.
-    ///
-    /// Threads that look in the same instant may both send one.
-    pub(crate) fn probe(&self, now: Instant) {
+    /// True where this client goes there now: the backend is in, or its time is up and nobody else is on the way. Then the
+    /// others wait for what this one meets.
+    pub(crate) fn claim(&self, now: Instant) -> bool {
         let seen = self.load();
         if seen.standing == Standing::In {
-            return;
+            return true;
         }
         let now = Moment::of(now);
-        if seen.is_due(now) {
-            let _ = self.replace(seen, Record { standing: Standing::Probed, moment: now.after(PROBE), ..seen });
-        }
+        let probed = Record { standing: Standing::Probed, moment: now.after(PROBE_TOLD), ..seen };
+        seen.is_due(now) && self.replace(seen, probed)
     }
 
     /// A client has reached it. True where it was out.
@@ -92,7 +95,7 @@ impl Ejection {
         loop {
             let seen = self.load();
             if seen.standing == Standing::In && seen.failures == 0 {
-                return false; // As nearly always: no clock is asked and nothing is written.
+                return false; // As nearly always: nothing is written.
             }
             if self.replace(seen, seen.after_success(Moment::of(now))) {
                 return seen.standing != Standing::In;
@@ -160,7 +163,7 @@ struct Record {
     failures: u8,
     /// How often it was ejected in a row.
     times: u8,
-    /// In: since when (the beginning for one that was never out). Out: until when. Probed: how long to wait for that.
+    /// In: since when (the beginning for one that was never out). Out: until when. Probed: until when to wait for that.
     moment: Moment,
 }
 
@@ -294,8 +297,8 @@ mod tests {
         case.eject();
         case.wait(11);
 
-        case.ejection.probe(case.now);
-        assert!(!case.admits(), "one at a time");
+        assert!(case.ejection.claim(case.now), "it is the first");
+        assert!(!case.admits() && !case.ejection.claim(case.now), "one at a time");
         assert!(case.ejection.reached(case.now), "it was out");
 
         assert!(case.admits() && !case.ejection.is_out());
@@ -307,13 +310,13 @@ mod tests {
         let mut case = Case::new();
         case.eject();
         case.wait(11);
-        case.ejection.probe(case.now);
+        assert!(case.ejection.claim(case.now));
 
-        case.wait(3);
-        assert!(!case.admits());
-        case.wait(2);
+        case.wait(PROBE.as_secs());
+        assert!(!case.admits(), "it may tell yet");
+        case.wait(1);
 
-        assert!(case.admits());
+        assert!(case.admits() && case.ejection.claim(case.now));
     }
 
     #[test]
@@ -324,7 +327,7 @@ mod tests {
         for _ in 0..6 {
             let wait = case.ejection.out_for(case.now).expect("it is out");
             case.now += wait;
-            case.ejection.probe(case.now);
+            assert!(case.ejection.claim(case.now));
             assert_eq!(case.fail(), None, "it was out before");
             lengths.push(case.ejection.out_for(case.now).expect("it is out").as_secs());
         }
@@ -419,7 +422,7 @@ mod tests {
                     continue;
                 }
                 let was_out = ends.is_some();
-                case.ejection.probe(case.now);
+                assert!(case.ejection.claim(case.now), "{place}");
                 if !dead {
                     assert_eq!(case.ejection.reached(case.now), was_out, "{place}");
                     in_a_row = 0;
@@ -440,6 +443,21 @@ mod tests {
                 assert_eq!(told, (goes && !was_out).then_some(length), "{place}");
                 assert_eq!(case.ejection.is_out(), goes, "{place}");
             }
+        }
+    }
+
+    #[test]
+    fn f07_given_a_backend_whose_time_is_up_when_threads_claim_it_at_once_then_one_of_them_gets_it() {
+        let mut case = Case::new();
+        case.eject();
+        case.wait(11);
+        for _ in 0..200 {
+            let got = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(|| case.ejection.claim(case.now)));
+                threads.map(|thread| thread.join().expect("no panic")).into_iter().filter(|got| *got).count()
+            });
+            assert_eq!(got, 1);
+            case.wait(PROBE_TOLD.as_secs()); // It has told nothing.
         }
     }
 
@@ -493,6 +511,22 @@ mod interleavings {
 
             assert_eq!(told, [all[1].is_out(), all[0].is_out()]);
             assert!(spares(&all, 0));
+        });
+    }
+
+    #[test]
+    fn f07_given_a_backend_whose_time_is_up_when_two_threads_claim_it_at_once_then_one_of_them_gets_it() {
+        loom::model(|| {
+            let all: Arc<[Ejection; 2]> = Arc::default();
+            let now = Instant::now();
+            let time = all[0].failed(ONE, now, |_| true).expect("it is out");
+            let claim = move |all: &[Ejection; 2]| all[0].claim(now + time + Duration::from_millis(1));
+            let thread = thread::spawn({
+                let all = Arc::clone(&all);
+                move || claim(&all)
+            });
+
+            assert!(claim(&all) ^ thread.join().expect("no panic"));
         });
     }
 
