@@ -62,8 +62,19 @@ impl Timers {
         timer
     }
 
+    /// Has a timer wake whoever polls it now; false where it has fired.
+    fn renew(&self, timer: (Instant, u64), waker: &Waker) -> bool {
+        let mut set = self.set.borrow_mut();
+        let Some(known) = set.wakers.get_mut(&timer) else { return false };
+        let other = (!known.will_wake(waker)).then(|| std::mem::replace(known, waker.clone()));
+        drop(set);
+        drop(other); // Its task may clear timers now.
+        true
+    }
+
     fn clear(&self, timer: (Instant, u64)) {
-        self.set.borrow_mut().wakers.remove(&timer);
+        let waker = self.set.borrow_mut().wakers.remove(&timer);
+        drop(waker); // As above.
     }
 }
 
@@ -82,6 +93,12 @@ impl Sleep {
         self.deadline = deadline;
     }
 
+    /// Which timer of the thread it is, once it was set.
+    #[cfg(test)]
+    pub(crate) fn number(&self) -> Option<u64> {
+        self.timer.map(|(_, number)| number)
+    }
+
     fn clear(&mut self) {
         if let Some(timer) = self.timer.take() {
             self.timers.clear(timer);
@@ -96,8 +113,9 @@ impl Future for Sleep {
         if Instant::now() >= self.deadline {
             return Poll::Ready(());
         }
-        self.clear(); // Whoever polls now is to be woken.
-        self.timer = Some(self.timers.set(self.deadline, cx.waker().clone()));
+        if !self.timer.is_some_and(|timer| self.timers.renew(timer, cx.waker())) {
+            self.timer = Some(self.timers.set(self.deadline, cx.waker().clone()));
+        }
         Poll::Pending
     }
 }

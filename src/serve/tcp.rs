@@ -513,11 +513,13 @@ async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpSh
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
             set_if_they_last(&client, &stream, shared.options.if_lasting());
-            let mut connection = Connection::open(client, stream, backend);
-            if let Some(settings) = balancer.tcp_settings() {
-                connection = connection.limited(shared.options.limits.of_service(&settings));
-            }
-            Some(connection)
+            let connection = Connection::open(client, stream, backend);
+            let limits = shared.options.limits;
+            let own = balancer.tcp_settings().map(|settings| limits.of_service(&settings));
+            Some(match own.filter(|own| *own != limits) {
+                Some(own) => connection.limited(own),
+                None => connection,
+            })
         }
         Err(reason) => {
             if reason == DropReason::LocalPorts && shared.lack_of_ports.is_news(Instant::now()) {
