@@ -1,5 +1,6 @@
 //! Backends that are dead in different ways, and how long clients wait because of them.
 
+use std::fs::File;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,8 +8,8 @@ use std::time::{Duration, Instant};
 use kube_relay::name::Family;
 
 use crate::bursts::exchange;
-use crate::rig::{FAMILIES, full};
-use crate::stage::{Relay, Stage, until};
+use crate::rig::{FAMILIES, full, skip};
+use crate::stage::{PORT, Relay, Stage, until};
 use crate::workload::{Backend, Bulk};
 
 /// Clients, one after the other: in less than the ten seconds after which a backend that is out is tried again.
@@ -18,8 +19,12 @@ const FEW_CLIENTS: usize = 1_000;
 /// Failures in a row after which a backend is out.
 const FAILURES: u64 = 5;
 
-/// A client that has met a dead backend waits no longer: a step of 250 ms, and a fifth.
-const LONGEST: Duration = Duration::from_millis(300);
+/// A client that has met a dead backend waits no longer: a step of 250 ms, and a fifth. What there is beyond 252 ms is
+/// waiting for a processor, on each of the six ways between client, relay and backend: beside the compilers that tests in
+/// debug builds run next to, up to 150 ms were seen. There it is enough that nobody waits for the second step, too.
+const LONGEST: Duration = Duration::from_millis(if cfg!(debug_assertions) { 750 } else { 300 });
+/// Nor does anybody once it is ejected.
+const LONGEST_AFTER: Duration = Duration::from_millis(if cfg!(debug_assertions) { 100 } else { 10 });
 
 /// Nobody listens in the first pod: its kernel refuses.
 pub(crate) fn one_refuses() {
@@ -46,9 +51,56 @@ pub(crate) fn one_is_a_black_hole() {
 
     println!("{asked}");
     assert!(asked.slowest() < LONGEST, "a client waited {:?}", asked.slowest());
-    assert!(asked.p99() < Duration::from_millis(10), "p99 once it is ejected: {:?}", asked.p99());
+    assert!(asked.p99() < LONGEST_AFTER, "p99 once it is ejected: {:?}", asked.p99());
     assert_eq!(failures(&stage, &relay, "timeout"), FAILURES);
     assert_eq!(ejected(&relay), 1);
+}
+
+/// The second is further away than the first step of the ladder allows for.
+const FAR: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(400)];
+/// More than a backend may fail in a row, and all of them at once.
+const AT_ONCE: usize = 8;
+
+/// Packets take that long indeed. An answer takes two round trips: one to connect, one for question and answer.
+pub(crate) fn a_single_one_is_far() {
+    if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
+        return skip("tun", &format!("/dev/net/tun: {error}"));
+    }
+    for away in FAR {
+        let stage = Stage::build();
+        let (far, _cable) = stage.rig.far_from_node(0, away).expect("the cable is laid");
+        let address = SocketAddr::new(far.address(Family::V4), PORT);
+        let _backend = Backend::start(&far, &[address], &Arc::default()).expect("a backend starts");
+        let relay = stage.relay(&[address], &[]);
+        let service = stage.service(Family::V4);
+        let ask = move || {
+            let begin = Instant::now();
+            exchange(service).map(|_| begin.elapsed())
+        };
+        let together = |count: usize| {
+            let threads: Vec<_> = (0..count).map(|_| stage.client().thread(ask).expect("a thread starts")).collect();
+            let asked = threads.into_iter().map(|thread| thread.join().expect("clients do not panic"));
+            asked.map(|took| took.expect("no client fails")).collect::<Vec<_>>()
+        };
+
+        let first = together(AT_ONCE);
+        let in_vain = relay.metric("kuberelay_connect_failures_total", &[]);
+        let later = together(AT_ONCE);
+
+        let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default();
+        println!(
+            "{away:?} away: the first {AT_ONCE} clients had their answer after {:?}, with {in_vain} tries in vain; later ones after {:?}",
+            longest(&first),
+            longest(&later)
+        );
+        assert!(first.iter().chain(&later).all(|took| *took >= 2 * away), "it is not as far as it should be");
+        assert_eq!((ejected(&relay), relay.dropped(None)), (0, 0));
+        if cfg!(debug_assertions) {
+            continue; // Who waits for a processor may be late for a step.
+        }
+        assert_eq!(in_vain, if away < Duration::from_millis(250) { 0 } else { AT_ONCE as u64 }, "once each at most");
+        assert_eq!(relay.metric("kuberelay_connect_failures_total", &[]), in_vain, "it is known to be far");
+    }
 }
 
 /// It is reached again by a client's own connection, ten seconds after it went.

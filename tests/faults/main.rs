@@ -50,6 +50,10 @@ fn main() -> ExitCode {
             backends::one_comes_back,
         ),
         (
+            "f08_t165_given_a_single_backend_that_is_far_away_when_clients_come_then_each_is_served_and_it_is_never_ejected",
+            backends::a_single_one_is_far,
+        ),
+        (
             "f06_given_rolling_updates_of_100_endpoints_a_second_when_1000_clients_a_second_come_then_none_fails",
             rollout::no_client_notices,
         ),

@@ -15,6 +15,7 @@
 
 mod cases;
 mod clock;
+mod distance;
 mod lan;
 mod links;
 mod namespace;
@@ -23,6 +24,7 @@ mod rights;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use kube_relay::name::Family;
 
@@ -30,6 +32,7 @@ use kube_relay::name::Family;
 pub(crate) use self::{
     cases::{Case, full, run, skip},
     clock::set_by,
+    distance::LongCable,
     lan::{Hardware, LAN, Lan},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::{Process, find},
@@ -144,6 +147,20 @@ impl Rig {
     pub(crate) fn parts(&self) -> impl Iterator<Item = &Namespace> {
         let nodes = self.nodes.iter().flat_map(|node| std::iter::once(&node.namespace).chain(&node.pods));
         std::iter::once(&self.client).chain(&self.router).chain(nodes)
+    }
+
+    /// A part that is so far from node `i` that an answer takes `round_trip` to come, for as long as the cable is there.
+    /// IPv4 alone.
+    pub(crate) fn far_from_node(&self, i: usize, round_trip: Duration) -> io::Result<(Namespace, LongCable)> {
+        const DEVICE: &str = "far";
+        let (node, far) = (self.node(i), namespace(DEVICE, FAR)?);
+        let cable = LongCable::lay([node, &far], DEVICE, round_trip / 2)?;
+        for (end, own, other) in [(node, FAR_SIDE.v4, (FAR.v4, 32)), (&far, FAR.v4, (ANY.v4, 0))] {
+            links::address(end, DEVICE, own, 32)?;
+            links::device_up(end, DEVICE)?;
+            links::route(end, other, DEVICE, None)?;
+        }
+        Ok((far, cable))
     }
 
     /// Makes virtual address `number` (1..=254) local to node `i` and routes it there from everywhere.
@@ -307,6 +324,9 @@ const fn dual(v4: [u8; 4], v6: [u16; 8]) -> DualAddress {
 }
 
 const ANY: DualAddress = dual([0; 4], [0; 8]);
+/// What is far from a node, and the node's end of the way there.
+const FAR: DualAddress = dual([10, 85, 0, 2], [0xfd85, 0, 0, 0, 0, 0, 0, 2]);
+const FAR_SIDE: DualAddress = dual([10, 85, 0, 1], [0xfd85, 0, 0, 0, 0, 0, 0, 1]);
 /// The client's end of its cable to the router, and the router's.
 const CLIENT: DualAddress = dual([10, 80, 0, 2], [0xfd80, 0, 0, 0, 0, 0, 0, 2]);
 const CLIENT_SIDE: DualAddress = dual([10, 80, 0, 1], [0xfd80, 0, 0, 0, 0, 0, 0, 1]);
