@@ -143,7 +143,7 @@ fn a_child_ends_with_its_owner() {
     shell.args(["-c", "readlink /proc/self/ns/net; sleep 600 & wait"]).stdout(Stdio::piped());
 
     let mut child = rig.node(0).spawn(shell).expect("a shell starts");
-    let inside = child.first_line().expect("it says where it is");
+    let inside = child.next_line().expect("it says where it is");
     let here = std::fs::read_link("/proc/self/ns/net").expect("we are somewhere");
     assert_ne!(inside, here.to_string_lossy());
     let pids = until("the shell has started its own child", || Some(child.pids()).filter(|pids| pids.len() == 2));

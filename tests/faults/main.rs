@@ -5,6 +5,7 @@
 mod backends;
 mod bursts;
 mod clocks;
+mod databases;
 mod families;
 mod floods;
 mod front;
@@ -52,6 +53,10 @@ fn main() -> ExitCode {
         (
             "f08_t165_given_a_single_backend_that_is_far_away_when_clients_come_then_each_is_served_and_it_is_never_ejected",
             backends::a_single_one_is_far,
+        ),
+        (
+            "t171_given_a_mariadb_that_fails_over_when_old_sessions_are_to_end_then_they_do_and_else_they_never_do",
+            databases::mariadb_fails_over,
         ),
         (
             "f06_given_rolling_updates_of_100_endpoints_a_second_when_1000_clients_a_second_come_then_none_fails",

@@ -2,7 +2,7 @@
 //!
 //! Where it is started is in `namespace`.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus};
@@ -44,12 +44,19 @@ impl Process {
         pids
     }
 
-    /// The first line that it prints, without its end; its standard output must be piped.
-    pub(crate) fn first_line(&mut self) -> io::Result<String> {
+    /// The next line that it prints, without its end; nothing where it has ended. Its standard output must be piped, and it
+    /// must not go on before it is asked to.
+    pub(crate) fn next_line(&mut self) -> io::Result<String> {
         let output = self.child.stdout.as_mut().ok_or_else(|| io::Error::other("standard output is not piped"))?;
         let mut line = String::new();
         BufReader::new(output).read_line(&mut line)?;
         Ok(line.trim_end().to_owned())
+    }
+
+    /// Writes a line to its standard input, which must be piped.
+    pub(crate) fn say(&mut self, line: &str) -> io::Result<()> {
+        let input = self.child.stdin.as_mut().ok_or_else(|| io::Error::other("standard input is not piped"))?;
+        input.write_all(format!("{line}\n").as_bytes())
     }
 
     /// How it ended; `None` while it runs.
