@@ -18,7 +18,9 @@ pub(crate) struct MemoryGroups(Vec<Group>);
 /// Memory that a group has taken, of what it may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Level {
-    /// What is taken, without the pages of files that the kernel would drop before it kills anybody.
+    /// What is taken, without pages of files that no program has mapped: the kernel drops those before it kills anybody.
+    /// Mapped ones count. They are the program itself: without them it would live, and read itself from the disk all the
+    /// time.
     pub(crate) used_bytes: u64,
     pub(crate) limit_bytes: u64,
 }
@@ -57,7 +59,7 @@ impl Group {
         let limit_bytes = self.number(files.limit).filter(|limit| *limit < NO_LIMIT_BYTES)?;
         let taken_bytes = self.number(files.usage)?;
         let stat = fs::read_to_string(self.folder.join("memory.stat")).unwrap_or_default();
-        Some(Level { used_bytes: taken_bytes.saturating_sub(file_bytes(&stat, files.of_files)), limit_bytes })
+        Some(Level { used_bytes: taken_bytes.saturating_sub(idle_bytes(&stat, &files)), limit_bytes })
     }
 
     /// A file of one number; "max" is none.
@@ -66,10 +68,14 @@ impl Group {
     }
 }
 
-/// The sum of these words in the text of `memory.stat`.
-fn file_bytes(stat: &str, words: [&str; 2]) -> u64 {
-    let pairs = stat.lines().filter_map(|line| line.split_once(' '));
-    pairs.filter(|(word, _)| words.contains(word)).filter_map(|(_, number)| number.trim().parse::<u64>().ok()).sum()
+/// Pages of files that nobody has mapped, from the text of `memory.stat`.
+fn idle_bytes(stat: &str, files: &Files) -> u64 {
+    let number = |wanted: &str| {
+        let mut pairs = stat.lines().filter_map(|line| line.split_once(' '));
+        pairs.find(|(word, _)| *word == wanted)?.1.trim().parse::<u64>().ok()
+    };
+    let all: u64 = files.of_files.into_iter().filter_map(number).sum();
+    all.saturating_sub(number(files.mapped).unwrap_or(0))
 }
 
 /// Whose files and words.
@@ -86,6 +92,8 @@ struct Files {
     /// Words of `memory.stat`, of a group and all below it: pages of files. Those in memory alone (tmpfs) are not among
     /// them: these stay.
     of_files: [&'static str; 2],
+    /// Those of them that programs have mapped (and what they have mapped of tmpfs).
+    mapped: &'static str,
 }
 
 impl Version {
@@ -95,10 +103,14 @@ impl Version {
                 limit: "memory.limit_in_bytes",
                 usage: "memory.usage_in_bytes",
                 of_files: ["total_inactive_file", "total_active_file"],
+                mapped: "total_mapped_file",
             },
-            Self::V2 => {
-                Files { limit: "memory.max", usage: "memory.current", of_files: ["inactive_file", "active_file"] }
-            }
+            Self::V2 => Files {
+                limit: "memory.max",
+                usage: "memory.current",
+                of_files: ["inactive_file", "active_file"],
+                mapped: "file_mapped",
+            },
         }
     }
 
@@ -179,13 +191,13 @@ mod tests {
     }
 
     #[test]
-    fn f22_given_groups_of_version_2_when_read_then_each_limit_counts_and_pages_of_files_do_not() {
+    fn f22_given_groups_of_version_2_when_read_then_each_limit_counts_and_files_only_where_mapped() {
         let root = fixture(&[
             ("pods/memory.max", "104857600\n"),
             ("pods/memory.current", "73400320\n"),
             (
                 "pods/memory.stat",
-                "anon 1\nfile 31457280\nshmem 10485760\ninactive_file 10485760\nactive_file 10485760\n",
+                "anon 1\nfile 31457280\nfile_mapped 5242880\nshmem 1\ninactive_file 10485760\nactive_file 10485760\n",
             ),
             ("pods/a/memory.max", "max\n"),
             ("pods/a/memory.current", "1048576\n"),
@@ -195,7 +207,7 @@ mod tests {
         let groups = MemoryGroups::find("1:name=systemd:/elsewhere\n0::/pods/a\n", &mounts);
 
         assert_eq!(groups.0.len(), 2, "the root has no such file: {groups:?}");
-        assert_eq!(levels(&groups), [(50, 100)]);
+        assert_eq!(levels(&groups), [(55, 100)]);
     }
 
     #[test]
