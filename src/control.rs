@@ -113,7 +113,7 @@ pub struct Relay {
     contact: Arc<Contact>,
     vips: Vips,
     guard: Guard,
-    /// Looks how many connections there is room for.
+    /// Looks how many connections and flows there is room for.
     _headroom: AbortOnDropHandle<()>,
 }
 
@@ -138,6 +138,7 @@ impl Relay {
         let tcp = Arc::new(TcpShared::new(options.tcp)?);
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start(shards, options.udp)?;
+        let headroom = headroom::follow(Arc::clone(&tcp), udp.gate());
         let health = Health::new(Instant::now());
         health.set_node_eligible(!options.awaits_node); // Before anybody can ask.
         // Before there are routes: it follows them.
@@ -164,7 +165,6 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        let headroom = headroom::follow(Arc::clone(&tcp));
         Ok(Self { messages, orders, status, health, tcp, contact, vips, guard, _headroom: headroom })
     }
 

@@ -1,7 +1,9 @@
-//! How many connections there is room for: looks at descriptors and memory several times a second, and tells the gate.
+//! How many connections and flows there is room for: looks at descriptors and memory several times a second, and tells the
+//! gates.
 //!
 //! A look is good for a number of connections, not for a time: however many come until the next one, they are not more
-//! than what was left has room for. Where memory is read is `cgroup`; who rests when there is no room is `serve::tcp`.
+//! than what was left has room for. Where memory is read is `cgroup`; who rests when there is no room is `serve::tcp`, and
+//! whose flow makes room for another `serve::room`.
 
 use std::fs;
 use std::ops::RangeInclusive;
@@ -14,11 +16,15 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::cgroup::{Level, MemoryGroups};
 use crate::heap;
-use crate::serve::gate::Allowance;
+use crate::serve::gate::{Allowance, FlowGate};
 use crate::serve::tcp::TcpShared;
+use crate::stats::PROCESS;
 
 /// From a look to the next. With the longest rest of who accepts (500 ms) it is what recovery takes at most.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// While nothing is open and nothing lacks, one look in so many is enough, and an idle process stays one.
+const LOOKS_PER_IDLE_LOOK: u32 = 16;
 
 /// Descriptors that no client gets: a twentieth within these bounds, and not more than half of what listeners and flows have
 /// left. For our own servers, what the control plane asks, backends of clients that are already in, and pipes: that does
@@ -29,6 +35,17 @@ const RESERVE: RangeInclusive<u64> = 64..=400;
 /// answer in their queues. Idle ones take a fifth.
 const CONNECTION_BYTES: u64 = 32 * 1024;
 
+/// The same of a flow: a socket with an answer in its queue.
+const FLOW_BYTES: u64 = 8 * 1024;
+
+/// So many connections and flows there may be however little memory is left: a relay that takes most of its limit for its
+/// Services alone is still to serve somebody. They take a fifth of what is kept of 64 MiB.
+const FEW: usize = 64;
+
+/// Flows may take one part in so many of what is left, and connections the rest: together they cannot go beyond it before
+/// the next look, which shares out anew what is still there.
+const FLOWS_SHARE: u64 = 4;
+
 /// Where memory is short, how often what the allocator keeps is given back: that takes milliseconds.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 
@@ -37,15 +54,35 @@ const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 const LOOKS_PER_COUNT: u32 = 8;
 
 /// Looks until the handle is dropped.
-pub(crate) fn follow(tcp: Arc<TcpShared>) -> AbortOnDropHandle<()> {
+pub(crate) fn follow(tcp: Arc<TcpShared>, flows: Arc<FlowGate>) -> AbortOnDropHandle<()> {
     let mut looks = Looks::new(MemoryGroups::of_this_process());
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
-            // The files are the kernel's own, in memory: nothing to wait for.
-            tcp.allow(looks.look(tcp.open_connections(), Instant::now()));
+            let open = Open { connections: tcp.open_connections(), flows: flows.open() };
+            if looks.is_due(open) {
+                // The files are the kernel's own, in memory: nothing to wait for.
+                let most = looks.look(open, Instant::now());
+                tcp.allow(most.connections);
+                flows.allow(most.flows);
+                PROCESS.connections_limit.set(tcp.most_connections() as u64);
+            }
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }))
+}
+
+/// What clients have open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Open {
+    connections: usize,
+    flows: usize,
+}
+
+/// How much may be open until the next look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Most {
+    connections: Allowance,
+    flows: usize,
 }
 
 /// What has to be remembered from look to look.
@@ -53,20 +90,38 @@ struct Looks {
     groups: MemoryGroups,
     descriptors: Descriptors,
     gave_back: Option<Instant>,
+    /// Looks that may be left out.
+    rest: u32,
+    /// The last look has found that nobody may come in.
+    short: bool,
 }
 
 impl Looks {
     fn new(groups: MemoryGroups) -> Self {
-        Self { groups, descriptors: Descriptors::default(), gave_back: None }
+        Self { groups, descriptors: Descriptors::default(), gave_back: None, rest: 0, short: false }
     }
 
-    fn look(&mut self, open: usize, now: Instant) -> Allowance {
-        let by_memory = most_by_memory(open, self.groups.levels());
-        if by_memory == 0 {
+    /// Where nothing is open what may be is not soon used up: a look is good for a number.
+    fn is_due(&mut self, open: Open) -> bool {
+        if open == Open::default() && !self.short && self.rest > 0 {
+            self.rest -= 1;
+            return false;
+        }
+        self.rest = LOOKS_PER_IDLE_LOOK - 1;
+        true
+    }
+
+    fn look(&mut self, open: Open, now: Instant) -> Most {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let others = self.descriptors.others(open.connections);
+        let free_bytes = free_bytes(self.groups.levels());
+        if free_bytes == Some(0) {
             self.give_back(now);
         }
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        Allowance { by_descriptors: most_by_descriptors(limit, self.descriptors.others(open)), by_memory }
+        let most = most(open, connections_that_fit(limit, others), free_bytes);
+        let Allowance { by_descriptors, by_memory } = most.connections;
+        self.short = by_descriptors.min(by_memory) <= open.connections;
+        most
     }
 
     /// What the allocator keeps of connections that have ended must not keep new ones out.
@@ -78,24 +133,33 @@ impl Looks {
     }
 }
 
-/// Connections that there may be where so many descriptors are not theirs. Pure.
-fn most_by_descriptors(limit: u64, others: u64) -> usize {
-    let left = limit.saturating_sub(others);
-    let reserve = (limit / 20).clamp(*RESERVE.start(), *RESERVE.end()).min(left / 2);
-    usize::try_from((left - reserve) / 2).unwrap_or(usize::MAX)
+/// Shares out what is left: descriptors, said as connections, and memory, where it has a limit. Pure.
+fn most(open: Open, fitting: u64, free_bytes: Option<u64>) -> Most {
+    let plus = |count: usize, more: u64| count.saturating_add(usize::try_from(more).unwrap_or(usize::MAX));
+    let free = fitting.saturating_sub(open.connections as u64);
+    let by_descriptors = plus(open.connections, free - free / FLOWS_SHARE);
+    let flows_by_descriptors = plus(open.flows, free / FLOWS_SHARE * 2);
+    let (by_memory, flows_by_memory) = match free_bytes {
+        None => (usize::MAX, usize::MAX),
+        Some(0) => (FEW, FEW),
+        Some(free) => (
+            plus(open.connections, (free - free / FLOWS_SHARE) / CONNECTION_BYTES).max(FEW),
+            plus(open.flows, free / FLOWS_SHARE / FLOW_BYTES).max(FEW),
+        ),
+    };
+    Most { connections: Allowance { by_descriptors, by_memory }, flows: flows_by_descriptors.min(flows_by_memory) }
 }
 
-/// Connections that there may be where so many are open; none where a group has taken 80 % of its limit. Pure.
-fn most_by_memory(open: usize, levels: impl Iterator<Item = Level>) -> usize {
-    let of_level = |Level { used_bytes, limit_bytes }| {
-        let mark_bytes = limit_bytes / 5 * 4;
-        if used_bytes >= mark_bytes {
-            return 0;
-        }
-        let more = (mark_bytes - used_bytes) / CONNECTION_BYTES;
-        open.saturating_add(usize::try_from(more).unwrap_or(usize::MAX))
-    };
-    levels.map(of_level).min().unwrap_or(usize::MAX)
+/// Connections that there may be where so many descriptors, of the limit, are not theirs. Pure.
+pub(crate) fn connections_that_fit(limit: u64, others: u64) -> u64 {
+    let left = limit.saturating_sub(others);
+    let reserve = (limit / 20).clamp(*RESERVE.start(), *RESERVE.end()).min(left / 2);
+    (left - reserve) / 2
+}
+
+/// Memory until the first group has taken 80 % of its limit; `None` without a limit. Pure.
+fn free_bytes(levels: impl Iterator<Item = Level>) -> Option<u64> {
+    levels.map(|Level { used_bytes, limit_bytes }| (limit_bytes / 5 * 4).saturating_sub(used_bytes)).min()
 }
 
 /// Descriptors of this process that belong to no connection: listeners, event loops, flows, pipes.
@@ -148,30 +212,72 @@ mod tests {
         Level { used_bytes: used * MIB, limit_bytes: limit * MIB }
     }
 
-    #[test]
-    fn f14_given_a_limit_of_descriptors_when_judged_then_a_reserve_is_left_and_each_connection_takes_two() {
-        assert_eq!(most_by_descriptors(1_024, 60), 450, "64 stay");
-        assert_eq!(most_by_descriptors(4_000, 1_000), 1_400, "a twentieth stays");
-        assert_eq!(most_by_descriptors(20_000, 60), 9_770, "400 at most");
-        assert_eq!(most_by_descriptors(20_000, 19_700), 75, "half of what is left at most");
-        assert_eq!(most_by_descriptors(100, 10), 22);
-        assert_eq!([most_by_descriptors(1_024, 1_024), most_by_descriptors(0, 3)], [0, 0]);
-        assert!(most_by_descriptors(u64::MAX, 0) > usize::MAX / 4);
+    fn open(connections: usize, flows: usize) -> Open {
+        Open { connections, flows }
     }
 
     #[test]
-    fn f22_given_a_limit_of_memory_when_80_percent_is_taken_then_none_may_come() {
-        assert_eq!(most_by_memory(100, [level(80, 100)].into_iter()), 0);
-        assert_eq!(most_by_memory(100, [level(200, 100)].into_iter()), 0);
-        assert_eq!(most_by_memory(100, [level(79, 100)].into_iter()), 132, "32 KiB each");
-        assert_eq!(most_by_memory(100, std::iter::empty()), usize::MAX);
+    fn f14_given_a_limit_of_descriptors_when_judged_then_a_reserve_is_left_and_each_connection_takes_two() {
+        assert_eq!(connections_that_fit(1_024, 60), 450, "64 stay");
+        assert_eq!(connections_that_fit(4_000, 1_000), 1_400, "a twentieth stays");
+        assert_eq!(connections_that_fit(20_000, 60), 9_770, "400 at most");
+        assert_eq!(connections_that_fit(20_000, 19_700), 75, "half of what is left at most");
+        assert_eq!(connections_that_fit(100, 10), 22);
+        assert_eq!([connections_that_fit(1_024, 1_024), connections_that_fit(0, 3)], [0, 0]);
+        assert!(connections_that_fit(u64::MAX, 0) > u64::MAX / 4);
+    }
+
+    #[test]
+    fn f14_given_descriptors_when_shared_out_then_connections_and_flows_together_never_take_more_than_is_left() {
+        for fitting in [0, 1, 3, 4, 450, 9_770] {
+            for used in [0, fitting / 2, fitting, fitting + 5] {
+                let now = open(used as usize, 7);
+
+                let Most { connections, flows } = most(now, fitting, None);
+
+                let more = 2 * (connections.by_descriptors - now.connections) + (flows - now.flows);
+                assert!(more as u64 <= 2 * fitting.saturating_sub(used), "{used} of {fitting}: {more} more");
+                assert_eq!(connections.by_descriptors > now.connections, used < fitting, "the last one may come");
+            }
+        }
+        assert_eq!(most(open(0, 0), u64::MAX / 2, None).connections.by_memory, usize::MAX);
+    }
+
+    #[test]
+    fn f22_given_a_limit_of_memory_when_80_percent_is_taken_then_none_but_a_few_may_come() {
+        let free = |used, limit| free_bytes([level(used, limit)].into_iter());
+        assert_eq!(free(80, 100), Some(0));
+        assert_eq!(free(200, 100), Some(0));
+        assert_eq!(free(79, 100), Some(MIB));
+        assert_eq!(free_bytes(std::iter::empty()), None);
+
+        let by_memory = |free| {
+            let Most { connections, flows } = most(open(100, 90), 10_000, free);
+            (connections.by_memory, flows)
+        };
+        assert_eq!(by_memory(Some(0)), (FEW, FEW), "fewer than there are");
+        assert_eq!(by_memory(Some(MIB)), (124, 122), "24 of 32 KiB, 32 of 8 KiB");
+        assert_eq!(by_memory(None).0, usize::MAX);
     }
 
     #[test]
     fn f22_given_several_groups_when_judged_then_the_fullest_decides() {
         let levels = [level(0, 1_000), level(15, 20), level(0, 2_000)];
 
-        assert_eq!(most_by_memory(7, levels.into_iter()), 7 + 32);
+        assert_eq!(free_bytes(levels.into_iter()), Some(MIB));
+    }
+
+    #[test]
+    fn given_a_process_when_it_is_idle_then_it_is_looked_at_now_and_then_and_at_work_or_in_need_each_time() {
+        let mut looks = Looks::new(MemoryGroups::default());
+        let due = |looks: &mut Looks, open| (0..32).filter(|_| looks.is_due(open)).count();
+
+        assert_eq!(due(&mut looks, Open::default()), 2);
+        assert_eq!(due(&mut looks, open(1, 0)), 32);
+        assert_eq!(due(&mut looks, open(0, 1)), 32);
+        assert!(due(&mut looks, Open::default()) <= 2);
+        looks.short = true;
+        assert_eq!(due(&mut looks, Open::default()), 32, "who waits is to come in as soon as there is room");
     }
 
     #[test]
@@ -210,9 +316,11 @@ mod tests {
 
     #[test]
     fn given_no_group_with_a_limit_when_looked_then_memory_keeps_nobody_out() {
-        let allowance = Looks::new(MemoryGroups::default()).look(0, Instant::now());
+        let mut looks = Looks::new(MemoryGroups::default());
 
-        assert_eq!(allowance.by_memory, usize::MAX);
-        assert!(allowance.by_descriptors > 0);
+        let Most { connections, flows } = looks.look(Open::default(), Instant::now());
+
+        assert_eq!(connections.by_memory, usize::MAX);
+        assert!(connections.by_descriptors > 0 && flows > 0 && !looks.short);
     }
 }

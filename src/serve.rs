@@ -23,7 +23,7 @@ pub mod limits;
 pub mod listeners;
 mod mailbox;
 pub mod mmsg;
-mod moment;
+pub(crate) mod moment;
 mod outbound;
 mod pipe;
 mod pool;

@@ -292,19 +292,35 @@ impl<const N: usize> Histogram<N> {
 pub struct WallTime {
     /// The end of all times so far, on the clock of those who tell.
     end_ms: AtomicU64,
+    /// When the last of them began that followed no other.
+    since_ms: AtomicU64,
     sum_ms: Counter,
 }
 
 impl WallTime {
     const fn new() -> Self {
-        Self { end_ms: AtomicU64::new(0), sum_ms: Counter::new() }
+        Self { end_ms: AtomicU64::new(0), since_ms: AtomicU64::new(0), sum_ms: Counter::new() }
     }
+
+    /// Who tells of one time after another may be so late.
+    const BREAK_MS: u64 = 1_000;
 
     /// It lasts from now on, for so long. All who tell have one clock.
     pub fn add(&self, now_ms: u64, length_ms: u64) {
         let end = now_ms.saturating_add(length_ms);
         let known = self.end_ms.fetch_max(end, Ordering::Relaxed);
+        if known.saturating_add(Self::BREAK_MS) < now_ms {
+            // One alone of those who tell at once sees the old end.
+            self.since_ms.store(now_ms, Ordering::Relaxed);
+        }
         self.sum_ms.add(end.saturating_sub(known.max(now_ms)));
+    }
+
+    /// How long it has lasted by now without a break; `None` where it does not last, or was over a second ago.
+    pub fn lasting(&self, now_ms: u64) -> Option<Duration> {
+        let end = self.end_ms.load(Ordering::Relaxed);
+        let lasts = end > 0 && now_ms <= end.saturating_add(Self::BREAK_MS);
+        lasts.then(|| Duration::from_millis(now_ms.saturating_sub(self.since_ms.load(Ordering::Relaxed))))
     }
 
     /// The sum in seconds.
@@ -432,6 +448,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     host_read_errors: Counter::new(),
     guarded_addresses: Latest::new(),
     accept_paused: [const { WallTime::new() }; PauseReason::ALL.len()],
+    connections_limit: Latest::new(),
     stalled: BusyGauge(Gauge::new()),
     panics: Counter::new(),
     log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
@@ -460,6 +477,8 @@ pub struct ProcessStats {
     pub guarded_addresses: Latest,
     /// How long a listener or more accepted nobody though clients waited, by [`PauseReason`].
     pub accept_paused: [WallTime; PauseReason::ALL.len()],
+    /// How many TCP connections there may be now, by what is left and what the operator allows; `u64::MAX` without a limit.
+    pub connections_limit: Latest,
     /// Directions of connections that hold bytes which their receiver does not take.
     pub stalled: BusyGauge,
     /// Panics of any thread, where [`panics::log_and_count`](crate::panics::log_and_count) was called.
@@ -614,6 +633,21 @@ mod tests {
         assert_eq!(after(5_000, 1_000), 1.6, "nothing in between");
         assert_eq!(after(5_000, 1_000), 1.6, "at the same time");
         assert_eq!(after(u64::MAX, 1), 1.6);
+    }
+
+    #[test]
+    fn f14_given_times_that_follow_each_other_when_asked_then_it_lasts_since_the_first_of_them() {
+        let time = WallTime::default();
+        let lasting = |now_ms| time.lasting(now_ms).map(|time| time.as_millis());
+        assert_eq!(lasting(0), None);
+
+        time.add(5_000, 500);
+        time.add(5_600, 500);
+        assert_eq!([5_000, 6_100, 7_100].map(lasting), [Some(0), Some(1_100), Some(2_100)]);
+        assert_eq!(lasting(7_101), None, "nobody has said more");
+
+        time.add(9_000, 5);
+        assert_eq!(lasting(9_004), Some(4), "a new one");
     }
 
     #[test]

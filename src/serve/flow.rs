@@ -523,6 +523,7 @@ impl FlowTable {
     ) -> FlowId {
         let leg = Leg::Opening { begun: false };
         let id = self.flows.insert(Flow { client, listener, choice, leg, state, last, due: 0 });
+        self.room.enter();
         self.by_key.insert(FlowKey::new(listener, client), id);
         self.clients.entry(client.ip()).or_default().enter(&mut self.flows, CLIENT_AGE, state, id);
         self.ages.enter(&mut self.flows, AGE, state, id);
@@ -630,6 +631,7 @@ impl FlowTable {
         }
         self.by_key.remove(&FlowKey::new(listener, client));
         if let Some(flow) = self.flows.remove(id) {
+            self.room.leave();
             flow.end_leg(reason);
         }
     }

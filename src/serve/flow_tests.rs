@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::name::{ObjectName, Protocol, ServicePortName};
+use crate::serve::gate::FlowGate;
 
 /// A table with one listener, and a clock that moves by hand.
 struct Bench {
@@ -495,6 +496,29 @@ fn given_two_shards_when_one_is_flooded_then_the_other_keeps_its_guaranteed_plac
     flooded.pass(11);
     quiet.flow("10.9.1.1:1000", &backend);
     assert_eq!(quiet.table.count(), 17, "shared places come back");
+}
+
+#[test]
+fn f22_given_no_room_for_more_flows_when_a_client_comes_then_the_least_one_makes_room_until_there_is() {
+    let (mut bench, backend, gate) = (Bench::new(1), Bench::backend(1), Arc::<FlowGate>::default());
+    let limits = FlowLimits::split(64, 2).next().expect("two shards").behind(&gate);
+    bench.table = FlowTable::new(limits, 1, bench.now);
+    bench.listener = bench.table.add_listener(IdleTimes::default());
+    gate.allow(2);
+    let first = bench.flow("10.9.0.1:1000", &backend);
+    bench.stream("10.9.0.2:1000", &backend);
+
+    assert_eq!(evicted(bench.datagram("10.9.0.3:1000", &backend)), Some(first), "a stream stays");
+    assert_eq!((gate.open(), bench.table.count()), (2, 2));
+    gate.allow(3);
+    assert_eq!(evicted(bench.datagram("10.9.0.4:1000", &backend)), None);
+    assert_eq!(gate.open(), 3);
+
+    bench.pass(70);
+    assert_eq!(gate.open(), 0, "they have expired");
+    bench.flow("10.9.0.5:1000", &backend);
+    drop(bench.table);
+    assert_eq!(gate.open(), 0, "none is there any more");
 }
 
 #[test]

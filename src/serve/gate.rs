@@ -2,7 +2,11 @@
 //!
 //! Clients that may not come in wait in the queue of the kernel; nobody is turned away. Who accepts asks here before each
 //! client, and rests where the answer is no (`tcp`). The numbers of descriptors and memory come from `headroom`, that of
-//! one Service from its plan.
+//! one Service from its plan. UDP has nobody to wait: where there may be no more flows, a new one takes the place of an old
+//! one (`room`).
+//!
+//! *Exactness.* Workers decide by themselves, so that no accept waits for another worker: those that look at the same moment
+//! each let one in, and a limit may be exceeded by one connection for each worker but the first.
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -42,6 +46,12 @@ impl Gate {
         self.by_memory.store(by_memory, Ordering::Relaxed);
     }
 
+    /// How many there may be now, for whatever reason; `usize::MAX` without any limit.
+    pub(crate) fn most(&self) -> usize {
+        let told = [&self.by_descriptors, &self.by_memory].map(|most| most.load(Ordering::Relaxed));
+        told.into_iter().fold(self.most, usize::min)
+    }
+
     /// Why nobody may come in while so many connections are open; `None` where one may.
     pub(crate) fn closed(&self, open: usize) -> Option<PauseReason> {
         if open >= self.by_descriptors.load(Ordering::Relaxed) {
@@ -51,6 +61,49 @@ impl Gate {
         } else {
             (open >= self.most).then_some(PauseReason::ConnectionLimit)
         }
+    }
+}
+
+/// How many UDP flows there are and may be, in all shards together. Each flow is counted once when it begins and once when
+/// it ends; told by one task.
+#[derive(Debug)]
+pub(crate) struct FlowGate {
+    open: AtomicUsize,
+    most: AtomicUsize,
+}
+
+/// Open for as many as come; nothing is lacking as long as nobody says so.
+impl Default for FlowGate {
+    fn default() -> Self {
+        Self { open: AtomicUsize::new(0), most: AtomicUsize::new(usize::MAX) }
+    }
+}
+
+// All relaxed: the numbers guard no other memory, and shards that look at the same moment exceed the limit by one each.
+impl FlowGate {
+    /// Holds until it is called again.
+    pub(crate) fn allow(&self, most: usize) {
+        self.most.store(most, Ordering::Relaxed);
+    }
+
+    /// Flows that there are now.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// True where there may be no more flows than there are.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.open() >= self.most.load(Ordering::Relaxed)
+    }
+
+    /// One more.
+    pub(crate) fn enter(&self) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many less.
+    pub(crate) fn leave(&self, count: usize) {
+        self.open.fetch_sub(count, Ordering::Relaxed);
     }
 }
 
@@ -121,6 +174,7 @@ mod tests {
 
         gate.allow(Allowance { by_descriptors: 100, by_memory: usize::MAX });
         assert_eq!([20, 50].map(|open| gate.closed(open)), [None, Some(PauseReason::ConnectionLimit)]);
+        assert_eq!(gate.most(), 50);
     }
 
     #[test]
@@ -133,6 +187,23 @@ mod tests {
 
         cap.set(None);
         assert!(!cap.is_reached(3));
+    }
+
+    #[test]
+    fn f18_given_flows_when_there_may_be_no_more_then_it_is_closed_until_some_have_gone() {
+        let gate = FlowGate::default();
+        gate.enter();
+        gate.enter();
+        assert!(!gate.is_closed(), "nobody has set a limit");
+
+        gate.allow(2);
+        assert!(gate.is_closed());
+        gate.leave(1);
+        assert!(!gate.is_closed());
+        assert_eq!(gate.open(), 1);
+
+        gate.allow(0);
+        assert!(gate.is_closed());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::serve::flow::FlowState;
+use crate::serve::gate::FlowGate;
 use crate::serve::slab::{Chain, Id, Slab};
 
 /// A client address with at least one in so many of its allowed flows makes room for its own new ones. One with
@@ -24,6 +25,8 @@ pub struct FlowLimits {
     shared: Arc<SharedPlaces>,
     /// Flows of one client address in this table.
     per_client: usize,
+    /// What the process has left: open, as long as it is of its own.
+    gate: Arc<FlowGate>,
 }
 
 impl FlowLimits {
@@ -33,7 +36,13 @@ impl FlowLimits {
         let own = if shards == 1 { flows } else { flows / shards / 2 }.max(1);
         let shared = Arc::new(SharedPlaces(AtomicUsize::new(flows.saturating_sub(own * shards))));
         let per_client = (flows / 4).max(1);
-        (0..shards).map(move |_| Self { own, shared: Arc::clone(&shared), per_client })
+        let gate = Arc::<FlowGate>::default();
+        (0..shards).map(move |_| Self { own, shared: Arc::clone(&shared), per_client, gate: Arc::clone(&gate) })
+    }
+
+    /// Counts at this gate, and has no more flows while it is closed.
+    pub(super) fn behind(self, gate: &Arc<FlowGate>) -> Self {
+        Self { gate: Arc::clone(gate), ..self }
     }
 
     #[cfg(test)]
@@ -52,6 +61,8 @@ pub(super) struct Room {
     limits: FlowLimits,
     /// How many of the shared places are held.
     borrowed: usize,
+    /// Flows that are counted at the gate.
+    counted: usize,
 }
 
 /// Whether a client may have one more flow.
@@ -69,7 +80,7 @@ pub(super) enum Place {
 
 impl Room {
     pub(super) fn new(limits: FlowLimits) -> Self {
-        Self { limits, borrowed: 0 }
+        Self { limits, borrowed: 0, counted: 0 }
     }
 
     pub(super) fn limits(&self) -> FlowLimits {
@@ -89,6 +100,18 @@ impl Room {
         }
     }
 
+    /// A flow has begun.
+    pub(super) fn enter(&mut self) {
+        self.counted += 1;
+        self.limits.gate.enter();
+    }
+
+    /// A flow has ended.
+    pub(super) fn leave(&mut self) {
+        self.counted -= 1;
+        self.limits.gate.leave(1);
+    }
+
     /// Gives back what a table of `all` flows does not need.
     pub(super) fn give_back(&mut self, all: usize) {
         let needed = all.saturating_sub(self.limits.own);
@@ -100,6 +123,9 @@ impl Room {
     }
 
     fn take(&mut self, all: usize) -> bool {
+        if self.limits.gate.is_closed() {
+            return false;
+        }
         if all < self.limits.own + self.borrowed {
             return true;
         }
@@ -112,6 +138,7 @@ impl Room {
     #[cfg(test)]
     pub(super) fn check(&self, all: usize) {
         assert_eq!(self.borrowed, all.saturating_sub(self.limits.own), "places are held for flows only");
+        assert_eq!(self.counted, all, "each flow is counted once");
     }
 
     #[cfg(test)]
@@ -123,6 +150,7 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         self.give_back(0);
+        self.limits.gate.leave(self.counted);
     }
 }
 

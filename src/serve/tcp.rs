@@ -136,6 +136,11 @@ impl TcpShared {
         self.gate.allow(allowance);
     }
 
+    /// How many there may be now; `usize::MAX` without a limit.
+    pub(crate) fn most_connections(&self) -> usize {
+        self.gate.most()
+    }
+
     /// Connections that are open or being made.
     pub fn open_connections(&self) -> usize {
         self.connections.len()

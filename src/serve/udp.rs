@@ -22,6 +22,7 @@ use crate::plan::UdpSettings;
 use crate::serve::TargetCell;
 use crate::serve::filter::Filter;
 use crate::serve::flow::IdleTimes;
+use crate::serve::gate::FlowGate;
 pub use crate::serve::mmsg::{bind_udp, bind_udp_group, hold_udp};
 use crate::serve::room::FlowLimits;
 use crate::serve::shard::{Command, Shard};
@@ -93,6 +94,8 @@ pub struct UdpShards {
     options: UdpOptions,
     /// Those of the options, for all listeners that have no others.
     idle: Arc<IdleTimes>,
+    /// Of all shards.
+    gate: Arc<FlowGate>,
 }
 
 /// A listener that is served: its key, and how many shards share it.
@@ -119,14 +122,21 @@ struct Handle {
 impl UdpShards {
     /// Starts so many shards, at least one. Fails where the host has no thread or descriptor left.
     pub fn start(count: usize, options: UdpOptions) -> io::Result<Self> {
-        let limits = FlowLimits::split(options.flow_limit.max(1), count.max(1));
+        let gate = Arc::<FlowGate>::default();
+        let limits = FlowLimits::split(options.flow_limit.max(1), count.max(1)).map(|limits| limits.behind(&gate));
         let sources = Arc::new(OwnSources::default());
         let shards = limits.enumerate().map(|(number, limits)| {
             Handle::start(number, |wake, received| {
                 Shard::new(wake, received, limits, Arc::clone(&sources), options.offload)
             })
         });
-        Ok(Self { shards: shards.collect::<io::Result<_>>()?, options, idle: Arc::new(options.idle) })
+        let shards = shards.collect::<io::Result<_>>()?;
+        Ok(Self { shards, options, idle: Arc::new(options.idle), gate })
+    }
+
+    /// Where its flows are counted, and where it is told that there may be no more.
+    pub(crate) fn gate(&self) -> Arc<FlowGate> {
+        Arc::clone(&self.gate)
     }
 
     /// Opens a listener's sockets and serves there: [`bind`](Self::bind) and [`add`](Self::add) in one.
