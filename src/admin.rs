@@ -367,7 +367,10 @@ async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View
             page.map_or_else(failed, |page| response(StatusCode::OK, metrics::CONTENT_TYPE, page))
         }
         "/status" if surface == Surface::Status => {
-            let document = off_the_workers(move || serde_json::to_string(&LiveReport::of(&view.snapshot()))).await;
+            let document = off_the_workers(move || {
+                serde_json::to_string(&LiveReport::of(&view.snapshot()).with_pauses(Instant::now().into()))
+            })
+            .await;
             match document {
                 Some(Ok(document)) => response(StatusCode::OK, "application/json", document),
                 Some(Err(_)) | None => failed(),

@@ -13,7 +13,11 @@ use crate::contact::ContactReport;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
 use crate::serve::balancer::Backend;
-use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, ServiceStats, Tally};
+use crate::serve::gate::remedy;
+use crate::serve::moment::Moment;
+use crate::stats::{
+    BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, ServiceStats, Tally, WallTime,
+};
 use crate::status::{
     BackendTraffic, ListenerState, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus, Status,
 };
@@ -34,13 +38,38 @@ pub struct LiveReport {
     /// Whether the API server is heard; absent with a static source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contact: Option<ContactReport>,
+    /// Why TCP clients wait to be accepted now; left out where none does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pauses: Vec<PauseReport>,
     /// Services and problems.
     #[serde(flatten)]
     pub report: Report,
 }
 
+/// That one listener or more accepts nobody, for one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseReport {
+    /// A word of [`PauseReason`].
+    pub reason: Cow<'static, str>,
+    /// How long it has been so, in whole seconds.
+    pub seconds: u64,
+    /// What an operator can do.
+    pub remedy: Cow<'static, str>,
+}
+
+impl PauseReport {
+    /// All that last at an instant. The times are by [`PauseReason`].
+    fn all(times: &[WallTime; PauseReason::ALL.len()], now: Instant) -> Vec<Self> {
+        let lasting = |reason: &PauseReason| {
+            let time = times[usize::from(*reason)].lasting(Moment::of(now).0)?;
+            Some(Self { reason: reason.as_str().into(), seconds: time.as_secs(), remedy: remedy(*reason).into() })
+        };
+        PauseReason::ALL.iter().filter_map(lasting).collect()
+    }
+}
+
 impl LiveReport {
-    /// This process's relay as it is now.
+    /// This process's relay as it is now, without its pauses.
     pub fn of(status: &Status) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -49,8 +78,14 @@ impl LiveReport {
             synced: status.synced,
             source: status.source.clone(),
             contact: status.contact.report(),
+            pauses: Vec::new(),
             report: status.report(),
         }
+    }
+
+    /// With the pauses of this process that last at an instant.
+    pub(crate) fn with_pauses(self, now: Instant) -> Self {
+        Self { pauses: PauseReport::all(&PROCESS.accept_paused, now), ..self }
     }
 }
 
@@ -314,6 +349,8 @@ pub(crate) mod sample {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -358,6 +395,22 @@ mod tests {
         assert_eq!(state(&status), Some(failed));
         status.stopping = true;
         assert_eq!(state(&status), Some(ListenerState::Closed));
+    }
+
+    #[test]
+    fn f14_given_a_pause_that_lasts_when_reported_then_its_reason_age_and_remedy_are_told() {
+        let times = <[WallTime; PauseReason::ALL.len()]>::default();
+        let (begin, after) = (Instant::now(), |seconds| Duration::from_secs(seconds));
+        for second in 0..12 {
+            times[usize::from(PauseReason::FdLimit)].add(Moment::of(begin + after(second)).0, 1_000);
+        }
+
+        let told = PauseReport::all(&times, begin + after(11));
+
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert_eq!((&*told[0].reason, told[0].seconds), ("fd_limit", 11));
+        assert!(told[0].remedy.contains("open files"));
+        assert!(PauseReport::all(&times, begin + after(60)).is_empty(), "it is over");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
 
 use crate::describe::{allowed, counted, meaning};
-use crate::live::LiveReport;
+use crate::live::{LiveReport, PauseReport};
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
 use crate::problem::Listed;
 use crate::status::{
@@ -19,7 +19,7 @@ const GAP: &str = "   ";
 /// Of the values behind a label, as `kubectl describe` has it.
 const INDENT: usize = 19;
 
-/// A line for each Service, then how many listeners failed, then the problems.
+/// A line for each Service, then why clients wait, which listeners failed, and the problems.
 pub fn table(live: &LiveReport) -> String {
     let header = ["NAMESPACE", "NAME", "TYPE", "CLUSTER-IP", "PORT(S)", "BACKENDS", "ACTIVE", "CONNS", "FAILED"];
     let mut rows = vec![header.map(Cow::Borrowed).to_vec()];
@@ -34,7 +34,7 @@ pub fn table(live: &LiveReport) -> String {
         text +=
             "\nNot all that the source says is in use: the problems tell what is left out, and what stays as it was.\n";
     }
-    text + &failures(&live.report) + &problems("Problems", &live.report.problems)
+    text + &pauses(&live.pauses) + &failures(&live.report) + &problems("Problems", &live.report.problems)
 }
 
 /// One Service with its listeners, backends and counters, for a report that [`Report::only`] has reduced to it.
@@ -112,6 +112,13 @@ fn picks(port: &PortReport) -> BTreeSet<&str> {
 fn node_port(port: &PortReport) -> Option<&str> {
     let listener = port.listeners.iter().find(|listener| listener.kind == ListenerKind::NodePort)?;
     listener.address.rsplit_once(':').map(|(_, number)| number)
+}
+
+fn pauses(pauses: &[PauseReport]) -> String {
+    let line = |PauseReport { reason, seconds, remedy }: &PauseReport| {
+        format!("\nTCP clients wait to be accepted ({reason}, for {seconds} s). What helps: {remedy}.\n")
+    };
+    pauses.iter().map(line).collect()
 }
 
 fn failures(report: &Report) -> String {
@@ -452,6 +459,20 @@ mod tests {
         let text = table(&LiveReport::of(&Status::default()));
 
         assert_eq!(text, "No Services.\n\nThe source has not delivered its first complete state yet.\n");
+    }
+
+    #[test]
+    fn f14_given_clients_that_wait_when_tabled_then_why_how_long_and_what_helps_is_told() {
+        let mut live = LiveReport::of(&Status { synced: true, ..Status::default() });
+        let pause = |reason, seconds, remedy| PauseReport { reason, seconds, remedy };
+        live.pauses = vec![pause("fd_limit".into(), 12, "more of them".into())];
+
+        let text = table(&live);
+
+        assert!(
+            text.ends_with("\nTCP clients wait to be accepted (fd_limit, for 12 s). What helps: more of them.\n"),
+            "{text}"
+        );
     }
 
     #[test]
