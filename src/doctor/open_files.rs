@@ -1,9 +1,10 @@
-//! The limit of descriptors: each listener takes one, each connection two.
+//! The limit of descriptors: each listener takes one, each connection two, and some are kept for ourselves.
 
 use super::duty::Duty;
 use super::fact::{Fact, Unreadable, file};
 use super::finding::{Finding, Subject};
 use crate::describe::counted;
+use crate::headroom::connections_that_fit;
 
 const SUBJECT: Subject = Subject::OpenFiles;
 /// For everything that is neither a listener nor a connection: event loops, pipes, netlink, the API server.
@@ -38,13 +39,16 @@ pub(super) fn judge(limit: &Fact<Option<u64>>, duty: &Duty) -> Finding {
     let listeners = duty.listeners().count();
     let process = duty.process();
     let remedy = "`LimitNOFILE=` in a systemd unit, `ulimit -Hn` in a shell, the container runtime's limit for a pod: 65536 or more";
-    let Some(spare) = limit.checked_sub(OWN + listeners as u64) else {
+    let others = OWN + listeners as u64;
+    if limit < others {
         let count = counted(listeners, "listener");
         let message = format!("{process} may have {limit} descriptors: too few for {count} and itself");
         return Finding::error(SUBJECT, message).remedy(remedy);
-    };
-    let message = format!("{process} may have {limit} descriptors: about {} connections at once", spare / 2);
-    match spare / 2 {
+    }
+    let connections = connections_that_fit(limit, others);
+    let message =
+        format!("{process} may have {limit} descriptors: about {connections} connections at once, then clients wait");
+    match connections {
         few if few < FEW_CONNECTIONS => Finding::warning(SUBJECT, message).remedy(remedy),
         _ => Finding::ok(SUBJECT, message),
     }
@@ -66,6 +70,8 @@ mod tests {
         assert_eq!(grade(Some(299)), Grade::Error);
         assert_eq!(grade(Some(1_024)), Grade::Warning);
         assert_eq!(grade(Some(20_000)), Grade::Ok);
+        let told = judge(&Ok(Some(20_000)), &duty(&listeners)).message;
+        assert!(told.contains("about 9650 connections"), "of 20,000 less 300 and the 400 that are kept: {told}");
         assert_eq!(grade(None), Grade::Ok);
         assert_eq!(judge(&Err(Unreadable::new("x", "y")), &unknown()).grade, Grade::Note);
         let hidden = Duty { running: Some(Running { pid: 1, visible: false }), ..duty(&listeners) };
