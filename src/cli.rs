@@ -274,10 +274,6 @@ struct ApiFlags {
     #[arg(long, value_name = "URL", env = "KUBE_RELAY_MASTER")]
     master: Option<String>,
 
-    /// Folder that keeps the last state, to be served when the API server is away at the start
-    #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
-    state_dir: Option<PathBuf>,
-
     /// Set in each pod.
     #[arg(long, hide = true, env = "KUBERNETES_SERVICE_HOST")]
     kubernetes_service_host: Option<String>,
@@ -376,6 +372,10 @@ struct TimeFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Process")]
 struct ProcessFlags {
+    /// Folder of this kube-relay alone: a second one with it refuses to start. Keeps the last state, to be served when the API server is away at the start
+    #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+
     /// What to log: a level (error, warn, info, debug, trace), or target=level pairs as in RUST_LOG
     #[arg(long, value_name = "LEVEL", env = "KUBE_RELAY_LOG_LEVEL", default_value = DEFAULT_LOG_LEVEL)]
     log_level: LogLevel,
@@ -807,6 +807,7 @@ impl RunFlags {
                 answered: positive("--udp-timeout-answered", times.udp_timeout_answered)?,
                 stream: positive("--udp-timeout-stream", times.udp_timeout_stream)?,
             },
+            state_dir: non_empty_path(process.state_dir),
             logs: LogOptions { level: process.log_level, format: process.log_format },
             udp_shards: NonZeroU16::new(process.udp_shards).unwrap_or(NonZeroU16::MIN),
             workers: process.workers.map(usize::from),
@@ -829,11 +830,9 @@ impl ApiFlags {
         let (server, service_host) = (self.options(), non_empty(self.kubernetes_service_host));
         let named = server != ApiOptions::default();
         match sources.first() {
-            None if named || service_host.is_some() => Ok(SourceConfig::Api {
-                server,
-                state_dir: non_empty_path(self.state_dir),
-                service_host: service_host.and_then(|host| host.parse().ok()),
-            }),
+            None if named || service_host.is_some() => {
+                Ok(SourceConfig::Api { server, service_host: service_host.and_then(|host| host.parse().ok()) })
+            }
             Some(source) if named => Err(ConfigError {
                 flag: "--source",
                 value: source.display().to_string(),
@@ -981,7 +980,6 @@ fn non_empty(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
 }
 
-#[cfg(feature = "kubernetes")]
 fn non_empty_path(path: Option<PathBuf>) -> Option<PathBuf> {
     path.filter(|path| !path.as_os_str().is_empty())
 }
@@ -1070,7 +1068,7 @@ mod tests {
         assert_eq!(config.udp_timeouts.unreplied, DEFAULT_UDP_TIMEOUT_UNREPLIED);
         assert_eq!(config.udp_timeouts.stream, DEFAULT_UDP_TIMEOUT_STREAM);
         assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
-        assert_eq!(config.workers, None);
+        assert_eq!((config.workers, &config.state_dir), (None, &None));
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
         assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false }));
         assert_eq!(config.upstream.sources, [] as [IpAddr; 0]);
@@ -1091,10 +1089,8 @@ mod tests {
         let config = run_fine("kube-relay run --kubeconfig k --master https://10.0.0.1:6443 --state-dir /s");
 
         let options = ApiOptions { kubeconfig: Some("k".into()), master: Some("https://10.0.0.1:6443".into()) };
-        assert_eq!(
-            config.source,
-            SourceConfig::Api { server: options, state_dir: Some("/s".into()), service_host: None }
-        );
+        assert_eq!(config.source, SourceConfig::Api { server: options, service_host: None });
+        assert_eq!(config.state_dir, Some("/s".into()));
         assert_eq!(config.plan.node_port_addresses, CLUSTER_NODE_PORT_ADDRESSES);
         assert_eq!(config.shutdown.delay, CLUSTER_SHUTDOWN_DELAY);
         assert_eq!(config.healthz_address, Some(CLUSTER_HEALTHZ_ADDRESS));
@@ -1109,7 +1105,7 @@ mod tests {
         let pod = "kube-relay run --kubernetes-service-host 10.96.0.1";
 
         let (server, service_host) = (ApiOptions::default(), Some([10, 96, 0, 1].into()));
-        assert_eq!(run_fine(pod).source, SourceConfig::Api { server, state_dir: None, service_host });
+        assert_eq!(run_fine(pod).source, SourceConfig::Api { server, service_host });
         assert_eq!(
             run_fine(&format!("{pod} -f web.yaml")).source,
             SourceConfig::Manifests(vec![Input::from("web.yaml")])

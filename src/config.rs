@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU8, NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::RangeInclusive;
-#[cfg(feature = "kubernetes")]
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -104,6 +103,9 @@ pub struct RunConfig {
     pub udp_timeouts: UdpTimeouts,
     /// Threads that share a UDP port whose Service does not say (1..=1024). From `--udp-shards`.
     pub udp_shards: NonZeroU16,
+    /// Folder that is this process's alone, with an API server also that of the last state; `None`: it is not kept. From
+    /// `--state-dir`.
+    pub state_dir: Option<PathBuf>,
     /// How to log.
     pub logs: LogOptions,
     /// Worker threads (1..=1024); `None`: as many as this process may use processors.
@@ -120,8 +122,6 @@ pub enum SourceConfig {
     Api {
         /// Which one.
         server: ApiOptions,
-        /// Folder of the last state; `None`: it is not kept. From `--state-dir`.
-        state_dir: Option<PathBuf>,
         /// The address that the cluster gives its own server, in a pod: one of a Service, like 10.96.0.1. From
         /// `KUBERNETES_SERVICE_HOST`.
         service_host: Option<IpAddr>,

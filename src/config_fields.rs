@@ -91,8 +91,6 @@ const RELAY: &[Field] = &[
     field("clientConnection.kubeconfig", Form::Text, &["kubeconfig"]),
     #[cfg(feature = "kubernetes")]
     field("master", Form::Text, &["master"]),
-    #[cfg(feature = "kubernetes")]
-    field("stateDir", Form::Text, &["state_dir"]),
     field("metricsBindAddress", METRICS, &["metrics_bind_address"]),
     field("statusBindAddress", METRICS, &["status_bind_address"]),
     field("healthzBindAddress", HEALTHZ, &["healthz_bind_address"]),
@@ -128,6 +126,7 @@ const RELAY: &[Field] = &[
     field("udpTimeouts.answered", Form::Text, &["udp_timeout_answered"]),
     field("udpTimeouts.stream", Form::Text, &["udp_timeout_stream"]),
     field("udpShards", Form::Number, &["udp_shards"]),
+    field("stateDir", Form::Text, &["state_dir"]),
     field("workers", Form::Number, &["workers"]),
     field("logging.level", Form::Text, &["log_level"]),
     field("logging.format", Form::Text, &["log_format"]),

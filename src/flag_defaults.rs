@@ -161,7 +161,7 @@ mod tests {
         let (server, files) = (kube_proxy("clientConnection: {kubeconfig: /k}\n"), relay("sources: [x]\n"));
         let api = |kubeconfig: Option<&str>, master: Option<&str>| {
             let server = ApiOptions { kubeconfig: kubeconfig.map(Into::into), master: master.map(Into::into) };
-            SourceConfig::Api { server, state_dir: None, service_host: None }
+            SourceConfig::Api { server, service_host: None }
         };
 
         assert_eq!(run(&server, "-f x").source, SourceConfig::Manifests(vec![Input::from("x")]));

@@ -181,6 +181,7 @@ pub mod scaffold;
 pub mod serve;
 mod service_plan;
 mod source_ranges;
+pub mod state_lock;
 pub mod stats;
 pub mod status;
 mod sysctl;

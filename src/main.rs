@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
+use std::time::SystemTime;
 
 use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
@@ -37,6 +38,7 @@ use kube_relay::model::{Event, Model};
 use kube_relay::place::{self, Place};
 use kube_relay::plan::{Plan, Severity};
 use kube_relay::scaffold::new_service_yaml;
+use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
 use kube_relay::{logs, overview, panics, peer};
 use tokio::runtime::{Builder, Runtime};
@@ -110,7 +112,9 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
-    let outcome = on(runtime.context("cannot start the runtime")?, serve(config, workers, open_files));
+    // The folder is ours until all has ended that may write there.
+    let outcome = lock_state_dir(&config)
+        .and_then(|_lock| on(runtime.context("cannot start the runtime")?, serve(config, workers, open_files)));
     Ok(match outcome {
         Ok(()) => EXIT_FINE,
         Err(error) => {
@@ -129,6 +133,22 @@ fn all_there(source: &SourceConfig) -> anyhow::Result<()> {
         },
         #[cfg(feature = "kubernetes")]
         SourceConfig::Api { .. } => Ok(()),
+    }
+}
+
+/// Refuses to start where another process has the folder. One that cannot be locked cannot be written as a rule, and
+/// Services are served without it.
+fn lock_state_dir(config: &RunConfig) -> anyhow::Result<Option<StateLock>> {
+    let Some(folder) = &config.state_dir else { return Ok(None) };
+    let admin = config.status_address.or(config.metrics_address);
+    let holder = Holder { pid: std::process::id(), admin, since: SystemTime::now() };
+    match StateLock::take(folder, holder) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(error @ StateLockError::Held { .. }) => Err(error.into()),
+        Err(error) => {
+            warn!("{:#}", anyhow!(error));
+            Ok(None)
+        }
     }
 }
 
@@ -213,10 +233,10 @@ async fn follow(
             tokio::spawn(manifest::run(source, relay.messages(), Arc::clone(reload), stop))
         }
         #[cfg(feature = "kubernetes")]
-        SourceConfig::Api { server, state_dir, service_host } => {
+        SourceConfig::Api { server, service_host } => {
             let selection = kubernetes::Selection {
                 proxy_name: config.plan.proxy_name.clone(),
-                state_dir: state_dir.clone(),
+                state_dir: config.state_dir.clone(),
                 node_name: config.plan.node.name.clone().unwrap_or_default(),
                 service_nets: service_host
                     .map(IpNet::from)

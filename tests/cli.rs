@@ -600,6 +600,55 @@ mod run {
     }
 
     #[test]
+    fn t237_given_a_relay_with_a_state_folder_when_a_second_one_has_it_too_then_that_refuses_and_names_the_first() {
+        let site = Site::new(49);
+        start_backend(site.backend(1));
+        let (_folder, path) = folder_with(&Manifest::new(site).tcp().endpoints([site.backend(1)]).to_string());
+        let state = tempfile::tempdir().expect("a folder can be made");
+        let command = || {
+            let mut command = run_command(&[&path]);
+            command.arg("--state-dir").arg(state.path());
+            command
+        };
+        let mut first = Running::start(command());
+        assert_eq!(ask_until_answered(site.service()), site.backend(1));
+        let pid = first.child.id();
+
+        let refused = say(command());
+
+        let told = format!("kube-relay with pid {pid}, no admin server, since 20");
+        assert!(
+            refused.text.contains(&told) && refused.text.contains(&*state.path().to_string_lossy()),
+            "{}",
+            refused.text
+        );
+        assert_eq!(refused.code, Some(1), "{}", refused.text);
+        assert_eq!(ask(site.service()), Some(site.backend(1)), "the first goes on");
+
+        first.child.kill().expect("our own child");
+        first.child.wait().expect("our own child");
+        let next = Running::start(command());
+        assert_eq!(ask_until_answered(site.service()), site.backend(1), "at once: nobody cleans up");
+        next.signal(rustix::process::Signal::TERM);
+        assert!(next.end().success());
+    }
+
+    #[test]
+    fn t237_given_a_state_folder_that_cannot_be_locked_when_run_then_that_is_told_and_all_is_served() {
+        let site = Site::new(50);
+        start_backend(site.backend(1));
+        let (folder, path) = folder_with(&Manifest::new(site).tcp().endpoints([site.backend(1)]).to_string());
+        let missing = folder.path().join("missing");
+        let mut command = run_command(&[&path]);
+        command.arg("--state-dir").arg(&missing);
+
+        let running = Running::start(command);
+
+        running.until_says(&[&missing.display().to_string(), "cannot lock kube-relay.lock", "No such file"]);
+        assert_eq!(ask_until_answered(site.service()), site.backend(1));
+    }
+
+    #[test]
     fn given_a_broken_file_when_run_then_it_waits_for_it_to_be_mended() {
         let site = Site::new(44);
         start_backend(site.backend(1));
