@@ -22,8 +22,8 @@ use socket2::SockRef;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only};
 use crate::stage::{
-    ClusterIp, ExternalIp, LoadBalancerIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at, serve_tcp,
-    serve_udp, until,
+    Backends, ClusterIp, ExternalIp, LoadBalancerIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at,
+    serve_tcp, serve_udp, until,
 };
 use crate::verdicts::{LOCAL, backends, local, rig};
 use crate::vips::SOON;
@@ -88,6 +88,29 @@ impl Drop for Everywhere {
     }
 }
 
+/// A relay that has guarded each address of its Service, beside what listens on all addresses of the node.
+struct Guarded {
+    stage: Stage,
+    sshd: Everywhere,
+    _running: Backends,
+}
+
+impl Guarded {
+    /// `None`, and says why, where this kernel cannot guard. `prepare` may change how the relay is started.
+    fn start(prepare: impl FnOnce(&mut Command)) -> Option<Self> {
+        let rig = rig();
+        if !is_possible(rig.node(0)) {
+            return None;
+        }
+        let _running = backends(&rig);
+        let sshd = Everywhere::start(rig.node(0));
+        let web = Web::default().with(local(&rig));
+        let stage = Stage::start_bare(rig, &web, prepare);
+        until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+        Some(Self { stage, sshd, _running })
+    }
+}
+
 /// The address of an entry, at the port where the machine listens.
 fn trap(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip(), WILDCARD_PORT)
@@ -123,20 +146,13 @@ fn expect_guarded(stage: &Stage, from: &Namespace) {
 }
 
 fn t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
     let of_a_pod = CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
-    let stage = Stage::start_bare(rig, &web, |command| with_only(of_a_pod, command));
-    let Stage { rig, .. } = &stage;
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let Some(guarded) = Guarded::start(|command| with_only(of_a_pod, command)) else { return };
+    let stage = &guarded.stage;
+    let Stage { rig, .. } = stage;
 
     for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 0), rig.node(0), rig.node(1)] {
-        expect_guarded(&stage, from);
+        expect_guarded(stage, from);
         for family in FAMILIES {
             expect_at(from, of_the_node(rig, family), ask_tcp, "the node's own address", is_machine);
         }
@@ -198,16 +214,9 @@ fn given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then
 }
 
 fn given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start_bare(rig, &web, |_| ());
+    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let stage = &guarded.stage;
     let node = stage.rig.node(0);
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
 
     for family in FAMILIES {
         let to = stage.at(ClusterIp, family);
@@ -237,16 +246,9 @@ fn ask_unconnected(port: u16, to: SocketAddr) -> Outcome {
 }
 
 fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start_bare(rig, &web, |_| ());
+    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let Guarded { stage, sshd, _running } = guarded;
     let from = stage.rig.client();
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
     expect_guarded(&stage, from);
     drop(sshd);
 
@@ -259,16 +261,9 @@ fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is
 }
 
 fn given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_more_until_it_is_not() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start_bare(rig, &web, |_| ());
+    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let stage = &guarded.stage;
     let from = stage.rig.client();
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
 
     for family in FAMILIES {
         let to = trap(stage.at(ExternalIp, family));
@@ -283,15 +278,9 @@ fn given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_m
 }
 
 fn given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start_bare(rig, &web, |_| ());
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let Guarded { stage, sshd, _running } = guarded;
+    let web = Web::default().with(local(&stage.rig));
     expect_guarded(&stage, stage.rig.client());
 
     drop(sshd);
@@ -307,15 +296,8 @@ fn given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is
 }
 
 fn given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start_bare(rig, &web, |_| ());
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let stage = &guarded.stage;
     let mut open = FAMILIES.map(|family| {
         let to = stage.at(ClusterIp, family);
         stage.rig.client().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).expect("it is served")
@@ -335,7 +317,7 @@ fn given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_stream
 
     until("that is told", || stage.log().contains("it is made again"));
     assert!(began.elapsed() < CHECK_INTERVAL + Duration::from_secs(1), "{:?}", began.elapsed());
-    expect_guarded(&stage, stage.rig.client());
+    expect_guarded(stage, stage.rig.client());
     goes_on();
     stage.write("apiVersion: v1\nkind: List\nitems: []\n");
     until("only what the streams hold is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 2);
@@ -343,21 +325,14 @@ fn given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_stream
 }
 
 fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let mut stage = Stage::start_bare(rig, &web, |_| ());
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let Some(mut guarded) = Guarded::start(|_| ()) else { return };
+    let stage = &mut guarded.stage;
 
     for signal in [Signal::KILL, Signal::TERM] {
         stage.end(signal);
-        expect_guarded(&stage, stage.rig.client());
+        expect_guarded(stage, stage.rig.client());
         stage.start_again(|_| ());
-        expect_guarded(&stage, stage.rig.client());
+        expect_guarded(stage, stage.rig.client());
         assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
     }
 
@@ -365,7 +340,7 @@ fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_unt
     let mut cleanup = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
     let output = stage.rig.node(0).run(|| cleanup.arg("cleanup").output()).expect("it starts");
     assert!(output.status.success(), "{output:?}");
-    expect_gone(&stage);
+    expect_gone(stage);
 }
 
 /// No route of ours, and nothing to guard any.
@@ -376,20 +351,14 @@ fn expect_gone(stage: &Stage) {
 }
 
 fn given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let web = Web::default().with(local(&rig));
-    let mut stage = Stage::start_bare(rig, &web, |command| {
+    let started = Guarded::start(|command| {
         command.args(["--vip-routes-at-exit", "remove"]);
     });
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let Some(mut guarded) = started else { return };
 
-    stage.end(Signal::TERM);
+    guarded.stage.end(Signal::TERM);
 
-    expect_gone(&stage);
+    expect_gone(&guarded.stage);
 }
 
 fn given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_said() {
