@@ -573,6 +573,7 @@ fn as_text(value: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::route_message::tests::answer;
 
     const TABLE: &str = "kube-relay-107";
     const CLIENTS: RangeInclusive<u16> = 32_768..=60_999;
@@ -660,12 +661,7 @@ mod tests {
 
     #[test]
     fn given_answers_when_read_then_they_carry_number_and_error() {
-        let answer = |kind: u16, flags: u16, code: i32| {
-            let mut bytes = [20_u32.to_ne_bytes(), [0; 4], 7_u32.to_ne_bytes(), [0; 4], code.to_ne_bytes()].concat();
-            bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-            bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-            read(&bytes, TABLE).collect::<Vec<_>>()
-        };
+        let answer = |kind, flags, code| read(&answer(kind, flags, code), TABLE).collect::<Vec<_>>();
 
         assert_eq!(answer(NLMSG_ERROR, 0, 0), [Heard::Answer(7, Ok(()))]);
         assert_eq!(answer(NLMSG_ERROR, 0, -2), [Heard::Answer(7, Err(Errno::NOENT))]);

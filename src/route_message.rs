@@ -163,8 +163,16 @@ fn local(payload: &[u8], protocol: u8) -> Option<LocalRoute> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// A message without a body, as the kernel answers the request of number 7.
+    pub(crate) fn answer(kind: u16, flags: u16, code: i32) -> Vec<u8> {
+        let mut bytes = [20_u32.to_ne_bytes(), [0; 4], 7_u32.to_ne_bytes(), [0; 4], code.to_ne_bytes()].concat();
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        bytes
+    }
 
     const OURS: u8 = 107;
 
@@ -242,12 +250,7 @@ mod tests {
 
     #[test]
     fn given_answers_when_read_then_they_carry_number_and_error() {
-        let answer = |kind: u16, flags: u16, code: i32| {
-            let mut bytes = [20_u32.to_ne_bytes(), [0; 4], 7_u32.to_ne_bytes(), [0; 4], code.to_ne_bytes()].concat();
-            bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-            bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-            read(&bytes, OURS).collect::<Vec<_>>()
-        };
+        let answer = |kind, flags, code| read(&answer(kind, flags, code), OURS).collect::<Vec<_>>();
 
         assert_eq!(answer(NLMSG_ERROR, 0, 0), [Heard::Answer(7, Ok(()))]);
         assert_eq!(answer(NLMSG_ERROR, 0, -1), [Heard::Answer(7, Err(Errno::PERM))]);
