@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use kube_relay::name::{BalancerKey, Family, ListenKey, ObjectName, Protocol, Scope, ServicePortName};
 use kube_relay::plan::UdpSettings;
+use kube_relay::serve::Target;
 use kube_relay::serve::balancer::{Backend, Balancer, PortState, Table};
 use kube_relay::serve::flow::IdleTimes;
 use kube_relay::serve::mmsg::{BATCH, Batch, Place, To, connect_udp, receive_trains};
 use kube_relay::serve::udp::{UdpOptions, UdpShards, bind_udp};
-use kube_relay::serve::{Target, Verdict};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 const ROUNDS: usize = 5;
@@ -269,17 +269,7 @@ impl Relay {
         let backend = Arc::new(Backend::new(1, backend));
         let key = BalancerKey { port: name, family: Family::V4, scope: Scope::Cluster };
         let table = Table::new(vec![Arc::clone(&backend)].into(), &[]);
-        let verdict = Verdict::Serve(Arc::new(Balancer::new(key, Arc::clone(&port), table)));
-        let (inside_of, source_ranges) = ([].into(), [].into());
-        let target = Target {
-            port,
-            outside: verdict.clone(),
-            inside: verdict,
-            inside_of,
-            source_ranges,
-            allow_from: None,
-            address: None,
-        };
+        let target = Target::serving(&Arc::new(Balancer::new(key, port, table)));
         let address = SocketAddr::from(([127, 30, 0, number], 5300));
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         shards.open(key, Arc::new(ArcSwap::from_pointee(target)), &UdpSettings::default())?;

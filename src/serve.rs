@@ -94,6 +94,24 @@ pub struct Target {
 }
 
 impl Target {
+    /// One balancer, for whoever comes.
+    pub fn serving(balancer: &Arc<Balancer>) -> Self {
+        Self::both_sides(&balancer.port, Verdict::Serve(Arc::clone(balancer)))
+    }
+
+    /// One verdict, for whoever comes.
+    pub fn both_sides(port: &Arc<PortState>, verdict: Verdict) -> Self {
+        Self {
+            port: Arc::clone(port),
+            outside: verdict.clone(),
+            inside: verdict,
+            inside_of: Arc::default(),
+            source_ranges: Arc::default(),
+            allow_from: None,
+            address: None,
+        }
+    }
+
     /// The verdict for a source address.
     ///
     /// What the listener's filter lets through is judged once more: it may have been on its way when the target

@@ -591,7 +591,7 @@ mod tests {
     use crate::name::{Family, Protocol};
     use crate::serve::balancer::{Backend, Balancer};
     use crate::serve::mmsg::bind_udp;
-    use crate::serve::udp::tests::{answer, backend, balancer, loopback, plain, target_of};
+    use crate::serve::udp::tests::{answer, backend, balancer, loopback, plain};
 
     /// A shard whose loop does not run: its steps are called by hand.
     fn still_shard() -> Shard {
@@ -612,7 +612,7 @@ mod tests {
         fn start(address: [u8; 4], backends: &[&Arc<Backend>]) -> Self {
             let address = SocketAddr::from((address, 5300));
             let balancer = balancer(Family::V4, backends);
-            let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
+            let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
             let mut still = Self { shard: still_shard(), address, balancer };
             still.shard.add(still.key(), bind_udp(address).expect("a free address"), target, Arc::default());
             still
@@ -724,7 +724,7 @@ mod tests {
         let mut still = Still::start([127, 18, 2, 6], &[]);
         let (key, client, stranger) = (still.key(), still.client(), plain(SocketAddr::from(([127, 18, 2, 7], 0))));
         let only: IpNet = client.local_addr().expect("bound").ip().into();
-        let guarded = Target { source_ranges: [only].into(), ..target_of(&still.balancer) };
+        let guarded = Target { source_ranges: [only].into(), ..Target::serving(&still.balancer) };
         let filter = Filter::of_target(&guarded, Family::V4).expect("short");
         let counted = |still: &Still, reason| still.balancer.port.stats.dropped.get(reason);
         still.shard.listeners[0].as_ref().expect("a listener").target.store(Arc::new(guarded));
@@ -759,7 +759,7 @@ mod tests {
         let address = SocketAddr::from(([127, 18, 2, 1], 5300));
         let mut shard = still_shard();
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
-        let target = Arc::new(ArcSwap::from_pointee(target_of(&balancer)));
+        let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
         shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default());
         let client = plain(loopback());
 

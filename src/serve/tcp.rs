@@ -575,7 +575,7 @@ mod tests {
         fn with_options(address: &str, backends: &[Arc<Backend>], options: TcpOptions) -> Self {
             let key = ListenKey::at(address.parse().expect("an address"), Protocol::Tcp);
             let balancer = balancer(backends);
-            let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
+            let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
             let shared = Arc::new(TcpShared::new(options).expect("threads"));
             let listener = Arc::new(socket::listen_tcp(key).expect("a free address"));
             let server =
@@ -603,23 +603,6 @@ mod tests {
 
         fn dropped(&self, reason: DropReason) -> u64 {
             self.balancer.port.stats.dropped.get(reason)
-        }
-    }
-
-    fn serving(balancer: &Arc<Balancer>) -> Target {
-        let verdict = Verdict::Serve(Arc::clone(balancer));
-        both_sides(&balancer.port, verdict)
-    }
-
-    fn both_sides(port: &Arc<PortState>, verdict: Verdict) -> Target {
-        Target {
-            port: Arc::clone(port),
-            outside: verdict.clone(),
-            inside: verdict,
-            inside_of: Arc::new([]),
-            source_ranges: Arc::new([]),
-            allow_from: None,
-            address: None,
         }
     }
 
@@ -736,11 +719,11 @@ mod tests {
         let served = Served::start("127.83.0.6:7300", &backends([named("one").await]));
         let port = &served.balancer.port;
 
-        served.target.store(Arc::new(both_sides(port, Verdict::Reject)));
+        served.target.store(Arc::new(Target::both_sides(port, Verdict::Reject)));
         expect_turned_away(served.key.address()).await;
-        served.target.store(Arc::new(both_sides(port, Verdict::Drop)));
+        served.target.store(Arc::new(Target::both_sides(port, Verdict::Drop)));
         expect_turned_away(served.key.address()).await;
-        served.target.store(Arc::new(serving(&served.balancer)));
+        served.target.store(Arc::new(Target::serving(&served.balancer)));
 
         assert_eq!(served.ask().await, "one");
         assert_eq!(served.dropped(DropReason::NoEndpoints), 1);
@@ -752,7 +735,8 @@ mod tests {
     async fn given_a_target_of_two_sides_when_a_client_of_this_node_comes_then_it_gets_the_inside() {
         let served = Served::start("127.83.0.7:7300", &backends([named("one").await]));
         let inside_of = ["127.0.0.0/8".parse().expect("a network")];
-        let two_sided = Target { outside: Verdict::Drop, inside_of: Arc::new(inside_of), ..serving(&served.balancer) };
+        let two_sided =
+            Target { outside: Verdict::Drop, inside_of: Arc::new(inside_of), ..Target::serving(&served.balancer) };
 
         served.target.store(Arc::new(two_sided));
 
@@ -929,7 +913,7 @@ mod tests {
             let workers = NonZeroUsize::MIN;
             let shared = Arc::new(TcpShared::new(TcpOptions { workers, ..TcpOptions::default() }).expect("threads"));
             let balancer = balancer(&[]);
-            let target = Arc::new(ArcSwap::from_pointee(serving(&balancer)));
+            let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
             let key = ListenKey::new(LOOPBACK, 80, Protocol::Tcp);
             let listener = socket::open_tcp(Family::V4).expect("a socket").into(); // Not asked: the clients are there.
             let lack = News::since(Instant::now());

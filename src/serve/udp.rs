@@ -361,7 +361,7 @@ pub(super) mod tests {
                 shards: UdpShards::start(2, options).expect("threads"),
                 server: Cell::new(UdpServer { key, shards: 0 }),
                 key,
-                target: Arc::new(ArcSwap::from_pointee(target_of(&balancer))),
+                target: Arc::new(ArcSwap::from_pointee(Target::serving(&balancer))),
                 balancer,
             };
             service.bind();
@@ -415,22 +415,6 @@ pub(super) mod tests {
         let port = ServicePortName::new(ObjectName::parse("dns"), "dns", Protocol::Udp);
         let state = Arc::new(PortState::new(port.clone()));
         Arc::new(Balancer::new(BalancerKey { port, family, scope: Scope::Cluster }, state, table(backends)))
-    }
-
-    /// Both sides served by one balancer.
-    pub(in crate::serve) fn target_of(balancer: &Arc<Balancer>) -> Target {
-        let verdict = Verdict::Serve(Arc::clone(balancer));
-        let port = Arc::clone(&balancer.port);
-        let (inside_of, source_ranges) = (Arc::from([]), Arc::from([]));
-        Target {
-            port,
-            outside: verdict.clone(),
-            inside: verdict,
-            inside_of,
-            source_ranges,
-            allow_from: None,
-            address: None,
-        }
     }
 
     fn table(backends: &[&Arc<Backend>]) -> Table {
@@ -718,7 +702,7 @@ pub(super) mod tests {
         ask(&client, b"hello");
 
         let other = balancer(Family::V4, &[&echoes[1].backend]);
-        service.target.store(Arc::new(target_of(&other)));
+        service.target.store(Arc::new(Target::serving(&other)));
         service.shards.sweep(service.server.get());
         service.shards.flush();
         until("the old flow ends", || echoes[0].backend.stats.active_flows.get() == 0);
@@ -731,7 +715,7 @@ pub(super) mod tests {
     fn given_one_side_drops_and_one_rejects_when_they_send_then_each_is_counted_under_its_reason() {
         let service = Service::start("127.18.1.14:5300", &[]);
         let inside_of = ["127.18.7.0/24".parse().expect("a network")].into();
-        let serving = target_of(&service.balancer);
+        let serving = Target::serving(&service.balancer);
         let target = Target { outside: Verdict::Drop, inside: Verdict::Reject, inside_of, ..serving };
         service.target.store(Arc::new(target));
         let inside = plain(SocketAddr::from(([127, 18, 7, 1], 0)));
@@ -963,7 +947,7 @@ pub(super) mod tests {
         let inner: SocketAddr = "127.18.1.25:5300".parse().expect("an address");
         let key = ListenKey::new(inner.ip(), inner.port(), Protocol::Udp);
         let real = balancer(Family::V4, &[&echo.backend]);
-        let target = Arc::new(ArcSwap::from_pointee(target_of(&real)));
+        let target = Arc::new(ArcSwap::from_pointee(Target::serving(&real)));
         service.shards.open(key, target, &UdpSettings::default()).expect("a free address");
         service.balancer.swap(table(&[&backend(2, inner)]));
         service.obeyed();
