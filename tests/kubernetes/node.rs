@@ -114,16 +114,21 @@ async fn t091_given_hints_for_two_zones_when_the_own_node_moves_to_the_other_the
     assert_eq!(client::ask(site.service()).await.expect("a backend answers"), site.backend(2));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_and_open_connections_are_kept() {
-    let site = Site::new(220);
+/// With a listener at port 8081 of the Node's address. In 127/8 no address is `primary`: a wildcard follows it as well.
+async fn exposed_at(site: Site, node_ip: IpAddr) -> Stage {
     let server = serving(site).await;
-    let [old, new] = [site.client(51), site.client(52)];
-    server.put("nodes", node(old, &[]));
-    // In 127/8 no address is `primary`: a wildcard follows the Node's addresses as well.
+    server.put("nodes", node(node_ip, &[]));
     let setup = Setup { flags: "--expose 0.0.0.0:8081=web:http", ..Setup::default() };
     let stage = Stage::following_with(site, server, setup).await;
     stage.until_backends(&[site.backend(1)]).await;
+    stage
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_and_open_connections_are_kept() {
+    let site = Site::new(220);
+    let [old, new] = [site.client(51), site.client(52)];
+    let stage = exposed_at(site, old).await;
     let mut open = client::connect((old, 8081).into()).await.expect("the Node's address");
     assert_eq!(client::ask_on(&mut open).await.expect("an answer"), site.backend(1));
 
@@ -138,12 +143,8 @@ async fn t220_given_another_node_address_when_it_is_known_then_listeners_move_an
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t220_given_a_node_that_is_registered_anew_when_it_has_no_addresses_yet_then_listeners_stay_where_they_are() {
     let site = Site::new(77);
-    let server = serving(site).await;
     let [old, new] = [site.client(51), site.client(52)];
-    server.put("nodes", node(old, &[]));
-    let setup = Setup { flags: "--expose 0.0.0.0:8081=web:http", ..Setup::default() };
-    let stage = Stage::following_with(site, server, setup).await;
-    stage.until_backends(&[site.backend(1)]).await;
+    let stage = exposed_at(site, old).await;
     stage.until("the Node", |_| stage.is_eligible()).await;
 
     stage.server.delete("nodes", "default/node-1");
