@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::api_client::Api;
 use crate::api_watch::Sighting;
+use crate::catch_up::CatchUp;
 use crate::causes::causes;
 use crate::contact::Contact;
 use crate::control::{Message, Relay};
@@ -76,6 +77,11 @@ pub(crate) struct Report {
     silence: Outage,
     /// It does not let us read what we ask for: that may last for ever, and must not hide the other.
     refusal: Outage,
+    catch_up: CatchUp,
+    /// True where something changed that waits for all else that changed during an outage.
+    waits: bool,
+    /// True where the server has come back since somebody asked.
+    is_back: bool,
     /// True where the state changed since it was last to be saved.
     changed: bool,
 }
@@ -100,6 +106,9 @@ impl Report {
             told_revision: 0,
             silence: Outage::default(),
             refusal: Outage::default(),
+            catch_up: CatchUp::default(),
+            waits: false,
+            is_back: false,
             changed: false,
         }
     }
@@ -163,12 +172,37 @@ impl Report {
         self.restore();
         if self.synced {
             self.changed |= !events.is_empty();
-            for event in events {
-                self.messages.send(Message::Event(event)).await?;
-            }
-            self.send_triggers().await?;
+            self.send_changes(events).await?;
         }
         self.tell().await
+    }
+
+    async fn send_changes(&mut self, events: Vec<Event>) -> Sent {
+        if self.catch_up.holds(Instant::now()) {
+            self.waits |= !events.is_empty();
+            return Ok(());
+        }
+        for event in events {
+            self.messages.send(Message::Event(event)).await?;
+        }
+        self.send_triggers().await
+    }
+
+    /// When to [catch up](Self::catch_up).
+    pub(crate) fn catch_up_due(&self) -> Option<Instant> {
+        self.catch_up.due()
+    }
+
+    /// Sends as one what has waited.
+    pub(crate) async fn catch_up(&mut self) -> Sent {
+        self.catch_up.end();
+        let waited = std::mem::take(&mut self.waits);
+        self.send_state(waited).await
+    }
+
+    /// True where the server has come back since this was asked last.
+    pub(crate) fn take_return(&mut self) -> bool {
+        std::mem::take(&mut self.is_back)
     }
 
     /// Takes what was seen of the own Node.
@@ -196,7 +230,9 @@ impl Report {
         heap::give_back(); // A list is the most that is read at once.
         self.listed[place] = true;
         self.restore();
-        self.send_state(changed).await
+        let waits = self.synced && self.catch_up.holds(Instant::now());
+        self.waits |= changed && waits;
+        self.send_state(changed && !waits).await
     }
 
     /// Sends all as one message, where it `changed` and as soon as there is all of it: a Service and the slices that came
@@ -215,6 +251,7 @@ impl Report {
         self.tell().await?;
         if first {
             self.synced = true;
+            self.catch_up.end(); // All of it was taken.
             self.contact.serve_heard();
             self.messages.send(Message::Synced).await?;
         }
@@ -369,6 +406,17 @@ impl Report {
             self.tell_of_silence(kind, reason, &error);
         }
         self.silence.fail(kind, error, now);
+        self.look_for_missing(now);
+    }
+
+    fn look_for_missing(&mut self, now: Instant) {
+        let is_missing = |mirror: &&Mirror| {
+            let kind = mirror.kind().into();
+            // A refusal may last for ever; the list that it broke off is not complete either.
+            !self.refusal.has(kind) && (mirror.is_arriving() || self.silence.has(kind))
+        };
+        let missing = self.mirrors.iter().filter(is_missing).count();
+        self.is_back |= self.catch_up.see(missing, now);
     }
 
     fn tell_of_silence(&self, kind: WatchedKind, reason: WatchFailure, error: &str) {
@@ -409,6 +457,7 @@ impl Report {
         if let Some(length) = self.refusal.keep(|kind| contact.is_away(kind), now) {
             tracing::info!(server, refused_seconds = length.as_secs(), "the API server lets us read everything again");
         }
+        self.look_for_missing(now);
     }
 
     /// Looks whether the server is back: a watch that goes on says nothing by itself.

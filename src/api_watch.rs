@@ -175,6 +175,15 @@ impl<O: 'static> Watch<O> {
         }
     }
 
+    /// The server is back, as another watch has seen: what waits because nobody answered is asked at once. A server that
+    /// has refused is asked when it is to be.
+    pub(crate) fn hurry(&mut self) {
+        let nobody = matches!(self.away, Some((_, WatchFailure::Unreachable | WatchFailure::Timeout)));
+        if let Some(until) = self.pause_until.as_mut().filter(|_| nobody) {
+            *until = (*until).min(Instant::now().max(self.wire.retry_at()));
+        }
+    }
+
     /// Where the server was away for long, it may be another one that comes back, with a past of its own: the next question
     /// is what there is, not what is new.
     fn begin_anew_after_an_outage(&mut self, now: Instant) {
@@ -481,6 +490,23 @@ mod tests {
         watch.begin_anew_after_an_outage(later(61));
 
         assert_eq!(watch.relist, Some(WatchFailure::Unreachable));
+    }
+
+    #[test]
+    fn t226_given_a_pause_when_the_server_is_back_then_it_is_over_where_nobody_had_answered() {
+        let gone = || watcher::Error::WatchStartFailed(kube::Error::Service("refused".into()));
+        for (error, over) in [(gone(), true), (refused(500), false), (refused(429), false), (refused(403), false)] {
+            let mut watch = watch();
+            watch.fail(&error);
+
+            watch.hurry();
+
+            let until = watch.pause_until.expect("a pause after a failure");
+            assert_eq!(until <= Instant::now(), over, "{error}");
+        }
+        let mut watch = watch();
+        watch.hurry();
+        assert_eq!(watch.pause_until, None, "there is no pause to end");
     }
 
     #[test]

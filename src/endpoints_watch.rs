@@ -81,6 +81,12 @@ impl EndpointsWatch {
         }
     }
 
+    /// The same as for one [`Watch`].
+    pub(crate) fn hurry(&mut self) {
+        let watch = if self.by_slices { &mut self.slices } else { &mut self.endpoints };
+        watch.hurry();
+    }
+
     fn take(&mut self, answer: Answer) -> EndpointsSighting {
         match answer {
             Ok(has_slices) if has_slices != self.by_slices => {

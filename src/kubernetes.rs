@@ -224,6 +224,7 @@ async fn follow(source: Source) {
             () = sleep_until(start + SAVED_AFTER), if serve_saved.is_some() => {
                 report.serve_saved(serve_saved.take()).await
             }
+            () = at(report.catch_up_due()) => report.catch_up().await,
             () = at(save.due()) => {
                 save.save(report.state());
                 Ok(())
@@ -232,6 +233,11 @@ async fn follow(source: Source) {
         };
         if took.is_err() {
             return;
+        }
+        if report.take_return() {
+            services.hurry();
+            endpoints.hurry();
+            node.hurry();
         }
         if report.is_synced() {
             serve_saved = None;

@@ -83,6 +83,8 @@ mod api_watch;
 mod arp;
 mod arp_tuning;
 mod balancing;
+#[cfg(feature = "kubernetes")]
+mod catch_up;
 mod causes;
 mod cgroup;
 mod claims;

@@ -56,6 +56,11 @@ impl Mirror {
         (self.kind, self.arriving) = (kind, None);
     }
 
+    /// True while a list is not complete.
+    pub(crate) fn is_arriving(&self) -> bool {
+        self.arriving.is_some()
+    }
+
     /// A list begins. One that was broken off is forgotten.
     pub(crate) fn begin(&mut self) {
         self.arriving = Some(Arriving::default());

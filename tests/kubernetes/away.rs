@@ -9,7 +9,7 @@ use kube_relay::stats::WatchFailure;
 
 use crate::caller::Caller;
 use crate::log::Log;
-use crate::stage::{Setup, Stage, api_address, node, slice, web};
+use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::program::Program;
 use crate::support::seen;
@@ -40,6 +40,17 @@ async fn whole(site: Site, backend: SocketAddr) -> ApiServer {
 /// Seconds since the server was heard, as a scrape would have it.
 fn age(stage: &Stage) -> f64 {
     seen::gauge(&metrics::render(&stage.status(), true), AGE).expect("something is watched")
+}
+
+/// Another backend of `web`, and another Service.
+fn change_both_kinds(stage: &Stage) {
+    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    stage.server.put("services", service("other", &stage.site.client(7).to_string()));
+}
+
+async fn until_both_changed(stage: &Stage) {
+    stage.until_backends(&[stage.site.backend(2)]).await;
+    stage.until_known("other", true).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -95,10 +106,10 @@ async fn t226_f1_given_a_server_that_is_gone_when_it_is_back_then_what_changed_i
     stage.until("the loss to be shown", |status| !status.source.last_reload_successful).await;
     let before = age(&stage);
     stage.until("the age to grow", |_| age(&stage) > before + 0.5).await;
-    stage.server.put("endpointslices", slice("web-1", &[site.backend(2)]));
+    change_both_kinds(&stage);
     stage.server.resume().await;
 
-    stage.until_backends(&[site.backend(2)]).await;
+    until_both_changed(&stage).await;
     stage.until("the return to be shown", |status| status.source.last_reload_successful).await;
     assert_eq!(stage.status().revision, revision + 1);
     caller.end().await;
@@ -117,10 +128,10 @@ async fn t226_given_a_server_that_was_away_for_long_when_it_is_back_then_all_is_
 
     stage.server.stop().await;
     stage.until("a long time", |_| age(&stage) > 8.0).await;
-    stage.server.put("endpointslices", slice("web-1", &[stage.site.backend(2)]));
+    change_both_kinds(&stage);
     stage.server.resume().await;
 
-    stage.until_backends(&[stage.site.backend(2)]).await;
+    until_both_changed(&stage).await;
     stage.until("lists", |_| relists(&stage) == 3).await;
     assert_eq!(KINDS.map(|kind| stage.server.count(kind, false)), [2; 3], "{:#?}", stage.server.asked());
     assert_eq!(stage.status().revision, revision + 1);
