@@ -1,7 +1,7 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on
 //! the `stage` that they share, and in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of
-//! its `nodes`, and among neighbours (`arp`), in the `cluster` that these share.
+//! its `nodes`, among `strangers`, and among neighbours (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -49,6 +49,8 @@ mod repairs;
 mod rights;
 #[path = "rig/stage.rs"]
 mod stage;
+#[path = "rig/strangers.rs"]
+mod strangers;
 #[path = "rig/sysctls.rs"]
 mod sysctls;
 #[path = "rig/verdicts.rs"]
@@ -91,7 +93,7 @@ fn main() -> ExitCode {
         registry::CASES,
     ]
     .concat();
-    let in_cluster = [arp::CASES, nodes::CASES].concat();
+    let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
     rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat())
 }
 

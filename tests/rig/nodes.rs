@@ -1,6 +1,7 @@
 //! Three nodes with a relay each and addresses that are local by its routes alone: who answers whom, at which node.
 //!
-//! One node, with what changes under open connections, is in `verdicts`.
+//! One node, with what changes under open connections, is in `verdicts`; addresses that are not the Service's are in
+//! `strangers`.
 
 use crate::cluster::{Answer, Cluster};
 use crate::rig::{Case, Namespace, Rig, Shape};
@@ -11,7 +12,7 @@ use Answer::{By, Refused, Silence};
 use Who::{Client, Node, PodOf};
 
 pub(crate) const CASES: &[Case] = cases![
-    t093_to_t096_t101_to_t106_t115_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them,
+    t093_to_t096_t101_to_t104_t106_t115_t125_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them,
     t107_to_t110_given_source_ranges_when_asked_at_each_node_then_the_load_balancer_ip_alone_is_silent_to_others,
     t112_to_t114_given_local_policies_when_asked_at_each_node_then_each_has_its_own_pods,
     t116_to_t121_given_terminating_pods_when_asked_at_each_node_then_each_falls_back_for_itself,
@@ -53,48 +54,22 @@ const LOAD_BALANCER: &[Entry] = &[LoadBalancerIp];
 const CLUSTER_IP: &[Entry] = &[ClusterIp];
 const NODE_PORTS: &[Entry] = &[NodePort];
 
-fn t093_to_t096_t101_to_t106_t115_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them() {
+fn t093_to_t096_t101_to_t104_t106_t115_t125_given_three_nodes_when_pods_come_and_go_then_each_node_leads_to_all_of_them()
+ {
     const EACH: Answer = By(&["pod0-0", "pod1-0", "pod2-0"]);
     const FAR: Answer = By(&["pod2-0", "pod2-1"]);
-    const NOBODY: Story = Story {
-        told: "nobody is there (T093, T095)",
-        ways: &[
-            (Client, 0, ALL, Refused),
-            (Client, 1, ALL, Refused),
-            (PodOf(1), 1, ALL, Refused),
-            (Node(2), 2, ALL, Refused),
-            (PodOf(0), 2, NODE_PORTS, Refused),
-        ],
-        ..PLAIN
-    };
     play(&[
-        NOBODY,
+        Story { told: "nobody is there yet (T093, T095)", ways: const { &everywhere(Refused) }, ..PLAIN },
         Story {
             told: "a pod on each node (T094, T096, T103, T104, T106, T115, T126)",
             pods: &["pod0-0", "pod1-0", "pod2-0"],
-            ways: &[
-                (Client, 0, ALL, EACH),
-                (Client, 1, ALL, EACH),
-                (Client, 2, ALL, EACH),
-                (PodOf(0), 0, ALL, EACH),
-                (PodOf(1), 1, ALL, EACH),
-                (Node(2), 2, ALL, EACH),
-                (PodOf(0), 2, NODE_PORTS, EACH),
-                (Node(0), 1, NODE_PORTS, EACH),
-            ],
+            ways: const { &everywhere(EACH) },
             ..PLAIN
         },
         Story {
             told: "pods on node 2 alone: the others' addresses and node ports lead there as well (T104, T106)",
             pods: &["pod2-0", "pod2-1"],
-            ways: &[
-                (Client, 0, ALL, FAR),
-                (Client, 1, ALL, FAR),
-                (Client, 2, ALL, FAR),
-                (Node(0), 0, ALL, FAR),
-                (PodOf(1), 1, ALL, FAR),
-                (PodOf(2), 1, NODE_PORTS, FAR),
-            ],
+            ways: const { &everywhere(FAR) },
             ..PLAIN
         },
         Story {
@@ -103,8 +78,27 @@ fn t093_to_t096_t101_to_t106_t115_given_three_nodes_when_pods_come_and_go_then_e
             ways: &[(PodOf(1), 1, ALL, By(&["pod1-0"])), (PodOf(1), 0, NODE_PORTS, By(&["pod1-0"]))],
             ..PLAIN
         },
-        NOBODY,
+        Story {
+            told: "all were evicted, and the slices are empty (T094, T125)",
+            ways: const { &everywhere(Refused) },
+            ..PLAIN
+        },
     ]);
+}
+
+/// All who may ask, at each node.
+const fn everywhere(answer: Answer) -> [Way; 9] {
+    [
+        (Client, 0, ALL, answer),
+        (Client, 1, ALL, answer),
+        (Client, 2, ALL, answer),
+        (PodOf(0), 0, ALL, answer),
+        (PodOf(1), 1, ALL, answer),
+        (Node(0), 0, ALL, answer),
+        (Node(2), 2, ALL, answer),
+        (PodOf(0), 2, NODE_PORTS, answer),
+        (Node(0), 1, NODE_PORTS, answer),
+    ]
 }
 
 fn t107_to_t110_given_source_ranges_when_asked_at_each_node_then_the_load_balancer_ip_alone_is_silent_to_others() {

@@ -1,6 +1,7 @@
 //! Verdicts under real packets: from clients, pods and the node, to each address of a Service on node 0.
 //!
-//! Cluster and Local sets, fall-backs and ranges are planned in `plan` and its tests; here sockets answer for them.
+//! Cluster and Local sets, fall-backs and ranges are planned in `plan` and its tests; here sockets answer for them. What is
+//! not the Service's is in `strangers`.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -10,16 +11,14 @@ use kube_relay::name::Family;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, Shape};
 use crate::stage::{
-    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, LoadBalancerIp, NODE_PORT, NodePort, Outcome, PORT, Pod, Stage,
+    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, LoadBalancerIp, NodePort, Outcome, PORT, Pod, Stage,
     TCP_ONLY_PORT, Web, ask_on, ask_tcp, ask_udp, expect_at,
 };
 
 pub(crate) const CASES: &[Case] = cases![
     t093_t094_t095_t125_given_endpoints_that_come_and_go_when_asked_then_all_ways_are_refused_or_served,
     t096_t097_t098_t099_t103_t104_t106_given_two_pods_when_asked_from_everywhere_then_they_answer,
-    t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local,
     t101_t102_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself,
-    t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused,
     t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone_is_silent_to_others,
     t110_given_source_ranges_when_the_node_asks_then_its_own_address_decides,
     t111_given_open_connections_when_source_ranges_change_then_only_new_ones_are_judged_anew,
@@ -27,7 +26,6 @@ pub(crate) const CASES: &[Case] = cases![
     t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody,
     t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own_pods,
     t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_side_falls_back,
-    t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs,
     t094_given_open_connections_when_verdicts_change_then_each_goes_on,
 ];
 
@@ -119,27 +117,6 @@ fn is_of_node(rig: &Rig, source: IpAddr) -> bool {
     ends.contains(&source) || FAMILIES.iter().any(|family| rig.node(0).address(*family) == source)
 }
 
-fn t100_given_an_unallocated_address_when_asked_then_it_is_refused_where_its_network_is_local() {
-    let rig = rig();
-    let _running = backends(&rig);
-    let web = Web::default().with(local(&rig));
-    let stage = Stage::start(rig, &web);
-    let Stage { rig, .. } = &stage;
-    let unallocated: SocketAddr = "10.96.0.77:80".parse().expect("an address");
-    let allocated = stage.at(ClusterIp, Family::V4);
-    rig.network_to_node(0, ("10.96.0.0".parse().expect("an address"), 24)).expect("a route can be added");
-
-    // It goes its normal way: there is none beyond the node.
-    let outcome = rig.client().run(|| Ok(ask_tcp(unallocated))).expect("the namespace is ours");
-    assert!(outcome.pod().is_none() && outcome != Outcome::Refused, "{outcome:?}");
-
-    rig.network_local_to_node(0, ("10.96.0.0".parse().expect("an address"), 24)).expect("a route can be added");
-    for ask in [ask_tcp, ask_udp] {
-        expect_at(rig.client(), unallocated, ask, "nobody's address", |outcome| *outcome == Outcome::Refused);
-        expect_at(rig.client(), allocated, ask, "a cluster IP", |outcome| outcome.pod().is_some());
-    }
-}
-
 fn t101_t102_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_itself() {
     let rig = rig();
     let _running = backends(&rig);
@@ -155,35 +132,6 @@ fn t101_t102_given_a_pod_that_asks_its_own_service_when_answered_then_it_is_by_i
             "is answered by the asking pod itself, which sees the node",
             |outcome| matches!(outcome, Outcome::Answer { pod, source } if pod == "pod0-0" && is_of_node(rig, *source)),
         );
-    }
-}
-
-fn t105_given_node_ports_on_the_primary_address_when_another_is_asked_then_it_is_refused() {
-    let rig = rig();
-    let _running = backends(&rig);
-    let web = Web::default().with(local(&rig));
-    // A second address of the node: a VIP that no Service has.
-    let second = rig.vip(0, 9).expect("an address can be added");
-    let at = |family| SocketAddr::new(second.of(family), NODE_PORT);
-    let stage = Stage::start(rig, &web);
-    for family in FAMILIES {
-        for ask in [ask_tcp, ask_udp] {
-            expect_at(stage.rig.client(), at(family), ask, "not primary", |outcome| *outcome == Outcome::Refused);
-        }
-    }
-    stage.served(stage.rig.client(), NodePort, &LOCAL);
-    stage.served(stage.rig.node(0), NodePort, &LOCAL);
-    let Stage { rig, relay, .. } = stage;
-    drop(relay);
-
-    let both = ["--nodeport-addresses", "10.81.0.0/24,10.96.0.9/32,fd81::/64,fd96::9/128"];
-    let stage = Stage::start_with(rig, &web, &both);
-
-    stage.served(stage.rig.client(), NodePort, &LOCAL);
-    for family in FAMILIES {
-        for ask in [ask_tcp, ask_udp] {
-            expect_at(stage.rig.client(), at(family), ask, "inside the CIDRs", |outcome| outcome.pod().is_some());
-        }
     }
 }
 
@@ -448,52 +396,6 @@ fn t116_t117_t118_t119_t120_t121_given_terminating_pods_when_asked_then_each_sid
     stage.refused(stage.rig.client(), NodePort);
     stage.change(&web.with([near.published()]));
     stage.served(stage.rig.pod(0, 1), ClusterIp, &["pod0-0"]);
-}
-
-fn t122_t123_t124_given_external_ips_of_others_when_asked_then_they_are_theirs() {
-    let rig = rig();
-    let _running = backends(&rig);
-    let node = rig.node(0).address(Family::V4);
-    let sshd = rig.node(0).run(|| std::net::TcpListener::bind((node, 22))).expect("a free port");
-    let slices = |name: &str, pod: &Namespace| {
-        let address = pod.address(Family::V4);
-        format!(
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-             metadata: {{name: {name}-1, labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: IPv4\n\
-             ports: [{{name: '', port: 8000}}]\nendpoints: [{{addresses: ['{address}']}}]\n"
-        )
-    };
-    let service = |name: &str, cluster_ip: &str, external_ip: &str, port: u16| {
-        format!(
-            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {cluster_ip}, \
-             externalIPs: [{external_ip}], ports: [{{port: {port}, targetPort: 8000}}]}}\n"
-        )
-    };
-    let more = [
-        service("shares", "10.96.0.11", "10.96.0.2", 8080), // T124: another port
-        slices("shares", rig.pod(0, 1)),
-        service("younger", "10.96.0.12", "10.96.0.2", 8080), // T124: the same one
-        slices("younger", rig.pod(1, 0)),
-        service("takes-ssh", "10.96.0.13", &node.to_string(), 22), // T123
-        slices("takes-ssh", rig.pod(0, 1)),
-        service("takes-dns", "10.96.0.14", "8.8.8.8", 80), // T122
-        slices("takes-dns", rig.pod(0, 1)),
-    ];
-    for number in 11..=14 {
-        rig.vip(0, number).expect("an address can be added");
-    }
-    let web = Web { more: more.concat(), ..Web::default() }.with([Pod::of(&rig, 0, 0)]);
-    let stage = Stage::start(rig, &web);
-    let client = stage.rig.client();
-
-    stage.served(client, ExternalIp, &["pod0-0"]);
-    let shared = SocketAddr::new(stage.at(ExternalIp, Family::V4).ip(), 8080);
-    expect_at(client, shared, ask_tcp, "the first by name", |outcome| outcome.pod() == Some("pod0-1"));
-    assert!(stage.reports("conflict") && stage.reports("external_ip"));
-    let at_node = |port| SocketAddr::new(node, port);
-    client.run(|| TcpStream::connect(at_node(22))).expect("it is there");
-    sshd.accept().expect("it is the one that was there");
-    expect_at(client, at_node(80), ask_tcp, "nobody's port", |outcome| *outcome == Outcome::Refused);
 }
 
 fn t094_given_open_connections_when_verdicts_change_then_each_goes_on() {
