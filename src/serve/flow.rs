@@ -9,8 +9,11 @@
 //! ```text
 //! unreplied ──answer──▶ answered ──client again──▶ stream      each has its own idle time
 //!     ▲                    │                         │
-//!     └──── re-picked at the client's next datagram ─┴── backend's port unreachable
+//!     └──── re-picked at the client's next datagram ─┴── backend's port unreachable, or its endpoint has left
 //! ```
+//!
+//! An endpoint that leaves may be asked already: its pod has a while to finish, and the answer on its way is the client's
+//! only one. So a flow that may wait for an answer parts with its backend at the client's next datagram, not before.
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
@@ -103,6 +106,17 @@ pub enum FlowState {
     Stream,
 }
 
+/// What becomes of a flow when the table or the target of its listener has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Its backend may keep it.
+    Stays,
+    /// Its endpoint has left: answers that are on their way may come, and the client's next datagram goes elsewhere.
+    Parts,
+    /// Its client may not reach that backend any more: it ends now.
+    Ends,
+}
+
 impl FlowState {
     /// Every state, in the order of declaration.
     pub const ALL: [Self; 3] = [Self::Unreplied, Self::Answered, Self::Stream];
@@ -181,6 +195,8 @@ enum Leg {
         begun: bool,
     },
     Open,
+    /// The endpoint has left; answers still come, and the next datagram goes elsewhere.
+    Parting,
     /// Nobody listens there, or there is no way there; the next datagram goes elsewhere.
     Refused {
         /// As in `Opening`.
@@ -265,17 +281,18 @@ impl FlowTable {
     pub fn set_idle(&mut self, listener: ListenerId, idle: IdleTimes) {
         let Some(found) = self.listeners.get_mut(listener.0) else { return };
         found.idle = idle.seconds();
-        let mut next = self.flows.first(found.flows);
-        while let Some(id) = next {
-            next = self.flows.after(LISTENER, id);
-            self.unschedule(id);
-            self.schedule(id);
-        }
+        self.visit(listener, |table, id| {
+            table.unschedule(id);
+            table.schedule(id);
+        });
     }
 
     /// Forgets a listener and closes its flows.
     pub fn remove_listener(&mut self, listener: ListenerId, reason: CloseReason, mut close: impl FnMut(FlowId)) {
-        self.close_where(listener, reason, |_, _| true, &mut close);
+        self.visit(listener, |table, id| {
+            table.close(id, reason);
+            close(id);
+        });
         self.listeners.remove(listener.0);
     }
 
@@ -337,9 +354,10 @@ impl FlowTable {
     pub fn on_reply(&mut self, id: FlowId, now: Instant) -> Option<(ListenerId, SocketAddr)> {
         let second = self.clock.second(now);
         let flow = self.flows.get(id)?;
-        let peer = (flow.listener, flow.client);
-        let state = flow.state.max(FlowState::Answered);
-        self.refresh(id, state, second);
+        let (peer, state) = ((flow.listener, flow.client), flow.state.max(FlowState::Answered));
+        if flow.leg != Leg::Parting {
+            self.refresh(id, state, second);
+        }
         Some(peer)
     }
 
@@ -348,7 +366,12 @@ impl FlowTable {
     /// The shell closes the socket. The client's next datagram goes to another backend, if there is one.
     pub fn on_refused(&mut self, id: FlowId, reason: CloseReason, now: Instant) {
         let second = self.clock.second(now);
-        let Some(flow) = self.flows.get_mut(id).filter(|flow| flow.leg == Leg::Open) else { return };
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        match flow.leg {
+            Leg::Open => {}
+            Leg::Parting => return self.close(id, CloseReason::EndpointRemoved), // no answer comes any more
+            Leg::Opening { .. } | Leg::Refused { .. } => return,
+        }
         let failure = match reason {
             CloseReason::Refused => ConnectFailure::Refused,
             _ => ConnectFailure::Unreachable,
@@ -359,16 +382,31 @@ impl FlowTable {
         self.refresh(id, FlowState::Unreplied, second);
     }
 
-    /// Closes the flows of a listener whose client's backend may not keep them, so that the client's next datagram
-    /// begins a flow to one that may.
+    /// Judges the flows of a listener anew, by client address and choice. Of those that part, the ones that have their
+    /// answer are closed at once; the others have as long as an unreplied flow.
     pub fn sweep(
         &mut self,
         listener: ListenerId,
-        mut keeps: impl FnMut(IpAddr, &Choice) -> bool,
+        now: Instant,
+        mut judge: impl FnMut(IpAddr, &Choice) -> Fate,
         mut close: impl FnMut(FlowId),
     ) {
-        let leaves = |client, choice: &Choice| !keeps(client, choice);
-        self.close_where(listener, CloseReason::EndpointRemoved, leaves, &mut close);
+        let second = self.clock.second(now);
+        self.visit(listener, |table, id| {
+            let Some(flow) = table.flows.get_mut(id) else { return };
+            match judge(flow.client.ip(), &flow.choice) {
+                Fate::Stays => {}
+                Fate::Parts if flow.leg == Leg::Parting => {}
+                Fate::Parts if flow.may_wait_for_an_answer() => {
+                    flow.leg = Leg::Parting;
+                    table.refresh(id, FlowState::Unreplied, second);
+                }
+                Fate::Parts | Fate::Ends => {
+                    table.close(id, CloseReason::EndpointRemoved);
+                    close(id);
+                }
+            }
+        });
     }
 
     /// Closes the flows that have been silent for their idle time. Work is proportional to the flows that are looked
@@ -444,26 +482,44 @@ impl FlowTable {
         mut pick: impl FnMut(&Tried) -> Result<Choice, DropReason>,
     ) -> Verdict {
         let Some(flow) = self.flows.get_mut(id) else { return Verdict::Drop(DropReason::Unreachable) };
-        let Leg::Refused { begun } = flow.leg else {
-            let state = if flow.state == FlowState::Unreplied { FlowState::Unreplied } else { FlowState::Stream };
-            self.refresh(id, state, second);
-            return Verdict::Forward(id);
-        };
-        let mut tried = Tried::default();
-        tried.add(&flow.choice.backend);
-        match pick(&tried).or_else(|_| pick(&Tried::default())) {
-            Ok(choice) => {
-                choice.port.stats.retries.increment();
-                flow.choice = choice;
-                flow.leg = Leg::Opening { begun };
-                self.refresh(id, FlowState::Unreplied, second);
-                Verdict::Open { flow: id, evicted: None }
+        match flow.leg {
+            Leg::Open | Leg::Opening { .. } => {
+                let state = if flow.state == FlowState::Unreplied { FlowState::Unreplied } else { FlowState::Stream };
+                self.refresh(id, state, second);
+                Verdict::Forward(id)
             }
-            Err(reason) => {
-                self.close(id, CloseReason::EndpointRemoved); // counts nothing: the leg has ended before
-                Verdict::Drop(reason)
+            Leg::Parting => match pick(&Tried::default()) {
+                Ok(choice) => {
+                    flow.end_leg(CloseReason::EndpointRemoved);
+                    self.begin_anew(id, choice, false, second)
+                }
+                Err(reason) => Verdict::Drop(reason), // what was asked before may be answered still
+            },
+            Leg::Refused { begun } => {
+                let mut tried = Tried::default();
+                tried.add(&flow.choice.backend);
+                match pick(&tried).or_else(|_| pick(&Tried::default())) {
+                    Ok(choice) => {
+                        choice.port.stats.retries.increment();
+                        self.begin_anew(id, choice, begun, second)
+                    }
+                    Err(reason) => {
+                        self.close(id, CloseReason::EndpointRemoved); // counts nothing: the leg has ended before
+                        Verdict::Drop(reason)
+                    }
+                }
             }
         }
+    }
+
+    /// The flow goes to another backend from now on. `begun`: it is the same flow for who counts them.
+    fn begin_anew(&mut self, id: FlowId, choice: Choice, begun: bool, second: u32) -> Verdict {
+        if let Some(flow) = self.flows.get_mut(id) {
+            flow.choice = choice;
+            flow.leg = Leg::Opening { begun };
+        }
+        self.refresh(id, FlowState::Unreplied, second);
+        Verdict::Open { flow: id, evicted: None }
     }
 
     /// A datagram of nobody known.
@@ -590,21 +646,13 @@ impl FlowTable {
         }
     }
 
-    fn close_where(
-        &mut self,
-        listener: ListenerId,
-        reason: CloseReason,
-        mut leaves: impl FnMut(IpAddr, &Choice) -> bool,
-        close: &mut impl FnMut(FlowId),
-    ) {
+    /// Does something to each flow of a listener, which may be its end.
+    fn visit(&mut self, listener: ListenerId, mut act: impl FnMut(&mut Self, FlowId)) {
         let Some(chain) = self.listeners.get(listener.0).map(|listener| listener.flows) else { return };
         let mut next = self.flows.first(chain);
         while let Some(id) = next {
             next = self.flows.after(LISTENER, id);
-            if self.flows.get(id).is_some_and(|flow| leaves(flow.client.ip(), &flow.choice)) {
-                self.close(id, reason);
-                close(id);
-            }
+            act(self, id);
         }
     }
 
@@ -645,12 +693,21 @@ impl Drop for FlowTable {
 }
 
 impl Flow {
-    /// Counts the end of the way to the backend, if there is one.
+    /// Counts the end of the way to the backend, if there is one. What has to part ends for that reason, whatever else
+    /// happens to it first.
     fn end_leg(&self, reason: CloseReason) {
-        if self.leg == Leg::Open {
-            self.choice.backend.stats.closed.count(reason);
-            self.choice.backend.stats.active_flows.decrement();
-        }
+        let reason = match self.leg {
+            Leg::Open => reason,
+            Leg::Parting => CloseReason::EndpointRemoved,
+            Leg::Opening { .. } | Leg::Refused { .. } => return,
+        };
+        self.choice.backend.stats.closed.count(reason);
+        self.choice.backend.stats.active_flows.decrement();
+    }
+
+    /// False where the client has had an answer to all that it has asked, as far as can be known.
+    fn may_wait_for_an_answer(&self) -> bool {
+        self.leg == Leg::Open && self.state != FlowState::Answered
     }
 
     fn record(&self, second: u32) -> FlowRecord {

@@ -57,8 +57,17 @@ struct Shadow {
     last: Instant,
     state: FlowState,
     refused: bool,
+    /// Its endpoint has left: it takes answers, and no datagram.
+    parting: bool,
     /// How often it was handed over: each time may round its silence down by a second.
     moves: u64,
+}
+
+impl Shadow {
+    /// True where datagrams go both ways.
+    fn is_open(&self) -> bool {
+        !self.refused && !self.parting
+    }
 }
 
 impl Simulation {
@@ -122,7 +131,7 @@ impl Simulation {
 
     /// Every open flow becomes a stream.
     fn everybody_talks(&mut self) {
-        let open: Vec<_> = self.sockets.iter().filter(|(_, socket)| !socket.refused).map(|(flow, _)| *flow).collect();
+        let open: Vec<_> = self.sockets.iter().filter(|(_, socket)| socket.is_open()).map(|(flow, _)| *flow).collect();
         for flow in open {
             self.answer(flow);
             let socket = self.sockets[&flow].clone();
@@ -153,7 +162,7 @@ impl Simulation {
             Verdict::Forward(flow) => {
                 assert!(!asked, "a live flow needs no pick");
                 let socket = self.sockets.get_mut(&flow).expect("a socket to forward to");
-                assert_eq!((socket.listener, socket.client, socket.refused), (listener, client, false));
+                assert_eq!((socket.listener, socket.client, socket.is_open()), (listener, client, true));
                 socket.last = self.now;
                 if socket.state != FlowState::Unreplied {
                     socket.state = FlowState::Stream;
@@ -197,14 +206,15 @@ impl Simulation {
             assert!(!is_busy_stream, "evicted a stream after {silent:?}");
         }
         if let Some(before) = self.sockets.remove(&flow) {
-            assert!(before.refused && before.client == client && before.listener == listener);
+            assert!(!before.is_open() && before.client == client && before.listener == listener);
             let chosen = self.table.choice(flow).expect("opened").backend.id;
-            assert!(chosen != before.backend || self.live.len() == 1, "the same backend, though there are others");
+            let other = chosen != before.backend || self.live.len() == 1 || before.parting;
+            assert!(other, "the same backend, though there are others");
         }
         let (last, state) = (self.now, FlowState::Unreplied);
         let backend = self.table.choice(flow).expect("opened").backend.id;
         assert!(self.live.contains(&(backend as usize)), "no datagram to an endpoint that left");
-        let socket = Shadow { listener, client, backend, last, state, refused: false, moves: 0 };
+        let socket = Shadow { listener, client, backend, last, state, refused: false, parting: false, moves: 0 };
         if self.random.random_bool(0.05) {
             self.table.failed(flow, ConnectFailure::Unreachable);
             self.sockets.insert(flow, Shadow { refused: true, ..socket });
@@ -229,15 +239,19 @@ impl Simulation {
     fn answer(&mut self, flow: FlowId) {
         let socket = self.sockets.get_mut(&flow).expect("it was there");
         assert_eq!(self.table.on_reply(flow, self.now), Some((socket.listener, socket.client)));
-        socket.last = self.now;
-        socket.state = socket.state.max(FlowState::Answered);
+        if !socket.parting {
+            socket.last = self.now;
+            socket.state = socket.state.max(FlowState::Answered);
+        }
     }
 
     fn backend_refuses(&mut self) {
         let Some((flow, _)) = self.any_socket() else { return };
         self.table.on_refused(flow, CloseReason::Refused, self.now);
         let socket = self.sockets.get_mut(&flow).expect("it was there");
-        if !socket.refused {
+        if socket.parting {
+            self.sockets.remove(&flow);
+        } else if !socket.refused {
             (socket.refused, socket.state, socket.last) = (true, FlowState::Unreplied, self.now);
         }
     }
@@ -284,14 +298,20 @@ impl Simulation {
         self.live = (0..5).filter(|_| self.random.random_bool(0.6)).collect();
         let mut closed = Vec::new();
         for listener in self.listeners.clone() {
-            let keeps = |_, choice: &Choice| self.live.contains(&(choice.backend.id as usize));
-            self.table.sweep(listener, keeps, |flow| closed.push(flow));
+            let is_live = |choice: &Choice| self.live.contains(&(choice.backend.id as usize));
+            let judge = |_, choice: &Choice| if is_live(choice) { Fate::Stays } else { Fate::Parts };
+            self.table.sweep(listener, self.now, judge, |flow| closed.push(flow));
         }
         for flow in closed {
             let socket = self.sockets.remove(&flow).expect("a swept flow was alive, once");
             assert!(!self.live.contains(&(socket.backend as usize)), "its backend is still there");
+            assert!(socket.refused || socket.state == FlowState::Answered, "{socket:?} may wait for an answer");
         }
-        assert!(self.sockets.values().all(|socket| self.live.contains(&(socket.backend as usize))));
+        let is_live = |socket: &Shadow| self.live.contains(&(socket.backend as usize));
+        for socket in self.sockets.values_mut().filter(|socket| !is_live(socket) && !socket.parting) {
+            assert!(!socket.refused && socket.state != FlowState::Answered, "{socket:?} should be over");
+            (socket.parting, socket.state, socket.last) = (true, FlowState::Unreplied, self.now);
+        }
     }
 
     fn listener_goes(&mut self) {
@@ -318,7 +338,7 @@ impl Simulation {
     /// Another process takes the flows over.
     fn hand_over(&mut self) {
         let records = self.table.export(self.now);
-        assert_eq!(records.len(), self.sockets.values().filter(|socket| !socket.refused).count());
+        assert_eq!(records.len(), self.sockets.values().filter(|socket| socket.is_open()).count());
         self.limits = FlowLimits::split(FLOWS, 2).next().expect("two shards");
         let mut table = FlowTable::new(self.limits.clone(), self.random.random(), self.now);
         let renamed: BTreeMap<_, _> =

@@ -71,6 +71,14 @@ impl Bench {
         self.table.check();
     }
 
+    /// The flows that it closes.
+    fn sweep(&mut self, judge: impl Fn(&Choice) -> Fate) -> Vec<FlowId> {
+        let mut closed = Vec::new();
+        self.table.sweep(self.listener, self.now, |_, choice| judge(choice), |flow| closed.push(flow));
+        self.table.check();
+        closed
+    }
+
     fn pass(&mut self, seconds: u64) {
         self.now += Duration::from_secs(seconds);
         self.table.expire(self.now, |flow| self.closed.push(flow));
@@ -180,18 +188,71 @@ fn t191_given_the_only_backend_refuses_when_the_client_sends_again_then_it_is_tr
 }
 
 #[test]
-fn t190_given_an_endpoint_leaves_when_swept_then_its_flows_end_and_others_stay() {
+fn t190_given_an_endpoint_leaves_when_swept_then_answered_flows_end_waiting_ones_part_and_others_stay() {
     let (mut bench, [gone, kept]) = (Bench::new(8), [1, 2].map(Bench::backend));
-    let (first, second) = (bench.flow("10.9.0.1:1000", &gone), bench.flow("10.9.0.1:1001", &kept));
+    let [answered, waiting] = [1, 2].map(|host| bench.flow(&format!("10.9.0.{host}:1000"), &gone));
+    let stream = bench.stream("10.9.0.3:1000", &gone);
+    let other = bench.flow("10.9.0.4:1000", &kept);
+    bench.reply(answered);
 
-    let mut closed = Vec::new();
-    bench.table.sweep(bench.listener, |_, choice| choice.backend.id == 2, |flow| closed.push(flow));
+    let closed = bench.sweep(|choice| if choice.backend.id == 2 { Fate::Stays } else { Fate::Parts });
+
+    assert_eq!(closed, [answered]);
+    for flow in [waiting, stream] {
+        bench.reply(flow); // it was on its way
+    }
+    for host in 1..=3 {
+        assert!(matches!(bench.datagram(&format!("10.9.0.{host}:1000"), &kept), Verdict::Open { evicted: None, .. }));
+    }
+    assert_eq!(bench.datagram("10.9.0.4:1000", &kept), Verdict::Forward(other));
+    assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 3);
+    assert_eq!((gone.stats.active_flows.get(), kept.stats.active_flows.get()), (0, 4));
+    assert_eq!((bench.port.stats.accepted.get(), bench.port.stats.retries.get()), (7, 0));
+}
+
+#[test]
+fn t190_given_a_flow_that_parts_when_its_client_says_no_more_then_answers_do_not_make_it_last() {
+    let (mut bench, gone) = (Bench::new(8), Bench::backend(1));
+    let stream = bench.stream("10.9.0.1:1000", &gone);
+    bench.sweep(|_| Fate::Parts);
+
+    for _ in 0..10 {
+        bench.reply(stream);
+        bench.pass(1);
+        bench.sweep(|_| Fate::Parts); // again and again, as other endpoints come and go
+    }
+    assert!(bench.closed.is_empty());
+    bench.pass(1);
+
+    assert_eq!(bench.closed, [stream]);
+    assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 1);
+}
+
+#[test]
+fn t190_given_a_flow_that_parts_when_nobody_is_left_or_its_pod_is_gone_then_it_waits_or_ends() {
+    let (mut bench, gone) = (Bench::new(8), Bench::backend(1));
+    let flow = bench.flow("10.9.0.1:1000", &gone);
+    bench.sweep(|_| Fate::Parts);
+
+    let client = "10.9.0.1:1000".parse().expect("an address");
+    let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |_| Err(DropReason::NoEndpoints));
+    assert_eq!(verdict, Verdict::Drop(DropReason::NoEndpoints));
+    bench.reply(flow);
+    bench.table.on_refused(flow, CloseReason::Refused, bench.now);
     bench.table.check();
 
-    assert_eq!(closed, [first]);
+    assert_eq!((bench.table.count(), gone.stats.active_flows.get()), (0, 0));
     assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 1);
-    assert!(matches!(bench.datagram("10.9.0.1:1000", &kept), Verdict::Open { .. }));
-    assert_eq!(bench.datagram("10.9.0.1:1001", &kept), Verdict::Forward(second));
+}
+
+#[test]
+fn given_flows_that_may_not_be_when_swept_then_they_end_though_they_wait_for_an_answer() {
+    let (mut bench, backend) = (Bench::new(8), Bench::backend(1));
+    let (unreplied, stream) = (bench.flow("10.9.0.1:1000", &backend), bench.stream("10.9.0.1:1001", &backend));
+
+    assert_eq!(bench.sweep(|_| Fate::Ends), [unreplied, stream]);
+
+    assert_eq!(backend.stats.closed.get(CloseReason::EndpointRemoved), 2);
 }
 
 #[test]

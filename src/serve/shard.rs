@@ -25,7 +25,7 @@ use crate::name::ListenKey;
 use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
-use crate::serve::flow::{self, Choice, FlowId, FlowTable, IdleTimes, ListenerId};
+use crate::serve::flow::{self, Choice, Fate, FlowId, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, equip, receive_trains};
 use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
@@ -190,7 +190,7 @@ impl Shard {
         }
         self.answer();
         if tokens().any(|token| token == WAKE) {
-            self.obey()?;
+            self.obey(now)?;
         }
         for token in tokens().filter(|token| *token & LISTENER_BIT != 0 && *token != WAKE) {
             self.forward((token ^ LISTENER_BIT) as usize, now);
@@ -259,6 +259,7 @@ impl Shard {
 
     fn open(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr, datagrams: u64) -> Option<FlowId> {
         let choice = self.table.choice(flow)?.clone();
+        self.upstreams.close(flow); // To a backend that it has parted with.
         match self.connect(flow, choice.backend.address) {
             Ok(()) => {
                 self.table.opened(flow);
@@ -414,16 +415,16 @@ impl Shard {
     }
 
     /// Does what the control side has asked for; breaks off when it is gone.
-    fn obey(&mut self) -> ControlFlow<()> {
+    fn obey(&mut self, now: Instant) -> ControlFlow<()> {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]); // before looking, so that no command is missed
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Add(key, socket, target, idle)) => self.add(key, socket, target, idle),
+                Ok(Command::Add(key, socket, target, idle)) => self.add(key, socket, target, idle, now),
                 Ok(Command::Remove(key, closed)) => {
-                    self.remove(&key);
+                    self.remove(&key, now);
                     let _ = closed.send(()); // nobody may wait for it
                 }
-                Ok(Command::Sweep(key)) => self.sweep(&key),
+                Ok(Command::Sweep(key)) => self.sweep(&key, now),
                 Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
                 Ok(Command::Tell(settled)) => drop(settled.send(())), // nobody may wait for it
                 Ok(Command::SetFilter(key, filter)) => self.set_filter(&key, filter.as_deref()),
@@ -439,8 +440,8 @@ impl Shard {
         }
     }
 
-    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>) {
-        self.remove(&key); // one socket for each key
+    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>, now: Instant) {
+        self.remove(&key, now); // one socket for each key
         self.listen(key, socket, target, idle, Losses::NONE);
     }
 
@@ -465,8 +466,8 @@ impl Shard {
         self.keys.insert(key, id);
     }
 
-    fn remove(&mut self, key: &ListenKey) {
-        self.sweep(key); // what goes for its endpoint's sake is counted so
+    fn remove(&mut self, key: &ListenKey, now: Instant) {
+        self.sweep(key, now); // what goes for its endpoint's sake is counted so
         let Some(id) = self.keys.remove(key) else { return };
         self.table.remove_listener(id, CloseReason::Drain, |flow| self.upstreams.close(flow));
         if let Some(listener) = self.listeners[id.index()].take() {
@@ -503,18 +504,18 @@ impl Shard {
         listener.losses.reason = if attached { target.reason_of_silence() } else { DropReason::Memory };
     }
 
-    fn sweep(&mut self, key: &ListenKey) {
+    fn sweep(&mut self, key: &ListenKey, now: Instant) {
         let Some(&id) = self.keys.get(key) else { return };
         let Some(Some(listener)) = self.listeners.get(id.index()) else { return };
         let target = listener.target.load();
-        let keeps = |client, choice: &Choice| match target.judge(client) {
-            Verdict::Serve(balancer) => {
-                // Ids of backends tell them apart within one ServicePort only.
-                Arc::ptr_eq(&balancer.port, &choice.port) && balancer.serves(&choice.backend)
+        let judge = |client, choice: &Choice| match target.judge(client) {
+            // Ids of backends tell them apart within one ServicePort only.
+            Verdict::Serve(balancer) if Arc::ptr_eq(&balancer.port, &choice.port) => {
+                if balancer.serves(&choice.backend) { Fate::Stays } else { Fate::Parts }
             }
-            Verdict::Reject | Verdict::Drop => false,
+            Verdict::Serve(_) | Verdict::Reject | Verdict::Drop => Fate::Ends,
         };
-        self.table.sweep(id, keeps, |flow| self.upstreams.close(flow));
+        self.table.sweep(id, now, judge, |flow| self.upstreams.close(flow));
     }
 
     /// After a panic: all flows of this shard begin anew, its listeners stay.
@@ -614,7 +615,8 @@ mod tests {
             let balancer = balancer(Family::V4, backends);
             let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
             let mut still = Self { shard: still_shard(), address, balancer };
-            still.shard.add(still.key(), bind_udp(address).expect("a free address"), target, Arc::default());
+            let socket = bind_udp(address).expect("a free address");
+            still.shard.add(still.key(), socket, target, Arc::default(), Instant::now());
             still
         }
 
@@ -686,7 +688,7 @@ mod tests {
         let mut still = Still::start([127, 18, 2, 4], &[]);
         let copy = still.shard.listeners[0].as_ref().expect("a listener").socket.try_clone().expect("a descriptor");
 
-        still.shard.remove(&still.key());
+        still.shard.remove(&still.key(), Instant::now());
         still.client().send(b"for the copy").expect("sent");
 
         let mut events = Vec::with_capacity(EVENTS);
@@ -760,7 +762,7 @@ mod tests {
         let mut shard = still_shard();
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
-        shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default());
+        shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default(), Instant::now());
         let client = plain(loopback());
 
         client.send_to(b"lost", address).expect("sent");

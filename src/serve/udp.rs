@@ -207,9 +207,9 @@ impl UdpShards {
         }
     }
 
-    /// To be called after the listener's table was swapped or its target stored: closes the flows whose backend the
-    /// balancer no longer [`serves`](crate::serve::balancer::Balancer::serves), so that their clients' next
-    /// datagrams go to a live one.
+    /// To be called after the listener's table was swapped or its target stored: the flows whose backend the balancer no
+    /// longer [`serves`](crate::serve::balancer::Balancer::serves) part with it, so that their clients' next datagrams go
+    /// to a live one.
     pub fn sweep(&self, server: UdpServer) {
         self.shards_of(server).for_each(|shard| shard.queue(Command::Sweep(server.key)));
     }
@@ -631,6 +631,37 @@ pub(super) mod tests {
 
         assert_eq!(gone.closed.get(CloseReason::EndpointRemoved), 2);
         assert_eq!((kept.active_flows.get(), kept.flows.get()), (4, 4), "two stayed, two came");
+    }
+
+    #[test]
+    fn f06_t190_given_questions_on_their_way_when_the_endpoint_leaves_then_the_answers_still_come() {
+        let (pod, echo) = (plain(loopback()), Echo::start(2));
+        let endpoint = backend(1, pod.local_addr().expect("bound"));
+        let service = Service::start("127.18.1.21:5300", &[&endpoint]);
+        let clients = [service.client(), service.client()];
+        clients[1].send(b"before").expect("sent");
+        let mut froms = [loopback(); 2];
+        let (_, from) = pod.recv_from(&mut [0; 8]).expect("a datagram");
+        pod.send_to(b"it", from).expect("sent");
+        assert_eq!(answer(&clients[1]), b"it");
+        for (client, from) in clients.iter().zip(&mut froms) {
+            client.send(b"who?").expect("sent");
+            *from = pod.recv_from(&mut [0; 8]).expect("a datagram").1;
+        }
+
+        service.swap(&[&echo.backend]);
+        service.obeyed();
+        froms.iter().for_each(|from| drop(pod.send_to(b"me", from).expect("sent")));
+
+        for client in &clients {
+            assert_eq!(answer(client), b"me");
+            assert_eq!(ask(client, b"again"), b"again", "from the other one");
+        }
+        assert_eq!(endpoint.stats.closed.get(CloseReason::EndpointRemoved), 2);
+        assert_eq!((endpoint.stats.active_flows.get(), echo.backend.stats.active_flows.get()), (0, 2));
+        assert_eq!(service.accepted(), 4, "each has begun a flow more");
+        pod.set_nonblocking(true).expect("set");
+        assert_eq!(pod.recv(&mut [0; 8]).expect_err("nothing").kind(), ErrorKind::WouldBlock);
     }
 
     #[test]
