@@ -18,8 +18,12 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::serve::few_lines::FewLines;
 use crate::stats::PROCESS;
 
-/// Lines that wait for a reader: many times what a start says at once, and some 300 KiB.
+/// Lines that wait for a reader: many times what a start says at once, and mostly some 300 KiB.
 const LINES: usize = 1_024;
+/// Bytes after which none more may wait, however few lines they are: what is told of an object may be as long as that.
+const BYTES: usize = 1 << 20;
+/// From one try to the next at an output that takes nothing now and makes nobody wait: another process may have it so.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// How long the end of the process waits for the reader.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -39,6 +43,7 @@ pub(crate) struct LogQueue {
 /// What is on its way, and what got lost there.
 #[derive(Debug, Default)]
 struct Backlog {
+    /// Bytes that are not written yet.
     waiting: AtomicUsize,
     /// Since the last line for which there was room.
     dropped: AtomicU64,
@@ -69,12 +74,22 @@ impl LogQueue {
     fn tell(&self, line: &[u8], suppressed: u64) {
         let dropped = self.backlog.dropped.swap(0, Ordering::Relaxed);
         let line = self.with_losses(line, [("suppressed", suppressed), ("dropped", dropped)]);
-        self.backlog.waiting.fetch_add(1, Ordering::Relaxed);
-        if self.lines.try_send(line).is_err() {
-            self.backlog.waiting.fetch_sub(1, Ordering::Relaxed);
+        if !self.enqueue(line) {
             self.backlog.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
             PROCESS.log_lines_dropped.unread.increment();
         }
+    }
+
+    /// False where there is no room.
+    fn enqueue(&self, line: Vec<u8>) -> bool {
+        let bytes = line.len();
+        // Threads that come at once may each be let in: a line each more.
+        let has_room = self.backlog.waiting.fetch_add(bytes, Ordering::Relaxed) < BYTES;
+        let enqueued = has_room && self.lines.try_send(line).is_ok();
+        if !enqueued {
+            self.backlog.waiting.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        enqueued
     }
 
     /// The line with a field more for each that is not zero.
@@ -94,10 +109,28 @@ impl LogQueue {
 /// Ends with the queue.
 fn write_out(lines: &Receiver<Vec<u8>>, mut output: impl Write, backlog: &Backlog) {
     while let Ok(line) = lines.recv() {
-        // Whoever has closed the other end cannot be told.
-        let _ = output.write_all(&line);
-        backlog.waiting.fetch_sub(1, Ordering::Relaxed);
+        if write_whole(&mut output, &line).is_err() {
+            // The other end is closed, or the disk is full: whoever reads there cannot be told.
+            PROCESS.log_lines_dropped.unread.increment();
+        }
+        backlog.waiting.fetch_sub(line.len(), Ordering::Relaxed);
     }
+}
+
+/// Waits for as long as the output takes nothing.
+fn write_whole(output: &mut impl Write, mut line: &[u8]) -> io::Result<()> {
+    while !line.is_empty() {
+        match output.write(line) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => line = line.get(written..).unwrap_or_default(),
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
+                _ => return Err(error),
+            },
+        }
+    }
+    Ok(())
 }
 
 impl<'q> MakeWriter<'q> for LogQueue {
@@ -217,7 +250,7 @@ mod tests {
 
     #[test]
     fn f30_given_nobody_who_reads_when_more_is_said_than_fits_then_nobody_waits_and_what_is_lost_is_told() {
-        const LONG: usize = 4 << 20; // More than any pipe holds: its writer is stuck.
+        const LONG: usize = BYTES / 2; // More than a pipe holds: its writer is stuck.
         let (mut output, input) = io::pipe().expect("a pipe");
         let (queue, last_words) = LogQueue::start(input, false).expect("a thread starts");
         queue.tell(&[vec![b'-'; LONG], b"\n".to_vec()].concat(), 0);
@@ -258,6 +291,62 @@ mod tests {
         let of = |message: &str| lines.iter().filter(|line| line["message"] == message).count();
         assert!((10..=10 * (seconds + 2)).contains(&of("in the storm")), "{text}");
         assert_eq!(of("beside it"), 50);
+    }
+
+    #[test]
+    fn f30_given_long_lines_and_nobody_who_reads_when_they_are_a_mebibyte_then_no_more_of_them_wait() {
+        const LONG: usize = BYTES / 4;
+        let (output, input) = io::pipe().expect("a pipe");
+        let (queue, last_words) = LogQueue::start(input, false).expect("a thread starts");
+
+        (0..10).for_each(|_| queue.tell(&vec![b'-'; LONG], 0));
+
+        assert_eq!(queue.backlog.dropped.load(Ordering::Relaxed), 6, "one is being written, and three wait");
+        let read = reading(output);
+        assert!(last_words.wait(PATIENCE), "somebody reads");
+        drop(queue);
+        assert_eq!(read.join().expect("it does not panic").len(), 4 * LONG);
+    }
+
+    /// Takes nothing twice, then a few bytes at a time, and ends for good behind some of them.
+    struct Reluctant {
+        taken: std::sync::mpsc::Sender<Vec<u8>>,
+        refusals: u32,
+        left: usize,
+    }
+
+    impl Write for Reluctant {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            const AT_ONCE: usize = 3;
+            if self.refusals > 0 {
+                self.refusals -= 1;
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let count = bytes.len().min(AT_ONCE).min(self.left);
+            self.left -= count;
+            self.taken.send(bytes[..count].to_vec()).expect("the test listens");
+            if count == 0 { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(count) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn f30_given_an_output_that_will_not_wait_when_lines_are_told_then_they_are_whole_and_what_is_lost_is_counted() {
+        let (taken, took) = std::sync::mpsc::channel();
+        let before = PROCESS.log_lines_dropped.unread.get();
+        let output = Reluctant { taken, refusals: 2, left: 10 };
+        let (queue, last_words) = LogQueue::start(output, false).expect("a thread starts");
+
+        queue.tell(b"whole one\n", 0);
+        queue.tell(b"lost one\n", 0);
+
+        assert!(last_words.wait(PATIENCE), "it ends");
+        drop(queue);
+        assert_eq!(took.into_iter().flatten().collect::<Vec<_>>(), b"whole one\n");
+        assert!(PROCESS.log_lines_dropped.unread.get() > before);
     }
 
     #[test]
