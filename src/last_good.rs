@@ -4,8 +4,9 @@
 //! the Node, the objects (`saved_object`), and an end, without which the file counts for nothing. Whether it is
 //! served is up to `api_report`.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -191,7 +192,7 @@ fn node(line: &[u8]) -> Option<OwnNode> {
 /// Writes a state beside its place and renames it into it: whoever reads sees a whole one, whenever power fails.
 pub(crate) fn save(path: &Path, state: &State, at: SystemTime) -> io::Result<()> {
     let new = path.with_extension("new");
-    let mut file = BufWriter::new(File::create(&new)?);
+    let mut file = BufWriter::new(create_anew(&new)?);
     let State { origin, objects, node } = state;
     let (api_version, saved_at) = (API_VERSION.to_owned(), rfc3339(at));
     write(&mut file, &Head { api_version, kind: HeadKind::SavedState, saved_at, origin: origin.clone() })?;
@@ -204,6 +205,16 @@ pub(crate) fn save(path: &Path, state: &State, at: SystemTime) -> io::Result<()>
     write(&mut file, &End { api_version: API_VERSION.to_owned(), kind: EndKind::SavedStateEnd, objects })?;
     file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
     fs::rename(new, path)
+}
+
+/// A file of our own that nobody else may read: a cluster's addresses are its own business. What is left of an earlier try,
+/// or was put there by somebody, is not written through.
+fn create_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
 /// As one line.
@@ -259,6 +270,23 @@ mod tests {
         assert_eq!(named(&saved.objects)[..named(&whole.objects).len()], named(&whole.objects));
         assert_eq!(saved.objects.slices.len(), whole.objects.slices.len());
         assert_eq!((saved.node, saved.origin, at), (whole.node, whole.origin, moment()));
+    }
+
+    #[test]
+    fn given_a_link_in_place_of_the_new_file_when_saved_then_nothing_is_written_through_it_and_nobody_else_may_read() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, elsewhere) = (path(folder.path()), folder.path().join("elsewhere"));
+        fs::write(&elsewhere, "theirs").expect("written");
+        symlink(&elsewhere, path.with_extension("new")).expect("a link");
+
+        save(&path, &every_field(), moment()).expect("saved");
+
+        assert_eq!(fs::read_to_string(&elsewhere).expect("read"), "theirs");
+        let metadata = fs::symlink_metadata(&path).expect("it is there");
+        assert!(metadata.is_file());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        assert!(load(&path).expect("read").is_some());
     }
 
     #[test]
