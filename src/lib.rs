@@ -143,6 +143,7 @@ mod large_list;
 mod last_good;
 mod layout;
 pub mod lifecycle;
+mod listen_overflows;
 mod listener_set;
 pub mod live;
 mod locate;

@@ -38,8 +38,9 @@ pub(crate) fn one_service_is_flooded() {
     let busy = (seen::run_time(relay.pid()) - before.0).as_secs_f64() / before.1.elapsed().as_secs_f64();
     let took = flood.join().expect("it does not panic").expect("all are sent");
 
+    let overflows = relay.gauge("kuberelay_host_listen_overflows_total");
     println!(
-        "{count} SYNs in {took:?}, {:.1} % of a processor for the relay; another Service, quiet: {quiet}; beside it: {beside}",
+        "{count} SYNs in {took:?}, {overflows} clients turned away by the kernel, {:.1} % of a processor for the relay; another Service, quiet: {quiet}; beside it: {beside}",
         busy * 100.0
     );
     assert_eq!((quiet.failures.len(), &beside.failures), (0, &Vec::new()));
