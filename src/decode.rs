@@ -27,6 +27,7 @@ use crate::model::{Service, Slice};
 use crate::name::ObjectName;
 use crate::parts::in_parts;
 use crate::plan::{Problem, Severity};
+use crate::printable::Printable;
 use crate::texts::Texts;
 use crate::timestamp::Moment;
 use crate::yaml::{self, Document, Fields, List, Object, Scalar, SyntaxError, fields};
@@ -570,7 +571,8 @@ impl<'f> Reading<'f> {
             self.problem(None, None, text, Severity::Warning, "decode");
         }
         if !self.others.is_empty() {
-            let mut kinds: Vec<String> = self.others.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+            let mut kinds: Vec<String> =
+                self.others.iter().map(|(kind, count)| format!("{count} {}", Printable(kind))).collect();
             if kinds.len() > MAX_KINDS_TOLD {
                 kinds.truncate(MAX_KINDS_TOLD);
                 kinds.push("…".to_owned());

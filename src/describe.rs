@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use crate::name::Scope;
 use crate::plan::{Side, Verdict};
+use crate::printable::Printable;
 use crate::problem::Listed;
 use crate::status::{
     HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ScopedBackends, ServiceReport,
@@ -68,7 +69,7 @@ impl fmt::Display for PortReport {
         let name = if self.name.is_empty() { "port" } else { &self.name };
         write!(f, "  {name}  {}/{}", self.port, self.protocol)?;
         if let Some(target) = &self.target_port {
-            write!(f, " → {target}")?;
+            write!(f, " → {}", Printable(target))?;
         }
         writeln!(f)?;
         if self.listeners.is_empty() {

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use crate::locate::{At, Path, Wanted, locate};
 use crate::plan::{Problem, Severity};
+use crate::printable::Printable;
 use crate::texts::Texts;
 use crate::yaml::{Document, Fields, List, Object, Scalar};
 
@@ -100,7 +101,7 @@ impl Findings {
             return;
         }
         let field = at.field().to_string();
-        let message = if field.is_empty() { text.to_owned() } else { format!("{field}: {text}") };
+        let message = if field.is_empty() { text.to_owned() } else { format!("{}: {text}", Printable(&field)) };
         let object = self.object.clone();
         self.list.push(Finding { object, path: at.path(), at_name, reason, message, severity });
     }

@@ -170,6 +170,7 @@ mod parts;
 pub mod peer;
 pub mod place;
 pub mod plan;
+mod printable;
 mod problem;
 pub mod rare;
 mod reading;

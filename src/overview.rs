@@ -9,6 +9,7 @@ use std::fmt::{Display, Write};
 use crate::describe::{allowed, counted, meaning};
 use crate::live::{LiveReport, PauseReport};
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
+use crate::printable::Printable;
 use crate::problem::Listed;
 use crate::status::{
     BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
@@ -193,7 +194,7 @@ fn describe_port(text: &mut String, port: &PortReport) {
     text.push('\n');
     field(text, "Port", format!("{name}  {}/{}", port.port, port.protocol));
     if let Some(target) = &port.target_port {
-        field(text, "TargetPort", format!("{target}/{}", port.protocol));
+        field(text, "TargetPort", format!("{}/{}", Printable(target), port.protocol));
     }
     if let Some(number) = node_port(port) {
         field(text, "NodePort", format!("{name}  {number}/{}", port.protocol));
@@ -248,7 +249,7 @@ fn side(side: Side) -> &'static str {
 fn backend_row(port: &PortReport, backend: &BackendTraffic) -> Vec<Cow<'static, str>> {
     vec![
         backend.address.clone().into(),
-        backend.pod.clone().unwrap_or_else(|| "-".into()).into(),
+        backend.pod.as_deref().map_or("-".into(), |pod| Printable(pod).to_string()).into(),
         backend_state(port, backend),
         (backend.active_connections + backend.active_flows).to_string().into(),
         (backend.connections + backend.flows).to_string().into(),

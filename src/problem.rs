@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::printable::Printable;
+
 /// Something about an object that a person should know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
@@ -63,14 +65,14 @@ impl Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(file) = &self.file {
-            write!(f, "{file}:")?;
+            write!(f, "{}:", Printable(file))?;
             for number in [self.line, self.column].into_iter().flatten() {
                 write!(f, "{number}:")?;
             }
             write!(f, " ")?;
         }
         if self.file.as_ref() != Some(&self.object) {
-            write!(f, "{}: ", self.object)?;
+            write!(f, "{}: ", Printable(&self.object))?;
         }
         f.write_str(&self.message)
     }
@@ -110,6 +112,14 @@ mod tests {
         problem.line = Some(3);
         problem.column = Some(5);
         assert_eq!(problem.to_string(), "web.yaml:3:5: Service default/web: spec.ports: no entry");
+    }
+
+    #[test]
+    fn given_a_file_with_an_odd_name_when_printed_then_it_forges_no_line() {
+        let mut problem = Problem::error("Service default/web", "decode", "spec.ports: no entry");
+        problem.file = Some("a\n\u{1b}[2Jb.yaml".into());
+
+        assert_eq!(problem.to_string(), "a\\n\\u{1b}[2Jb.yaml: Service default/web: spec.ports: no entry");
     }
 
     #[test]

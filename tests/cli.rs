@@ -378,6 +378,37 @@ mod bad_input {
     }
 
     #[test]
+    fn given_objects_and_files_that_would_forge_lines_when_checked_then_they_are_spelled_out() {
+        let forged = r"x\n2026-01-01T00:00:00Z ERROR forged\e[2J";
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("a\n\u{1b}[2J.yaml");
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web, annotations: {{\"kube-relay.dev/{forged}\": \"1\", \
+             kube-relay.dev/balance: \"{forged}\"}}}}\nspec: {{type: \"{forged}\", clusterIP: \"{forged}\", \"{forged}\": 1, \
+             ports: [{{name: \"{forged}\", port: 80, targetPort: \"{forged}\", protocol: \"{forged}\"}}]}}\n"
+        );
+        let good = format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: good}}\n\
+             spec: {{clusterIP: 127.96.9.9, ports: [{{port: 80, targetPort: \"{forged}\"}}]}}\n"
+        );
+        let others = format!(
+            "---\napiVersion: v1\nkind: \"{forged}\"\nmetadata: {{name: x}}\n---\napiVersion: discovery.k8s.io/v1\n\
+             kind: EndpointSlice\nmetadata: {{name: \"{forged}\", labels: {{kubernetes.io/service-name: web}}}}\naddressType: \
+             IPv4\nendpoints: [{{addresses: [\"{forged}\"]}}]\n---\n\"{forged}\": 1\n---\n\"{forged}\"\n"
+        );
+        fs::write(&file, [service, good, others].concat()).expect("a file");
+
+        for output in ["text", "json"] {
+            let said = say(kube_relay(&["check", "-o", output, file.to_str().expect("text")]));
+
+            assert_eq!(said.code, Some(1), "{}", said.text);
+            assert!(said.text.contains("forged"), "{}", said.text);
+            let odd = said.text.lines().find(|line| line.contains(char::is_control) || line.starts_with("2026"));
+            assert_eq!(odd, None, "{}", said.text);
+        }
+    }
+
+    #[test]
     fn given_an_empty_folder_when_checked_then_it_says_what_it_looked_for() {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let path = folder.path().display().to_string();
