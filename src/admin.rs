@@ -757,6 +757,42 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn given_each_method_that_could_change_something_when_asked_on_any_surface_then_it_is_refused() {
+        let served = Served::start().await;
+
+        for surface in [Surface::Health, Surface::Metrics] {
+            for method in ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "DRAIN"] {
+                for path in surface.paths() {
+                    let request = format!(
+                        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+                    );
+                    let answer = served.ask(surface, &request).await;
+                    assert!(answer.starts_with("HTTP/1.1 405 "), "{surface:?} {method} {path}: {answer}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn given_as_many_who_never_end_their_headers_as_may_be_connected_when_somebody_asks_then_he_does_not_wait() {
+        let served = Served::start().await;
+        let mut slow = vec![];
+        for _ in 0..CONNECTION_LIMIT {
+            let mut stream = TcpStream::connect(served.address(Surface::Metrics)).await.expect("it listens");
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: ").await.expect("it reads");
+            slow.push(stream);
+        }
+
+        let asked = Instant::now();
+        let answer = served.get(Surface::Metrics, "/metrics").await;
+        let took = asked.elapsed();
+
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        println!("{CONNECTION_LIMIT} slow ones, an answer after {took:?}");
+        assert!(took < HEADER_TIMEOUT / 5, "{took:?}: one of them had to go first");
+    }
+
+    #[tokio::test]
     async fn given_headers_that_never_end_when_the_time_is_over_then_the_connection_is_closed() {
         let served = Served::start().await;
         let listener = TcpListener::bind(LOCALHOST).await.expect("a free port");
