@@ -1,24 +1,31 @@
 //! Which addresses may be endpoints at all.
 //!
 //! Whoever may write an EndpointSlice could otherwise reach, through this process, what listens on the
-//! node only for itself (CVE-2021-25737). What is chosen among the admitted is decided in `endpoints`.
+//! node only for itself (CVE-2021-25737), or what admits the node alone (CVE-2021-25740). What is chosen among the admitted is decided in `endpoints`.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::model::Slice;
 use crate::name::Family;
 use crate::problem::Problem;
 
-/// The slices without the endpoints that are refused, and a problem for each slice and cause.
+/// The slices without the endpoints that are refused, and a problem for each slice and cause. Without `networks` they may be
+/// anywhere.
 pub(crate) fn admit<'a>(
     slices: impl Iterator<Item = &'a Slice>,
     allow_loopback: bool,
+    networks: &[IpNet],
 ) -> (Vec<Cow<'a, Slice>>, Vec<Problem>) {
     let mut problems = Vec::new();
     let admitted = slices
         .map(|slice| {
-            let refused = |address| Refusal::of(address, slice.family, allow_loopback);
+            let refused = |address| {
+                let is_outside = || !networks.is_empty() && !networks.iter().any(|network| network.contains(&address));
+                Refusal::of(address, slice.family, allow_loopback).or_else(|| is_outside().then_some(Refusal::Outside))
+            };
             if slice.endpoints.iter().all(|endpoint| refused(endpoint.address).is_none()) {
                 return Cow::Borrowed(slice);
             }
@@ -40,11 +47,19 @@ enum Refusal {
     LinkLocal,
     Multicast,
     Broadcast,
+    Outside,
 }
 
 impl Refusal {
-    const ALL: [Self; 6] =
-        [Self::Family, Self::Unspecified, Self::Loopback, Self::LinkLocal, Self::Multicast, Self::Broadcast];
+    const ALL: [Self; 7] = [
+        Self::Family,
+        Self::Unspecified,
+        Self::Loopback,
+        Self::LinkLocal,
+        Self::Multicast,
+        Self::Broadcast,
+        Self::Outside,
+    ];
 
     fn of(address: IpAddr, family: Family, allow_loopback: bool) -> Option<Self> {
         if Family::of(address) != family {
@@ -78,6 +93,7 @@ impl Refusal {
             Self::LinkLocal => "is a link-local address, which has no meaning off its link".into(),
             Self::Multicast => "is a multicast address".into(),
             Self::Broadcast => "is the broadcast address".into(),
+            Self::Outside => "is in none of --endpoint-cidrs".into(),
         }
     }
 }
@@ -106,7 +122,7 @@ mod tests {
     }
 
     fn admitted(slice: &Slice, allow_loopback: bool) -> (Vec<String>, Vec<Problem>) {
-        let (slices, problems) = admit([slice].into_iter(), allow_loopback);
+        let (slices, problems) = admit([slice].into_iter(), allow_loopback, &[]);
         let addresses = slices.iter().flat_map(|slice| &slice.endpoints).map(|e| e.address.to_string()).collect();
         (addresses, problems)
     }
@@ -141,6 +157,19 @@ mod tests {
         slice.family = Family::V6;
 
         assert_eq!(admitted(&slice, false).0, ["fd00::1"]);
+    }
+
+    #[test]
+    fn given_networks_of_endpoints_when_one_is_outside_then_it_is_refused_and_named() {
+        let networks = ["10.0.0.0/24", "fd00::/64"].map(|network| network.parse().expect("a network"));
+        let slice = slice(&["10.0.0.1", "10.0.1.1", "192.0.2.1"]);
+
+        let (slices, problems) = admit([&slice].into_iter(), false, &networks);
+
+        let addresses: Vec<_> = slices[0].endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+        assert_eq!(addresses, ["10.0.0.1"]);
+        assert_eq!((problems.len(), &*problems[0].reason), (1, "denied_address"));
+        assert_eq!(problems[0].message, "endpoint 10.0.1.1 is in none of --endpoint-cidrs: not used (1 more like it)");
     }
 
     #[test]

@@ -442,6 +442,10 @@ struct AddressFlags {
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOWED_EXTERNAL_CIDRS", value_delimiter = ',')]
     allowed_external_cidrs: Vec<IpNet>,
 
+    /// Use endpoints inside these networks alone, those of pods and of databases that you know: whoever may write an EndpointSlice could have others reached from this node's address (CVE-2021-25740) [default: any]
+    #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ENDPOINT_CIDRS", value_delimiter = ',')]
+    endpoint_cidrs: Vec<IpNet>,
+
     /// Who may reach Services from outside: networks and addresses. This node and its pods always may. A Service's annotation kube-relay.dev/allow-from narrows it [default: everybody]
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOW_FROM", value_delimiter = ',', value_parser = network)]
     allow_from: Vec<IpNet>,
@@ -963,6 +967,7 @@ impl PlanFlags {
             node_port_addresses,
             expose: addresses.expose,
             allowed_external_cidrs: addresses.allowed_external_cidrs,
+            endpoint_cidrs: addresses.endpoint_cidrs,
             allow_from: addresses.allow_from,
             service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
             service_node_port_range: addresses.service_node_port_range.0,

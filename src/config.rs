@@ -175,6 +175,8 @@ pub struct PlanConfig {
     pub expose: Vec<Expose>,
     /// Where external IPs are served. From `--allowed-external-cidrs`.
     pub allowed_external_cidrs: Vec<IpNet>,
+    /// Where endpoints may be; empty: anywhere. From `--endpoint-cidrs`.
+    pub endpoint_cidrs: Vec<IpNet>,
     /// Who may come from outside, networks of both families; empty: everybody. From `--allow-from`.
     pub allow_from: Vec<IpNet>,
     /// Where the static source takes cluster IPs from; `None`: it gives none. From `--service-cluster-ip-range`.
@@ -229,6 +231,7 @@ impl PlanConfig {
             node: self.node.clone(),
             node_port_addresses: node_port_addresses(&self.node_port_addresses, host, &self.node_addresses),
             allowed_external_cidrs: self.allowed_external_cidrs.clone(),
+            endpoint_cidrs: self.endpoint_cidrs.clone(),
             allow_from: (!self.allow_from.is_empty()).then(|| AllowFrom::new(&self.allow_from)),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
@@ -279,6 +282,7 @@ mod tests {
             node_port_addresses: vec![DEFAULT_NODE_PORT_ADDRESSES],
             expose: vec![],
             allowed_external_cidrs: vec![],
+            endpoint_cidrs: vec![],
             allow_from: vec![],
             service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
             service_node_port_range: DEFAULT_NODE_PORT_RANGE,

@@ -227,6 +227,7 @@ mod tests {
             node_port_addresses: vec![NodePortSelector::Primary],
             expose: vec![],
             allowed_external_cidrs: vec![],
+            endpoint_cidrs: vec![],
             allow_from: vec![],
             service_cluster_ip_range: None,
             service_node_port_range: 1..=2,

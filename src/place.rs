@@ -53,6 +53,7 @@ mod tests {
             node_port_addresses: vec![NodePortSelector::Cidr("10.0.0.0/8".parse().expect("a network"))],
             expose: vec![],
             allowed_external_cidrs: vec![],
+            endpoint_cidrs: vec![],
             allow_from: vec![],
             service_cluster_ip_range: None,
             service_node_port_range: 1..=2,

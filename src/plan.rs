@@ -48,6 +48,8 @@ pub struct PlanOptions {
     pub lent_addresses: Vec<IpAddr>,
     /// External IPs are served only inside these. From `--allowed-external-cidrs`; empty refuses all.
     pub allowed_external_cidrs: Vec<IpNet>,
+    /// Endpoints are used only inside these; empty: anywhere. From `--endpoint-cidrs`.
+    pub endpoint_cidrs: Vec<IpNet>,
     /// Who may come from outside; `None`: everybody. From `--allow-from`.
     pub allow_from: Option<AllowFrom>,
     /// Take exactly the Services that are labelled so; `None`: exactly those without the label. From `--proxy-name`.

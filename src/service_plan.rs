@@ -148,7 +148,7 @@ impl<'a> Asked<'a> {
         }
         plan.problems.extend(service.slices_hidden.then(|| hidden(service)));
         let slices = slices.filter(|_| !service.slices_hidden);
-        let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints);
+        let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints, &options.endpoint_cidrs);
         plan.problems.extend(refused);
         plan.health_port = entries.health_port.as_ref().map(|(number, addresses)| {
             let slices = slices.iter().map(AsRef::as_ref);
