@@ -651,7 +651,9 @@ pub(super) mod tests {
 
         service.swap(&[&echo.backend]);
         service.obeyed();
-        froms.iter().for_each(|from| drop(pod.send_to(b"me", from).expect("sent")));
+        for from in froms {
+            assert_eq!(pod.send_to(b"me", from).expect("sent"), 2);
+        }
 
         for client in &clients {
             assert_eq!(answer(client), b"me");
