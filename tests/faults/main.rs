@@ -63,6 +63,10 @@ fn main() -> ExitCode {
             rollout::no_client_notices,
         ),
         (
+            "f33_given_a_client_of_session_affinity_when_all_other_endpoints_are_replaced_all_the_time_then_it_stays",
+            rollout::a_sticky_client_stays,
+        ),
+        (
             "f09_given_syns_of_nobody_at_one_service_when_clients_come_to_another_then_they_notice_nothing",
             syns::one_service_is_flooded,
         ),
@@ -98,7 +102,7 @@ fn main() -> ExitCode {
         ),
         ("f27_given_2000_short_connections_a_second_when_relayed_then_none_fails", bursts::none_fails),
         (
-            "f15_given_all_source_ports_to_three_backends_in_use_when_one_more_comes_then_it_is_told_at_once",
+            "f15_given_all_source_ports_to_three_backends_in_use_when_more_clients_come_then_they_are_told_at_once_and_nothing_spins",
             bursts::ports_of_each_backend_are_used,
         ),
         (

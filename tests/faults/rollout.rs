@@ -10,8 +10,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
+use serde_json::Value;
 
-use crate::bursts::{Burst, exchange, message};
+use crate::bursts::{Burst, backends, exchange, message};
 use crate::floods::Echo;
 use crate::rig::full;
 use crate::stage::{PODS, Stage};
@@ -25,7 +26,7 @@ const QUESTIONS_A_SECOND: u32 = 100;
 const SECONDS: u32 = 60;
 const SHORT_SECONDS: u32 = 5;
 
-/// What a pod has to finish what it was given, once its endpoint has left.
+/// As short as pods may be that do not wait for whoever still comes.
 const GRACE: Duration = Duration::from_millis(100);
 /// How long an answer may take that is not lost.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -33,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) fn no_client_notices() {
     let seconds = if full() { SECONDS } else { SHORT_SECONDS };
     let stage = Stage::build();
-    let mut rollout = Rollout::begin(&stage);
+    let mut rollout = Rollout::begin(&stage, GRACE);
     let relay = stage.relay(&rollout.addresses(), &[]);
     let service = stage.service(Family::V4);
     let mut open: Vec<_> =
@@ -66,8 +67,39 @@ pub(crate) fn no_client_notices() {
     rollout.finish();
 }
 
+/// One endpoint stays while all others are replaced again and again; the client of session affinity that has it keeps it.
+pub(crate) fn a_sticky_client_stays() {
+    let seconds = if full() { 10 } else { 2 };
+    let stage = Stage::build();
+    let _staying = backends(&stage);
+    let stays = stage.backend(0, Family::V4);
+    let mut rollout = Rollout::begin(&stage, GRACE);
+    let sticky = |others: Vec<SocketAddr>| {
+        let mut manifest = stage.manifest(&[&others[..], &[stays]].concat(), &[]);
+        manifest["items"][0]["spec"]["sessionAffinity"] = "ClientIP".into();
+        manifest
+    };
+    // Alone at first, so that it is the one.
+    let relay = stage.relay_of(&sticky(Vec::new()), &[]);
+    let service = stage.service(Family::V4);
+    drop(stage.client().run(|| exchange(service)).expect("it answers"));
+
+    let burst = thread::scope(|scope| {
+        let burst = scope.spawn(|| Burst::run(stage.client(), service, seconds * STEPS_A_SECOND, STEPS_A_SECOND));
+        rollout.publish_as(sticky);
+        rollout.go_on_while(STEPS_A_SECOND, || !burst.is_finished());
+        burst.join().expect("clients do not panic")
+    });
+
+    let connections = || relay.metric("kuberelay_connections_total", &[&format!(r#"backend="{stays}""#)]);
+    println!("{} endpoints replaced: {burst}, {} of them to one backend", rollout.steps, connections() - 1);
+    assert_eq!(burst.failures, Vec::<String>::new());
+    assert_eq!(connections(), u64::from(seconds * STEPS_A_SECOND) + 1);
+    rollout.finish();
+}
+
 /// Asks once, from a new port, and never again.
-fn question(service: SocketAddr) -> io::Result<()> {
+pub(crate) fn question(service: SocketAddr) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(service)?;
@@ -82,6 +114,10 @@ pub(crate) struct Rollout<'s> {
     /// Processes that go on although their endpoints will have left.
     kept: Vec<Endpoint>,
     leaving: Vec<JoinHandle<()>>,
+    /// What a pod has to finish what it was given, once its endpoint has left.
+    grace: Duration,
+    /// The manifest with these endpoints.
+    manifest: Box<dyn Fn(Vec<SocketAddr>) -> Value + 's>,
     /// Endpoints replaced.
     pub(crate) steps: u32,
 }
@@ -95,10 +131,17 @@ struct Endpoint {
 
 impl<'s> Rollout<'s> {
     /// Starts one endpoint in each pod.
-    pub(crate) fn begin(stage: &'s Stage) -> Self {
+    pub(crate) fn begin(stage: &'s Stage, grace: Duration) -> Self {
         stage.give_pods_addresses();
         let now = (0..u32::from(PODS)).map(|number| Endpoint::start(stage, number)).collect();
-        Self { stage, now, kept: Vec::new(), leaving: Vec::new(), steps: 0 }
+        let manifest = Box::new(|endpoints: Vec<SocketAddr>| stage.manifest(&endpoints, &[]));
+        Self { stage, now, kept: Vec::new(), leaving: Vec::new(), grace, manifest, steps: 0 }
+    }
+
+    /// Publishes them in another manifest, from now on.
+    fn publish_as(&mut self, manifest: impl Fn(Vec<SocketAddr>) -> Value + 's) {
+        self.manifest = Box::new(manifest);
+        self.publish();
     }
 
     /// Where they are now.
@@ -130,8 +173,9 @@ impl<'s> Rollout<'s> {
         let leaving = self.now.pop_front();
         self.steps += 1;
         self.publish();
+        let grace = self.grace;
         self.leaving.push(thread::spawn(move || {
-            thread::sleep(GRACE); // What happens next is part of the story, not a wait.
+            thread::sleep(grace); // What happens next is part of the story, not a wait.
             drop(leaving);
         }));
     }
@@ -142,7 +186,7 @@ impl<'s> Rollout<'s> {
     }
 
     fn publish(&self) {
-        self.stage.edit(&self.stage.manifest(&self.addresses(), &[]));
+        self.stage.edit(&(self.manifest)(self.addresses()));
     }
 
     /// Waits until all that have left are gone.
