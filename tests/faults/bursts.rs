@@ -34,9 +34,7 @@ pub(crate) fn none_fails() {
         let count = A_SECOND * seconds;
         let stage = Stage::build();
         let _backends = backends(&stage);
-        // The client's own ports last for half a minute.
-        stage.client().sysctl("net/ipv4/ip_local_port_range", "10000 65535").expect("the namespace is ours");
-        stage.client().sysctl("net/ipv4/tcp_tw_reuse", "1").expect("the namespace is ours");
+        stage.give_client_ports();
         let relay = stage.relay(&stage.backends(Family::V4), &upstream_sources(&stage, sources));
 
         let burst = Burst::run(stage.client(), stage.service(Family::V4), count, A_SECOND);

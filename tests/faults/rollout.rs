@@ -34,6 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) fn no_client_notices() {
     let seconds = if full() { SECONDS } else { SHORT_SECONDS };
     let stage = Stage::build();
+    stage.give_client_ports();
     let mut rollout = Rollout::begin(&stage, GRACE);
     let relay = stage.relay(&rollout.addresses(), &[]);
     let service = stage.service(Family::V4);

@@ -87,6 +87,14 @@ impl Stage {
         }
     }
 
+    /// Lets clients open thousands of connections a second for minutes: each port that one has closed waits for a minute
+    /// otherwise, and where most of them wait, the kernel searches long for another.
+    pub(crate) fn give_client_ports(&self) {
+        for (setting, value) in [("net/ipv4/ip_local_port_range", "10000 65535"), ("net/ipv4/tcp_tw_reuse", "1")] {
+            self.client().sysctl(setting, value).expect("the namespace is ours");
+        }
+    }
+
     /// Backend `number` of all that there ever are, by turns in each pod, and the number of that pod. The first of each pod
     /// has its address for ever; the others' are used anew after some hundreds.
     pub(crate) fn next_backend(number: u32) -> (u8, SocketAddr) {

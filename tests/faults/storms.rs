@@ -24,6 +24,7 @@ const LINES: usize = 2 * 10;
 /// The first pod refuses, and is never out: each third client meets it.
 pub(crate) fn nobody_reads() {
     let stage = Stage::build();
+    stage.give_client_ports();
     let _others = backends(&stage).split_off(1);
     let manifest = stage.manifest(&stage.backends(Family::V4), &[("eject-after", "none")]);
     let (log, input) = full_pipe().expect("a pipe");
