@@ -240,8 +240,16 @@ impl Echo {
 impl Shared {
     fn serve(&self, socket: &UdpSocket) {
         let mut buffer = [0; DATAGRAM_BYTES];
-        while !self.stop.load(Ordering::Relaxed) {
-            let Ok((length, source)) = socket.recv_from(&mut buffer) else { continue };
+        loop {
+            let stops = self.stop.load(Ordering::Relaxed);
+            if stops {
+                socket.set_nonblocking(true).expect("an option"); // What has come is answered.
+            }
+            let (length, source) = match socket.recv_from(&mut buffer) {
+                Ok(received) => received,
+                Err(_) if stops => return,
+                Err(_) => continue,
+            };
             self.received.fetch_add(1, Ordering::Relaxed);
             self.sources.lock().unwrap_or_else(PoisonError::into_inner).insert(source);
             if length < DATAGRAM_BYTES {

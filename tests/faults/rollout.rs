@@ -126,8 +126,8 @@ pub(crate) struct Rollout<'s> {
 /// A process in a pod that serves both protocols at an address of its own.
 struct Endpoint {
     address: SocketAddr,
-    _tcp: Backend,
-    _udp: Echo,
+    tcp: Backend,
+    udp: Echo,
 }
 
 impl<'s> Rollout<'s> {
@@ -177,7 +177,7 @@ impl<'s> Rollout<'s> {
         let grace = self.grace;
         self.leaving.push(thread::spawn(move || {
             thread::sleep(grace); // What happens next is part of the story, not a wait.
-            drop(leaving);
+            leaving.into_iter().for_each(Endpoint::retire);
         }));
     }
 
@@ -202,6 +202,12 @@ impl Endpoint {
         let (pod, address) = Stage::next_backend(number);
         let pod = stage.pod(pod);
         let tcp = Backend::start(pod, &[address], &Arc::new(Bulk::default())).expect("a backend starts");
-        Self { address, _tcp: tcp, _udp: Echo::start(pod, address) }
+        Self { address, tcp, udp: Echo::start(pod, address) }
+    }
+
+    /// Takes nobody any more, and answers whoever has come. A relay that still sends clients here has to find them another.
+    fn retire(self) {
+        self.tcp.retire();
+        drop(self.udp);
     }
 }

@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, epoll, epoll::EventFlags};
+use rustix::event::{EventfdFlags, Timespec, epoll, epoll::EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -90,12 +90,30 @@ impl Backend {
     }
 }
 
-impl Drop for Backend {
-    fn drop(&mut self) {
-        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+/// What a backend is told through its eventfd: to end, or to answer whoever has come and then to end.
+const END: u64 = 1;
+const RETIRE: u64 = 2;
+/// How long one that retires waits for those that have come.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+impl Backend {
+    /// Ends as a server does that is asked to: accepts nobody any more, and answers whoever has come.
+    #[allow(dead_code)] // Not every binary has one that does.
+    pub(crate) fn retire(mut self) {
+        self.end(RETIRE);
+    }
+
+    fn end(&mut self, how: u64) {
+        let _ = rustix::io::write(&*self.stop, &how.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.end(END);
     }
 }
 
@@ -152,10 +170,28 @@ impl Service {
             for event in &events {
                 let ready = event.data.u64();
                 if ready == stop {
-                    return;
+                    return self.end();
                 }
                 self.step(ready);
             }
+        }
+    }
+
+    fn end(mut self) {
+        let mut how = [0; 8];
+        let _ = rustix::io::read(&*self.stop, &mut how);
+        if u64::from_ne_bytes(how) != RETIRE {
+            return;
+        }
+        let listeners: Vec<_> = self.listeners.iter().map(|listener| token(listener.as_fd())).collect();
+        listeners.into_iter().for_each(|listener| self.step(listener)); // Whoever waits in the queue has come.
+        self.listeners.clear();
+        let (deadline, mut events) = (Instant::now() + LAST_ANSWERS, Vec::with_capacity(128));
+        while Instant::now() < deadline && self.connections.iter().any(Option::is_some) {
+            events.clear();
+            let pause = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+            let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&pause));
+            events.iter().for_each(|event| self.step(event.data.u64()));
         }
     }
 
