@@ -235,9 +235,14 @@ impl Nodes {
     }
 }
 
-/// What went wrong is often in what the programs have said.
+/// What went wrong is often in what the programs have said. Relays that were asked to end would go on for a while.
 impl Drop for Nodes {
     fn drop(&mut self) {
+        for relay in &mut self.relays {
+            if let Ok(None) = relay.ended() {
+                signal(relay, Signal::KILL);
+            }
+        }
         let files = fs::read_dir(self.folder.path()).into_iter().flatten().flatten().map(|entry| entry.path());
         for log in files.filter(|path| thread::panicking() && path.extension().is_some_and(|kind| kind == "log")) {
             println!("{}: {}", log.display(), fs::read_to_string(&log).unwrap_or_default());
