@@ -81,7 +81,7 @@ fn main() -> ExitCode {
     let bootstrap = &[bootstrap::CASES, own_node::CASES].concat();
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
-    let beside_others = [beside::CASES, bootstrap, floods::CASES].concat();
+    let beside_others = [beside::CASES, bootstrap].concat();
     let on_stage = [
         verdicts::CASES,
         vips::CASES,
@@ -94,7 +94,10 @@ fn main() -> ExitCode {
     ]
     .concat();
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
-    rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat())
+    // A kernel tells all namespaces together of cables, once a second where many change.
+    let measuring =
+        [floods::CASES, addresses::MEASURING, repairs::MEASURING, vips::MEASURING, guard::MEASURING].concat();
+    rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat(), &measuring)
 }
 
 fn parts_reach_each_other() {

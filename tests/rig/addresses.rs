@@ -21,16 +21,19 @@ use crate::verdicts::{LOCAL, backends, local, rig};
 pub(crate) const CASES: &[Case] = cases![
     t105_t218_given_primary_and_localhost_when_asked_then_both_families_and_protocols_answer_there_alone,
     t218_given_all_when_asked_then_every_address_but_loopback_answers,
-    t219_f31_given_no_address_that_matches_when_one_comes_and_goes_then_its_listeners_do_and_no_others,
     t219_f31_given_own_servers_on_all_addresses_when_one_comes_and_goes_then_they_do_so_as_well,
     t219_given_an_ipv6_address_in_doubt_when_it_is_usable_then_it_is_bound_and_one_of_somebody_else_never,
-    t220_f31_given_no_node_address_when_the_default_route_has_another_source_then_node_ports_move_there,
-    f28_given_the_nodes_own_link_when_it_flaps_then_listeners_stay_and_streams_go_on,
     f31_given_an_address_that_is_asked_for_by_name_when_it_comes_then_it_is_bound_within_a_second,
     t123_f31_given_an_external_ip_that_is_served_when_somebody_gives_it_to_the_node_then_it_is_served_all_along,
     f32_given_a_node_port_that_another_process_holds_when_it_is_freed_then_it_is_taken_within_five_seconds,
     given_a_node_port_when_the_machine_is_asked_who_listens_there_then_it_names_us,
     given_a_relay_on_each_node_when_node_ports_are_asked_then_all_answer_and_by_policy_local_those_with_pods,
+];
+
+pub(crate) const MEASURING: &[Case] = cases![
+    t219_f31_given_no_address_that_matches_when_one_comes_and_goes_then_its_listeners_do_and_no_others,
+    t220_f31_given_no_node_address_when_the_default_route_has_another_source_then_node_ports_move_there,
+    f28_given_the_nodes_own_link_when_it_flaps_then_listeners_stay_and_streams_go_on,
 ];
 
 /// How soon a listener follows its address (F31).
