@@ -96,7 +96,7 @@ fn main() -> ExitCode {
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
     // A kernel tells all namespaces together of cables, once a second where many change.
     let measuring =
-        [floods::CASES, addresses::MEASURING, repairs::MEASURING, vips::MEASURING, guard::MEASURING].concat();
+        [addresses::MEASURING, repairs::MEASURING, vips::MEASURING, guard::MEASURING, floods::CASES].concat();
     rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat(), &measuring)
 }
 
