@@ -106,13 +106,13 @@ metrics! {
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     AcceptPaused = Counter "kuberelay_accept_paused_seconds_total" ["reason"] "Seconds in which a listener or more accepted nobody though clients waited, by what was lacking.";
     ConnectionsLimit = Gauge "kuberelay_connections_limit" [] "TCP connections that there may be now: --max-connections, or what descriptors and memory are good for, whichever is least; near it, what is left is shared with UDP flows and looked at again.";
-    ListenOverflows = Counter "kuberelay_host_listen_overflows_total" [] "Clients that the kernel turned away in this network namespace, since it began and whoever listens, as the queue of a listener was full.";
     StalledConnections = Gauge "kuberelay_stalled_connections" [] "Connections that hold bytes which their receiver does not take now; one that is stuck both ways counts twice.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
     VipAddresses = Gauge "kuberelay_vip_addresses" ["state"] "Addresses of Services off loopback that are local by routes of ours (own), as others made them so (foreign), or not (missing).";
     RoutesRepaired = Counter "kuberelay_routes_repaired_total" [] "Addresses of Services that somebody made local no more, and that were made so again.";
     HostReadErrors = Counter "kuberelay_host_read_errors_total" [] "Times that this machine's addresses could not be read, so that the last ones stayed in use.";
+    ListenOverflows = Counter "kuberelay_host_listen_overflows_total" [] "Clients that the kernel turned away in this network namespace, since it began and whoever listens, as the queue of a listener was full.";
     GuardedAddresses = Gauge "kuberelay_guarded_addresses" [] "Addresses of Services, local by routes of ours, where what listens on all addresses of the machine is refused.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     LogLinesDropped = Counter "kuberelay_log_lines_dropped_total" ["reason"] "Log lines that were not written: more than ten a second of the same place (storm), or nobody read what came before (unread).";
@@ -151,15 +151,15 @@ pub fn render(status: &Status, ready: bool) -> String {
         page.sample(Id::AcceptPaused, &label("reason", reason.as_str()), seconds);
     }
     page.sample(Id::ConnectionsLimit, "", PROCESS.connections_limit.get());
-    if let Some(count) = listen_overflows::read() {
-        page.sample(Id::ListenOverflows, "", count);
-    }
     page.sample(Id::StalledConnections, "", PROCESS.stalled.get());
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
     page.vip_addresses(&PROCESS.vip_addresses);
     page.sample(Id::RoutesRepaired, "", PROCESS.routes_repaired.get());
     page.sample(Id::HostReadErrors, "", PROCESS.host_read_errors.get());
+    if let Some(count) = listen_overflows::read() {
+        page.sample(Id::ListenOverflows, "", count);
+    }
     page.sample(Id::GuardedAddresses, "", PROCESS.guarded_addresses.get());
     page.sample(Id::Panics, "", PROCESS.panics.get());
     let lines = &PROCESS.log_lines_dropped;

@@ -17,7 +17,7 @@ use crate::bursts::{Burst, exchange};
 use crate::rig::full;
 use crate::rollout::{Rollout, question};
 use crate::seen;
-use crate::stage::{Relay, Stage, until};
+use crate::stage::{PATIENCE, Relay, Stage, until};
 
 const SHORT_SECONDS: u64 = 3;
 const FULL_SECONDS: u64 = 20;
@@ -46,7 +46,9 @@ pub(crate) fn nothing_stays() {
     let time = time();
     let stage = Stage::build();
     let mut rollout = Rollout::begin(&stage, GRACE);
-    let relay = stage.relay(&rollout.addresses(), &[]);
+    // Nobody waits for these; and where a question comes from the port of one before, it is a stream.
+    let flags = ["unreplied", "answered", "stream"].map(|state| format!("--udp-timeout-{state}=1s"));
+    let relay = stage.relay(&rollout.addresses(), &flags);
     WORK.iter().for_each(|work| drop(Done::of(&stage, *work, Duration::ZERO))); // What is made once is made now.
     look_at_it(&relay);
     until_idle(&relay);
@@ -153,10 +155,15 @@ fn look_at_it(relay: &Relay<'_>) -> u64 {
 }
 
 fn until_idle(relay: &Relay<'_>) {
-    let open = |relay: &Relay<'_>| {
-        ["kuberelay_active_connections", "kuberelay_active_flows"].map(|gauge| relay.metric(gauge, &[]))
-    };
-    until("nothing to be open", || (open(relay) == [0, 0]).then_some(()));
+    let begin = Instant::now();
+    loop {
+        let open = ["kuberelay_active_connections", "kuberelay_active_flows"].map(|gauge| relay.metric(gauge, &[]));
+        if open == [0, 0] {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{open:?} connections and flows are open still");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Memory of the process that it shares with nobody, at even times.
