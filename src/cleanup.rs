@@ -37,6 +37,9 @@ pub enum CleanupError {
     /// The kernel would not remove the guard of these routes, but the routes.
     #[error("nf_tables: cannot remove the guard of these routes")]
     Guard(#[source] io::Error),
+    /// The same, where filters of tc are the guard.
+    #[error("tc: cannot remove the filters that guard these routes")]
+    Filters(#[source] io::Error),
     /// The kernel would not remove one.
     #[error("{address}: cannot remove its route")]
     Remove {
@@ -91,6 +94,7 @@ async fn remove_claimed(name: &str, protocol: u8) -> Result<usize, CleanupError>
 }
 
 fn remove_guard(protocol: u8) -> Result<(), CleanupError> {
+    guard::remove_filters(protocol).map_err(CleanupError::Filters)?;
     let Err(error) = guard::remove(protocol) else { return Ok(()) };
     match Errno::from_io_error(&error) {
         // There is no nf_tables here, or nothing that this process could have made there.

@@ -108,6 +108,7 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
     findings.extend(neighbours::judge(neighbours, duty, &routes));
     let proxies = proxies::read(interfaces.clone());
     let circumstances = wildcards::Circumstances {
+        by: by(duty, &routes, &proxies),
         foreign_nets: routes.foreign_nets(),
         guarded: guarded(duty, &routes, &proxies),
         perhaps_guarded: perhaps_guarded(duty, &routes, &proxies),
@@ -121,7 +122,7 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
 
 /// Addresses at which what listens on all addresses is refused, or will be once a relay has begun.
 fn guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTreeSet<IpAddr> {
-    if proxies.has_guard(duty) {
+    if proxies.has_guard(duty) || routes.drops(duty) {
         return routes.guarded_addresses();
     }
     let begins = duty.guards && duty.running.is_none() && duty.routes.is_some() && proxies.has_nftables();
@@ -129,6 +130,15 @@ fn guarded(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> BTr
         return BTreeSet::new();
     }
     duty.vips().into_keys().filter(|vip| !routes.is_local(*vip)).chain(routes.guarded_addresses()).collect()
+}
+
+/// What guards them.
+fn by(duty: &Duty, routes: &routes::Facts, proxies: &proxies::Facts) -> Option<&'static str> {
+    match () {
+        () if proxies.has_guard(duty) => Some("a table of nftables refuses"),
+        () if routes.drops(duty) => Some("filters of tc drop"),
+        () => None,
+    }
 }
 
 /// Addresses at which they may be refused: the rules that would tell are not for this process to read.

@@ -2,7 +2,7 @@
 //!
 //! An address that a route makes local is one of this machine like any other: sshd's `0.0.0.0:22` would answer there, and
 //! the kubelet's `[::]:10250`. The guard refuses that as if nobody listened, by a table of nf_tables that holds the addresses
-//! which routes of ours make local, and asks the kernel which socket each packet to them is for (`guard_message`):
+//! which routes of ours make local, and asks the kernel which socket each packet to them is for (`guard_table`):
 //!
 //! * Sockets that are bound to the address are never touched: ours, those of open connections, those of others.
 //! * What others have made local is theirs to judge: only addresses of our own routes are guarded, and none that is an
@@ -10,8 +10,11 @@
 //! * The table stays for as long as the routes do, also when this process ends or is killed, and goes with the last of them.
 //! * Whoever removes it (`nft flush ruleset`) has it made again within [`CHECK_INTERVAL`].
 //!
+//! Where the kernel has no nf_tables, filters of tc do it (`guard_filters`). They cannot ask which socket a packet is for, so
+//! that listeners of all addresses are looked for every [`LISTENERS_INTERVAL`]; and they cannot refuse, only drop.
+//!
 //! The task here follows the routes as the kernel tells of them, whoever sets and removes them (`vips`, `cleanup`, an
-//! operator): it needs to be told nothing. Where there is no nf_tables, nothing guards, and the log says so.
+//! operator): it needs to be told nothing. Where neither is to be had, nothing guards, and the log says so.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,31 +26,43 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
 use tokio::time::sleep_until;
 
 use crate::guard_addresses::{GuardAddresses, Noted};
-use crate::guard_message::{Rule, rules};
-use crate::guard_socket::{BATCH, GuardSocket, There, table_name};
+use crate::guard_filters::GuardFilters;
+use crate::guard_socket::table_name;
+use crate::guard_table::{self, GuardTable};
+use crate::host_news::HostNews;
 use crate::route_socket::{RouteNews, RouteSocket};
 use crate::stats::PROCESS;
+use crate::wildcard::wildcard_ports;
 
 /// How often it is looked at whether the table is as we left it. That costs one question where nobody has changed any.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(4);
+/// How often it is looked at who listens on all addresses, where filters have to know it.
+pub const LISTENERS_INTERVAL: Duration = Duration::from_secs(1);
+/// Interfaces that come and go within this time are looked at once: filters are on each.
+const LINKS_GAP: Duration = Duration::from_millis(20);
 /// When it is tried again after it has failed.
 const RETRY: Duration = Duration::from_secs(10);
 /// The same, where the kernel was busy: others were changing what was looked at.
 const BUSY_RETRY: Duration = Duration::from_secs(1);
 /// A table that is made again within this time of the last one is no news for the log.
 const QUIET: Duration = Duration::from_secs(60);
+/// What guards without nf_tables, as the log calls it.
+const FILTERS: &str = "filters of tc";
 /// The ports of clients, where the kernel does not tell: its default.
 const CLIENTS: RangeInclusive<u16> = 32_768..=60_999;
 
 /// What keeps sockets of all addresses from answering at addresses of Services. From `--vip-guard`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum VipGuard {
-    /// nf_tables, where the kernel has it; needs CAP_NET_ADMIN
+    /// nf_tables, or filters of tc where the kernel has none; needs CAP_NET_ADMIN
     #[default]
     Auto,
+    /// Filters of tc on each interface in any case: they drop what nf_tables would refuse
+    Tc,
     /// Nothing: sshd answers there, too
     None,
 }
@@ -62,7 +77,7 @@ impl Guard {
     pub fn start(guard: VipGuard, protocol: u8) -> Self {
         if guard == VipGuard::None {
             match remove(protocol) {
-                Ok(true) => tracing::info!(table = table_name(protocol), "guard of the last run removed"),
+                Ok(true) => tracing::info!("guard of the last run removed"),
                 Ok(false) => {}
                 // Who may not remove it could not have made it, and where there is no nf_tables it is not there.
                 Err(error) => tracing::debug!(%error, "no guard, and none removed"),
@@ -70,7 +85,7 @@ impl Guard {
             return Self::default();
         }
         let (end, ends) = mpsc::unbounded_channel(); // One at most.
-        match Watcher::new(protocol) {
+        match Watcher::new(protocol, guard) {
             Ok(watcher) => drop(tokio::spawn(watcher.run(ends))),
             Err(error) => tracing::debug!(%error, "no rtnetlink: no route of ours to be guarded"),
         }
@@ -87,12 +102,33 @@ impl Guard {
     }
 }
 
-/// Takes the table away that guards addresses which routes with this number make local. False where there is none.
+/// Takes away what guards addresses that routes with this number make local, a table and filters. False where there is
+/// none.
 ///
 /// # Errors
-/// Where this process may not, or the kernel has no nf_tables.
+/// Where this process may not, or the kernel has no nf_tables and there were no filters, either.
 pub fn remove(protocol: u8) -> io::Result<bool> {
-    Ok(GuardSocket::open(protocol)?.remove()?)
+    let filters = remove_filters(protocol)?;
+    match guard_table::remove(protocol) {
+        Err(error) if filters && is_missing(errno(&error)) => Ok(true),
+        table => Ok(table? | filters),
+    }
+}
+
+/// Of these, the filters of tc alone. False where there is none.
+///
+/// # Errors
+/// Where this process may not.
+pub fn remove_filters(protocol: u8) -> io::Result<bool> {
+    Ok(GuardFilters::open(protocol)?.remove()?)
+}
+
+/// True where filters of tc keep what listens on all addresses from answering at each of these.
+///
+/// # Errors
+/// Where the kernel does not tell.
+pub(crate) fn has_filters(protocol: u8, addresses: &BTreeSet<IpAddr>) -> io::Result<bool> {
+    GuardFilters::open(protocol)?.is_settled(addresses, &clients())
 }
 
 /// The task that follows routes. Owns what it knows by value.
@@ -108,15 +144,37 @@ struct Watcher {
     is_pending: bool,
     /// True where the kernel was busy when it was tried last.
     is_busy: bool,
-    /// `None` where there is no netfilter, or it was not needed yet.
-    socket: Option<GuardSocket>,
-    rules: Vec<Rule>,
+    table: GuardTable,
+    /// What guards in the place of a table; `None` as long as that does.
+    filters: Option<Filters>,
+    /// True where nothing is left of an earlier run that guarded by other means.
+    is_alone: bool,
+    /// The ports that the kernel gives to clients.
     clients: RangeInclusive<u16>,
-    /// What is there, as of the generation; `None`: unknown.
-    there: Option<There>,
-    generation: Option<u32>,
     check_due: Instant,
     told: Told,
+}
+
+/// Guards without nf_tables, and what has to be known for that.
+#[derive(Debug)]
+struct Filters {
+    set: GuardFilters,
+    /// `None` where the kernel does not tell of interfaces: these are looked at now and then.
+    links: Option<HostNews>,
+    /// When interfaces are looked at, as some have come or gone.
+    links_due: Option<Instant>,
+    /// When it is looked at who listens.
+    listeners_due: Instant,
+    /// The addresses that are guarded; `None`: unknown.
+    guarded: Option<BTreeSet<IpAddr>>,
+}
+
+impl Filters {
+    fn open(protocol: u8) -> io::Result<Self> {
+        let links = HostNews::open().ok(); // Before the first look, so that nothing is missed in between.
+        let listeners_due = Instant::now() + LISTENERS_INTERVAL;
+        Ok(Self { set: GuardFilters::open(protocol)?, links, links_due: None, listeners_due, guarded: None })
+    }
 }
 
 /// What the log says already.
@@ -128,8 +186,9 @@ struct Told {
 }
 
 impl Watcher {
-    fn new(protocol: u8) -> io::Result<Self> {
+    fn new(protocol: u8, guard: VipGuard) -> io::Result<Self> {
         let routes = RouteSocket::open(protocol)?;
+        let filters = (guard == VipGuard::Tc).then(|| Filters::open(protocol)).transpose()?;
         let news = RouteNews::open(protocol).ok(); // Before the first look, so that nothing is missed in between.
         let clients = clients();
         Ok(Self {
@@ -140,11 +199,10 @@ impl Watcher {
             is_stale: true,
             is_pending: true,
             is_busy: false,
-            socket: None,
-            rules: rules(&clients),
+            table: GuardTable::new(protocol, &clients),
+            filters,
+            is_alone: false,
             clients,
-            there: None,
-            generation: None,
             check_due: Instant::now(),
             told: Told::default(),
         })
@@ -154,7 +212,9 @@ impl Watcher {
         loop {
             self.check(); // Not left to the timer below: there may be news all the time.
             self.hear();
+            self.look_around().await;
             self.settle();
+            let (next_due, is_idle) = (self.next_due(), self.is_idle());
             tokio::select! {
                 biased;
                 end = ends.recv() => {
@@ -166,15 +226,50 @@ impl Watcher {
                     return;
                 }
                 () = readable(self.news.as_ref()) => {}
-                () = due(self.check_due, self.is_idle()) => {}
+                () = links_changed(self.filters.as_mut()) => self.note_links(),
+                () = due(next_due, is_idle) => {}
             }
+        }
+    }
+
+    fn next_due(&self) -> Instant {
+        let due = self.filters.iter().flat_map(|filters| [Some(filters.listeners_due), filters.links_due]);
+        due.flatten().fold(self.check_due, Instant::min)
+    }
+
+    fn note_links(&mut self) {
+        if let Some(filters) = &mut self.filters {
+            filters.links_due.get_or_insert_with(|| Instant::now() + LINKS_GAP);
+        }
+    }
+
+    /// For filters, when they are due: interfaces that have come or gone, and who listens. The latter is not read here, as
+    /// there may be many sockets.
+    async fn look_around(&mut self) {
+        let now = Instant::now();
+        let links_due = self.filters.as_mut().and_then(|filters| filters.links_due.take_if(|due| *due <= now));
+        self.is_pending |= links_due.is_some();
+        let wanted = self.addresses.wanted();
+        let Some(filters) = self.filters.as_mut().filter(|filters| filters.listeners_due <= now) else { return };
+        filters.listeners_due = now + LISTENERS_INTERVAL;
+        if wanted.is_empty() {
+            return;
+        }
+        let wanted = wanted.clone();
+        match spawn_blocking(move || wildcard_ports(&wanted)).await {
+            Ok(Ok(listeners)) => self.is_pending |= filters.set.note(listeners),
+            Ok(Err(error)) => tracing::debug!(%error, "sockets cannot be read, trying again"),
+            Err(_) => {} // The runtime ends.
         }
     }
 
     /// True where nothing is to be guarded, nothing is known to be left, and all else is told.
     fn is_idle(&self) -> bool {
         let is_done = !self.is_stale && !self.is_pending && !self.is_busy;
-        let is_left = matches!(self.there, Some(There::Other | There::Guarded(_)));
+        let is_left = match &self.filters {
+            Some(filters) => filters.guarded.as_ref().is_none_or(|addresses| !addresses.is_empty()),
+            None => self.table.is_left(),
+        };
         is_done && !is_left && self.addresses.wanted().is_empty() && self.news.is_some()
     }
 
@@ -189,9 +284,11 @@ impl Watcher {
         self.is_stale |= self.news.is_none();
         let clients = clients();
         if clients != self.clients {
-            self.rules = rules(&clients);
+            self.table.note_clients(&clients);
             self.clients = clients;
-            self.generation = None; // What is there has other rules.
+            if let Some(filters) = &mut self.filters {
+                filters.guarded = None; // They are to be others: nobody has changed them.
+            }
         }
     }
 
@@ -224,66 +321,102 @@ impl Watcher {
         if self.is_stale || !std::mem::take(&mut self.is_pending) {
             return;
         }
-        let outcome = self.try_settle();
+        let mut outcome = self.try_settle();
+        if let Err(error) = outcome
+            && self.falls_back(error)
+        {
+            outcome = self.try_settle();
+        }
         self.is_busy = outcome.is_err_and(is_busy);
-        let guarded = match &self.there {
-            Some(There::Guarded(addresses)) => addresses.len(),
-            _ => 0,
+        let guarded = match &self.filters {
+            Some(filters) => filters.guarded.as_ref().map_or(0, BTreeSet::len),
+            None => self.table.guarded(),
         };
         PROCESS.guarded_addresses.set(guarded as u64);
         let now = Instant::now();
         match outcome {
             Ok(()) => {
+                self.clear_other();
                 self.check_due = self.check_due.min(now + CHECK_INTERVAL); // Later only where it has failed before.
                 self.tell_guards(guarded);
             }
             Err(error) => {
-                self.generation = None; // It may be done in part.
                 self.check_due = now + if self.is_busy { BUSY_RETRY } else { RETRY };
                 self.tell_fails(error);
             }
         }
     }
 
-    fn try_settle(&mut self) -> Result<(), Errno> {
-        let socket = match &mut self.socket {
-            Some(socket) => socket,
-            None => self.socket.insert(GuardSocket::open(self.protocol).map_err(errno)?),
+    /// True where the kernel has no nf_tables, and filters are to guard from now on.
+    fn falls_back(&mut self, error: Errno) -> bool {
+        if self.filters.is_some() || self.table.is_proven() || !is_missing(error) {
+            return false;
+        }
+        match Filters::open(self.protocol) {
+            Ok(filters) => self.filters = Some(filters),
+            Err(_) => return false,
+        }
+        tracing::debug!(%error, "no nf_tables: filters of tc guard");
+        true
+    }
+
+    /// Once this guards: what an earlier run has left that guarded by other means.
+    fn clear_other(&mut self) {
+        if std::mem::replace(&mut self.is_alone, true) {
+            return;
+        }
+        let cleared = match &self.filters {
+            Some(_) => guard_table::remove(self.protocol),
+            None => remove_filters(self.protocol),
         };
-        let generation = socket.generation()?;
-        if self.generation != Some(generation) {
-            let found = socket.look(&self.rules)?;
-            let had = self.there.replace(found);
-            let is_lost =
-                matches!(had, Some(There::Guarded(_))) && self.there != had && !self.addresses.wanted().is_empty();
-            if is_lost {
-                tell_lost(&mut self.told.lost, self.protocol);
+        match cleared {
+            Ok(true) => tracing::info!("guard of the last run removed: it was another one"),
+            Ok(false) => {}
+            Err(error) => tracing::debug!(%error, "no other guard, and none removed"),
+        }
+    }
+
+    fn try_settle(&mut self) -> Result<(), Errno> {
+        let wanted = self.addresses.wanted();
+        let is_lost = match &mut self.filters {
+            Some(filters) => {
+                let is_same = filters.guarded.as_ref() == Some(wanted);
+                let settled = filters.set.settle(wanted, &self.clients, is_same);
+                filters.guarded = settled.is_ok().then(|| wanted.clone());
+                settled?
             }
+            None => self.table.settle(wanted)?,
+        };
+        if is_lost {
+            let by = if self.filters.is_some() { FILTERS } else { &table_name(self.protocol) };
+            tell_lost(&mut self.told.lost, by);
         }
-        let there = self.there.get_or_insert(There::Nothing);
-        let steps = steps(there, self.addresses.wanted());
-        self.generation = None; // As long as not all is done.
-        for step in &steps {
-            step.carry_out(socket, &self.rules)?;
-            step.note(there);
-        }
-        // Each was one change. Where somebody else made one meanwhile, this number comes up never, or not now.
-        self.generation = Some(generation.wrapping_add(steps.len() as u32));
         Ok(())
     }
 
     fn tell_guards(&mut self, addresses: usize) {
         self.told.fails = false;
         if addresses > 0 && !std::mem::replace(&mut self.told.guards, true) {
-            let table = table_name(self.protocol);
-            tracing::info!(table, "what listens on all addresses of this machine is refused at addresses of Services");
+            match &self.filters {
+                None => {
+                    let by = table_name(self.protocol);
+                    tracing::info!(
+                        by,
+                        "what listens on all addresses of this machine is refused at addresses of Services"
+                    );
+                }
+                Some(_) => tracing::info!(
+                    by = FILTERS,
+                    "what is sent to addresses of Services, and to who listens on all addresses of this machine, is dropped"
+                ),
+            }
         }
     }
 
     /// Nobody misses a guard of no address.
     fn tell_fails(&mut self, error: Errno) {
         if is_busy(error) {
-            return tracing::debug!(%error, "nf_tables is busy, trying again");
+            return tracing::debug!(%error, "the kernel is busy, trying again");
         }
         if self.addresses.wanted().is_empty() || std::mem::replace(&mut self.told.fails, true) {
             return;
@@ -292,8 +425,8 @@ impl Watcher {
         let remedy = match error {
             Errno::PERM => "run it with CAP_NET_ADMIN",
             _ => {
-                "a kernel (5.10) with nf_tables, nft_socket and nft_reject_inet; or have those listen on the node's addresses \
-                 alone (ListenAddress of sshd, --address of the kubelet), and say --vip-guard none"
+                "a kernel (5.10) with nf_tables, nft_socket and nft_reject_inet, or with cls_bpf and sch_ingress; or have those \
+                 listen on the node's addresses alone (ListenAddress of sshd, --address of the kubelet), and say --vip-guard none"
             }
         };
         tracing::warn!(
@@ -304,67 +437,21 @@ impl Watcher {
     }
 }
 
+/// True where the kernel has no netlink of netfilter, no nf_tables behind it, or not all the parts of that which rules need.
+fn is_missing(error: Errno) -> bool {
+    matches!(error, Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOENT)
+}
+
 /// True where others were changing what was looked at, or to be changed: that is no fault of the kernel.
 fn is_busy(error: Errno) -> bool {
     matches!(error, Errno::AGAIN | Errno::INTR)
 }
 
-fn tell_lost(last: &mut Option<Instant>, protocol: u8) {
+fn tell_lost(last: &mut Option<Instant>, by: &str) {
     let now = Instant::now();
     if last.replace(now).is_none_or(|last| now.duration_since(last) > QUIET) {
-        tracing::warn!(table = table_name(protocol), "somebody has changed the guard: it is made again");
+        tracing::warn!(by, "somebody has changed the guard: it is made again");
     }
-}
-
-/// A change of the table. The kernel makes each as a whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Step {
-    /// The table anew, with nobody guarded.
-    Build,
-    Remove,
-    Take(Vec<IpAddr>),
-    Add(Vec<IpAddr>),
-}
-
-impl Step {
-    fn carry_out(&self, socket: &mut GuardSocket, rules: &[Rule]) -> Result<(), Errno> {
-        match self {
-            Self::Build => socket.build(rules),
-            Self::Remove => socket.remove().map(drop),
-            Self::Take(addresses) => socket.take(addresses),
-            Self::Add(addresses) => socket.add(addresses),
-        }
-    }
-
-    /// Takes note of it as made.
-    fn note(&self, there: &mut There) {
-        match (self, there) {
-            (Self::Build, there) => *there = There::Guarded(BTreeSet::new()),
-            (Self::Remove, there) => *there = There::Nothing,
-            (Self::Add(addresses), There::Guarded(guarded)) => guarded.extend(addresses),
-            (Self::Take(addresses), There::Guarded(guarded)) => {
-                for address in addresses {
-                    guarded.remove(address);
-                }
-            }
-            (Self::Add(_) | Self::Take(_), There::Nothing | There::Other) => {}
-        }
-    }
-}
-
-/// What has to be done so that these addresses are guarded. Without any, there is no table.
-fn steps(there: &There, wanted: &BTreeSet<IpAddr>) -> Vec<Step> {
-    let (build, missing, surplus) = match there {
-        There::Nothing if wanted.is_empty() => return Vec::new(),
-        _ if wanted.is_empty() => return vec![Step::Remove],
-        There::Nothing | There::Other => (Some(Step::Build), wanted.iter().copied().collect(), Vec::new()),
-        There::Guarded(guarded) => {
-            (None, wanted.difference(guarded).copied().collect(), guarded.difference(wanted).copied().collect())
-        }
-    };
-    let parts = |addresses: Vec<IpAddr>| addresses.chunks(BATCH).map(<[_]>::to_vec).collect::<Vec<_>>();
-    let (missing, surplus) = (parts(missing), parts(surplus));
-    build.into_iter().chain(surplus.into_iter().map(Step::Take)).chain(missing.into_iter().map(Step::Add)).collect()
 }
 
 /// The ports that the kernel gives to clients of this network namespace.
@@ -385,6 +472,12 @@ async fn readable(news: Option<&RouteNews>) {
     }
 }
 
+/// Never where there are no filters on any.
+async fn links_changed(filters: Option<&mut Filters>) {
+    let Some(links) = filters.and_then(|filters| filters.links.as_mut()) else { return pending().await };
+    links.heard().await;
+}
+
 async fn due(time: Instant, never: bool) {
     match never {
         true => pending().await,
@@ -392,80 +485,14 @@ async fn due(time: Instant, never: bool) {
     }
 }
 
-fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::vip_routes::{LocalRoute, News};
-
-    fn addresses(numbers: impl IntoIterator<Item = u16>) -> BTreeSet<IpAddr> {
-        numbers.into_iter().map(|number| [0xfd96, 0, 0, 0, 0, 0, 0, number].into()).collect()
-    }
-
-    fn list(numbers: impl IntoIterator<Item = u16>) -> Vec<IpAddr> {
-        addresses(numbers).into_iter().collect()
-    }
-
-    /// Carries steps out as a kernel that refuses nothing.
-    fn after(mut there: There, wanted: &BTreeSet<IpAddr>) -> There {
-        steps(&there, wanted).iter().for_each(|step| step.note(&mut there));
-        there
-    }
-
-    #[test]
-    fn given_what_is_there_when_other_addresses_are_wanted_then_only_what_differs_is_changed() {
-        let guarded = There::Guarded(addresses([1, 2]));
-
-        assert_eq!(steps(&guarded, &addresses([1, 2])), []);
-        assert_eq!(steps(&guarded, &addresses([2, 3])), [Step::Take(list([1])), Step::Add(list([3]))]);
-        assert_eq!(steps(&There::Nothing, &addresses([1])), [Step::Build, Step::Add(list([1]))]);
-        assert_eq!(steps(&There::Other, &addresses([1])), [Step::Build, Step::Add(list([1]))]);
-    }
-
-    #[test]
-    fn given_no_address_when_asked_for_then_there_is_no_table() {
-        let none = BTreeSet::new();
-
-        assert_eq!(steps(&There::Nothing, &none), []);
-        for there in [There::Other, There::Guarded(none.clone()), There::Guarded(addresses([1]))] {
-            assert_eq!(steps(&there, &none), [Step::Remove]);
-        }
-    }
-
-    #[test]
-    fn given_any_state_when_its_steps_are_made_then_it_is_the_wanted_one_and_there_are_no_more() {
-        for there in [There::Nothing, There::Other, There::Guarded(addresses([])), There::Guarded(addresses(5..3_000))]
-        {
-            for wanted in [addresses([]), addresses([7]), addresses(0..2_500)] {
-                let there = after(there.clone(), &wanted);
-
-                let is_wanted = match &there {
-                    There::Nothing => wanted.is_empty(),
-                    There::Other => false,
-                    There::Guarded(guarded) => *guarded == wanted,
-                };
-                assert!(is_wanted, "{there:?}");
-                assert_eq!(steps(&there, &wanted), []);
-            }
-        }
-    }
-
-    #[test]
-    fn given_thousands_of_addresses_when_sent_then_no_part_is_longer_than_a_message_may_be() {
-        let steps = steps(&There::Nothing, &addresses(0..2_500));
-
-        let lengths: Vec<usize> = steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::Add(addresses) => Some(addresses.len()),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(lengths, [1_000, 1_000, 500]);
-    }
 
     #[test]
     fn given_a_range_of_ports_when_read_then_both_ends_count_and_nonsense_is_none() {
@@ -477,7 +504,7 @@ mod tests {
 
     /// Of a number that nobody uses. It has asked nothing of nf_tables yet.
     fn watcher() -> Option<Watcher> {
-        Watcher::new(254).inspect_err(|error| eprintln!("skipped, no rtnetlink here: {error}")).ok()
+        Watcher::new(254, VipGuard::Auto).inspect_err(|error| eprintln!("skipped, no rtnetlink here: {error}")).ok()
     }
 
     #[tokio::test]
@@ -486,7 +513,7 @@ mod tests {
 
         watcher.settle();
 
-        assert!(watcher.is_stale && watcher.socket.is_none(), "nobody was asked");
+        assert!(watcher.is_stale && !watcher.table.is_asked(), "nobody was asked");
         assert!(watcher.is_pending && !watcher.is_idle(), "it is still to be done");
     }
 
@@ -495,12 +522,12 @@ mod tests {
         let Some(mut watcher) = watcher() else { return };
         let due = Instant::now() + Duration::from_secs(3_600);
         (watcher.is_stale, watcher.is_pending, watcher.check_due) = (false, false, due);
-        watcher.there = Some(There::Other);
+        watcher.addresses.note(News::Appeared(LocalRoute { net: IpAddr::from([10, 96, 0, 1]).into(), own: true }));
 
         watcher.check();
         watcher.settle();
 
-        assert!(watcher.socket.is_none(), "nobody was asked");
+        assert!(!watcher.table.is_asked(), "nobody was asked");
         assert_eq!(watcher.check_due, due);
         watcher.check_due = Instant::now();
         watcher.check();
@@ -522,6 +549,16 @@ mod tests {
         watcher.addresses.note(News::Appeared(LocalRoute { net: IpAddr::from([10, 96, 0, 1]).into(), own: true }));
         watcher.tell_fails(Errno::OPNOTSUPP);
         assert!(watcher.told.fails);
+    }
+
+    #[tokio::test]
+    async fn given_a_kernel_without_nf_tables_when_it_says_so_then_filters_guard() {
+        for (error, falls_back) in [(Errno::PROTONOSUPPORT, true), (Errno::INVAL, true), (Errno::PERM, false)] {
+            let Some(mut watcher) = watcher() else { return };
+
+            assert_eq!((watcher.falls_back(error), watcher.filters.is_some()), (falls_back, falls_back));
+            assert!(!watcher.falls_back(error), "twice");
+        }
     }
 
     #[tokio::test]

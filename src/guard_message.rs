@@ -462,7 +462,7 @@ fn message(
     buffer[start..start + 4].copy_from_slice(&length.to_ne_bytes());
 }
 
-fn attribute(buffer: &mut Vec<u8>, kind: u16, value: &[u8]) {
+pub(crate) fn attribute(buffer: &mut Vec<u8>, kind: u16, value: &[u8]) {
     write_attribute(buffer, kind, |buffer| buffer.extend(value));
 }
 
@@ -472,12 +472,12 @@ fn number(buffer: &mut Vec<u8>, kind: u16, value: u32) {
 }
 
 /// A text, and the 0 that ends it.
-fn text(buffer: &mut Vec<u8>, kind: u16, value: &str) {
+pub(crate) fn text(buffer: &mut Vec<u8>, kind: u16, value: &str) {
     attribute(buffer, kind, &[value.as_bytes(), &[0]].concat());
 }
 
 /// An attribute that has others in it.
-fn nest(buffer: &mut Vec<u8>, kind: u16, inner: impl FnOnce(&mut Vec<u8>)) {
+pub(crate) fn nest(buffer: &mut Vec<u8>, kind: u16, inner: impl FnOnce(&mut Vec<u8>)) {
     write_attribute(buffer, kind | NLA_F_NESTED, inner);
 }
 
@@ -553,7 +553,7 @@ fn addresses(list: &[u8]) -> impl Iterator<Item = IpAddr> {
 }
 
 /// The value of an attribute; the first one of its kind.
-fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+pub(crate) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 

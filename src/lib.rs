@@ -45,7 +45,7 @@
 //! | flows | their UDP shard, by value | nobody |
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | routes that make addresses of Services local | the keeper of [`vips`], by value: [`vip_routes::Routes`] | a [`vips::Hold`] for each listener and each connection |
-//! | which of these addresses are guarded | the task of [`guard`], by value | a table of nf_tables |
+//! | which of these addresses are guarded | the task of [`guard`], by value | a table of nf_tables, or filters of tc |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
@@ -114,14 +114,18 @@ mod event_news;
 mod events;
 #[cfg(feature = "kubernetes")]
 mod file_stamps;
+mod filter_message;
 mod findings;
 pub mod flag_defaults;
 mod follow;
 pub mod frozen;
 pub mod guard;
 mod guard_addresses;
+mod guard_filters;
 mod guard_message;
+mod guard_program;
 mod guard_socket;
+mod guard_table;
 mod headroom;
 pub mod health;
 mod health_port;

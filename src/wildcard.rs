@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::net::IpAddr;
 use std::path::Path;
 
 use crate::name::{Family, Protocol};
@@ -15,6 +16,9 @@ use crate::name::{Family, Protocol};
 const LISTENING: &str = "0A";
 /// The state of a UDP socket that is not connected (`TCP_CLOSE`).
 const UNCONNECTED: &str = "07";
+
+/// Where the tables of this thread's network namespace are.
+const NET: &str = "/proc/thread-self/net";
 
 /// A socket that takes what comes to any address of this machine. One that takes both families is told twice.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,24 +49,10 @@ pub struct SocketOwner {
 /// tell whether a socket takes IPv6 alone. One that does, and has no sibling, is told for IPv4 as well.
 ///
 /// # Errors
-/// Where `/proc/self/net` cannot be read. A table that is not there has nothing in it: this kernel has no IPv6.
+/// Where `/proc/thread-self/net` cannot be read. A table that is not there has nothing in it: this kernel has no IPv6.
 pub fn wildcard_listeners() -> io::Result<Vec<WildcardListener>> {
     let mut found = Vec::new();
-    for (table, protocol, family) in [
-        ("tcp", Protocol::Tcp, Family::V4),
-        ("udp", Protocol::Udp, Family::V4),
-        ("tcp6", Protocol::Tcp, Family::V6),
-        ("udp6", Protocol::Udp, Family::V6),
-    ] {
-        let table = match File::open(Path::new("/proc/self/net").join(table)) {
-            Ok(table) => BufReader::new(table),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => continue,
-            Err(error) => return Err(error),
-        };
-        for line in table.lines() {
-            found.extend(read_line(&line?, protocol, family));
-        }
-    }
+    read_tables(|line| found.extend(line.is_wildcard().then_some(line)))?;
     let found = by_family(found);
     let inodes = found.values().copied().collect();
     let owners = owners(Path::new("/proc"), &inodes);
@@ -73,17 +63,64 @@ pub fn wildcard_listeners() -> io::Result<Vec<WildcardListener>> {
     Ok(found.into_iter().map(listener).collect())
 }
 
-/// What a listener is told by: its protocol, port and family.
-type Key = (Protocol, u16, Family);
+/// Where wildcard listeners take what is sent to these addresses. Not where somebody is bound to one of them as well: both
+/// can only be where the former does not take all of it (IPv6 alone, one interface), which tables do not tell.
+///
+/// # Errors
+/// As [`wildcard_listeners`].
+pub(crate) fn wildcard_ports(addresses: &BTreeSet<IpAddr>) -> io::Result<BTreeSet<Key>> {
+    let (mut found, mut taken) = (Vec::new(), BTreeSet::new());
+    read_tables(|line| {
+        if line.is_wildcard() {
+            found.push(line);
+        } else if addresses.contains(&line.address) {
+            taken.insert(line.key);
+        }
+    })?;
+    Ok(by_family(found).into_keys().filter(|key| !taken.contains(key)).collect())
+}
 
-/// A line of a table about a wildcard listener.
+fn read_tables(mut take: impl FnMut(Line)) -> io::Result<()> {
+    for (table, protocol, family) in [
+        ("tcp", Protocol::Tcp, Family::V4),
+        ("udp", Protocol::Udp, Family::V4),
+        ("tcp6", Protocol::Tcp, Family::V6),
+        ("udp6", Protocol::Udp, Family::V6),
+    ] {
+        let table = match File::open(Path::new(NET).join(table)) {
+            Ok(table) => BufReader::new(table),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => continue,
+            Err(error) => return Err(error),
+        };
+        for line in table.lines().skip(1) {
+            match read_line(&line?, protocol, family) {
+                Some(line) => take(line),
+                None if protocol == Protocol::Tcp => break, // Those that listen come first; there may be many more.
+                None => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a listener is told by: its protocol, port and family.
+pub(crate) type Key = (Protocol, u16, Family);
+
+/// A line of a table about a socket that takes what comes from anybody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Line {
     key: Key,
+    address: IpAddr,
     inode: u64,
 }
 
-/// `None` for headings, for sockets of one address, for connections, and for what cannot be read.
+impl Line {
+    fn is_wildcard(&self) -> bool {
+        self.address.is_unspecified()
+    }
+}
+
+/// `None` for headings, for connections, and for what cannot be read.
 fn read_line(line: &str, protocol: Protocol, family: Family) -> Option<Line> {
     let mut fields = line.split_ascii_whitespace();
     let (local, state) = (fields.nth(1)?, fields.nth(1)?);
@@ -93,15 +130,27 @@ fn read_line(line: &str, protocol: Protocol, family: Family) -> Option<Line> {
         _ => state == UNCONNECTED,
     };
     let (address, port) = local.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let is_wildcard = !address.is_empty() && address.bytes().all(|digit| digit == b'0');
-    (listens && is_wildcard && port != 0).then_some(Line { key: (protocol, port, family), inode })
+    let (address, port) = (read_address(address)?, u16::from_str_radix(port, 16).ok()?);
+    (listens && port != 0).then_some(Line { key: (protocol, port, family), address, inode })
+}
+
+/// As words of 32 bits, each written as this machine has it.
+fn read_address(text: &str) -> Option<IpAddr> {
+    let word = |at: usize| u32::from_str_radix(text.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    match text.len() {
+        8 => Some(IpAddr::from(word(0)?)),
+        32 => {
+            let octets: [u8; 16] = [word(0)?, word(8)?, word(16)?, word(24)?].concat().try_into().ok()?;
+            Some(IpAddr::from(octets))
+        }
+        _ => None,
+    }
 }
 
 /// Each key once, with one of its sockets. Those of IPv6 are for IPv4, too, where nothing else has their port there.
 fn by_family(lines: Vec<Line>) -> BTreeMap<Key, u64> {
     let mut found: BTreeMap<Key, u64> = lines.iter().map(|line| (line.key, line.inode)).collect();
-    for Line { key: (protocol, port, _), inode } in lines {
+    for Line { key: (protocol, port, _), inode, .. } in lines {
         found.entry((protocol, port, Family::V4)).or_insert(inode);
     }
     found
@@ -138,7 +187,7 @@ fn sockets_of(process: &Path) -> impl Iterator<Item = u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 
     use super::*;
 
@@ -147,7 +196,11 @@ mod tests {
     const SSHD: &str = "   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1234 1 0 100 0 0 10 0";
 
     fn line(port: u16, family: Family, inode: u64) -> Line {
-        Line { key: (Protocol::Tcp, port, family), inode }
+        let address = match family {
+            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        Line { key: (Protocol::Tcp, port, family), address, inode }
     }
 
     #[test]
@@ -157,11 +210,12 @@ mod tests {
 
         assert_eq!(tcp(SSHD), Some(line(22, Family::V4, 1234)));
         assert_eq!(tcp(HEADING), None);
-        assert_eq!(tcp(&SSHD.replace("00000000:0016", "0100007F:0016")), None, "one address");
+        let of_one = tcp(&SSHD.replace("00000000:0016", "0100007F:0016")).expect("it listens");
+        assert!(!of_one.is_wildcard() && of_one.address == IpAddr::from([127, 0, 0, 1]), "{of_one:?}");
         assert_eq!(tcp(&SSHD.replace(" 0A ", " 01 ")), None, "a connection");
         assert_eq!(
             udp(&SSHD.replace(" 0A ", " 07 ")),
-            Some(Line { key: (Protocol::Udp, 22, Family::V4), inode: 1234 })
+            Some(Line { key: (Protocol::Udp, 22, Family::V4), ..line(22, Family::V4, 1234) })
         );
         assert_eq!(udp(&SSHD.replace(" 0A ", " 01 ")), None, "connected");
         let any = "   0: 00000000000000000000000000000000:280A 00000000000000000000000000000000:0000 0A \
@@ -177,6 +231,29 @@ mod tests {
         for wrong in ["0: :0016 0:0 0A 0 0 0 0 0 1", "0: 0 0 0A 0 0 0 0 0 1", "0: 0:FFFFF 0:0 0A 0 0 0 0 0 1"] {
             assert_eq!(read_line(wrong, Protocol::Tcp, Family::V4), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn given_addresses_of_a_table_when_read_then_they_are_what_was_bound() {
+        let six = "B80D0120000000000000000001000000";
+
+        assert_eq!(read_address("0A00600A"), Some(IpAddr::from([10, 96, 0, 10])));
+        assert_eq!(read_address(six), Some("2001:db8::1".parse().expect("an address")));
+        for wrong in ["", "0", "0100007G", &six[1..], "\u{e9}100007"] {
+            assert_eq!(read_address(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn given_a_port_that_somebody_has_at_an_address_when_ports_are_asked_for_then_it_is_not_one_of_them() {
+        let everywhere = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a listener");
+        let here = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let port = |listener: &TcpListener| listener.local_addr().expect("it is bound").port();
+
+        let ports = wildcard_ports(&[Ipv4Addr::LOCALHOST.into()].into()).expect("there is /proc");
+
+        assert!(ports.contains(&(Protocol::Tcp, port(&everywhere), Family::V4)));
+        assert!(!ports.contains(&(Protocol::Tcp, port(&here), Family::V4)));
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Duty {
             listeners: services.map(listeners),
             node_ports: config.plan.service_node_port_range.clone(),
             routes: config.vips.as_ref().map(|vips| vips.protocol),
-            guards: config.vip_guard == VipGuard::Auto,
+            guards: config.vip_guard != VipGuard::None,
             tunes: config.vips.as_ref().is_some_and(|vips| vips.tune_sysctls),
             proxy_name: config.plan.proxy_name.clone(),
             is_cluster: config.source.is_cluster(),

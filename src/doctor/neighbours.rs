@@ -107,7 +107,12 @@ mod tests {
 
     fn routes(local: &[&str]) -> routes::Facts {
         let route = |net: &&str| LocalRoute { net: net.parse().expect("a network"), own: false };
-        routes::Facts { routes: Ok(local.iter().map(route).collect()), holder: None, may_change: Ok(true) }
+        routes::Facts {
+            routes: Ok(local.iter().map(route).collect()),
+            holder: None,
+            may_change: Ok(true),
+            has_filters: false,
+        }
     }
 
     #[test]

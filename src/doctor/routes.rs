@@ -14,6 +14,7 @@ use super::fact::{Fact, Unreadable};
 use super::finding::{Abridged, Finding, Subject};
 use crate::config::DEFAULT_ROUTE_PROTOCOL;
 use crate::describe::counted;
+use crate::guard;
 use crate::guard_addresses::GuardAddresses;
 use crate::name::Family;
 use crate::route_claim::name_of;
@@ -34,6 +35,8 @@ pub(super) struct Facts {
     pub(super) holder: Option<String>,
     /// True where this process could change routes.
     pub(super) may_change: Fact<bool>,
+    /// True where filters of tc drop what is sent to who listens on all addresses, at each address that is guarded.
+    pub(super) has_filters: bool,
 }
 
 /// For a number of our routes. Changes none.
@@ -41,7 +44,9 @@ pub(super) fn read(protocol: Option<u8>, may_change: Fact<bool>) -> Facts {
     let protocol = protocol.unwrap_or(DEFAULT_ROUTE_PROTOCOL);
     let routes = RouteSocket::open(protocol).and_then(|mut socket| socket.look());
     let routes = routes.map_err(|error| Unreadable::new("rtnetlink", error));
-    Facts { routes, holder: holder(&name_of(protocol)).ok(), may_change }
+    let mut facts = Facts { routes, holder: holder(&name_of(protocol)).ok(), may_change, has_filters: false };
+    facts.has_filters = guard::has_filters(protocol, &facts.guarded_addresses()).unwrap_or(false);
+    facts
 }
 
 /// Asks who has this claim, without taking it.
@@ -72,6 +77,11 @@ impl Facts {
         let mut addresses = GuardAddresses::default();
         addresses.note_all(self.routes.as_deref().unwrap_or_default());
         addresses.wanted().clone()
+    }
+
+    /// True where filters guard, for a relay that makes routes of this number.
+    pub(super) fn drops(&self, duty: &Duty) -> bool {
+        duty.routes.is_some() && self.has_filters
     }
 
     pub(super) fn is_local(&self, address: IpAddr) -> bool {
@@ -181,7 +191,7 @@ mod tests {
 
     fn facts(routes: &[(&str, bool)]) -> Facts {
         let route = |(net, own): &(&str, bool)| LocalRoute { net: net.parse().expect("a network"), own: *own };
-        Facts { routes: Ok(routes.iter().map(route).collect()), holder: None, may_change: Ok(true) }
+        Facts { routes: Ok(routes.iter().map(route).collect()), holder: None, may_change: Ok(true), has_filters: false }
     }
 
     fn web() -> Duty {

@@ -24,7 +24,9 @@ pub(super) fn read() -> Fact<Vec<WildcardListener>> {
 pub(super) struct Circumstances {
     /// Networks that others have made local as a whole.
     pub(super) foreign_nets: Vec<IpNet>,
-    /// Addresses of Services at which a table of nftables refuses whatever is not bound there.
+    /// What guards, with its verb; `None` where nothing does as yet.
+    pub(super) by: Option<&'static str>,
+    /// Addresses of Services at which it refuses or drops what is for who is not bound there.
     pub(super) guarded: BTreeSet<IpAddr>,
     /// Addresses at which such a table may be: nobody may tell us.
     pub(super) perhaps_guarded: BTreeSet<IpAddr>,
@@ -49,7 +51,9 @@ pub(super) fn judge(
     let mut findings: Vec<Finding> = judge_ports(&servers, duty).into_iter().collect();
     findings.extend(judge_reach(&servers, duty, circumstances));
     if findings.is_empty() {
-        findings.push(Finding::ok(SUBJECT, "nobody else answers at addresses of Services"));
+        let by = circumstances.by.filter(|_| !servers.is_empty());
+        let why = by.map(|by| format!(": {by} what is for who listens on all addresses")).unwrap_or_default();
+        findings.push(Finding::ok(SUBJECT, format!("nobody else answers at addresses of Services{why}")));
     }
     findings
 }
@@ -77,7 +81,7 @@ fn judge_reach(servers: &[&WildcardListener], duty: &Duty, circumstances: &Circu
     let vips = duty.vips().into_keys().filter(|vip| !guarded.contains(vip));
     let (unsure, open): (Vec<IpAddr>, Vec<IpAddr>) = vips.partition(|vip| perhaps_guarded.contains(vip));
     let reached = reach(servers, &open, foreign_nets).map(|answers| {
-        let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration; --vip-guard auto refuses them at addresses that our routes make local, with CAP_NET_ADMIN and nf_tables";
+        let remedy = "have each listen on the node's own addresses: `ListenAddress` of sshd, `address` in the kubelet's configuration; --vip-guard auto keeps them from answering at addresses that our routes make local, with CAP_NET_ADMIN and either nf_tables (it refuses) or cls_bpf and sch_ingress (filters of tc drop)";
         Finding::warning(SUBJECT, format!("{answers} as well")).remedy(remedy)
     });
     let unsure = reach(servers, &unsure, &[]).map(|answers| {
