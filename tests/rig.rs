@@ -34,6 +34,8 @@ mod doctor;
 mod floods;
 #[path = "rig/guard.rs"]
 mod guard;
+#[path = "rig/guard_filters.rs"]
+mod guard_filters;
 #[path = "rig/neighbours.rs"]
 mod neighbours;
 #[path = "rig/nodes.rs"]
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         repairs::CASES,
         rights::CASES,
         guard::CASES,
+        guard_filters::CASES,
         doctor::CASES,
         addresses::CASES,
         registry::CASES,

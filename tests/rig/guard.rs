@@ -1,7 +1,8 @@
 //! What listens on all addresses of a node, beside a relay that has made addresses of Services local there: who gets an
 //! answer where, while the guard comes, is taken away, and goes.
 //!
-//! What the rules are is in `guard_message`, and what is changed when in `guard`; here a kernel is asked.
+//! What the rules are is in `guard_message`, and what is changed when in `guard_table`; here a kernel is asked. The same
+//! without nf_tables is in `guard_filters`.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -19,6 +20,7 @@ use kube_relay::vips::{AtExit, VipOptions, Vips, Wanted};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
 use socket2::SockRef;
+use tokio::time::timeout;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only};
 use crate::stage::{
@@ -47,18 +49,18 @@ pub(crate) const MEASURING: &[Case] = cases![
 ];
 
 /// Where sshd would listen.
-const WILDCARD_PORT: u16 = 2222;
+pub(crate) const WILDCARD_PORT: u16 = 2222;
 /// As it calls itself.
 const MACHINE: &str = "machine";
 
 /// Something that listens on all addresses of a node, of both families, over TCP and UDP. Ends when dropped.
-struct Everywhere {
+pub(crate) struct Everywhere {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Everywhere {
-    fn start(node: &Namespace) -> Self {
+    pub(crate) fn start(node: &Namespace) -> Self {
         Self::start_with(node, |_| Ok(()))
     }
 
@@ -115,11 +117,11 @@ impl Guarded {
 }
 
 /// The address of an entry, at the port where the machine listens.
-fn trap(address: SocketAddr) -> SocketAddr {
+pub(crate) fn trap(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip(), WILDCARD_PORT)
 }
 
-fn of_the_node(rig: &Rig, family: Family) -> SocketAddr {
+pub(crate) fn of_the_node(rig: &Rig, family: Family) -> SocketAddr {
     SocketAddr::new(rig.node(0).address(family), WILDCARD_PORT)
 }
 
@@ -129,7 +131,7 @@ fn is_possible(node: &Namespace) -> bool {
     probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
 }
 
-fn is_machine(outcome: &Outcome) -> bool {
+pub(crate) fn is_machine(outcome: &Outcome) -> bool {
     outcome.pod() == Some(MACHINE)
 }
 
@@ -232,7 +234,7 @@ fn given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_the
 }
 
 /// A datagram from a socket that is bound to no address, and connected to none. Port 0 is one that the kernel chooses.
-fn ask_unconnected(port: u16, to: SocketAddr) -> Outcome {
+pub(crate) fn ask_unconnected(port: u16, to: SocketAddr) -> Outcome {
     let any: SocketAddr = if to.is_ipv4() { ([0; 4], port).into() } else { ([0_u16; 8], port).into() };
     let exchange = || {
         let socket = UdpSocket::bind(any)?;
@@ -347,7 +349,7 @@ fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_unt
 }
 
 /// No route of ours, and nothing to guard any.
-fn expect_gone(stage: &Stage) {
+pub(crate) fn expect_gone(stage: &Stage) {
     let node = stage.rig.node(0);
     assert_eq!(Rig::local_networks(node, DEFAULT_ROUTE_PROTOCOL).expect("routes are listed"), []);
     assert!(!node.run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL)).expect("it may be asked for"), "there is none left");
@@ -385,23 +387,24 @@ fn given_ten_thousand_addresses_when_required_then_they_are_guarded_soon() {
     }
 
     // A machine that has other things to do as well gets another try.
-    let mut tries = (0..3).map(|_| guard_and_remove(rig.node(0), 10_000));
+    let mut tries = (0..3).map(|_| guard_and_remove(rig.node(0), VipGuard::Auto, 10_000));
 
     assert!(tries.any(|guarded| guarded < SOON), "never within {SOON:?}");
 }
 
-/// How long it takes to make so many addresses local, and to guard them. All goes after that.
-fn guard_and_remove(node: &Namespace, count: u16) -> Duration {
+/// How long it takes to make so many addresses local, and to guard them from what listens on all. All goes after that.
+pub(crate) fn guard_and_remove(node: &Namespace, how: VipGuard, count: u16) -> Duration {
     let address = |number: u16| -> IpAddr {
         let [high, low] = number.to_be_bytes();
         if number.is_multiple_of(2) { [10, 97, high, low].into() } else { [0xfd97, 0, 0, 0, 0, 0, 0, number].into() }
     };
+    let _sshd = Everywhere::start(node);
     let wanted = (0..count).map(|number| Wanted { address: address(number), announced: false }).collect();
 
     let (local, guarded) = in_runtime(node, async move {
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
         PROCESS.guarded_addresses.set(0); // Of the last try, until the guard has looked.
-        let guard = Guard::start(VipGuard::Auto, protocol);
+        let guard = Guard::start(how, protocol);
         let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Remove, tune_sysctls: false });
         let began = Instant::now();
         let _granted = vips.require(wanted).await;
@@ -411,6 +414,10 @@ fn guard_and_remove(node: &Namespace, count: u16) -> Duration {
             tokio::task::yield_now().await;
         }
         let guarded = began.elapsed();
+        for trap in [0, 1, count - 2, count - 1].map(|number| SocketAddr::new(address(number), WILDCARD_PORT)) {
+            let asked = timeout(Duration::from_millis(200), tokio::net::TcpStream::connect(trap)).await;
+            assert!(!matches!(asked, Ok(Ok(_))), "nobody answers at {trap}");
+        }
         vips.end().await;
         guard.end().await;
         (local, guarded)

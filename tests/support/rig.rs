@@ -36,7 +36,7 @@ pub(crate) use self::{
     lan::{Hardware, LAN, Lan},
     namespace::{DualAddress, FAMILIES, Namespace, Unavailable, isolate},
     process::{Process, find},
-    rights::{NOBODY, as_nobody_with, on_a_read_only_root, with_only, with_settings_read_only},
+    rights::{NOBODY, as_nobody_with, on_a_read_only_root, with_only, with_settings_read_only, without_netfilter},
 };
 
 /// How many nodes and pods, and what lies before them.
@@ -286,6 +286,17 @@ impl Rig {
     pub(crate) fn flap_loopback(part: &Namespace) -> io::Result<()> {
         links::loopback_down(part)?;
         links::loopback_up(part)
+    }
+
+    /// Lays one more cable between node `i` and its pod `j`, which sends by it what is for this IPv4 address.
+    pub(crate) fn spare_cable(&self, i: usize, j: usize, to: Ipv4Addr) -> io::Result<()> {
+        const DEVICE: &str = "spare";
+        let (node, pod) = (self.node(i), self.pod(i, j));
+        let [near, far] = [1, 2].map(|host| IpAddr::from([198, 18, 0, host]));
+        links::cable(node, DEVICE, pod, DEVICE)?;
+        links::address(node, DEVICE, near, 30)?;
+        links::address(pod, DEVICE, far, 30)?;
+        links::route(pod, (to.into(), 32), DEVICE, Some(near))
     }
 
     /// Unplugs the cable between node `i` and the hub: the node's end has no carrier, the other's routes are gone.

@@ -90,3 +90,35 @@ fn make_root_read_only() -> io::Result<()> {
     let flags = kept.fold(MountFlags::BIND | MountFlags::RDONLY, MountFlags::union);
     Ok(rustix::mount::mount_remount(ROOT, flags, c"")?)
 }
+
+/// As on a kernel that has no netfilter.
+pub(crate) fn without_netfilter(command: &mut Command) {
+    let step = |code: u32, operand: u32, otherwise: u8| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: otherwise,
+        k: operand,
+    };
+    // Offsets of `struct seccomp_data`: the number of the call, the halves of its arguments that count.
+    let (load, is_equal) = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K);
+    let (end, half) = (libc::BPF_RET | libc::BPF_K, if cfg!(target_endian = "big") { 4 } else { 0 });
+    let steps = [
+        step(load, 0, 0),
+        step(is_equal, libc::SYS_socket as u32, 5),
+        step(load, 16 + half, 0),
+        step(is_equal, libc::AF_NETLINK as u32, 3),
+        step(load, 32 + half, 0),
+        step(is_equal, libc::NETLINK_NETFILTER as u32, 1),
+        step(end, libc::SECCOMP_RET_ERRNO | libc::EPROTONOSUPPORT as u32, 0),
+        step(end, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let before_exec = move || {
+        thread::set_no_new_privs(true)?;
+        let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_ptr().cast_mut() };
+        // SAFETY: the kernel reads the program, which lives as long as the call, and keeps a copy of its own.
+        let outcome = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: it makes system calls, and neither allocates nor locks.
+    unsafe { command.pre_exec(before_exec) };
+}
