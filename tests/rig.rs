@@ -98,8 +98,15 @@ fn main() -> ExitCode {
     .concat();
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
     // A kernel tells all namespaces together of cables, once a second where many change.
-    let measuring =
-        [addresses::MEASURING, repairs::MEASURING, vips::MEASURING, guard::MEASURING, floods::CASES].concat();
+    let measuring = [
+        addresses::MEASURING,
+        repairs::MEASURING,
+        vips::MEASURING,
+        guard::MEASURING,
+        guard_filters::MEASURING,
+        floods::CASES,
+    ]
+    .concat();
     rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat(), &measuring)
 }
 
