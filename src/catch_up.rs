@@ -33,7 +33,8 @@ impl CatchUp {
         }
         let is_back = std::mem::take(&mut self.lost);
         if is_back {
-            self.until = Some(now + PATIENCE);
+            // A server that comes and goes all the time does not put off what waits already.
+            self.until.get_or_insert(now + PATIENCE);
         }
         if missing == 0 {
             self.until = self.until.map(|until| until.min(now + SETTLED));
@@ -90,6 +91,20 @@ mod tests {
         catch_up.see(1, start + PATIENCE);
 
         assert_eq!(catch_up.due(), None, "whatever it says from now on is taken at once");
+    }
+
+    #[test]
+    fn t226_given_a_server_that_comes_and_goes_when_changes_wait_then_they_do_so_from_its_first_return_on() {
+        let (mut catch_up, start) = (CatchUp::default(), Instant::now());
+        catch_up.see(2, start);
+        assert!(catch_up.see(1, start));
+
+        for seconds in 1..=2 {
+            let now = start + Duration::from_secs(seconds);
+            assert!(!catch_up.see(2, now) && catch_up.see(1, now), "it is back once more");
+        }
+
+        assert_eq!(catch_up.due(), Some(start + PATIENCE));
     }
 
     #[test]
