@@ -86,8 +86,9 @@ impl StateLock {
 /// Makes it where it is missing. One that may only be read can be locked, too.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    // A link of that name is somebody's trap, where others may write to the folder: what it leads to is not overwritten.
-    options.read(true).mode(MODE).custom_flags(libc::O_NOFOLLOW);
+    // A link of that name is somebody's trap, where others may write to the folder: what it leads to is not overwritten. So
+    // is a pipe: nobody waits for its other end.
+    options.read(true).mode(MODE).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
     options.clone().write(true).create(true).truncate(false).open(path).or_else(|error| match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => options.open(path).map_err(|_| error),
         _ => Err(error),
@@ -168,6 +169,18 @@ mod tests {
         assert!(StateLock::take(folder.path(), holder(2)).is_err(), "there is another owner");
         drop(passed_on);
         StateLock::take(folder.path(), holder(2)).expect("it was the last one");
+    }
+
+    #[test]
+    fn given_a_pipe_in_place_of_the_file_when_asked_for_then_nobody_waits_for_its_other_end() {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let made = std::process::Command::new("mkfifo").arg(folder.path().join(FILE)).status();
+        assert!(made.expect("mkfifo runs").success());
+        let _first = StateLock::take(folder.path(), holder(1));
+
+        let second = StateLock::take(folder.path(), holder(2));
+
+        assert!(second.is_err(), "{second:?}");
     }
 
     #[test]
