@@ -760,7 +760,7 @@ mod tests {
     async fn given_each_method_that_could_change_something_when_asked_on_any_surface_then_it_is_refused() {
         let served = Served::start().await;
 
-        for surface in [Surface::Health, Surface::Metrics] {
+        for surface in [Surface::Health, Surface::Metrics, Surface::Status] {
             for method in ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "DRAIN"] {
                 for path in surface.paths() {
                     let request = format!(
