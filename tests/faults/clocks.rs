@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
@@ -52,6 +53,7 @@ fn lasting() -> Lasted {
     let mut manifest = stage.manifest(&stage.backends(Family::V4), &[("idle-timeout", "1s")]);
     manifest["items"][0]["spec"]["sessionAffinity"] = "ClientIP".into();
     let relay = stage.relay_of(&manifest, &[]);
+    assert_ne!(clock_of(&relay.pid().to_string()), clock_of("self"), "the relay has a clock of its own");
     let ask = || stage.client().run(|| exchange(stage.service(Family::V4))).expect("a backend answers");
 
     let begin = Instant::now();
@@ -77,6 +79,11 @@ fn lasting() -> Lasted {
     (0..CLIENTS).for_each(|_| drop(ask()));
     assert_eq!(out(&relay), 1, "its ten seconds are not over");
     Lasted { idle }
+}
+
+/// Which clock a process goes by.
+fn clock_of(process: &str) -> PathBuf {
+    fs::read_link(format!("/proc/{process}/ns/time")).expect("procfs")
 }
 
 /// How many connections each backend has got.

@@ -39,14 +39,6 @@ fn main() -> ExitCode {
             families::each_reaches_its_own,
         ),
         (
-            "f07_given_an_ejected_backend_when_it_comes_back_then_a_client_finds_it_within_its_ten_seconds",
-            backends::one_comes_back,
-        ),
-        (
-            "f08_t165_given_a_single_backend_that_is_far_away_when_clients_come_then_each_is_served_and_it_is_never_ejected",
-            backends::a_single_one_is_far,
-        ),
-        (
             "t171_given_a_mariadb_that_fails_over_when_old_sessions_are_to_end_then_they_do_and_else_they_never_do",
             databases::mariadb_fails_over,
         ),
@@ -54,20 +46,7 @@ fn main() -> ExitCode {
             "f33_given_a_client_of_session_affinity_when_all_other_endpoints_are_replaced_all_the_time_then_it_stays",
             rollout::a_sticky_client_stays,
         ),
-        (
-            "f23_given_streams_and_new_clients_when_a_relay_is_asked_to_end_then_it_serves_closes_drains_and_cuts_in_this_order",
-            restarts::drained,
-        ),
         ("f23_given_a_relay_that_is_asked_to_end_when_it_is_asked_again_then_it_does_so_now", restarts::asked_twice),
-        (
-            "f26_given_machines_that_started_at_other_times_when_relayed_then_what_lasts_for_a_time_lasts_as_long",
-            clocks::nothing_depends_on_them,
-        ),
-        ("f30_given_a_log_that_nobody_reads_when_the_relay_is_asked_to_end_then_it_does", storms::nobody_reads_the_end),
-        (
-            "f15_given_all_source_ports_to_three_backends_in_use_when_more_clients_come_then_they_are_told_at_once_and_nothing_spins",
-            bursts::ports_of_each_backend_are_used,
-        ),
         (
             "given_haproxy_before_three_nodes_when_one_is_drained_then_no_client_notices",
             front::haproxy_asks_before_each_node_ends,
@@ -124,6 +103,27 @@ fn main() -> ExitCode {
             floods::sources_are_spoofed,
         ),
         ("f22_given_64_mib_when_ever_more_clients_come_then_they_wait_and_nobody_ends_the_relay", memory::is_short),
+        (
+            "f07_given_an_ejected_backend_when_it_comes_back_then_a_client_finds_it_within_its_ten_seconds",
+            backends::one_comes_back,
+        ),
+        (
+            "f08_t165_given_a_single_backend_that_is_far_away_when_clients_come_then_each_is_served_and_it_is_never_ejected",
+            backends::a_single_one_is_far,
+        ),
+        (
+            "f23_given_streams_and_new_clients_when_a_relay_is_asked_to_end_then_it_serves_closes_drains_and_cuts_in_this_order",
+            restarts::drained,
+        ),
+        (
+            "f26_given_machines_that_started_at_other_times_when_relayed_then_what_lasts_for_a_time_lasts_as_long",
+            clocks::nothing_depends_on_them,
+        ),
+        ("f30_given_a_log_that_nobody_reads_when_the_relay_is_asked_to_end_then_it_does", storms::nobody_reads_the_end),
+        (
+            "f15_given_all_source_ports_to_three_backends_in_use_when_more_clients_come_then_they_are_told_at_once_and_nothing_spins",
+            bursts::ports_of_each_backend_are_used,
+        ),
         ("given_iperf3_when_it_measures_through_the_relay_then_both_directions_move", programs::iperf3),
         ("given_wrk_and_nginx_when_relayed_then_no_request_fails", programs::wrk),
         ("given_dnsperf_and_a_dns_server_when_relayed_then_no_query_is_lost", programs::dnsperf),

@@ -94,8 +94,7 @@ pub(crate) fn drained() {
         until("it to be under load", || (connections(&relay) > STREAMS as u64 + 200).then_some(()));
         relay.signal(Signal::TERM);
         let asked = Instant::now();
-        let unready = || relay.page("/readyz").err().filter(|error| error.to_string().contains(" 503 "));
-        until("it to be unready", unready);
+        until_unready(&relay);
         (asked, asked.elapsed(), burst.join().expect("clients do not panic"))
     });
     assert!(asked.elapsed() < DELAY, "the burst took too long to prove anything: {burst}");
@@ -122,6 +121,10 @@ pub(crate) fn drained() {
     assert!(streams.iter_mut().all(|stream| message(stream).is_err()), "these are reset");
 }
 
+fn until_unready(relay: &Relay<'_>) {
+    until("it to be unready", || relay.page("/readyz").err().filter(|error| error.to_string().contains(" 503 ")));
+}
+
 fn refuses(stage: &Stage) -> bool {
     let service = stage.service(Family::V4);
     stage.client().run(|| exchange(service)).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -131,6 +134,8 @@ fn refuses(stage: &Stage) -> bool {
 pub(crate) fn asked_twice() {
     /// A second signal that comes sooner is taken for an echo of the first.
     const NO_ECHO: Duration = Duration::from_millis(200);
+    /// Others run beside it; what it is not to wait for would take ten minutes.
+    const NOW: Duration = Duration::from_secs(5);
     let stage = Stage::build();
     let _backends = backends(&stage);
     let service = stage.service(Family::V4);
@@ -139,6 +144,7 @@ pub(crate) fn asked_twice() {
     let _open = stage.client().run(|| exchange(service)).expect("a backend answers");
 
     relay.signal(Signal::TERM);
+    until_unready(&relay); // From here on it knows.
     thread::sleep(NO_ECHO); // What happens next is part of the story, not a wait.
     stage.client().run(|| exchange(service)).expect("it serves on");
     relay.signal(Signal::TERM);
@@ -147,5 +153,5 @@ pub(crate) fn asked_twice() {
 
     println!("ended {:?} after the second SIGTERM", asked.elapsed());
     assert!(end.success(), "{end:?}");
-    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < NOW, "{:?}", asked.elapsed());
 }

@@ -33,7 +33,8 @@ type Deed = fn(SocketAddr) -> io::Result<()>;
 /// Of a thousand questions so many may have no answer: nobody sends a datagram again that a full queue has lost.
 const LOST_OF_A_THOUSAND: usize = 1;
 
-/// Growth that is no leak.
+/// Growth that is no leak: of a run of any length, and as a slope.
+const BYTES_MORE: u64 = 1 << 20;
 const BYTES_AN_HOUR: f64 = 1e6;
 /// Shorter runs say nothing about an hour.
 const LONG_ENOUGH: Duration = Duration::from_secs(600);
@@ -86,6 +87,7 @@ pub(crate) fn nothing_stays() {
     assert_eq!((&connections.failures, &resets.failures), (&Vec::new(), &Vec::new()));
     assert!(questions.failures.len() * 1_000 <= questions.count * LOST_OF_A_THOUSAND, "{:?}", questions.failures);
     assert_eq!(relay.metric("kuberelay_panics_total", &[]), 0);
+    assert!(growth.most <= growth.warm + BYTES_MORE, "{growth}: {sizes:?}");
     if time >= LONG_ENOUGH {
         assert!(growth.bytes_an_hour < BYTES_AN_HOUR, "{growth}: {sizes:?}");
     }
