@@ -21,6 +21,10 @@ const FAILURES: u64 = 5;
 /// Clients, one after the other: in less than the ten seconds after which a backend that is out is tried again.
 const CLIENTS: usize = 400;
 
+/// Who is refused waits for no step of the ladder, of which the first has 250 ms. What a retry costs in fact is measured by
+/// `tests/faults`, where nothing else runs.
+const NO_STEP: Duration = Duration::from_millis(100);
+
 fn four(site: Site) -> [SocketAddr; 4] {
     [1, 2, 3, 4].map(|number| site.backend(number))
 }
@@ -74,7 +78,7 @@ async fn f07_t161_given_one_of_four_that_refuses_when_clients_come_then_none_fai
     let (met, others) = split(&asked);
     let (with, without) = (met[met.len() / 2], others[others.len() / 2]);
     println!("{} clients, 0 failed; {with:?} with a refusal, {without:?} without (medians)", asked.len());
-    assert!(with < without + Duration::from_millis(5), "a retry adds {:?}", with - without);
+    assert!(with < without + NO_STEP, "a retry adds {:?}", with - without);
     assert_eq!(dead.stats.connect_failures.get(ConnectFailure::Refused), FAILURES);
     assert_eq!((retries(&relay), dead.stats.ejections.get()), (FAILURES, 1));
     assert!(dead.is_ejected());
@@ -204,26 +208,27 @@ async fn t171_given_reset_after_when_an_endpoint_leaves_then_its_connections_end
     let plain = Manifest::new(site).tcp();
     let relay = Relay::start(site, plain.clone().endpoints([one])).await;
     let fail_over = async |reset_after: Option<&'static str>, to: SocketAddr| {
+        let begin = Instant::now();
         let manifest = reset_after.map_or(plain.clone(), |time| plain.clone().annotation("reset-after", time));
         relay.edit(manifest.endpoints([to]));
         relay.until_backends("web", &[to]).await;
-        Instant::now()
+        [begin, Instant::now()]
     };
 
     let (mut kept, _) = open(site).await;
     fail_over(None, two).await;
     let (mut at_once, _) = open(site).await;
-    let left = fail_over(Some("0s"), one).await;
+    let [_, left] = fail_over(Some("0s"), one).await;
     reset_of(&mut at_once).await;
     println!("reset {:?} after the endpoint had left", left.elapsed());
     assert!(left.elapsed() < Duration::from_millis(500), "{:?}", left.elapsed());
     let (mut later, _) = open(site).await;
-    let left = fail_over(Some("1s"), two).await;
+    let [leaves, _] = fail_over(Some("1s"), two).await;
     assert_eq!(client::ask_on(&mut later).await.expect("its time is not up"), one);
     reset_of(&mut later).await;
 
-    // The clock begins with the swap, which is a little before it is seen.
-    assert!(left.elapsed() > Duration::from_millis(800), "{:?}", left.elapsed());
+    // The clock begins with the swap, somewhere between the edit and its being seen.
+    assert!(leaves.elapsed() >= Duration::from_secs(1), "{:?}", leaves.elapsed());
     assert_eq!(client::ask_on(&mut kept).await.expect("it was left when nothing was said"), one);
     assert_eq!(open(site).await.1, two);
 }
