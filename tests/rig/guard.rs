@@ -37,13 +37,13 @@ pub(crate) const CASES: &[Case] = cases![
     given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer,
     given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers,
     given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_more_until_it_is_not,
-    given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on,
     given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up,
     given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too,
     given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_said,
 ];
 
 pub(crate) const MEASURING: &[Case] = cases![
+    given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on,
     given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second,
     given_ten_thousand_addresses_when_required_then_they_are_guarded_soon,
 ];
