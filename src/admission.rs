@@ -1,7 +1,8 @@
 //! Which addresses may be endpoints at all.
 //!
 //! Whoever may write an EndpointSlice could otherwise reach, through this process, what listens on the
-//! node only for itself (CVE-2021-25737), or what admits the node alone (CVE-2021-25740). What is chosen among the admitted is decided in `endpoints`.
+//! node only for itself (CVE-2021-25737), or what admits the node alone (CVE-2021-25740). What is chosen among the admitted
+//! is decided in `endpoints`.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
