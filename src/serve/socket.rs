@@ -7,6 +7,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrAny, SocketFlags, SocketType};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
@@ -119,6 +120,12 @@ pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, address_of(peer)?))
 }
 
+/// True where somebody waits to be accepted.
+pub(super) fn has_waiting(listener: &OwnedFd) -> bool {
+    const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&AT_ONCE)).is_ok_and(|ready| ready > 0)
+}
+
 /// Who a client is. Without an address it was gone before it was accepted, and there is nobody to serve.
 fn address_of(peer: Option<SocketAddrAny>) -> io::Result<SocketAddr> {
     peer.and_then(|peer| SocketAddr::try_from(peer).ok()).ok_or_else(|| Errno::CONNABORTED.into())
@@ -220,9 +227,10 @@ mod tests {
 
     /// Waits until a connection is there to be accepted.
     fn accept_soon(listener: &OwnedFd) -> (OwnedFd, SocketAddr) {
-        let mut waiting = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
-        let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
-        assert_eq!(rustix::event::poll(&mut waiting, Some(&limit)), Ok(1), "a connection in time");
+        let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&limit));
+        assert_eq!(ready, Ok(1), "a connection in time");
+        assert!(has_waiting(listener));
         accept(listener).expect("a connection")
     }
 

@@ -228,6 +228,8 @@ struct Acceptor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pace {
     burst: u8,
+    /// Somebody was accepted since the last rest.
+    has_accepted: bool,
     pause: Pause,
 }
 
@@ -237,54 +239,84 @@ impl Pace {
     const BURST: u8 = 16;
 
     fn start() -> Self {
-        Self { burst: 1, pause: Pause::default() }
+        Self { burst: 1, has_accepted: false, pause: Pause::default() }
     }
 
     /// So many were there. Only after a longest burst pauses are short again: at the limit each client that is turned away
     /// leaves a descriptor for the next, and pauses that begin anew with each of them would never grow.
     fn after_burst(self) -> Self {
         let pause = if self.burst == Self::BURST { Pause::default() } else { self.pause };
-        Self { burst: (self.burst * 2).min(Self::BURST), pause }
+        Self { burst: (self.burst * 2).min(Self::BURST), pause, ..self }
     }
 
     /// Nobody waits any more.
     fn after_last(self) -> Self {
-        Self { burst: (self.burst / 2).max(1), pause: Pause::default() }
+        Self { burst: (self.burst / 2).max(1), pause: Pause::default(), ..self }
+    }
+
+    /// Somebody has come.
+    fn after_accept(self) -> Self {
+        Self { has_accepted: true, ..self }
+    }
+
+    /// The Service has as many as it allows. Each that ends makes room for one, and nobody else takes that: pauses begin anew
+    /// with each that comes, and stay about as short as its connections are.
+    fn after_last_place(self) -> Self {
+        if self.has_accepted { Self::start().after_lack() } else { self.after_lack() }
     }
 
     /// It could not accept.
     fn after_lack(self) -> Self {
-        Self { burst: 1, pause: self.pause.next() }
+        Self { burst: 1, has_accepted: false, pause: self.pause.next() }
     }
 }
 
 impl Readable for Acceptor {
     fn readable(&self, worker: &Rc<Worker>) {
-        let pace = self.pace.get();
-        for _ in 0..pace.burst {
-            if let Some(reason) = self.server.closed() {
-                return self.wait_for_room(worker, reason);
-            }
-            match socket::accept(&self.server.listener) {
-                Ok((socket, peer)) => self.server.admit(worker, socket, peer),
-                Err(error) => match Refusal::of(&error) {
-                    Refusal::Empty => return self.pace.set(pace.after_last()),
-                    Refusal::Gone => {}
-                    Refusal::Lack(reason) => {
-                        self.server.target.load().port.stats.dropped.count(reason);
-                        return self.wait_for_kernel(worker, &error, Some(reason));
-                    }
-                    Refusal::Broken => return self.wait_for_kernel(worker, &error, None),
-                },
-            }
+        if let Some(pause) = self.accept(worker) {
+            worker.mute(self.number, &self.server.listener, pause);
         }
-        self.pace.set(pace.after_burst());
+    }
+
+    fn stays_mute(&self) -> Option<Duration> {
+        let reason = self.server.closed()?;
+        // Another worker may have let in who waited: then there is no pause to be counted.
+        socket::has_waiting(&self.server.listener).then(|| self.wait_for_room(reason))
     }
 }
 
 impl Acceptor {
-    /// The kernel has said no. `reason` is what it lacks.
-    fn wait_for_kernel(&self, worker: &Rc<Worker>, error: &io::Error, reason: Option<DropReason>) {
+    /// Lets in some of those who wait. For how long to rest, where it cannot.
+    fn accept(&self, worker: &Rc<Worker>) -> Option<Duration> {
+        for _ in 0..self.pace.get().burst {
+            if let Some(reason) = self.server.closed() {
+                return Some(self.wait_for_room(reason));
+            }
+            match socket::accept(&self.server.listener) {
+                Ok((socket, peer)) => {
+                    self.server.admit(worker, socket, peer);
+                    self.pace.set(self.pace.get().after_accept());
+                }
+                Err(error) => match Refusal::of(&error) {
+                    Refusal::Empty => {
+                        self.pace.set(self.pace.get().after_last());
+                        return None;
+                    }
+                    Refusal::Gone => {}
+                    Refusal::Lack(reason) => {
+                        self.server.target.load().port.stats.dropped.count(reason);
+                        return Some(self.wait_for_kernel(&error, Some(reason)));
+                    }
+                    Refusal::Broken => return Some(self.wait_for_kernel(&error, None)),
+                },
+            }
+        }
+        self.pace.set(self.pace.get().after_burst());
+        None
+    }
+
+    /// The kernel has said no. `reason` is what it lacks. For how long to rest.
+    fn wait_for_kernel(&self, error: &io::Error, reason: Option<DropReason>) -> Duration {
         if self.server.lack.is_news(Instant::now()) {
             let service = &self.server.target.load().port.name;
             let reason = reason.map(tracing::field::display);
@@ -294,11 +326,11 @@ impl Acceptor {
             DropReason::FdLimit => PauseReason::FdLimit,
             _ => PauseReason::Memory,
         });
-        self.rest(worker, reason, Pause::LONGEST);
+        self.rest(self.pace.get().after_lack(), reason, Pause::LONGEST)
     }
 
-    /// There are as many connections as there may be.
-    fn wait_for_room(&self, worker: &Rc<Worker>, reason: PauseReason) {
+    /// There are as many connections as there may be. For how long to rest.
+    fn wait_for_room(&self, reason: PauseReason) -> Duration {
         let of_service = reason == PauseReason::ServiceLimit;
         let news = if of_service { &self.server.lack } else { &self.server.shared.lack_of_room };
         if news.is_news(Instant::now()) {
@@ -306,19 +338,21 @@ impl Acceptor {
             let (open, remedy) = (self.server.shared.open_connections(), remedy(reason));
             warn!(service, %reason, open, remedy, "no room for more connections, clients wait");
         }
-        self.rest(worker, Some(reason), Pause::LONGEST_FOR_ROOM);
+        let pace = self.pace.get();
+        // What all listeners share is nobody's own: one with short pauses would take it before the others look.
+        let pace = if of_service { pace.after_last_place() } else { pace.after_lack() };
+        self.rest(pace, Some(reason), Pause::LONGEST_FOR_ROOM)
     }
 
     /// Does not look for clients for a time, longer each time up to the longest.
-    fn rest(&self, worker: &Rc<Worker>, reason: Option<PauseReason>, longest: Duration) {
-        let pace = self.pace.get().after_lack();
+    fn rest(&self, pace: Pace, reason: Option<PauseReason>, longest: Duration) -> Duration {
         self.pace.set(pace);
         let length = pace.pause.length().min(longest);
         if let Some(reason) = reason {
             let now = Moment::of(Instant::now());
             PROCESS.accept_paused[usize::from(reason)].add(now.0, length.as_millis() as u64);
         }
-        worker.mute(self.number, &self.server.listener, length);
+        length
     }
 }
 
@@ -1120,6 +1154,26 @@ mod tests {
         let shown: Vec<_> = bursts.take(6).map(|pace| (pace.burst, pace.pause.length_ms)).collect();
         assert_eq!(shown, [(1, 1_000), (2, 1_000), (4, 1_000), (8, 1_000), (16, 1_000), (16, 0)]);
         assert_eq!(by_turns.after_last(), Pace::start());
+    }
+
+    #[test]
+    fn given_a_service_with_room_now_and_then_when_one_comes_in_then_pauses_are_short_again() {
+        let full = (0..9).fold(Pace::start(), |pace, _| pace.after_last_place());
+        assert_eq!(full.pause.length(), Duration::from_secs(1));
+
+        let came = full.after_accept().after_burst().after_last_place();
+
+        let pauses: Vec<_> = std::iter::successors(Some(came), |pace| Some(pace.after_last_place()))
+            .map(|pace| (pace.burst, pace.pause.length_ms))
+            .take(3)
+            .collect();
+        assert_eq!(pauses, [(1, 5), (1, 10), (1, 20)]);
+        assert_eq!(
+            full.after_accept().after_lack().pause,
+            full.pause,
+            "where this host lacks something they stay long"
+        );
+        assert_eq!(size_of::<Pace>(), 4);
     }
 
     #[test]

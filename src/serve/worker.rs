@@ -48,6 +48,12 @@ thread_local! {
 pub(crate) trait Readable {
     /// Somebody waits. Called again in the next turn where that is still so.
     fn readable(&self, worker: &Rc<Worker>);
+
+    /// Its pause is over. For how long it goes on, where nobody may be accepted now either: that costs less than to be
+    /// called for it.
+    fn stays_mute(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// A thread's event loop and its tasks.
@@ -279,13 +285,16 @@ impl Worker {
         if epoll::delete(self.reactor.epoll(), listener).is_err() {
             return;
         }
-        let (this, listener) = (Rc::downgrade(self), Arc::downgrade(listener));
+        let (this, listener, mut pause) = (Rc::downgrade(self), Arc::downgrade(listener), pause);
         self.spawn(async move {
             loop {
                 sleep_until(Instant::now() + pause).await;
                 let (Some(worker), Some(listener)) = (this.upgrade(), listener.upgrade()) else { return };
-                let is_gone = !worker.acceptors.borrow().contains_key(&number.0);
-                if is_gone || watch_listener(worker.reactor.epoll(), &listener, number).is_ok() {
+                let acceptor = worker.acceptors.borrow().get(&number.0).cloned();
+                let Some(acceptor) = acceptor else { return };
+                if let Some(longer) = acceptor.stays_mute() {
+                    pause = longer;
+                } else if watch_listener(worker.reactor.epoll(), &listener, number).is_ok() {
                     return;
                 }
             }
