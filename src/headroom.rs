@@ -39,7 +39,8 @@ const CONNECTION_BYTES: u64 = 32 * 1024;
 const FLOW_BYTES: u64 = 8 * 1024;
 
 /// So many connections and flows there may be however little memory is left: a relay that takes most of its limit for its
-/// Services alone is still to serve somebody. They take a fifth of what is kept of 64 MiB.
+/// Services alone is still to serve somebody. They take a fifth of what is kept of 64 MiB. (The few flows that there may be
+/// however few descriptors are left are counted in `serve::room`.)
 const FEW: usize = 64;
 
 /// Flows may take one part in so many of what is left, and connections the rest: together they cannot go beyond it before
@@ -133,11 +134,13 @@ impl Looks {
     }
 }
 
-/// Shares out what is left: descriptors, said as connections, and memory, where it has a limit. Pure.
+/// Shares out what is left: descriptors, said as connections, and memory, where it has a limit. Where there are more
+/// connections than fit, as flows, listeners or pipes have come, none takes the place of one that ends until the reserve is
+/// whole again. Pure.
 fn most(open: Open, fitting: u64, free_bytes: Option<u64>) -> Most {
     let plus = |count: usize, more: u64| count.saturating_add(usize::try_from(more).unwrap_or(usize::MAX));
     let free = fitting.saturating_sub(open.connections as u64);
-    let by_descriptors = plus(open.connections, free - free / FLOWS_SHARE);
+    let by_descriptors = plus(open.connections, free - free / FLOWS_SHARE).min(plus(0, fitting));
     let flows_by_descriptors = plus(open.flows, free / FLOWS_SHARE * 2);
     let (by_memory, flows_by_memory) = match free_bytes {
         None => (usize::MAX, usize::MAX),
@@ -235,7 +238,7 @@ mod tests {
 
                 let Most { connections, flows } = most(now, fitting, None);
 
-                let more = 2 * (connections.by_descriptors - now.connections) + (flows - now.flows);
+                let more = 2 * connections.by_descriptors.saturating_sub(now.connections) + (flows - now.flows);
                 assert!(more as u64 <= 2 * fitting.saturating_sub(used), "{used} of {fitting}: {more} more");
                 assert_eq!(connections.by_descriptors > now.connections, used < fitting, "the last one may come");
             }
@@ -248,6 +251,7 @@ mod tests {
         let free = |used, limit| free_bytes([level(used, limit)].into_iter());
         assert_eq!(free(80, 100), Some(0));
         assert_eq!(free(200, 100), Some(0));
+                assert!(connections.by_descriptors as u64 <= fitting, "what is too much is not replaced");
         assert_eq!(free(79, 100), Some(MIB));
         assert_eq!(free_bytes(std::iter::empty()), None);
 

@@ -565,21 +565,38 @@ fn f22_given_no_room_for_more_flows_when_a_client_comes_then_the_least_one_makes
     let limits = FlowLimits::split(64, 2).next().expect("two shards").behind(&gate);
     bench.table = FlowTable::new(limits, 1, bench.now);
     bench.listener = bench.table.add_listener(IdleTimes::default());
-    gate.allow(2);
+    gate.allow(10);
     let first = bench.flow("10.9.0.1:1000", &backend);
-    bench.stream("10.9.0.2:1000", &backend);
+    for host in 2..=10 {
+        bench.stream(&format!("10.9.0.{host}:1000"), &backend);
+    }
 
-    assert_eq!(evicted(bench.datagram("10.9.0.3:1000", &backend)), Some(first), "a stream stays");
-    assert_eq!((gate.open(), bench.table.count()), (2, 2));
-    gate.allow(3);
-    assert_eq!(evicted(bench.datagram("10.9.0.4:1000", &backend)), None);
-    assert_eq!(gate.open(), 3);
+    assert_eq!(evicted(bench.datagram("10.9.0.11:1000", &backend)), Some(first), "a stream stays");
+    assert_eq!((gate.open(), bench.table.count()), (10, 10));
+    gate.allow(11);
+    assert_eq!(evicted(bench.datagram("10.9.0.12:1000", &backend)), None);
+    assert_eq!(gate.open(), 11);
 
     bench.pass(70);
     assert_eq!(gate.open(), 0, "they have expired");
-    bench.flow("10.9.0.5:1000", &backend);
+    bench.flow("10.9.0.13:1000", &backend);
     drop(bench.table);
     assert_eq!(gate.open(), 0, "none is there any more");
+}
+
+#[test]
+fn f22_f14_given_others_that_hold_all_there_is_when_the_clients_of_an_empty_table_come_then_a_few_are_served() {
+    let (mut bench, backend, gate) = (Bench::new(1), Bench::backend(1), Arc::<FlowGate>::default());
+    let limits = FlowLimits::split(64, 2).next().expect("two shards").behind(&gate);
+    bench.table = FlowTable::new(limits, 1, bench.now);
+    bench.listener = bench.table.add_listener(IdleTimes::default());
+    gate.allow(0);
+
+    let evictions =
+        (1..=100).filter(|host| evicted(bench.datagram(&format!("10.9.0.{host}:1000"), &backend)).is_some());
+
+    assert_eq!(evictions.count(), 92);
+    assert_eq!((gate.open(), bench.table.count()), (8, 8));
 }
 
 #[test]

@@ -13,6 +13,10 @@ use crate::serve::slab::{Chain, Id, Slab};
 /// fewer takes the place of the least flow of all, so that a flood cannot make it evict itself.
 const HEAVY_SHARE: usize = 8;
 
+/// So many flows each table may have though the gate is closed: what connections and the flows of other tables hold must not
+/// leave the clients of this one with nothing, as it cannot evict what it does not have.
+const FEW: usize = 8;
+
 /// How many flows one table may hold.
 ///
 /// Half of a process's flows is split evenly, so that a flood on one shard leaves room on the others; the other half
@@ -25,7 +29,7 @@ pub struct FlowLimits {
     shared: Arc<SharedPlaces>,
     /// Flows of one client address in this table.
     per_client: usize,
-    /// What the process has left: open, as long as it is of its own.
+    /// What the process has left, but for a few: open, as long as it is of its own.
     gate: Arc<FlowGate>,
 }
 
@@ -40,7 +44,7 @@ impl FlowLimits {
         (0..shards).map(move |_| Self { own, shared: Arc::clone(&shared), per_client, gate: Arc::clone(&gate) })
     }
 
-    /// Counts at this gate, and has no more flows while it is closed.
+    /// Counts at this gate, and has no more flows than a few while it is closed.
     pub(super) fn behind(self, gate: &Arc<FlowGate>) -> Self {
         Self { gate: Arc::clone(gate), ..self }
     }
@@ -123,7 +127,7 @@ impl Room {
     }
 
     fn take(&mut self, all: usize) -> bool {
-        if self.limits.gate.is_closed() {
+        if all >= FEW && self.limits.gate.is_closed() {
             return false;
         }
         if all < self.limits.own + self.borrowed {
