@@ -16,14 +16,10 @@ use crate::name::{BalancerKey, Family, Scope, ServicePortName};
 use crate::plan::TcpSettings;
 use crate::serve::affinity::Affinity;
 use crate::serve::ejection::Ejection;
-use crate::serve::few_lines::FewLines;
 use crate::serve::gate::Cap;
 use crate::serve::moment::Moment;
 pub use crate::serve::table::{Table, Tried};
 use crate::stats::{BackendStats, ConnectFailure, OnDemand, ServiceStats};
-
-/// What is said of backends that go and come: a node that is down takes thousands with it.
-static NEWS: FewLines = FewLines::new();
 
 /// One endpoint of one ServicePort. Made by `Listeners`, carried over from table to table and shared by both scopes.
 #[derive(Debug)]
@@ -198,11 +194,8 @@ impl Balancer {
 
     /// A backend has been reached.
     pub(crate) fn note_success(&self, backend: &Backend, now: Instant) {
-        if backend.ejection.reached(now)
-            && let Some(untold) = NEWS.ask(now)
-        {
-            let untold = (untold > 0).then_some(untold);
-            info!(service = %self.port.name, backend = %backend.address, untold, "backend returned");
+        if backend.ejection.reached(now) {
+            info!(service = %self.port.name, backend = %backend.address, "backend returned");
         }
     }
 
@@ -212,10 +205,8 @@ impl Balancer {
         let table = self.table.load();
         let Some(time) = backend.ejection.failed(eject_after, now, |more| table.spares(more)) else { return };
         backend.stats.ejections.increment();
-        if let Some(untold) = NEWS.ask(now) {
-            let (seconds, untold) = (time.as_secs(), (untold > 0).then_some(untold));
-            info!(service = %self.port.name, backend = %backend.address, %reason, seconds, untold, "backend ejected");
-        }
+        let seconds = time.as_secs();
+        info!(service = %self.port.name, backend = %backend.address, %reason, seconds, "backend ejected");
     }
 
     /// What the Service says about its connections now; `None`: as the flags say.
