@@ -23,6 +23,8 @@ pub(crate) struct Level {
     /// time.
     pub(crate) used_bytes: u64,
     pub(crate) limit_bytes: u64,
+    /// It is the group of this process, not one that this is in: there others may have taken most.
+    pub(crate) is_own: bool,
 }
 
 impl MemoryGroups {
@@ -50,6 +52,7 @@ impl MemoryGroups {
 struct Group {
     folder: PathBuf,
     version: Version,
+    is_own: bool,
 }
 
 impl Group {
@@ -59,7 +62,8 @@ impl Group {
         let limit_bytes = self.number(files.limit).filter(|limit| *limit < NO_LIMIT_BYTES)?;
         let taken_bytes = self.number(files.usage)?;
         let stat = fs::read_to_string(self.folder.join("memory.stat")).unwrap_or_default();
-        Some(Level { used_bytes: taken_bytes.saturating_sub(idle_bytes(&stat, &files)), limit_bytes })
+        let used_bytes = taken_bytes.saturating_sub(idle_bytes(&stat, &files));
+        Some(Level { used_bytes, limit_bytes, is_own: self.is_own })
     }
 
     /// A file of one number; "max" is none.
@@ -157,8 +161,8 @@ impl<'a> Mount<'a> {
     /// that has the paths of its host, only what is mounted.
     fn groups(&self, group: &str) -> Vec<Group> {
         let below = Path::new(group).strip_prefix(self.root).unwrap_or(Path::new(""));
-        let folder = |below| Group { folder: self.point.join(below), version: self.version };
-        below.ancestors().map(folder).collect()
+        let group = |folder| Group { folder: self.point.join(folder), version: self.version, is_own: folder == below };
+        below.ancestors().map(group).collect()
     }
 }
 

@@ -43,6 +43,10 @@ const FLOW_BYTES: u64 = 8 * 1024;
 /// however few descriptors are left are counted in `serve::room`.)
 const FEW: usize = 64;
 
+/// Memory that is kept of a group which others may be in. Where that is all pods of a node, four fifths of its limit are taken
+/// day by day, and a fifth of it would be many times what this process ever needs.
+const KEPT_OF_OTHERS_BYTES: u64 = 256 * 1024 * 1024;
+
 /// Flows may take one part in so many of what is left, and connections the rest: together they cannot go beyond it before
 /// the next look, which shares out anew what is still there.
 const FLOWS_SHARE: u64 = 4;
@@ -160,9 +164,15 @@ pub(crate) fn connections_that_fit(limit: u64, others: u64) -> u64 {
     (left - reserve) / 2
 }
 
-/// Memory until the first group has taken 80 % of its limit; `None` without a limit. Pure.
+/// Memory until the first group has taken what it may: 80 % of its limit, and of one that it is in, where others may have
+/// taken most, all but [`KEPT_OF_OTHERS_BYTES`] where that is more. `None` without a limit. Pure.
 fn free_bytes(levels: impl Iterator<Item = Level>) -> Option<u64> {
-    levels.map(|Level { used_bytes, limit_bytes }| (limit_bytes / 5 * 4).saturating_sub(used_bytes)).min()
+    let free = |Level { used_bytes, limit_bytes, is_own }: Level| {
+        let fifth = limit_bytes - limit_bytes / 5 * 4;
+        let kept = if is_own { fifth } else { fifth.min(KEPT_OF_OTHERS_BYTES) };
+        limit_bytes.saturating_sub(kept).saturating_sub(used_bytes)
+    };
+    levels.map(free).min()
 }
 
 /// Descriptors of this process that belong to no connection: listeners, event loops, flows, pipes.
@@ -212,7 +222,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn level(used: u64, limit: u64) -> Level {
-        Level { used_bytes: used * MIB, limit_bytes: limit * MIB }
+        Level { used_bytes: used * MIB, limit_bytes: limit * MIB, is_own: true }
     }
 
     fn open(connections: usize, flows: usize) -> Open {
@@ -241,6 +251,7 @@ mod tests {
                 let more = 2 * connections.by_descriptors.saturating_sub(now.connections) + (flows - now.flows);
                 assert!(more as u64 <= 2 * fitting.saturating_sub(used), "{used} of {fitting}: {more} more");
                 assert_eq!(connections.by_descriptors > now.connections, used < fitting, "the last one may come");
+                assert!(connections.by_descriptors as u64 <= fitting, "what is too much is not replaced");
             }
         }
         assert_eq!(most(open(0, 0), u64::MAX / 2, None).connections.by_memory, usize::MAX);
@@ -251,7 +262,6 @@ mod tests {
         let free = |used, limit| free_bytes([level(used, limit)].into_iter());
         assert_eq!(free(80, 100), Some(0));
         assert_eq!(free(200, 100), Some(0));
-                assert!(connections.by_descriptors as u64 <= fitting, "what is too much is not replaced");
         assert_eq!(free(79, 100), Some(MIB));
         assert_eq!(free_bytes(std::iter::empty()), None);
 
@@ -269,6 +279,15 @@ mod tests {
         let levels = [level(0, 1_000), level(15, 20), level(0, 2_000)];
 
         assert_eq!(free_bytes(levels.into_iter()), Some(MIB));
+    }
+
+    #[test]
+    fn f22_given_a_group_that_others_fill_when_judged_then_a_part_is_kept_that_this_process_may_need() {
+        let free = |used, limit| free_bytes([Level { is_own: false, ..level(used, limit) }].into_iter());
+
+        assert_eq!(free(58_000, 64_000), Some((6_000 - 256) * MIB), "a node as full as most");
+        assert_eq!(free(63_800, 64_000), Some(0));
+        assert_eq!(free(79, 100), Some(MIB), "of a small one a fifth is less");
     }
 
     #[test]
