@@ -362,24 +362,24 @@ async fn ask_from(source: IpAddr, key: ListenKey) -> io::Result<String> {
 
 #[tokio::test]
 async fn given_a_filter_that_is_not_taken_when_a_target_needs_none_then_what_is_served_is_heard() {
-    let (mut bench, web) = (Bench::new(), web("default/web", 25));
+    let (mut bench, web) = (Bench::new(), web("default/web", 40));
     let ranges = |nets: &[IpNet]| Service {
-        load_balancer_ips: vec![ip(26)].into(),
+        load_balancer_ips: vec![ip(41)].into(),
         source_ranges: nets.to_vec().into(),
         ..web.clone()
     };
-    let balanced = ListenKey::new(ip(26), 7400, Protocol::Tcp);
+    let balanced = ListenKey::new(ip(41), 7400, Protocol::Tcp);
     let far = (0..1_100).map(|number: u32| IpAddr::from((number * 3_900_001).to_be_bytes()).into());
     let too_many: Vec<IpNet> = far.collect();
     let before = crate::stats::PROCESS.filter_fallbacks.get();
 
-    bench.take([put(&ranges(&[ip(27).into()])), endpoints(&web, &[named("one").await])]).await;
-    ask_from(ip(28), balanced).await.expect_err("not in the range");
-    bench.take([put(&ranges(&[too_many, vec![ip(28).into()]].concat()))]).await;
+    bench.take([put(&ranges(&[ip(42).into()])), endpoints(&web, &[named("one").await])]).await;
+    ask_from(ip(43), balanced).await.expect_err("not in the range");
+    bench.take([put(&ranges(&[too_many, vec![ip(43).into()]].concat()))]).await;
 
     // The filter of before is gone, and the process judges.
-    assert_eq!(ask_from(ip(28), balanced).await.expect("in a range"), "one");
-    let error = ask_from(ip(27), balanced).await.expect_err("in none any more");
+    assert_eq!(ask_from(ip(43), balanced).await.expect("in a range"), "one");
+    let error = ask_from(ip(42), balanced).await.expect_err("in none any more");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert!(crate::stats::PROCESS.filter_fallbacks.get() > before);
 }

@@ -9,7 +9,7 @@ use crate::support::backend::Backend;
 use crate::support::manifest::Manifest;
 use crate::support::program::{Descriptors, Program};
 use crate::support::site::Site;
-use crate::support::{client, full, seen};
+use crate::support::{client, full, seen, within};
 
 /// As many as are asked for, in the long form, and fewer where the machine has not so many descriptors.
 const CONNECTIONS: u64 = 10_000;
@@ -38,10 +38,9 @@ async fn f13_t170_given_many_idle_connections_when_they_are_open_then_memory_is_
         let connections = open(site.service(), count).await;
 
         let each = seen::private_bytes(relay.pid()).saturating_sub(before.1) / count;
-        let busy = relay.busy(Duration::from_millis(500)).await;
+        let busy = within("the relay to rest", at_rest(&relay)).await;
         println!("{count} idle connections: {each} bytes of user memory each, {:.2} % of a processor", busy * 100.0);
         assert!(each <= BYTES_EACH, "{each} bytes each");
-        assert!(busy < 0.01, "{busy}");
         let descriptors = (seen::descriptors(relay.pid()) - before.0) as u64;
         let sockets = 2 * count - FEW..=2 * count + FEW;
         assert!(sockets.contains(&descriptors), "{descriptors} descriptors, not two each: no pipe is held");
@@ -52,6 +51,17 @@ async fn f13_t170_given_many_idle_connections_when_they_are_open_then_memory_is_
     }
 
     assert!(peaks[1] <= peaks[0] + peaks[0] / 10, "more memory the second time: {peaks:?} bytes");
+}
+
+/// What it takes of a processor once it takes less than a hundredth: connections that last are given their options some
+/// seconds after they came, and on a busy machine they come for as long.
+async fn at_rest(relay: &Program) -> f64 {
+    loop {
+        let busy = relay.busy(Duration::from_millis(500)).await;
+        if busy < 0.01 {
+            return busy;
+        }
+    }
 }
 
 /// Connections that have exchanged one message.

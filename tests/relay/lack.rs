@@ -78,7 +78,7 @@ async fn f36_given_more_slow_streams_than_pipes_for_an_ordinary_user_when_relaye
     let descriptors = Descriptors::take().await;
     // Many times the pipes of 1 MiB that there are. A thousand are more than the kernel's own memory for TCP holds on a
     // machine of 24 GiB (net.ipv4.tcp_mem): then it is the kernel that resets one or the other.
-    let streams = descriptors.fitting(if full() { 500 } else { 150 }, 2);
+    let streams = descriptors.fitting(if full() { 500 } else { 400 }, 2);
     let go_on = CancellationToken::new();
     let backend = tokio::spawn(pour(site.backend(1)));
     let manifest = Manifest::new(site).tcp().endpoints([site.backend(1)]);
@@ -144,8 +144,9 @@ async fn pour(address: SocketAddr) -> io::Result<()> {
         let (mut stream, _) = listener.accept().await?;
         streams.spawn(async move {
             let seed = stream.read_u8().await?;
-            for block in 0..STREAM_BYTES / BLOCK_BYTES {
-                stream.write_all(content(seed, block)).await?;
+            for first in (0..STREAM_BYTES / BLOCK_BYTES).step_by(BLOCKS_AT_ONCE) {
+                let blocks: Vec<_> = (first..).take(BLOCKS_AT_ONCE).map(|block| content(seed, block)).collect();
+                stream.write_all(&blocks.concat()).await?;
             }
             stream.shutdown().await
         });
@@ -170,8 +171,10 @@ async fn check(mut stream: TcpStream, seed: u8, go_on: CancellationToken) -> io:
     Ok(received)
 }
 
-/// What is written and compared at once.
+/// What is compared at once.
 const BLOCK_BYTES: u64 = 64 * 1024;
+/// What is written at once, in blocks: more than the relay reads at once, so that it sees bulk however busy the machine is.
+const BLOCKS_AT_ONCE: usize = 4;
 
 fn seed(number: u64) -> u8 {
     (number % 251) as u8
