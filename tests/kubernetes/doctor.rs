@@ -36,7 +36,7 @@ fn about<'f>(findings: &'f [Value], subject: &str, severity: &str) -> Vec<&'f st
 
 #[tokio::test]
 async fn given_a_server_that_permits_all_when_the_doctor_asks_then_it_asks_for_what_a_relay_needs_and_writes_nothing() {
-    let site = Site::new(86);
+    let site = Site::new(84);
     let server = ApiServer::start(api_address(site)).await;
     server.put("services", web(site));
     server.put("nodes", node([192, 0, 2, 5].into(), &[]));
@@ -67,7 +67,7 @@ async fn given_a_server_that_permits_all_when_the_doctor_asks_then_it_asks_for_w
 
 #[tokio::test]
 async fn given_refused_verbs_when_the_doctor_asks_then_each_is_told_with_what_follows() {
-    let site = Site::new(87);
+    let site = Site::new(97);
     let server = ApiServer::start(api_address(site)).await;
     server.deny("watch", "endpointslices");
     server.deny("create", "events");
@@ -86,7 +86,7 @@ async fn given_refused_verbs_when_the_doctor_asks_then_each_is_told_with_what_fo
 
 #[tokio::test]
 async fn given_an_old_server_when_the_doctor_asks_then_endpoints_are_what_it_needs() {
-    let site = Site::new(88);
+    let site = Site::new(98);
     let server = ApiServer::start(api_address(site)).await;
     server.unknown("endpointslices");
     server.deny("list", "endpoints");
@@ -99,7 +99,7 @@ async fn given_an_old_server_when_the_doctor_asks_then_endpoints_are_what_it_nee
 
 #[tokio::test]
 async fn given_a_policy_by_pods_when_it_guards_a_service_then_the_nodes_address_is_the_remedy() {
-    let site = Site::new(89);
+    let site = Site::new(99);
     let server = ApiServer::start(api_address(site)).await;
     let mut service = web(site);
     service["spec"]["selector"] = json!({"app": "web"});
