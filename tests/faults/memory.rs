@@ -21,7 +21,8 @@ const WAITING: Duration = Duration::from_secs(2);
 const MORE: usize = 200;
 /// How long memory stays short.
 const SHORT: Duration = Duration::from_secs(3);
-const LONG: Duration = Duration::from_secs(300);
+/// Five minutes were no different; the whole file has ten.
+const LONG: Duration = Duration::from_secs(60);
 /// From when thousands of others begin to go to the first answer. Twice as long without optimization.
 const RECOVERY: Duration = Duration::from_secs(if cfg!(debug_assertions) { 2 } else { 1 });
 /// From one look at the relay to the next.
