@@ -212,6 +212,12 @@ impl Gauge {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// One more, unless that would be more than `most`. Of threads that want the last place one gets it.
+    pub fn increment_up_to(&self, most: u64) -> bool {
+        let one_more = |value| (value < most).then(|| value + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
     /// One less.
     pub fn decrement(&self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
@@ -595,6 +601,21 @@ mod tests {
 
         assert_eq!(histogram.cumulative().collect::<Vec<_>>(), [(0.01, 2), (0.1, 4)]);
         assert_eq!((histogram.count(), histogram.sum_seconds()), (5, 5.121));
+    }
+
+    #[test]
+    fn given_as_many_threads_as_take_the_last_places_at_once_when_counted_then_no_more_have_one_than_there_may_be() {
+        let gauge = Gauge::new();
+        gauge.increment();
+
+        let taken = std::thread::scope(|scope| {
+            let takers = [(); 4].map(|()| scope.spawn(|| (0..1_000).filter(|_| gauge.increment_up_to(1_001)).count()));
+            takers.map(|taker| taker.join().expect("it does not panic")).iter().sum::<usize>()
+        });
+
+        assert_eq!((taken, gauge.get()), (1_000, 1_001));
+        gauge.decrement();
+        assert!(gauge.increment_up_to(1_001), "there is room again");
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl PortState {
 
     /// True where it has as many TCP connections as the Service allows.
     pub(crate) fn is_full(&self) -> bool {
-        self.cap.is_reached(self.stats.so_far().open.get())
+        self.cap.most().is_some_and(|most| self.stats.so_far().open.get() >= most)
     }
 }
 
@@ -122,9 +122,17 @@ impl PortState {
 pub(crate) struct Counted(Arc<PortState>);
 
 impl Counted {
-    pub(crate) fn begin(port: &Arc<PortState>) -> Self {
-        port.stats.open.increment();
-        Self(Arc::clone(port))
+    /// Takes a place; `None` where the Service has as many connections as it allows.
+    pub(crate) fn begin(port: &Arc<PortState>) -> Option<Self> {
+        let open = &port.stats.open;
+        let has_place = match port.cap.most() {
+            Some(most) => open.increment_up_to(most),
+            None => {
+                open.increment();
+                true
+            }
+        };
+        has_place.then(|| Self(Arc::clone(port)))
     }
 }
 

@@ -5,8 +5,9 @@
 //! one Service from its plan. UDP has nobody to wait: where there may be no more flows, a new one takes the place of an old
 //! one (`room`).
 //!
-//! *Exactness.* Workers decide by themselves, so that no accept waits for another worker: those that look at the same moment
-//! each let one in, and a limit may be exceeded by one connection for each worker but the first.
+//! *Exactness.* The limit of a Service holds exactly: a place is taken before the accept (`balancer`). Those of the process are
+//! looked at by each worker for itself, so that all accepts of the machine do not share one more cache line: workers that
+//! look at the same moment each let one in, and such a limit may be exceeded by one for each worker but the first.
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -117,10 +118,10 @@ impl Cap {
         self.0.store(most.map_or(0, NonZeroU32::get), Ordering::Relaxed);
     }
 
-    /// True where so many are as many as there may be.
-    pub(crate) fn is_reached(&self, open: u64) -> bool {
+    /// `None` where there is no limit.
+    pub(crate) fn most(&self) -> Option<u64> {
         let most = self.0.load(Ordering::Relaxed);
-        most > 0 && open >= u64::from(most)
+        (most > 0).then_some(u64::from(most))
     }
 }
 
@@ -180,13 +181,13 @@ mod tests {
     #[test]
     fn given_a_cap_of_a_service_when_set_then_it_holds_and_none_is_no_cap() {
         let cap = Cap::default();
-        assert!(!cap.is_reached(u64::MAX));
+        assert_eq!(cap.most(), None);
 
         cap.set(NonZeroU32::new(2));
-        assert_eq!([1, 2, 3].map(|open| cap.is_reached(open)), [false, true, true]);
+        assert_eq!(cap.most(), Some(2));
 
         cap.set(None);
-        assert!(!cap.is_reached(3));
+        assert_eq!(cap.most(), None);
     }
 
     #[test]

@@ -289,12 +289,13 @@ impl Acceptor {
     /// Lets in some of those who wait. For how long to rest, where it cannot.
     fn accept(&self, worker: &Rc<Worker>) -> Option<Duration> {
         for _ in 0..self.pace.get().burst {
-            if let Some(reason) = self.server.closed() {
-                return Some(self.wait_for_room(reason));
-            }
+            let counted = match self.server.take_place() {
+                Ok(counted) => counted,
+                Err(reason) => return Some(self.wait_for_room(reason)),
+            };
             match socket::accept(&self.server.listener) {
                 Ok((socket, peer)) => {
-                    self.server.admit(worker, socket, peer);
+                    self.server.admit(worker, socket, peer, counted);
                     self.pace.set(self.pace.get().after_accept());
                 }
                 Err(error) => match Refusal::of(&error) {
@@ -364,8 +365,16 @@ impl Server {
         reason.or_else(|| self.target.load().port.is_full().then_some(PauseReason::ServiceLimit))
     }
 
+    /// Counts the next client before it is there, so that of workers that see the last place only one takes it.
+    fn take_place(&self) -> Result<Counted, PauseReason> {
+        match self.shared.gate.closed(self.shared.open_connections()) {
+            Some(reason) => Err(reason),
+            None => Counted::begin(&self.target.load().port).ok_or(PauseReason::ServiceLimit),
+        }
+    }
+
     /// Gives a client to a task of its own, or turns it away.
-    fn admit(&self, worker: &Rc<Worker>, socket: OwnedFd, peer: SocketAddr) {
+    fn admit(&self, worker: &Rc<Worker>, socket: OwnedFd, peer: SocketAddr, counted: Counted) {
         let target = self.target.load();
         let port = &target.port;
         port.stats.accepted.increment();
@@ -375,7 +384,7 @@ impl Server {
         };
         let guest = Guest::new(socket, peer, &balancer.port);
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
-        let (counted, address) = (Counted::begin(&balancer.port), target.address.clone());
+        let address = target.address.clone();
         self.shared.workers.place(worker, move |seat| {
             let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: address };
             serve(guest, listen, balancer, shared, stay)
@@ -956,7 +965,8 @@ mod tests {
 
             let mut clients = [pair().await, pair().await].map(|(client, accepted)| {
                 let peer = accepted.peer_addr().expect("a connection");
-                server.admit(&worker::current(), accepted.into_std().expect("a registered socket").into(), peer);
+                let (socket, counted) = (accepted.into_std().expect("a registered socket"), server.take_place());
+                server.admit(&worker::current(), socket.into(), peer, counted.expect("no limit"));
                 client
             });
 
@@ -1112,7 +1122,8 @@ mod tests {
             shared.workers.place(&here, move |seat| {
                 let balancer = balancer(&[]);
                 let guest = Guest::new(socket, peer, &balancer.port);
-                let stay = Stay { _open: open, _seat: seat, _counted: Counted::begin(&balancer.port), _address: None };
+                let counted = Counted::begin(&balancer.port).expect("no limit");
+                let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: None };
                 let connection = serve(guest, listen, balancer, options, stay);
                 told.send(size_of_val(&connection)).expect("the test");
                 connection
