@@ -39,6 +39,11 @@ pub(crate) fn admit<'a>(
     (admitted, problems)
 }
 
+/// True where an address of a slice of that family cannot be an endpoint.
+pub(crate) fn refuses(address: IpAddr, family: Family, allow_loopback: bool) -> bool {
+    Refusal::of(address, family, allow_loopback).is_some()
+}
+
 /// Why an address cannot be an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {

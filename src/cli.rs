@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use ipnet::IpNet;
 
 #[cfg(feature = "kubernetes")]
@@ -25,6 +26,7 @@ use crate::config::{
 use crate::config_file::ConfigFile;
 use crate::doctor::DoctorConfig;
 use crate::endpoints::Node;
+use crate::explain::Question;
 use crate::guard::VipGuard;
 use crate::host::NodePortSelector;
 use crate::lifecycle::ShutdownTimes;
@@ -37,13 +39,15 @@ use crate::scaffold::{NewNodePort, NewService};
 use crate::serve::connect::Steps;
 use crate::serve::limits::LimitOptions;
 use crate::tcp_settings::{CONNECT_TIMEOUTS, CONNECT_TRIES, LASTING};
-use crate::value::{OrNone, PortRange, Time, expose, label, network, socket_address};
+use crate::value::{Destination, OrNone, PortRange, Time, destination, expose, label, network, socket_address};
 use crate::vips::{AtExit, VipOptions};
 
 /// Exit code: all is well.
 pub const EXIT_FINE: u8 = 0;
 /// Exit code: problems were found, or the command failed.
 pub const EXIT_PROBLEMS: u8 = 1;
+/// Exit code of `diff`: the command failed, so that nobody knows what differs.
+pub const EXIT_UNKNOWN: u8 = 2;
 /// Exit code: the command line is wrong (`EX_USAGE`).
 pub const EXIT_USAGE: u8 = 64;
 
@@ -130,6 +134,9 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
   All Services:
     kube-relay status
 
+  The same with traffic, affinity and balance:
+    kube-relay status -o wide
+
   One of them, with the state of each listener and backend:
     kube-relay status default/web
 
@@ -137,6 +144,43 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay status default/web -o json | jq '.services[].ports[].backendTraffic[]'"
     )]
     Status(StatusArgs),
+
+    /// Tell what becomes of a client that connects to an address, and why
+    #[command(
+        long_about = "Tells whose Service is at an address, where a client's traffic goes from there, which rule chose these \
+                      backends, which of them is next, and why the others are not used.\n\n\
+                      Asks a running kube-relay; with -f it says what `run` would do with the manifests, and asks nobody.\n\n\
+                      Exits with 1 where no Service is served at the address.",
+        after_long_help = "Examples:
+  A cluster IP:
+    kube-relay explain 10.96.0.10:80
+
+  For one client; from outside, a policy or a list may turn it away:
+    kube-relay explain 192.0.2.1:30080/TCP --from 203.0.113.9
+
+  Before a commit, as the node with that name and zone:
+    kube-relay explain -f manifests/ 10.96.0.10:80 --node-name worker-1 --zone eu-1a"
+    )]
+    Explain(Box<ExplainArgs>),
+
+    /// Show what manifests would change for a running kube-relay
+    #[command(
+        long_about = "Compares what a running kube-relay serves with what it would serve from these manifests alone: Services, \
+                      listeners and backends that would go (-), come (+) or change.\n\n\
+                      Give it the flags or the --config of the running one: addresses follow from them. Services that \
+                      the manifests do not name count as removed.\n\n\
+                      Exits with 0 where nothing differs, 1 where something does, 2 where that cannot be told.",
+        after_long_help = "Examples:
+  What a folder would change:
+    kube-relay diff manifests/
+
+  With the settings of the running one:
+    kube-relay diff --config relay.yaml manifests/
+
+  In a script:
+    kube-relay diff manifests/ > changes.txt; test $? -lt 2 || exit 1"
+    )]
+    Diff(Box<DiffArgs>),
 
     /// Show what on this machine would break a kube-relay, and what to do about it
     #[command(
@@ -180,6 +224,24 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     /// Print a manifest to start from
     #[command(subcommand, arg_required_else_help = true)]
     New(NewCommand),
+
+    /// Print a script that completes commands and flags in a shell
+    #[command(after_long_help = "Examples:
+  For bash, to stay:
+    kube-relay completions bash > ~/.local/share/bash-completion/completions/kube-relay
+
+  For zsh, to stay:
+    kube-relay completions zsh > ~/.zfunc/_kube-relay")]
+    Completions(CompletionsArgs),
+
+    /// Print the manual page of the program, or of a command
+    #[command(after_long_help = "Examples:
+  To read:
+    kube-relay man run | man -l -
+
+  To keep:
+    kube-relay man > /usr/local/share/man/man1/kube-relay.1")]
+    Man(ManArgs),
 }
 
 /// What to print a manifest of.
@@ -548,10 +610,78 @@ pub struct StatusArgs {
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: StatusOutput,
 
+    /// Whom to ask.
+    #[command(flatten)]
+    pub server: ServerFlag,
+}
+
+/// Which kube-relay to ask.
+#[derive(Debug, Args)]
+pub struct ServerFlag {
     /// Whom to ask: the --status-bind-address of a running kube-relay
-    #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
-    #[arg(value_parser = socket_address)]
-    pub server: SocketAddr,
+    #[arg(long = "server", value_name = "IP:PORT", default_value_t = DEFAULT_METRICS_ADDRESS, env = "KUBE_RELAY_SERVER")]
+    #[arg(id = "server", value_parser = socket_address)]
+    pub address: SocketAddr,
+}
+
+/// Arguments of `explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// Where the client connects to; without a protocol, whatever is served there
+    #[arg(value_name = "IP:PORT[/PROTOCOL]", value_parser = destination)]
+    destination: Destination,
+
+    /// Address of the client [default: whoever it is]
+    #[arg(long, value_name = "IP")]
+    from: Option<IpAddr>,
+
+    /// File or folder with manifests to ask instead of a running kube-relay; `-` reads standard input. Repeat for more
+    #[arg(short = 'f', long = "source", value_name = "PATH")]
+    manifests: Vec<PathBuf>,
+
+    /// Whom to ask.
+    #[command(flatten)]
+    pub server: ServerFlag,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigFlag,
+
+    #[command(flatten)]
+    plan: PlanFlags,
+}
+
+/// Arguments of `diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// Files or folders with manifests; `-` reads standard input
+    #[arg(value_name = "PATH", required = true)]
+    manifests: Vec<PathBuf>,
+
+    /// Whom to ask.
+    #[command(flatten)]
+    pub server: ServerFlag,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigFlag,
+
+    #[command(flatten)]
+    plan: PlanFlags,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: Shell,
+}
+
+/// Arguments of `man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// The command, like `status` or `new service` [default: the program]
+    #[arg(value_name = "COMMAND")]
+    pub command: Vec<String>,
 }
 
 /// Arguments of `doctor`: those of `run`, none of which has to be there.
@@ -709,6 +839,8 @@ pub enum StatusOutput {
     /// For people
     #[default]
     Table,
+    /// The same, with more columns
+    Wide,
     /// For programs: what /status answers
     Json,
     /// The same as YAML
@@ -761,6 +893,28 @@ impl DoctorArgs {
         #[cfg(not(feature = "kubernetes"))]
         let source = SourceConfig::Manifests(checked_sources(self.sources)?);
         Ok(DoctorConfig { run: self.flags.checked(source)?, all: self.all })
+    }
+}
+
+impl ExplainArgs {
+    /// What is asked.
+    pub fn question(&self) -> Question {
+        Question { destination: self.destination, from: self.from }
+    }
+
+    /// The manifests to ask; `None`: a running kube-relay.
+    pub fn manifests(self) -> Result<Option<CheckConfig>, ConfigError> {
+        match self.manifests.is_empty() {
+            true => Ok(None),
+            false => check_config(self.manifests, self.plan).map(Some),
+        }
+    }
+}
+
+impl DiffArgs {
+    /// The manifests to compare with.
+    pub fn manifests(self) -> Result<CheckConfig, ConfigError> {
+        check_config(self.manifests, self.plan)
     }
 }
 
@@ -823,8 +977,12 @@ impl TryFrom<CheckArgs> for CheckConfig {
     type Error = ConfigError;
 
     fn try_from(args: CheckArgs) -> Result<Self, ConfigError> {
-        Ok(Self { sources: checked_sources(args.sources)?, plan: args.plan.checked(false)? })
+        check_config(args.sources, args.plan)
     }
+}
+
+fn check_config(sources: Vec<PathBuf>, plan: PlanFlags) -> Result<CheckConfig, ConfigError> {
+    Ok(CheckConfig { sources: checked_sources(sources)?, plan: plan.checked(false)? })
 }
 
 #[cfg(feature = "kubernetes")]
@@ -1038,6 +1196,7 @@ mod tests {
     use clap::error::ErrorKind;
 
     use super::*;
+    use crate::name::Protocol;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
         Cli::try_parse_from(line.split_whitespace())
@@ -1272,6 +1431,34 @@ mod tests {
     }
 
     #[test]
+    fn given_an_address_to_explain_when_parsed_then_manifests_are_asked_only_where_some_are_named() {
+        let explain = |line: &str| match parse(line).expect("a command line").command {
+            Command::Explain(args) => *args,
+            other => panic!("not explain: {other:?}"),
+        };
+
+        let live = explain("kube-relay explain 10.96.0.10:53/udp --from 10.0.0.1");
+        let offline = explain("kube-relay explain -f web.yaml --zone z 10.96.0.10:80");
+
+        assert_eq!(live.server.address, DEFAULT_METRICS_ADDRESS);
+        let question = live.question();
+        assert_eq!((question.destination.protocol, question.from), (Some(Protocol::Udp), Some([10, 0, 0, 1].into())));
+        assert_eq!(live.manifests(), Ok(None));
+        let config = offline.manifests().expect("fine").expect("manifests");
+        assert_eq!(config.sources, [Input::from("web.yaml")]);
+        assert_eq!(config.plan.node.zone.as_deref(), Some("z"));
+        assert!(parse("kube-relay explain web:80").is_err(), "names are not looked up");
+    }
+
+    #[test]
+    fn given_no_manifests_to_compare_with_when_parsed_then_they_are_asked_for() {
+        let error = parse("kube-relay diff").expect_err("no path");
+
+        assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument);
+        assert!(parse("kube-relay diff a.yaml b/ --server 127.0.0.1:1 --nodeport-addresses all").is_ok());
+    }
+
+    #[test]
     fn given_no_source_when_parsed_then_the_flag_is_asked_for() {
         let error = parse("kube-relay run").expect_err("no source");
 
@@ -1306,7 +1493,8 @@ mod tests {
             command.render_long_help().to_string()
         };
 
-        for names in [&["run"][..], &["check"], &["status"], &["doctor"], &["cleanup"], &["new", "service"]] {
+        let first = [&["run"][..], &["check"], &["status"], &["explain"], &["diff"], &["doctor"], &["cleanup"]];
+        for names in first.into_iter().chain([&["new", "service"][..], &["completions"], &["man"]]) {
             let text = help(names);
             let examples: Vec<&str> = text.lines().filter(|line| line.contains("    kube-relay ")).collect();
             assert!(examples.len() >= 2, "{names:?}: {text}");

@@ -26,6 +26,7 @@ use crate::lifecycle::Drainable;
 use crate::model::{Event, Model, ServicePort};
 use crate::name::{BalancerKey, Family, ObjectName};
 use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
+use crate::recent;
 use crate::rejections::Rejections;
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
@@ -34,6 +35,7 @@ use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
 use crate::stats::PROCESS;
 use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status};
+use crate::timestamp::rfc3339;
 use crate::vips::{VipOptions, Vips};
 
 /// Messages that wait for the control task; a source that is faster waits.
@@ -133,7 +135,12 @@ impl Relay {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (orders, order_inbox) = mpsc::channel(1); // Nobody gives one before the last is carried out.
         let contact = Arc::new(Contact::default());
-        let first = Status { contact: Arc::clone(&contact), ..Status::default() };
+        let first = Status {
+            contact: Arc::clone(&contact),
+            inside: options.inside.as_slice().into(),
+            options: Arc::new(options.plan.clone()),
+            ..Status::default()
+        };
         let (publish, status) = watch::channel(Arc::new(first.clone()));
         let tcp = Arc::new(TcpShared::new(options.tcp)?);
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
@@ -386,10 +393,12 @@ impl Control {
     fn set(&mut self, setting: Setting) {
         if setting.plan != self.options {
             journal::tell_node_port_addresses(&self.options.node_port_addresses, &setting.plan.node_port_addresses);
+            self.status.options = Arc::new(setting.plan.clone());
             self.options = setting.plan;
             self.dirty.extend(self.model.services().map(|service| service.name.clone()));
         }
-        self.inside_moved |= self.listeners.set_inside(setting.inside.into());
+        self.status.inside = setting.inside.into();
+        self.inside_moved |= self.listeners.set_inside(Arc::clone(&self.status.inside));
         self.hasten(setting.local);
     }
 
@@ -461,14 +470,24 @@ impl Control {
         all.filter(|(name, wanted)| wanted.is_some() || self.health_ports.knows(name)).collect()
     }
 
-    /// Renews the snapshot's entries of Services that changed.
+    /// Renews the snapshot's entries of Services that changed, and notes how; the first state is no change.
     fn describe(&mut self) {
+        let at = rfc3339(SystemTime::now());
         for name in self.plan.touched() {
+            if self.status.synced {
+                let before = self.status.services.get(name).map(|told| &*told.plan);
+                let news = recent::news(before, self.plan.service(name).map(AsRef::as_ref));
+                if !news.is_empty() {
+                    Arc::make_mut(&mut self.status.recent).add(&at, name, news);
+                }
+            }
             match (self.model.service(name), self.plan.service(name)) {
                 (Some(service), Some(plan)) => {
                     let ports = service.ports.iter().map(|port| self.counters(plan, port)).collect();
+                    let slices = self.model.slices(name).cloned().collect();
                     let (service, plan) = (Arc::clone(service), Arc::clone(plan));
-                    self.status.services.insert(name.clone(), Arc::new(ServiceStatus { service, plan, ports }));
+                    let told = ServiceStatus { service, plan, slices, ports };
+                    self.status.services.insert(name.clone(), Arc::new(told));
                 }
                 _ => {
                     self.status.services.remove(name);
@@ -486,7 +505,7 @@ impl Control {
             return PortCounters::default();
         };
         let state = self.listeners.port(name).cloned();
-        PortCounters { state, backends: self.listeners.backends(name) }
+        PortCounters { state, backends: self.listeners.backends(name), balancers: self.listeners.balancers(name) }
     }
 
     /// Renews the snapshot's list of failed listeners; true where it changed. Logs who joined it and who left it, not
@@ -835,6 +854,24 @@ mod tests {
 
         let batches = now(&relay).revision - began;
         assert!(batches <= 20, "{batches}"); // Nothing like a thousand, however slow this machine is.
+    }
+
+    #[tokio::test]
+    async fn given_endpoints_that_change_when_taken_then_it_is_noted_and_who_is_next_is_known() {
+        let relay = start();
+        let (one, two) = (named("one").await, named("two").await);
+        sync(&relay, vec![web(64)], vec![slice(&web(64), &[one])]).await;
+        assert_eq!(now(&relay).recent.iter().count(), 0, "the first state is no change");
+
+        send(&relay, [put_slice(slice(&web(64), &[two]))]).await;
+        soon(relay.status().wait_for(|status| status.recent.iter().count() > 0)).await.expect("it is noted");
+
+        let status = now(&relay);
+        let noted: Vec<_> = status.recent.iter().map(|event| event.what.clone()).collect();
+        assert_eq!(noted, [format!("http/TCP: backends +{two}, -{one}")]);
+        let port = &status.report().services[0].ports[0];
+        assert_eq!(port.choices[0].next, Some(two));
+        assert_eq!(port.choices[0].endpoints.len(), 1);
     }
 
     #[tokio::test]

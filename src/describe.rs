@@ -110,7 +110,7 @@ fn remarks(listener: &ListenerReport) -> String {
     if remarks.is_empty() { String::new() } else { format!("({})", remarks.join("; ")) }
 }
 
-fn words(side: Side) -> &'static str {
+pub(crate) fn words(side: Side) -> &'static str {
     match (side.verdict, side.scope) {
         (Verdict::Serve, Scope::Cluster) => "every backend",
         (Verdict::Serve, Scope::Local) => "backends on this node",
@@ -142,7 +142,7 @@ pub(crate) fn allowed(nets: &BTreeSet<IpNet>) -> String {
     if nets.is_empty() { "nobody".to_owned() } else { format!("only {}", abridged(&nets)) }
 }
 
-fn abridged(addresses: &[String]) -> String {
+pub(crate) fn abridged(addresses: &[String]) -> String {
     let shown = &addresses[..addresses.len().min(BACKENDS_SHOWN)];
     match addresses.len() {
         0 => "no backends".to_owned(),

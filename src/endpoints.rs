@@ -1,7 +1,7 @@
 //! Which endpoints a ServicePort may use on this node: conditions, traffic policy, topology hints.
 //!
 //! A pure function, one to one the policy of kube-proxy. Nothing here knows listeners or sockets;
-//! which addresses may be endpoints at all is decided before, in `admission`.
+//! which addresses may be endpoints at all is decided before, in `admission`. Why an endpoint is not used is told in `choice`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -105,23 +105,23 @@ fn asks_for_local(service: &Service, external: bool) -> bool {
 }
 
 /// An endpoint under one number of the ServicePort, before any choice.
-struct Candidate<'a> {
-    address: SocketAddr,
-    endpoint: &'a Endpoint,
-    local: bool,
+pub(crate) struct Candidate<'a> {
+    pub(crate) address: SocketAddr,
+    pub(crate) endpoint: &'a Endpoint,
+    pub(crate) local: bool,
 }
 
 impl Candidate<'_> {
-    fn ready(&self) -> bool {
+    pub(crate) fn ready(&self) -> bool {
         self.endpoint.ready
     }
 
     /// Ends, and still answers: used only where nobody is ready.
-    fn serves_to_the_end(&self) -> bool {
+    pub(crate) fn serves_to_the_end(&self) -> bool {
         self.endpoint.serving && self.endpoint.terminating
     }
 
-    fn serves(&self) -> bool {
+    pub(crate) fn serves(&self) -> bool {
         self.ready() || self.serves_to_the_end()
     }
 
@@ -142,7 +142,7 @@ impl Candidate<'_> {
 }
 
 /// The union over all slices, sorted, each address once.
-fn merge<'a>(
+pub(crate) fn merge<'a>(
     port: &ServicePort,
     family: Family,
     slices: impl Iterator<Item = &'a Slice>,
@@ -196,16 +196,19 @@ fn collect(candidates: &[Candidate<'_>], accept: impl Fn(&Candidate<'_>) -> bool
 
 /// Which hints narrow the Cluster set down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Topology<'a> {
+pub(crate) enum Topology<'a> {
+    /// Those for this node.
     Node(&'a str),
+    /// Those for this zone.
     Zone(&'a str),
+    /// None of them.
     Everywhere,
 }
 
 impl<'a> Topology<'a> {
     /// Hints count only where every ready endpoint has one and some endpoint is meant for us:
     /// half-written hints must not hide endpoints.
-    fn of(candidates: &[Candidate<'_>], node: &'a Node) -> Self {
+    pub(crate) fn of(candidates: &[Candidate<'_>], node: &'a Node) -> Self {
         let hinted = [node.known_name().map(Self::Node), node.known_zone().map(Self::Zone)];
         hinted.into_iter().flatten().find(|topology| topology.complete(candidates)).unwrap_or(Self::Everywhere)
     }

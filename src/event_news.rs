@@ -301,7 +301,12 @@ mod tests {
         let planned = Arc::clone(plan.service(&service.name).expect("planned"));
         let key = ListenKey::new([10, 96, 0, 10].into(), 80, Protocol::Tcp);
         let failed = ListenerState::Failed { reason: reason.into(), message: "cannot listen".into() };
-        let one = ServiceStatus { service: Arc::clone(&service), plan: planned, ports: Box::default() };
+        let one = ServiceStatus {
+            service: Arc::clone(&service),
+            plan: planned,
+            slices: Box::default(),
+            ports: Box::default(),
+        };
         Status {
             services: [(service.name.clone(), Arc::new(one))].into(),
             failed: Arc::new([(key, failed)].into()),

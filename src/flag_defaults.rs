@@ -32,7 +32,7 @@ pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Cli, StartError
     let overridden = cli.command.overridden_sources();
     file.values.retain(|flag, _| !overridden.contains(flag));
     let mut command = Cli::command();
-    for subcommand in ["run", "check", "doctor"] {
+    for subcommand in ["run", "check", "explain", "diff", "doctor"] {
         command = command.mut_subcommand(subcommand, |subcommand| with_defaults(subcommand, &file));
     }
     let matches = command.try_get_matches_from(&line).map_err(StartError::Usage)?;
@@ -47,8 +47,10 @@ fn config_flag(cli: &mut Cli) -> Option<&mut ConfigFlag> {
     match &mut cli.command {
         Command::Run(args) => Some(&mut args.config),
         Command::Check(args) => Some(&mut args.config),
+        Command::Explain(args) => Some(&mut args.config),
+        Command::Diff(args) => Some(&mut args.config),
         Command::Doctor(args) => Some(&mut args.config),
-        Command::Status(_) | Command::New(_) | Command::Cleanup(_) => None,
+        Command::Status(_) | Command::New(_) | Command::Cleanup(_) | Command::Completions(_) | Command::Man(_) => None,
     }
 }
 

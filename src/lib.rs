@@ -49,6 +49,7 @@
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
+//! | what has happened to Services lately | the control task, by value: [`recent::Recent`] | a `watch` snapshot: [`status::Status`] |
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
@@ -87,6 +88,7 @@ mod balancing;
 mod catch_up;
 mod causes;
 mod cgroup;
+pub mod choice;
 mod claims;
 pub mod cleanup;
 pub mod cli;
@@ -101,6 +103,7 @@ pub mod decode;
 mod decode_endpoints;
 mod decode_service;
 mod describe;
+pub mod difference;
 pub mod doctor;
 pub mod endpoints;
 #[cfg(feature = "kubernetes")]
@@ -112,6 +115,7 @@ mod event_ledger;
 mod event_news;
 #[cfg(feature = "kubernetes")]
 mod events;
+pub mod explain;
 #[cfg(feature = "kubernetes")]
 mod file_stamps;
 mod filter_message;
@@ -157,6 +161,7 @@ mod login;
 pub mod logs;
 pub mod manifest;
 mod manifest_file;
+pub mod manual;
 pub mod metrics;
 #[cfg(feature = "kubernetes")]
 mod mirror;
@@ -178,6 +183,7 @@ mod printable;
 mod problem;
 pub mod rare;
 mod reading;
+pub mod recent;
 pub mod rejections;
 pub mod remedy;
 pub mod route_claim;

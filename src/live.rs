@@ -7,19 +7,23 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::{self, Choice, Unused};
 use crate::contact::ContactReport;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
-use crate::serve::balancer::Backend;
+use crate::recent::Happened;
+use crate::serve::balancer::{Backend, Balancer};
 use crate::serve::gate::remedy;
 use crate::serve::moment::Moment;
 use crate::stats::{
     BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, ServiceStats, Tally, WallTime,
 };
 use crate::status::{
-    BackendTraffic, ListenerState, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus, Status,
+    BackendTraffic, ListenerState, PortCounters, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
+    Status,
 };
 
 /// What `/status` answers: a report with its live parts, and who answers.
@@ -41,6 +45,12 @@ pub struct LiveReport {
     /// Why TCP clients wait to be accepted now; left out where none does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pauses: Vec<PauseReport>,
+    /// What has happened to Services lately, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recent: Vec<Happened>,
+    /// What counts as this node and its pods.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inside: Vec<IpNet>,
     /// Services and problems.
     #[serde(flatten)]
     pub report: Report,
@@ -79,6 +89,8 @@ impl LiveReport {
             source: status.source.clone(),
             contact: status.contact.report(),
             pauses: Vec::new(),
+            recent: status.recent.iter().cloned().collect(),
+            inside: status.inside.to_vec(),
             report: status.report(),
         }
     }
@@ -163,8 +175,27 @@ impl ServiceStatus {
                 BackendTraffic::of(backend, pods.get(&backend.address).and_then(|pod| pod.as_deref()))
             };
             port.backend_traffic = counters.backends.iter().map(traffic).collect();
+            let slices = self.slices.iter().map(AsRef::as_ref);
+            port.choices = choice::choices(&self.service, of, &self.plan, slices, &status.options);
+            port.choices.iter_mut().for_each(|choice| counters.complete(choice));
         }
         report
+    }
+}
+
+impl PortCounters {
+    /// Adds what only a running relay knows of a choice.
+    fn complete(&self, choice: &mut Choice) {
+        let of_choice = |balancer: &&Arc<Balancer>| (balancer.family, balancer.scope) == (choice.family, choice.scope);
+        let balancer = self.balancers.iter().find(of_choice);
+        let now = Instant::now();
+        choice.next = balancer.and_then(|balancer| balancer.upcoming(now)).map(|next| next.address);
+        let backends: BTreeMap<_, _> = self.backends.iter().map(|known| (known.address, known)).collect();
+        for one in choice.endpoints.iter_mut().filter(|one| one.unused.is_none()) {
+            let Some(backend) = backends.get(&one.address) else { continue };
+            one.unused = backend.is_own().then_some(Unused::OwnListener);
+            one.ejected_seconds = ejected_seconds(backend, now);
+        }
     }
 }
 
@@ -205,12 +236,17 @@ impl BackendTraffic {
             downstream_bytes: downstream_bytes.get(),
             upstream_datagrams: upstream_datagrams.get(),
             downstream_datagrams: downstream_datagrams.get(),
-            ejected_seconds: backend.out_for(Instant::now()).map(|time| time.as_secs_f64().ceil() as u64),
+            ejected_seconds: ejected_seconds(backend, Instant::now()),
             ejections: ejections.get(),
             connect_failures: counted(connect_failures, ConnectFailure::ALL, ConnectFailure::as_str),
             closed: counted(closed, CloseReason::ALL, CloseReason::as_str),
         }
     }
+}
+
+/// For how long nobody will try a backend; `None` where it gets its share.
+fn ejected_seconds(backend: &Backend, now: Instant) -> Option<u64> {
+    backend.out_for(now).map(|time| time.as_secs_f64().ceil() as u64)
 }
 
 /// The words of a tally that were counted at all.
@@ -228,12 +264,11 @@ fn counted<const N: usize, W: Copy + Into<usize>>(
 pub(crate) mod sample {
     use super::*;
     use crate::model::{ClusterIps, Endpoint, Service, ServiceKind, Slice, TrafficPolicy};
-    use crate::name::{Protocol, ServicePortName};
+    use crate::name::{BalancerKey, Family, Protocol, Scope, ServicePortName};
     use crate::plan::{PlanOptions, ServicePlan};
     use crate::rejections::Rejections;
-    use crate::serve::balancer::PortState;
+    use crate::serve::balancer::{PortState, Table};
     use crate::service_plan::Asked;
-    use crate::status::PortCounters;
 
     /// `default/web`: TCP 80 on a cluster IP and a (failed) node port, two backends, some traffic; `default/dns`: UDP, idle, parked.
     pub(crate) fn status() -> Status {
@@ -260,6 +295,9 @@ pub(crate) mod sample {
                 rejections,
             },
             contact: Arc::default(),
+            recent: Arc::default(),
+            inside: Arc::from(["127.0.0.0/8".parse::<IpNet>().expect("a net")]),
+            options: Arc::default(),
         }
     }
 
@@ -281,12 +319,15 @@ pub(crate) mod sample {
         web.ports[0].node_port_allocated = true;
         let mut endpoints = vec![Endpoint::new([10, 244, 0, 2]), Endpoint::new([10, 244, 0, 3])];
         endpoints[0].pod = Some("web-1".into());
+        let table = Table::new(backends.to_vec().into(), &[]);
+        let key = BalancerKey { port: state.name.clone(), family: Family::V4, scope: Scope::Cluster };
+        let balancers = [Arc::new(Balancer::new(key, Arc::clone(&state), table))].into();
         let backends = backends.into();
-        service(allocated(web, 10), endpoints, [PortCounters { state: Some(state), backends }].into())
+        service(allocated(web, 10), endpoints, [PortCounters { state: Some(state), backends, balancers }].into())
     }
 
     fn dns() -> ServiceStatus {
-        let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), backends: [].into() };
+        let counters = PortCounters { state: Some(state("dns", "", Protocol::Udp)), ..PortCounters::default() };
         service(allocated(Service::new("dns").udp_port("", 53), 11), vec![], [counters].into())
     }
 
@@ -312,16 +353,24 @@ pub(crate) mod sample {
     }
 
     fn service(service: Service, endpoints: Vec<Endpoint>, ports: Box<[PortCounters]>) -> ServiceStatus {
-        ServiceStatus { plan: plan(&service, endpoints), service: Arc::new(service), ports }
+        let slice = Arc::new(slice(&service, endpoints));
+        let plan = plan_of(&service, &slice);
+        ServiceStatus { plan, service: Arc::new(service), slices: [slice].into(), ports }
     }
 
     /// The plan of a Service whose port `http` leads to 8000 at these endpoints.
     pub(crate) fn plan(service: &Service, endpoints: Vec<Endpoint>) -> Arc<ServicePlan> {
-        let slice = Slice::new("1", service).port("http", 8000);
-        let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
+        plan_of(service, &slice(service, endpoints))
+    }
+
+    fn slice(service: &Service, endpoints: Vec<Endpoint>) -> Slice {
+        endpoints.into_iter().fold(Slice::new("1", service).port("http", 8000), Slice::endpoint)
+    }
+
+    fn plan_of(service: &Service, slice: &Slice) -> Arc<ServicePlan> {
         let node_port_addresses = vec![[127, 0, 0, 1].into()];
         let options = PlanOptions { node_port_addresses, ..PlanOptions::default() };
-        Arc::new(Asked::of(service, &options).plan([&slice].into_iter(), |_| false))
+        Arc::new(Asked::of(service, &options).plan([slice].into_iter(), |_| false))
     }
 
     fn backend(id: u32, address: &str) -> Arc<Backend> {
@@ -349,6 +398,7 @@ pub(crate) mod sample {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU8;
     use std::time::Duration;
 
     use super::*;
@@ -426,6 +476,37 @@ mod tests {
             r#"{"kind":"static","lastReloadSuccessful":true,"configRevision":3,"rejections":{"Service":{"decode":1}}}"#;
         assert!(text.contains(&format!(r#""source":{source}"#)), "{text}");
         assert!(text.contains(r#""state":{"is":"parked"}"#), "{text}");
+    }
+
+    #[test]
+    fn given_a_running_relay_when_reported_then_it_is_told_who_is_next_and_who_is_a_loop() {
+        let status = sample::status();
+        let web = &status.services[&ObjectName::parse("default/web")];
+        let seen = || {
+            let report = status.report().only(&ObjectName::parse("web")).expect("web is there");
+            let choice = report.services[0].ports[0].choices[0].clone();
+            let unused: Vec<_> = choice.endpoints.iter().map(|one| one.unused).collect();
+            (choice.next.map(|next| next.to_string()), unused)
+        };
+        assert_eq!(seen(), (Some("10.244.0.2:8000".into()), vec![None, None]));
+
+        web.ports[0].backends[0].set_own(true);
+
+        assert_eq!(seen(), (Some("10.244.0.3:8000".into()), vec![Some(Unused::OwnListener), None]));
+    }
+
+    #[test]
+    fn given_a_backend_that_is_ejected_when_reported_then_another_is_next_and_it_is_told_for_how_long() {
+        let status = sample::status();
+        let web = &status.services[&ObjectName::parse("default/web")].ports[0];
+
+        web.balancers[0].note_failure(&web.backends[0], ConnectFailure::Refused, NonZeroU8::MIN, Instant::now());
+
+        let report = status.report().only(&ObjectName::parse("web")).expect("web is there");
+        let choice = &report.services[0].ports[0].choices[0];
+        let ejected: Vec<_> = choice.endpoints.iter().map(|one| one.ejected_seconds).collect();
+        assert_eq!(ejected, [Some(10), None]);
+        assert_eq!(choice.next.map(|next| next.to_string()), Some("10.244.0.3:8000".into()));
     }
 
     #[test]

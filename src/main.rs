@@ -19,13 +19,16 @@ use kube_relay::admin::{self, AdminOptions, Unbound};
 use kube_relay::api_client::Api;
 use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
-    CheckArgs, CheckOutput, CleanupArgs, Command, ConfigError, DoctorArgs, DoctorOutput, EXIT_FINE, EXIT_PROBLEMS,
-    EXIT_USAGE, NewCommand, NewServiceArgs, RunArgs, StatusArgs, StatusOutput,
+    CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
+    EXIT_FINE, EXIT_PROBLEMS, EXIT_UNKNOWN, EXIT_USAGE, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, RunArgs,
+    StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
+use kube_relay::difference::difference;
 use kube_relay::doctor::{DoctorConfig, examine};
+use kube_relay::explain::explain;
 use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::heap;
 use kube_relay::host::{self, Host, node_port_advice};
@@ -36,11 +39,11 @@ use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, Shutdow
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
 use kube_relay::place::{self, Place};
-use kube_relay::plan::{Plan, Severity};
+use kube_relay::plan::{Plan, PlanOptions, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
-use kube_relay::{logs, overview, panics, peer};
+use kube_relay::{logs, manual, overview, panics, peer};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -63,13 +66,18 @@ fn main() -> ExitCode {
             return EXIT_PROBLEMS.into();
         }
     };
+    let failed = if matches!(cli.command, Command::Diff(_)) { EXIT_UNKNOWN } else { EXIT_PROBLEMS };
     let outcome = match cli.command {
         Command::Run(args) => run(*args),
         Command::Check(args) => check(*args),
         Command::Status(args) => status(&args),
+        Command::Explain(args) => explained(*args),
+        Command::Diff(args) => diff(*args),
         Command::Doctor(args) => doctor(*args),
         Command::Cleanup(args) => cleanup(&args),
         Command::New(NewCommand::Service(args)) => new_service(args),
+        Command::Completions(args) => completions(&args),
+        Command::Man(args) => man(&args),
     };
     match outcome {
         Ok(code) => code.into(),
@@ -81,7 +89,7 @@ fn main() -> ExitCode {
             }
             Err(error) => {
                 eprintln!("kube-relay: {error:#}");
-                EXIT_PROBLEMS.into()
+                failed.into()
             }
         },
     }
@@ -337,30 +345,107 @@ fn check(args: CheckArgs) -> anyhow::Result<u8> {
 
 /// The plan for manifests, as `run` would make it on this machine.
 fn plan_of(config: CheckConfig, host: &Host) -> Report {
-    let (options, ranges) = (config.plan.resolve(host), config.plan.ranges());
-    let mut reading = manifest::read(config.sources, ranges);
-    let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
-    let (objects, found) = (mem::take(&mut reading.objects), mem::take(&mut reading.problems));
-    model.apply(Event::Replace(objects), &mut dirty);
-    plan.update(&model, &dirty, &options);
-    let mut report = Report::of(&model, &plan, found);
-    report.problems.iter_mut().chain(&mut report.notes).for_each(|problem| reading.locate(problem));
-    report
+    Planned::of(config, host).report
+}
+
+/// The same, with what it was made from.
+struct Planned {
+    options: PlanOptions,
+    model: Model,
+    plan: Plan,
+    report: Report,
+}
+
+impl Planned {
+    fn of(config: CheckConfig, host: &Host) -> Self {
+        let (options, ranges) = (config.plan.resolve(host), config.plan.ranges());
+        let mut reading = manifest::read(config.sources, ranges);
+        let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
+        let (objects, found) = (mem::take(&mut reading.objects), mem::take(&mut reading.problems));
+        model.apply(Event::Replace(objects), &mut dirty);
+        plan.update(&model, &dirty, &options);
+        let mut report = Report::of(&model, &plan, found);
+        report.problems.iter_mut().chain(&mut report.notes).for_each(|problem| reading.locate(problem));
+        Self { options, model, plan, report }
+    }
+
+    /// With why each backend is one.
+    fn explained(self) -> Report {
+        let Self { options, model, plan, report } = self;
+        report.explained(&model, &plan, &options)
+    }
 }
 
 fn status(args: &StatusArgs) -> anyhow::Result<u8> {
-    let mut live = on(small_runtime()?, peer::status(args.server))?;
+    let mut live = on(small_runtime()?, peer::status(args.server.address))?;
     if let Some(name) = &args.service {
         let elsewhere = live.report.namesakes(name);
         let report = mem::take(&mut live.report).only(name);
-        live.report = report.with_context(|| format!("{}: there is no Service {name}{elsewhere}", args.server))?;
+        let server = args.server.address;
+        let service = name.to_string();
+        live.recent.retain(|event| event.service == service);
+        live.report = report.with_context(|| format!("{server}: there is no Service {name}{elsewhere}"))?;
     }
     print(&match args.output {
         StatusOutput::Json => serde_json::to_string_pretty(&live)? + "\n",
         StatusOutput::Yaml => serde_saphyr::to_string(&live)?,
-        StatusOutput::Table if args.service.is_some() => overview::describe(&live.report),
+        StatusOutput::Table | StatusOutput::Wide if args.service.is_some() => {
+            overview::describe(&live.report) + &overview::events(&live.recent)
+        }
         StatusOutput::Table => overview::table(&live),
+        StatusOutput::Wide => overview::wide(&live),
     })?;
+    Ok(EXIT_FINE)
+}
+
+fn explained(args: ExplainArgs) -> anyhow::Result<u8> {
+    let (question, server) = (args.question(), args.server.address);
+    let (report, inside) = match args.manifests()? {
+        Some(config) => {
+            let host = on(small_runtime()?, read_host());
+            let inside = config.plan.inside(&host);
+            let report = Planned::of(config, &host).explained();
+            report.problems.iter().for_each(|problem| eprintln!("{problem}"));
+            (report, inside)
+        }
+        None => {
+            let live = on(small_runtime()?, peer::status(server))?;
+            (live.report, live.inside)
+        }
+    };
+    let explanations = explain(&report, &inside, &question)?;
+    let texts: Vec<_> = explanations.iter().map(ToString::to_string).collect();
+    print(&texts.join("\n"))?;
+    Ok(EXIT_FINE)
+}
+
+/// What is wrong with the manifests goes to standard error: what cannot be read may well be a difference.
+fn diff(args: DiffArgs) -> anyhow::Result<u8> {
+    let server = args.server.address;
+    let config = args.manifests()?;
+    if let Some(missing) = config.sources.iter().find_map(Input::missing) {
+        bail!("{}: no such file or folder", missing.display());
+    }
+    let (live, host) = on(small_runtime()?, async { (peer::status(server).await, read_host().await) });
+    let live = live?;
+    if !live.synced {
+        bail!("{server}: its source has not delivered its first complete state yet");
+    }
+    let wanted = plan_of(config, &host);
+    wanted.problems.iter().for_each(|problem| eprintln!("{problem}"));
+    let difference = difference(&live.report, &wanted);
+    print(&difference.to_string())?;
+    Ok(if difference.is_empty() { EXIT_FINE } else { EXIT_PROBLEMS })
+}
+
+fn completions(args: &CompletionsArgs) -> anyhow::Result<u8> {
+    print_bytes(&manual::completions(args.shell))?;
+    Ok(EXIT_FINE)
+}
+
+fn man(args: &ManArgs) -> anyhow::Result<u8> {
+    let page = manual::page(&args.command);
+    print_bytes(&page.with_context(|| format!("there is no command {:?}", args.command.join(" ")))?)?;
     Ok(EXIT_FINE)
 }
 
@@ -415,8 +500,12 @@ fn on<T>(runtime: Runtime, future: impl Future<Output = T>) -> T {
 
 /// To standard output. Who stops reading early (`| head`) has what he wants.
 fn print(text: &str) -> anyhow::Result<()> {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.context("cannot write to standard output"),
     }

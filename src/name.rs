@@ -115,7 +115,7 @@ impl fmt::Display for Protocol {
 }
 
 /// An IP family: a Service is proxied once for each family that it has an address of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Family {
     /// 32-bit addresses.
     #[serde(rename = "IPv4")]

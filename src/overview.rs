@@ -11,6 +11,7 @@ use crate::live::{LiveReport, PauseReport};
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
 use crate::printable::Printable;
 use crate::problem::Listed;
+use crate::recent::Happened;
 use crate::status::{
     BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
 };
@@ -22,8 +23,24 @@ const INDENT: usize = 19;
 
 /// A line for each Service, then why clients wait, which listeners failed, and the problems.
 pub fn table(live: &LiveReport) -> String {
-    let header = ["NAMESPACE", "NAME", "TYPE", "CLUSTER-IP", "PORT(S)", "BACKENDS", "ACTIVE", "CONNS", "FAILED"];
-    let mut rows = vec![header.map(Cow::Borrowed).to_vec()];
+    overview(live, &HEADER, row)
+}
+
+/// The same, with what goes through each Service and how its clients are spread.
+pub fn wide(live: &LiveReport) -> String {
+    let header: Vec<_> = HEADER.into_iter().chain(["UP", "DOWN", "RETRIES", "AFFINITY", "BALANCE"]).collect();
+    overview(live, &header, |service| [row(service), more(service)].concat())
+}
+
+const HEADER: [&str; 9] =
+    ["NAMESPACE", "NAME", "TYPE", "CLUSTER-IP", "PORT(S)", "BACKENDS", "ACTIVE", "CONNS", "FAILED"];
+
+fn overview(
+    live: &LiveReport,
+    header: &[&'static str],
+    row: impl Fn(&ServiceReport) -> Vec<Cow<'static, str>>,
+) -> String {
+    let mut rows: Vec<Vec<Cow<'static, str>>> = vec![header.iter().copied().map(Cow::Borrowed).collect()];
     rows.extend(live.report.services.iter().map(row));
     let mut text = match live.report.services.is_empty() {
         true => "No Services.\n".to_owned(),
@@ -45,6 +62,14 @@ pub fn describe(report: &Report) -> String {
     text + &problems("Notes", &report.notes)
 }
 
+/// What has happened lately, as `kubectl describe` puts it below all else; nothing where nothing has.
+pub fn events(recent: &[Happened]) -> String {
+    let row = |event: &Happened| -> Vec<Cow<'static, str>> { vec![event.at.clone().into(), event.what.clone().into()] };
+    let rows: Vec<_> = recent.iter().map(row).collect();
+    let lines: String = columns(&rows).lines().map(|line| format!("  {line}\n")).collect();
+    if lines.is_empty() { lines } else { format!("\nEvents:\n{lines}") }
+}
+
 fn row(service: &ServiceReport) -> Vec<Cow<'static, str>> {
     let (namespace, name) = (service.namespace.clone().into(), service.name.clone().into());
     let mut row = vec![namespace, name, service.kind.clone()];
@@ -58,6 +83,23 @@ fn row(service: &ServiceReport) -> Vec<Cow<'static, str>> {
     row.extend([cluster_ips(service).into(), ports(service).into()]);
     row.extend([backends(service), sums.active, sums.total, sums.failed].map(|count| count.to_string().into()));
     row
+}
+
+/// The further cells of a wide row.
+fn more(service: &ServiceReport) -> Vec<Cow<'static, str>> {
+    if service.skipped.is_some() {
+        return ["-"; 5].map(Cow::Borrowed).to_vec();
+    }
+    let backends = || service.ports.iter().flat_map(|port| &port.backend_traffic);
+    let traffic = service.ports.iter().filter_map(|port| port.traffic.as_ref());
+    let retries: u64 = traffic.map(|traffic| traffic.retries).sum();
+    vec![
+        bytes(backends().map(|backend| backend.upstream_bytes).sum()).into(),
+        bytes(backends().map(|backend| backend.downstream_bytes).sum()).into(),
+        retries.to_string().into(),
+        service.affinity_seconds.map_or("None".into(), |seconds| format!("{seconds}s").into()),
+        service.balance.as_str().into(),
+    ]
 }
 
 /// Connections and flows of a Service, together: one is TCP, the other UDP, and a line has room for one number.
@@ -110,7 +152,7 @@ fn picks(port: &PortReport) -> BTreeSet<&str> {
     scopes.into_iter().flatten().flatten().map(String::as_str).collect()
 }
 
-fn node_port(port: &PortReport) -> Option<&str> {
+pub(crate) fn node_port(port: &PortReport) -> Option<&str> {
     let listener = port.listeners.iter().find(|listener| listener.kind == ListenerKind::NodePort)?;
     listener.address.rsplit_once(':').map(|(_, number)| number)
 }
@@ -295,7 +337,7 @@ fn bytes(count: u64) -> String {
 }
 
 /// `Label:             value`; further lines of the value are put below its first.
-fn field(text: &mut String, label: &str, value: impl Display) {
+pub(crate) fn field(text: &mut String, label: &str, value: impl Display) {
     let value = value.to_string().trim_end().replace('\n', &format!("\n{:INDENT$}", ""));
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{:<INDENT$}{value}", format!("{label}:"));
@@ -307,7 +349,7 @@ fn table_of<const N: usize>(header: [&'static str; N], rows: impl Iterator<Item 
 }
 
 /// Rows with each column as wide as its widest cell, but the last.
-fn columns(rows: &[Vec<Cow<'static, str>>]) -> String {
+pub(crate) fn columns(rows: &[Vec<Cow<'static, str>>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..count).map(|column| width(column).unwrap_or(0)).collect();
@@ -366,6 +408,19 @@ mod tests {
     }
 
     #[test]
+    fn given_a_running_relay_when_tabled_widely_then_traffic_and_balance_are_told_too() {
+        let text = wide(&LiveReport::of(&sample::status()));
+
+        let further = |line: usize| {
+            let cells = text.lines().nth(line).expect("a line").split("   ").map(str::trim);
+            cells.filter(|cell| !cell.is_empty()).skip(HEADER.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(further(0), ["UP", "DOWN", "RETRIES", "AFFINITY", "BALANCE"]);
+        assert_eq!(further(2), ["-"; 5]);
+        assert_eq!(further(3), ["2.0 KiB", "3.0 MiB", "1", "None", "round-robin"]);
+    }
+
+    #[test]
     fn given_one_service_when_described_then_listeners_and_backends_have_live_numbers() {
         let report = sample::status().report().only(&ObjectName::parse("web")).expect("web is there");
 
@@ -394,6 +449,20 @@ mod tests {
         Problems:
           Service default/web: something about Service default/web [field_unknown]
         ");
+    }
+
+    #[test]
+    fn given_what_has_happened_when_told_then_each_has_a_line_with_its_time() {
+        let happened = |what: &str| {
+            let (at, service) = ("2026-11-21T10:00:00Z".into(), "default/web".into());
+            Happened { at, service, what: what.into() }
+        };
+
+        assert_eq!(events(&[]), "");
+        assert_eq!(
+            events(&[happened("added"), happened("deleted")]),
+            "\nEvents:\n  2026-11-21T10:00:00Z   added\n  2026-11-21T10:00:00Z   deleted\n"
+        );
     }
 
     #[test]

@@ -10,12 +10,16 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::{Choice, choices};
 use crate::contact::Contact;
-use crate::model::{Model, Service, ServicePort};
+use crate::model::{Model, Service, ServicePort, Slice};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
-use crate::plan::{Balance, HealthPort, Listener, ListenerKind, Plan, Problem, ServicePlan, Severity, Side};
+use crate::plan::{
+    Balance, HealthPort, Listener, ListenerKind, Plan, PlanOptions, Problem, ServicePlan, Severity, Side,
+};
+use crate::recent::Recent;
 use crate::rejections::Rejections;
-use crate::serve::balancer::{Backend, PortState};
+use crate::serve::balancer::{Backend, Balancer, PortState};
 
 /// All Services and all problems: the document that `check -o json` prints.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -39,6 +43,18 @@ impl Report {
             .map(|service| ServiceReport::of(service, plan.service(&service.name).map(AsRef::as_ref)))
             .collect();
         Self { services, problems, notes }
+    }
+
+    /// The same, telling of each ServicePort why its backends are those: with the model, plan and options that it is of.
+    pub fn explained(mut self, model: &Model, plan: &Plan, options: &PlanOptions) -> Self {
+        for (report, service) in self.services.iter_mut().zip(model.services()) {
+            let Some(planned) = plan.service(&service.name) else { continue };
+            let slices: Vec<&Slice> = model.slices(&service.name).map(AsRef::as_ref).collect();
+            for (report, port) in report.ports.iter_mut().zip(&service.ports) {
+                report.choices = choices(service, port, planned, slices.iter().copied(), options);
+            }
+        }
+        self
     }
 
     /// How many listeners it names.
@@ -138,6 +154,9 @@ pub struct PortReport {
     pub listeners: Vec<ListenerReport>,
     /// Addresses that may get new traffic.
     pub backends: ScopedBackends,
+    /// Why it is these; from a running relay, and where somebody asks (`explain`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<Choice>,
     /// Counters of the ServicePort; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traffic: Option<PortTraffic>,
@@ -163,6 +182,7 @@ impl PortReport {
                 cluster: planned.and_then(|planned| addresses(planned, port, Scope::Cluster)),
                 local: planned.and_then(|planned| addresses(planned, port, Scope::Local)),
             },
+            choices: Vec::new(),
             traffic: None,
             backend_traffic: Vec::new(),
         }
@@ -315,6 +335,12 @@ pub struct Status {
     pub source: SourceStatus,
     /// Whether the source hears from its API server; says nothing with a static source.
     pub contact: Arc<Contact>,
+    /// What has happened to Services since the first complete state.
+    pub recent: Arc<Recent>,
+    /// What counts as this node and its pods.
+    pub inside: Arc<[IpNet]>,
+    /// What shaped the plan besides the objects: to tell why endpoints are not used.
+    pub options: Arc<PlanOptions>,
 }
 
 /// How a source does. Sent by the source with each of its reports.
@@ -340,6 +366,8 @@ pub struct ServiceStatus {
     pub service: Arc<Service>,
     /// What was made of it.
     pub plan: Arc<ServicePlan>,
+    /// Its slices, shared with the model: endpoints that the plan does not use are told from these.
+    pub slices: Box<[Arc<Slice>]>,
     /// For each entry of `service.ports`: where its counters are.
     pub ports: Box<[PortCounters]>,
 }
@@ -351,6 +379,8 @@ pub struct PortCounters {
     pub state: Option<Arc<PortState>>,
     /// Its backends of both scopes and families, by address.
     pub backends: Arc<[Arc<Backend>]>,
+    /// Who chooses among them, for each family and scope that a listener asks for.
+    pub balancers: Box<[Arc<Balancer>]>,
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::findings::{parse_cidr, parse_ip};
-use crate::name::ObjectName;
+use crate::name::{ObjectName, Protocol};
 use crate::plan::Expose;
 use crate::scaffold::NewNodePort;
 
@@ -174,6 +174,32 @@ pub fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
     text.parse().map_err(|_| RIGHT)
 }
 
+/// Where clients connect to: an address, and the protocol where one was named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// `None`: whatever is served there.
+    pub protocol: Option<Protocol>,
+}
+
+/// Reads `ADDRESS:PORT` or `ADDRESS:PORT/PROTOCOL`.
+pub fn destination(text: &str) -> Result<Destination, ValueError> {
+    const RIGHT: ValueError =
+        ValueError("write an IP address, a port and maybe a protocol, like 10.96.0.10:80 or [fd00::10]:53/UDP");
+    let (address, protocol) = text.split_once('/').map_or((text, None), |(address, word)| (address, Some(word)));
+    let protocol = match protocol.map(str::to_ascii_uppercase).as_deref() {
+        None => None,
+        Some("TCP") => Some(Protocol::Tcp),
+        Some("UDP") => Some(Protocol::Udp),
+        Some(_) => return Err(RIGHT),
+    };
+    let address: SocketAddr = address.parse().map_err(|_| RIGHT)?;
+    let address = SocketAddr::new(address.ip().to_canonical(), address.port()); // As listeners are named.
+    let named = !address.ip().is_unspecified() && address.port() != 0;
+    named.then_some(Destination { address, protocol }).ok_or(RIGHT)
+}
+
 /// Reads a network, or one address as the network of it alone: `203.0.113.0/24`, `203.0.113.7`. Bits behind the prefix
 /// are cleared, zeros in front are decimal.
 pub fn network(text: &str) -> Result<IpNet, ValueError> {
@@ -271,6 +297,19 @@ mod tests {
             "224.0.0.1:80=a/b:c",
         ] {
             assert!(expose(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn given_destinations_as_people_write_them_when_read_then_a_protocol_may_be_named() {
+        let read = |text| destination(text).ok().map(|read| (read.address.to_string(), read.protocol));
+
+        assert_eq!(read("10.96.0.10:80"), Some(("10.96.0.10:80".into(), None)));
+        assert_eq!(read("10.96.0.10:53/udp"), Some(("10.96.0.10:53".into(), Some(Protocol::Udp))));
+        assert_eq!(read("[::ffff:10.96.0.10]:80"), read("10.96.0.10:80"));
+        assert_eq!(read("[fd00::10]:80/TCP"), Some(("[fd00::10]:80".into(), Some(Protocol::Tcp))));
+        for text in ["", "10.96.0.10", "web:80", "10.96.0.10:80/", "10.96.0.10:80/SCTP", "0.0.0.0:80", "10.96.0.10:0"] {
+            assert_eq!(read(text), None, "{text}");
         }
     }
 

@@ -508,6 +508,108 @@ mod bad_input {
     }
 }
 
+mod ask {
+    use super::*;
+
+    /// A `kube-relay run` that serves a manifest and answers questions at the second address.
+    fn answering(site: Site, path: &str) -> (Running, String) {
+        let server = SocketAddr::new(site.node_ip(), 10249).to_string();
+        let mut command = run_command(&[path]);
+        command.args(["--status-bind-address", &server]);
+        let running = Running::start(command);
+        running.until_says(&["ready"]);
+        (running, server)
+    }
+
+    #[test]
+    fn given_manifests_when_an_address_is_explained_then_each_backend_is_told_without_a_relay() {
+        let said = say(kube_relay(&["explain", "-f", "examples/whoami.yaml", "127.96.0.10:8080/TCP"]));
+
+        insta::assert_snapshot!(said.text, @r"
+        Service:           default/whoami:http, NodePort
+        Address:           127.96.0.10:8080/TCP, cluster IP, planned
+        Port:              8080 → nodePort 30000 → targetPort 8000
+        Any Client:        every ready endpoint (3 of 3 endpoints)
+        Endpoints:         127.244.1.1:8000   whoami-1   used
+                           127.244.1.2:8000   whoami-2   used
+                           127.244.1.3:8000   whoami-3   used
+        Balance:           round-robin
+        ");
+        assert_eq!(said.code, Some(0));
+    }
+
+    #[test]
+    fn given_tcp_and_udp_on_one_number_when_explained_without_a_protocol_then_both_are_told() {
+        let said = say(kube_relay(&["explain", "-f", "examples/whoami.yaml", "127.96.0.10:8080"]));
+
+        assert!(said.text.contains("default/whoami:http, NodePort\n"), "{}", said.text);
+        assert!(said.text.contains("\n\nService:           default/whoami:echo, NodePort\n"), "{}", said.text);
+    }
+
+    #[test]
+    fn given_an_address_of_nobody_when_explained_then_what_is_near_is_told_and_the_code_is_1() {
+        let line = ["explain", "-f", "examples/whoami.yaml"];
+
+        refuses(&[&line[..], &["127.96.0.10:81"]].concat(), 1, &["127.96.0.10:81", "8080/TCP (default/whoami:http)"]);
+        refuses(&[&line[..], &["web:80"]].concat(), 64, &["10.96.0.10:80"]);
+        refuses(&["explain", "127.96.0.10:80", "--server", "127.0.0.1:1"], 1, &["127.0.0.1:1", "--server"]);
+    }
+
+    #[test]
+    fn given_a_running_relay_when_an_address_is_explained_then_the_backend_it_names_is_the_next_one() {
+        let site = Site::new(51);
+        [1, 2].into_iter().for_each(|number| start_backend(site.backend(number)));
+        let manifest = Manifest::new(site).tcp().endpoints([1, 2].map(|number| site.backend(number)));
+        let (_folder, path) = folder_with(&manifest.unready([site.backend(3)]).to_string());
+        let (_running, server) = answering(site, &path);
+        let explained = || say(kube_relay(&["explain", &site.service().to_string(), "--server", &server])).text;
+        let next = || {
+            let text = explained();
+            let line = text.lines().find(|line| line.ends_with(" next")).map(str::to_owned);
+            line.unwrap_or_else(|| panic!("nobody is next: {text}"))
+        };
+
+        for _ in 0..3 {
+            let announced = next();
+            let answered = ask(site.service()).expect("it is served").to_string();
+            assert!(announced.contains(&answered), "{announced} is not {answered}");
+        }
+        assert!(explained().contains("not used: not ready"), "{}", explained());
+    }
+
+    #[test]
+    fn given_a_running_relay_when_manifests_are_compared_then_the_code_says_whether_they_differ() {
+        let site = Site::new(52);
+        let manifest = |numbers: &[u8]| {
+            let backends = numbers.iter().map(|number| site.backend(*number));
+            Manifest::new(site).tcp().endpoints(backends).to_string()
+        };
+        let (_folder, path) = folder_with(&manifest(&[1, 2]));
+        let (_other_folder, other) = folder_with(&manifest(&[2, 3]));
+        let (running, server) = answering(site, &path);
+        let diff = |path: &str| say(kube_relay(&["diff", path, "--server", &server]));
+
+        let (same, different) = (diff(&path), diff(&other));
+
+        assert_eq!((same.text.as_str(), same.code), ("", Some(0)));
+        assert_eq!(different.code, Some(1), "{}", different.text);
+        let (went, came) = (format!("-     → {}", site.backend(1)), format!("+     → {}", site.backend(3)));
+        assert!(different.text.contains(&went) && different.text.contains(&came), "{}", different.text);
+        drop(running);
+        assert_eq!(diff(&path).code, Some(2), "nobody can tell");
+    }
+
+    #[test]
+    fn given_a_shell_or_a_command_when_its_script_or_page_is_asked_for_then_it_is_printed() {
+        for shell in ["bash", "zsh", "fish"] {
+            assert!(say(kube_relay(&["completions", shell])).text.contains("kube-relay"), "{shell}");
+        }
+        assert!(say(kube_relay(&["man", "new", "service"])).text.contains(".SH NAME"), "roff");
+        refuses(&["man", "nothing"], 1, &["no command", "nothing"]);
+        refuses(&["completions", "cobol"], 64, &["bash"]);
+    }
+}
+
 mod run {
     use super::*;
 

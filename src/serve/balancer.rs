@@ -3,6 +3,7 @@
 //! Which backend a turn means is the table's to say (`table`), when one is left out `ejection`'s; what to put into a table
 //! is decided in `plan`; who reaches the picked backend is `connect` and `udp`.
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU8;
 use std::sync::Arc;
@@ -185,12 +186,7 @@ impl Balancer {
             return Some(Arc::clone(backend));
         }
         let next_turn = || self.cursor.fetch_add(1, Ordering::Relaxed);
-        let is_left = |backend: &Backend| tried.leaves(backend);
-        let is_in = |backend: &Backend| is_left(backend) && backend.ejection.admits(now);
-        // Who comes too late to try one again that was out chooses anew.
-        let admitted = std::iter::from_fn(|| in_turn(&table, next_turn, is_in)).find(claim);
-        // Where all are out, all are used: that one is out is no more than experience.
-        let backend = admitted.or(pinned).or_else(|| in_turn(&table, next_turn, is_left))?;
+        let backend = best_in_turn(&table, next_turn, tried, pinned, claim, now)?;
         let kept = affinity.remember(client, self.scope, backend.id, pin, now);
         if kept == backend.id {
             return Some(Arc::clone(backend));
@@ -222,6 +218,14 @@ impl Balancer {
         self.table.load().settings().cloned()
     }
 
+    /// Who gets the next client that no pin binds, if nothing happens before. For status: takes no turn
+    /// and claims nobody.
+    pub fn upcoming(&self, now: Instant) -> Option<Arc<Backend>> {
+        let turn = Cell::new(self.cursor.load(Ordering::Relaxed));
+        let next_turn = || turn.replace(turn.get().wrapping_add(1));
+        best_in_turn(&self.table.load(), next_turn, &Tried::default(), None, |_| true, now).cloned()
+    }
+
     /// Stores another table. New picks see it at once; picks under way end with the old one.
     pub fn swap(&self, table: Table) {
         self.table.store(Arc::new(table));
@@ -236,6 +240,22 @@ impl Balancer {
     pub fn serves(&self, backend: &Backend) -> bool {
         self.table.load().serves(backend)
     }
+}
+
+/// Whose turn it is among those that are in and can be claimed, else the pinned one, else whose turn it is among all: that
+/// one is out is no more than experience. Who comes too late to try one again that was out chooses anew.
+fn best_in_turn<'t>(
+    table: &'t Table,
+    next_turn: impl Fn() -> usize,
+    tried: &Tried,
+    pinned: Option<&'t Arc<Backend>>,
+    claim: impl Fn(&&'t Arc<Backend>) -> bool,
+    now: Instant,
+) -> Option<&'t Arc<Backend>> {
+    let is_left = |backend: &Backend| tried.leaves(backend);
+    let is_in = |backend: &Backend| is_left(backend) && backend.ejection.admits(now);
+    let admitted = std::iter::from_fn(|| in_turn(table, &next_turn, is_in)).find(claim);
+    admitted.or(pinned).or_else(|| in_turn(table, &next_turn, is_left))
 }
 
 /// The turn of one that may not be chosen is passed over: its neighbour would get its share besides its own.
@@ -339,6 +359,28 @@ mod tests {
         });
 
         assert_eq!(shares, BTreeMap::from([(1, 4_000), (2, 4_000), (3, 4_000)]));
+    }
+
+    #[test]
+    fn given_a_balancer_when_looked_at_then_it_tells_who_is_next_and_no_turn_is_taken() {
+        let web = cluster(&port("web"), &backends([1, 2]));
+        let next = || web.upcoming(Instant::now()).map(|backend| backend.id);
+
+        let seen = [next(), next(), pick(&web, client(1)), next(), pick(&web, client(1)), next()];
+
+        assert_eq!(seen, [1, 1, 1, 2, 2, 1].map(Some));
+        assert!(cluster(&port("empty"), &[]).upcoming(Instant::now()).is_none());
+    }
+
+    #[test]
+    fn given_a_backend_that_is_ejected_when_looked_at_then_the_one_after_it_is_next() {
+        let backends = backends([1, 2, 3]);
+        let (web, now) = (cluster(&port("web"), &backends), Instant::now());
+
+        web.note_failure(&backends[0], ConnectFailure::Refused, NonZeroU8::MIN, now);
+
+        let next = web.upcoming(now).map(|backend| backend.id);
+        assert_eq!((next, pick(&web, client(1))), (Some(2), Some(2)));
     }
 
     #[test]

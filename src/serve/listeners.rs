@@ -21,7 +21,7 @@ use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::parts::in_parts;
 use crate::plan::{self, Backends, Listener, ListenerKind, Side, Step};
-use crate::serve::balancer::{Backend, PortState};
+use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::failures::{Due, Failures};
 use crate::serve::ports::Ports;
@@ -218,6 +218,11 @@ impl Listeners {
     /// All backends of a ServicePort, of both scopes and families, by address: for status.
     pub fn backends(&self, port: &ServicePortName) -> Arc<[Arc<Backend>]> {
         self.ports.get(port).map(|port| Arc::clone(&port.backends)).unwrap_or_default()
+    }
+
+    /// The balancers of a ServicePort, one for each family and scope that is asked for: for status.
+    pub fn balancers(&self, port: &ServicePortName) -> Box<[Arc<Balancer>]> {
+        self.ports.get(port).map(|port| port.balancers().into()).unwrap_or_default()
     }
 
     /// How many listeners are bound.

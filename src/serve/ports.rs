@@ -155,6 +155,10 @@ impl Port {
         self.balancers.iter().find(|balancer| (balancer.family, balancer.scope) == (family, scope))
     }
 
+    pub(super) fn balancers(&self) -> &[Arc<Balancer>] {
+        &self.balancers
+    }
+
     pub(super) fn known_backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {
         self.backends.get(self.place_of(address).ok()?)
     }

@@ -1,0 +1,573 @@
+//! What becomes of a client of one address: whose it is, where its traffic goes, and why there.
+//!
+//! A pure function over a report with its choices (`choice`), be it a running relay's or that of manifests. It decides
+//! nothing: verdicts and backends are the plan's, and what it says of a side is what the data plane does there.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use crate::choice::{Choice, Judged, Rule};
+use crate::describe::{abridged, counted};
+use crate::name::{Family, Scope};
+use crate::overview::{columns, field, node_port};
+use crate::plan::{ListenerKind, Side, Verdict};
+use crate::status::{ListenerReport, ListenerState, PortReport, Report, ServiceReport};
+use crate::value::Destination;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Where the client connects to.
+    pub destination: Destination,
+    /// Its address; `None`: whoever it is.
+    pub from: Option<IpAddr>,
+}
+
+/// Why there is nothing to explain.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unexplained {
+    /// No listener of a Service has the address.
+    #[error("{address}: no Service is served there{near}")]
+    Nobody {
+        /// What was asked for: `10.96.0.10:80`, or `10.96.0.10:80/TCP`.
+        address: String,
+        /// What there is instead, as the end of a sentence; may be empty.
+        near: String,
+    },
+    /// Client and address cannot meet.
+    #[error("{address}: {client} cannot connect there: one is IPv4, the other IPv6")]
+    Family {
+        /// The client.
+        client: IpAddr,
+        /// Where to.
+        address: SocketAddr,
+    },
+}
+
+/// What there is to say of one listener.
+#[derive(Clone, Debug)]
+pub struct Explanation<'a> {
+    service: &'a ServiceReport,
+    port: &'a PortReport,
+    listener: &'a ListenerReport,
+    /// One for each kind of client that fares otherwise than the others.
+    cases: Vec<Case<'a>>,
+}
+
+/// Some clients, and what becomes of them.
+#[derive(Clone, Copy, Debug)]
+struct Case<'a> {
+    who: Who,
+    fate: Fate,
+    /// How the backends of their side were chosen; `None` where the report does not tell.
+    choice: Option<&'a Choice>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Anybody,
+    /// Anybody, or one client, that is neither this node nor one of its pods.
+    Outside(Option<IpAddr>),
+    /// This node and its pods, or one of them.
+    Inside(Option<IpAddr>),
+}
+
+/// What a client meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// A backend.
+    Served,
+    /// Connection refused, port unreachable.
+    Rejected,
+    /// No answer: the policy forbids the endpoints that there are.
+    Dropped,
+    /// No answer: a list does not have the client.
+    KeptOut(List),
+}
+
+/// A list of who may come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum List {
+    SourceRanges,
+    AllowFrom,
+}
+
+/// Explains each listener at an address: one, or two where TCP and UDP share it.
+///
+/// `inside` are the networks of this node and its pods: what `--from` is compared with.
+///
+/// # Errors
+/// Where no Service is served there, and where the client is of the other family.
+pub fn explain<'a>(
+    report: &'a Report,
+    inside: &[IpNet],
+    question: &Question,
+) -> Result<Vec<Explanation<'a>>, Unexplained> {
+    let Destination { address, protocol } = question.destination;
+    let from = question.from.map(|client| client.to_canonical());
+    if let Some(client) = from
+        && Family::of(client) != Family::of(address.ip())
+    {
+        return Err(Unexplained::Family { client, address });
+    }
+    let (text, family) = (address.to_string(), Family::of(address.ip()));
+    let asked_for = |(_, port, listener): &Place<'_>| {
+        listener.address == text && protocol.is_none_or(|protocol| protocol == port.protocol)
+    };
+    let explained = places(report).filter(asked_for).map(|(service, port, listener)| Explanation {
+        service,
+        port,
+        listener,
+        cases: cases(port, listener, family, inside, from),
+    });
+    let explained: Vec<_> = explained.collect();
+    if explained.is_empty() { Err(nobody(report, question.destination)) } else { Ok(explained) }
+}
+
+/// A listener, and whose it is.
+type Place<'a> = (&'a ServiceReport, &'a PortReport, &'a ListenerReport);
+
+fn places(report: &Report) -> impl Iterator<Item = Place<'_>> {
+    let ports = report.services.iter().flat_map(|service| service.ports.iter().map(move |port| (service, port)));
+    ports.flat_map(|(service, port)| port.listeners.iter().map(move |listener| (service, port, listener)))
+}
+
+fn cases<'a>(
+    port: &'a PortReport,
+    listener: &ListenerReport,
+    family: Family,
+    inside: &[IpNet],
+    from: Option<IpAddr>,
+) -> Vec<Case<'a>> {
+    let one_sided = listener.outside == listener.inside && listener.allow_from.is_none();
+    let asked = match from {
+        Some(client) if within(inside, client) => vec![Who::Inside(Some(client))],
+        Some(client) => vec![Who::Outside(Some(client))],
+        None if one_sided => vec![Who::Anybody],
+        None => vec![Who::Outside(None), Who::Inside(None)],
+    };
+    let case = |who: Who| {
+        let side = who.side(listener);
+        let choice = port.choices.iter().find(|choice| (choice.family, choice.scope) == (family, side.scope));
+        Case { who, fate: fate(who, side, listener), choice }
+    };
+    asked.into_iter().map(case).collect()
+}
+
+fn fate(who: Who, side: Side, listener: &ListenerReport) -> Fate {
+    let ListenerReport { source_ranges, allow_from, .. } = listener;
+    if let Some(client) = who.client()
+        && !source_ranges.is_empty()
+        && !within(source_ranges, client)
+    {
+        return Fate::KeptOut(List::SourceRanges);
+    }
+    if let (Who::Outside(client), Some(allowed)) = (who, allow_from)
+        && (allowed.is_empty() || client.is_some_and(|client| !within(allowed, client)))
+    {
+        return Fate::KeptOut(List::AllowFrom);
+    }
+    match side.verdict {
+        Verdict::Serve => Fate::Served,
+        Verdict::Reject => Fate::Rejected,
+        Verdict::Drop => Fate::Dropped,
+    }
+}
+
+fn within(nets: &[IpNet], client: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&client))
+}
+
+impl Who {
+    fn side(self, listener: &ListenerReport) -> Side {
+        match self {
+            Self::Anybody | Self::Outside(_) => listener.outside,
+            Self::Inside(_) => listener.inside,
+        }
+    }
+
+    fn client(self) -> Option<IpAddr> {
+        match self {
+            Self::Anybody => None,
+            Self::Outside(client) | Self::Inside(client) => client,
+        }
+    }
+}
+
+/// What is served at the same IP, as far as it fits into a line.
+fn nobody(report: &Report, Destination { address, protocol }: Destination) -> Unexplained {
+    let at = |other: &str| other.parse::<SocketAddr>().ok();
+    let health = report.services.iter().find(|service| {
+        let mut addresses = service.health_port.iter().flat_map(|port| &port.addresses);
+        addresses.any(|other| at(other) == Some(address))
+    });
+    let here = places(report).filter_map(|(service, port, listener)| {
+        let at = at(&listener.address).filter(|at| at.ip() == address.ip())?;
+        Some(format!("{}/{} ({})", at.port(), port.protocol, name(service, port)))
+    });
+    let here: Vec<_> = here.collect();
+    let near = match health {
+        Some(service) => format!("; it is the health port of {}/{}", service.namespace, service.name),
+        None if here.is_empty() => String::new(),
+        None => format!("; at {} are {}", address.ip(), abridged(&here)),
+    };
+    let protocol = protocol.map(|protocol| format!("/{protocol}")).unwrap_or_default();
+    Unexplained::Nobody { address: format!("{address}{protocol}"), near }
+}
+
+/// `default/web:http`, as everywhere.
+fn name(service: &ServiceReport, port: &PortReport) -> String {
+    let colon = if port.name.is_empty() { "" } else { ":" };
+    format!("{}/{}{colon}{}", service.namespace, service.name, port.name)
+}
+
+impl fmt::Display for Explanation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { service, port, listener, cases } = self;
+        let mut text = String::new();
+        field(&mut text, "Service", format!("{}, {}", name(service, port), service.kind));
+        let (address, kind) = (&listener.address, listener.kind.in_words());
+        field(&mut text, "Address", format!("{address}/{}, {kind}, {}", port.protocol, state(listener)));
+        field(&mut text, "Port", numbers(port, cases));
+        for (list, who) in lists(listener) {
+            field(&mut text, list.label(), who);
+        }
+        for case in cases {
+            field(&mut text, case.who.label(), self.outcome(case));
+            let endpoints = case.choice.map(|choice| rows(choice, case.fate)).unwrap_or_default();
+            if !endpoints.is_empty() {
+                field(&mut text, "Endpoints", columns(&endpoints));
+            }
+        }
+        if cases.iter().any(|case| case.fate == Fate::Served) {
+            field(&mut text, "Balance", self.balance());
+        }
+        f.write_str(&text)
+    }
+}
+
+impl Explanation<'_> {
+    fn outcome(&self, case: &Case<'_>) -> String {
+        match case.fate {
+            Fate::Served => self.rule(case),
+            Fate::Rejected => "refused: no endpoint can serve".into(),
+            Fate::Dropped => format!("no answer: {} is Local, and no endpoint on this node can serve", self.policy()),
+            Fate::KeptOut(list) => format!("no answer: not in {}", list.in_words()),
+        }
+    }
+
+    /// What chose the backends, and how many they are.
+    fn rule(&self, case: &Case<'_>) -> String {
+        let Some(choice) = case.choice else { return "served; by which rule, the relay does not tell".into() };
+        let rule = match (choice.rule, choice.scope) {
+            (Rule::Ready, Scope::Cluster) if self.is_exempt(case) => {
+                format!("every ready endpoint: {} Local does not bind this node and its pods", self.policy())
+            }
+            (Rule::Ready, Scope::Cluster) => "every ready endpoint".into(),
+            (Rule::Ready, Scope::Local) => format!("the ready endpoints on this node: {} is Local", self.policy()),
+            (Rule::NodeHints, _) => "the ready endpoints whose hints name this node".into(),
+            (Rule::ZoneHints, _) => "the ready endpoints whose hints name this node's zone".into(),
+            (Rule::Terminating, Scope::Cluster) => "no endpoint is ready: those that end, and still serve".into(),
+            (Rule::Terminating, Scope::Local) => {
+                format!(
+                    "none on this node is ready: those there that end, and still serve ({} is Local)",
+                    self.policy()
+                )
+            }
+            (Rule::Nobody, _) => "none any more".into(),
+        };
+        let used = choice.endpoints.iter().filter(|one| one.unused.is_none()).count();
+        format!("{rule} ({used} of {})", counted(choice.endpoints.len(), "endpoint"))
+    }
+
+    /// True for clients that use every endpoint where others may not.
+    fn is_exempt(&self, case: &Case<'_>) -> bool {
+        matches!(case.who, Who::Inside(_)) && self.listener.outside.scope == Scope::Local
+    }
+
+    /// The field that says which endpoints may be used at such an address.
+    fn policy(&self) -> &'static str {
+        if self.listener.kind == ListenerKind::ClusterIp { "internalTrafficPolicy" } else { "externalTrafficPolicy" }
+    }
+
+    fn balance(&self) -> String {
+        let balance = self.service.balance;
+        match self.service.affinity_seconds {
+            Some(seconds) => format!("{balance}; a client that was here in the last {seconds} s keeps its backend"),
+            None => balance.to_string(),
+        }
+    }
+}
+
+impl Who {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Anybody => "Any Client",
+            Self::Outside(None) => "From Outside",
+            Self::Inside(None) => "From This Node",
+            Self::Outside(Some(_)) => "Client Outside",
+            Self::Inside(Some(_)) => "Client Inside",
+        }
+    }
+}
+
+impl List {
+    fn label(self) -> &'static str {
+        match self {
+            Self::SourceRanges => "Source Ranges",
+            Self::AllowFrom => "Allow From",
+        }
+    }
+
+    fn in_words(self) -> &'static str {
+        match self {
+            Self::SourceRanges => "spec.loadBalancerSourceRanges",
+            Self::AllowFrom => "kube-relay.dev/allow-from or --allow-from",
+        }
+    }
+}
+
+fn state(listener: &ListenerReport) -> Cow<'static, str> {
+    match &listener.state {
+        None => "planned".into(),
+        Some(ListenerState::Serving) => "serving".into(),
+        Some(ListenerState::Parked) => "parked".into(),
+        Some(ListenerState::Closed) => "closed, as the process is stopping".into(),
+        Some(ListenerState::Failed { message, .. }) => format!("not bound: {message}").into(),
+    }
+}
+
+/// `80 → nodePort 30080 → targetPort http (8000)`: from the Service's number to those of the backends.
+fn numbers(port: &PortReport, cases: &[Case<'_>]) -> String {
+    let used = cases.iter().filter_map(|case| case.choice).flat_map(|choice| &choice.endpoints);
+    let behind: BTreeSet<_> = used.filter(|one| one.unused.is_none()).map(|one| one.address.port()).collect();
+    let behind: Vec<_> = behind.iter().map(u16::to_string).collect();
+    let node_port = node_port(port).map(|number| format!(" → nodePort {number}")).unwrap_or_default();
+    let target = match (&port.target_port, behind.as_slice()) {
+        (Some(target), [only]) if target == only => format!(" → targetPort {target}"),
+        (Some(target), []) => format!(" → targetPort {target}"),
+        (Some(target), some) => format!(" → targetPort {target} ({})", abridged(some)),
+        (None, []) => String::new(),
+        (None, some) => format!(" → {}", abridged(some)),
+    };
+    format!("{}{node_port}{target}", port.port)
+}
+
+/// Who may come, where not everybody may.
+fn lists(listener: &ListenerReport) -> Vec<(List, String)> {
+    let texts = |nets: &[IpNet]| abridged(&nets.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let mut lists = Vec::new();
+    if !listener.source_ranges.is_empty() {
+        lists.push((List::SourceRanges, format!("only {}", texts(&listener.source_ranges))));
+    }
+    match listener.allow_from.as_deref() {
+        Some([]) => lists.push((List::AllowFrom, "nobody from outside".into())),
+        Some(nets) => lists.push((List::AllowFrom, format!("from outside only {}", texts(nets)))),
+        None => {}
+    }
+    lists
+}
+
+/// Address, pod and what becomes of it: those that are used first.
+fn rows(choice: &Choice, fate: Fate) -> Vec<Vec<Cow<'static, str>>> {
+    if matches!(fate, Fate::KeptOut(_)) {
+        return Vec::new();
+    }
+    let row = |one: &Judged| {
+        let use_of_it: Cow<'static, str> = match one.unused {
+            Some(why) => format!("not used: {why}").into(),
+            None if choice.next == Some(one.address) => "next".into(),
+            None => match one.ejected_seconds {
+                Some(0) => "ejected, as it could not be reached: the next client tries it".into(),
+                Some(seconds) => format!("ejected, as it could not be reached: tried again in {seconds} s").into(),
+                None => "used".into(),
+            },
+        };
+        vec![one.address.to_string().into(), one.pod.clone().unwrap_or_else(|| "-".into()).into(), use_of_it]
+    };
+    let (used, unused): (Vec<_>, Vec<_>) = choice.endpoints.iter().partition(|one| one.unused.is_none());
+    used.into_iter().chain(unused).map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoints::Node;
+    use crate::live::sample;
+    use crate::model::{Endpoint, Event, Model, Objects, Service, ServiceKind, Slice, TrafficPolicy};
+    use crate::plan::{AllowFrom, Plan, PlanOptions};
+    use crate::value::destination;
+
+    const INSIDE: &str = "10.244.0.0/16";
+    const POD: &str = "10.244.0.7";
+    const STRANGER: &str = "203.0.113.9";
+
+    fn net(text: &str) -> IpNet {
+        text.parse().expect("a net")
+    }
+
+    fn options() -> PlanOptions {
+        PlanOptions {
+            node: Node { name: Some("here".into()), zone: None },
+            node_port_addresses: vec![[192, 0, 2, 1].into()],
+            ..PlanOptions::default()
+        }
+    }
+
+    fn web() -> Service {
+        let mut web = Service::new("default/web").cluster_ip([10, 96, 0, 10]).port("http", 80).node_port(30080);
+        web.ports[0].target_port = Some("web".into());
+        web
+    }
+
+    fn on(host: u8, node: &str) -> Endpoint {
+        let pod = format!("web-{host}");
+        Endpoint { node: Some(node.into()), pod: Some(pod.into()), ..Endpoint::new([10, 0, 0, host]) }
+    }
+
+    fn planned(service: &Service, endpoints: Vec<Endpoint>, options: &PlanOptions) -> Report {
+        let slice = Slice::new("web-1", service).port("http", 8000);
+        let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
+        let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
+        model.apply(Event::Replace(Objects::new(vec![service.clone()], vec![slice])), &mut dirty);
+        plan.update(&model, &dirty, options);
+        Report::of(&model, &plan, vec![]).explained(&model, &plan, options)
+    }
+
+    fn question(to: &str, from: Option<&str>) -> Question {
+        let from = from.map(|ip| ip.parse().expect("an address"));
+        Question { destination: destination(to).expect("a destination"), from }
+    }
+
+    fn fates(report: &Report, to: &str, from: Option<&str>) -> Vec<Fate> {
+        let explained = explain(report, &[net(INSIDE)], &question(to, from)).expect("a Service is there");
+        explained.iter().flat_map(|one| &one.cases).map(|case| case.fate).collect()
+    }
+
+    fn told(report: &Report, to: &str, from: Option<&str>) -> String {
+        let explained = explain(report, &[net(INSIDE)], &question(to, from)).expect("a Service is there");
+        explained.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn given_policies_and_endpoints_when_asked_then_each_side_has_the_fate_that_the_plan_gives_it() {
+        const CLUSTER_IP: &str = "10.96.0.10:80";
+        const NODE_PORT: &str = "192.0.2.1:30080";
+        let local = Service { external_policy: TrafficPolicy::Local, ..web() };
+        let internal = Service { internal_policy: TrafficPolicy::Local, ..web() };
+        let (here, there) = (|| vec![on(1, "here")], || vec![on(1, "there")]);
+        let cases = [
+            (web(), there(), CLUSTER_IP, None, vec![Fate::Served]),
+            (web(), vec![], CLUSTER_IP, None, vec![Fate::Rejected]),
+            (web(), there(), NODE_PORT, Some(STRANGER), vec![Fate::Served]),
+            (local.clone(), here(), NODE_PORT, None, vec![Fate::Served, Fate::Served]),
+            (local.clone(), there(), NODE_PORT, None, vec![Fate::Dropped, Fate::Served]),
+            (local.clone(), there(), NODE_PORT, Some(STRANGER), vec![Fate::Dropped]),
+            (local.clone(), there(), NODE_PORT, Some(POD), vec![Fate::Served]),
+            (local.clone(), there(), CLUSTER_IP, Some(STRANGER), vec![Fate::Served]),
+            (local, vec![], NODE_PORT, Some(STRANGER), vec![Fate::Rejected]),
+            (internal.clone(), there(), CLUSTER_IP, Some(POD), vec![Fate::Dropped]),
+            (internal, there(), NODE_PORT, Some(STRANGER), vec![Fate::Served]),
+        ];
+        for (service, endpoints, to, from, expected) in cases {
+            let report = planned(&service, endpoints, &options());
+
+            assert_eq!(fates(&report, to, from), expected, "{to} from {from:?}: {service:?}");
+        }
+    }
+
+    #[test]
+    fn given_lists_of_who_may_come_when_asked_for_a_client_then_the_one_that_lacks_it_is_named() {
+        let guarded = Service {
+            kind: ServiceKind::LoadBalancer,
+            load_balancer_ips: vec![[198, 51, 100, 1].into()].into(),
+            source_ranges: vec![net("198.18.0.0/15"), net(INSIDE)].into(),
+            ..web()
+        };
+        let allowing = PlanOptions { allow_from: Some(AllowFrom::new(&[net("198.18.0.0/16")])), ..options() };
+        let (ranges, allow_from) = (Fate::KeptOut(List::SourceRanges), Fate::KeptOut(List::AllowFrom));
+        let cases = [
+            (options(), "198.51.100.1:80", STRANGER, ranges),
+            (options(), "198.51.100.1:80", "198.19.0.1", Fate::Served),
+            (options(), "198.51.100.1:80", POD, Fate::Served),
+            (options(), "10.96.0.10:80", STRANGER, Fate::Served),
+            (allowing.clone(), "10.96.0.10:80", STRANGER, allow_from),
+            (allowing.clone(), "10.96.0.10:80", POD, Fate::Served),
+            (allowing.clone(), "198.51.100.1:80", "198.19.0.1", allow_from),
+            (allowing, "198.51.100.1:80", "198.18.0.1", Fate::Served),
+        ];
+        for (options, to, from, expected) in cases {
+            let report = planned(&guarded, vec![on(1, "there")], &options);
+
+            assert_eq!(fates(&report, to, Some(from)), [expected], "{to} from {from}");
+        }
+    }
+
+    #[test]
+    fn given_a_node_port_under_policy_local_when_told_then_both_sides_and_each_endpoint_are() {
+        let local = Service { external_policy: TrafficPolicy::Local, ..web() };
+        let ending = Endpoint { ready: false, terminating: true, ..on(3, "here") };
+
+        let report = planned(&local, vec![on(1, "here"), on(2, "there"), ending], &options());
+
+        let text = told(&report, "192.0.2.1:30080", None);
+
+        insta::assert_snapshot!(text, @r"
+        Service:           default/web:http, NodePort
+        Address:           192.0.2.1:30080/TCP, node port, planned
+        Port:              80 → nodePort 30080 → targetPort web (8000)
+        From Outside:      the ready endpoints on this node: externalTrafficPolicy is Local (1 of 3 endpoints)
+        Endpoints:         10.0.0.1:8000   web-1   used
+                           10.0.0.2:8000   web-2   not used: on another node, and the policy is Local
+                           10.0.0.3:8000   web-3   not used: terminating, and others are ready
+        From This Node:    every ready endpoint: externalTrafficPolicy Local does not bind this node and its pods (2 of 3 endpoints)
+        Endpoints:         10.0.0.1:8000   web-1   used
+                           10.0.0.2:8000   web-2   used
+                           10.0.0.3:8000   web-3   not used: terminating, and others are ready
+        Balance:           round-robin
+        ");
+    }
+
+    #[test]
+    fn given_a_running_relay_when_told_then_the_backend_that_is_next_is_named() {
+        let text = told(&sample::status().report(), "127.96.0.10:80/TCP", Some(STRANGER));
+
+        insta::assert_snapshot!(text, @r"
+        Service:           default/web:http, NodePort
+        Address:           127.96.0.10:80/TCP, cluster IP, serving
+        Port:              80 → nodePort 30080 → targetPort 8000
+        Client Outside:    every ready endpoint (2 of 2 endpoints)
+        Endpoints:         10.244.0.2:8000   web-1   next
+                           10.244.0.3:8000   -       used
+        Balance:           round-robin
+        ");
+    }
+
+    #[test]
+    fn given_an_address_of_nobody_when_asked_then_what_is_near_is_told() {
+        let report = planned(&web(), vec![], &options());
+        let error = |to, from| explain(&report, &[], &question(to, from)).expect_err("nobody").to_string();
+
+        assert_eq!(
+            error("10.96.0.10:81", None),
+            "10.96.0.10:81: no Service is served there; at 10.96.0.10 are 80/TCP (default/web:http)"
+        );
+        assert!(error("10.96.0.10:80/UDP", None).starts_with("10.96.0.10:80/UDP: no Service is served there; "));
+        assert_eq!(error("10.96.0.11:80", None), "10.96.0.11:80: no Service is served there");
+        assert!(error("10.96.0.10:80", Some("fd00::1")).contains("one is IPv4, the other IPv6"));
+    }
+
+    #[test]
+    fn given_a_health_port_when_asked_for_it_then_it_is_told_apart() {
+        let mail = sample::mail();
+        let report = Report { services: vec![mail.report()], ..Report::default() };
+
+        let error = explain(&report, &[], &question("127.0.0.1:31025", None)).expect_err("no listener");
+
+        assert!(error.to_string().ends_with("; it is the health port of default/mail"), "{error}");
+    }
+}
