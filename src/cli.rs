@@ -13,6 +13,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+use crate::allocate::{ClusterIpRange, Ranges};
 #[cfg(feature = "kubernetes")]
 use crate::api_client::ApiOptions;
 use crate::config::{
@@ -24,6 +25,8 @@ use crate::config::{
     PlanConfig, RunConfig, SourceConfig, UdpTimeouts, UpstreamConfig,
 };
 use crate::config_file::ConfigFile;
+use crate::discovery::{DiscoveryConfig, DiscoverySource, Form};
+use crate::dns_zone::ReverseNetwork;
 use crate::doctor::DoctorConfig;
 use crate::endpoints::Node;
 use crate::explain::Question;
@@ -39,7 +42,10 @@ use crate::scaffold::{NewNodePort, NewService};
 use crate::serve::connect::Steps;
 use crate::serve::limits::LimitOptions;
 use crate::tcp_settings::{CONNECT_TIMEOUTS, CONNECT_TRIES, LASTING};
-use crate::value::{Destination, OrNone, PortRange, Time, destination, expose, label, network, socket_address};
+use crate::value::{
+    Destination, OrNone, PortRange, Time, destination, domain, expose, label, namespace, network, reverse_network,
+    socket_address,
+};
 use crate::vips::{AtExit, VipOptions};
 
 /// Exit code: all is well.
@@ -203,6 +209,27 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay doctor -o json | jq '.findings[] | select(.severity == \"error\")'"
     )]
     Doctor(Box<DoctorArgs>),
+
+    /// Print the variables or the DNS names by which Services are found
+    #[command(
+        long_about = "Prints what a pod of a namespace is told of Services: the variables that a kubelet would set, or names, as \
+                      lines of a hosts file or as a zone for a DNS server.\n\n\
+                      Services are those of manifests or, without -f, those of a running kube-relay; that one knows no \
+                      endpoints of headless Services. What cannot be told goes to standard error. Where a manifest is wrong, \
+                      nothing is printed, and the exit code is 1: half a zone would make names vanish.",
+        after_long_help = "Examples:
+  Run a program outside of the cluster as if in a pod of namespace shop:
+    env $(kube-relay env shop) ./program
+
+  Names for this machine alone:
+    kube-relay env --format hosts | sudo tee -a /etc/hosts
+
+  All names of a cluster, headless Services too, for a DNS server:
+    kubectl get services,endpointslices -A -o yaml > all.yaml
+    kube-relay env -f all.yaml --format zone > cluster.local.zone
+    kube-relay env -f all.yaml --format zone --reverse 10.96.0.0/16 > 96.10.in-addr.arpa.zone"
+    )]
+    Env(EnvArgs),
 
     /// Remove the routes that a kube-relay has left on this machine
     #[command(
@@ -682,6 +709,95 @@ pub struct ManArgs {
     /// The command, like `status` or `new service` [default: the program]
     #[arg(value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Arguments of `env`.
+#[derive(Debug, Args)]
+pub struct EnvArgs {
+    /// Namespace of the pod [default: default]
+    #[arg(value_parser = namespace)]
+    namespace: Option<String>,
+
+    /// File or folder with manifests; `-` reads standard input. Repeat for more [default: ask a running kube-relay]
+    #[arg(short = 'f', long = "source", value_name = "PATH")]
+    sources: Vec<PathBuf>,
+
+    /// What to print
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    format: EnvFormat,
+
+    /// Domain of the cluster, for names
+    #[arg(long, value_name = "DOMAIN", default_value = "cluster.local", value_parser = domain)]
+    domain: String,
+
+    /// With --format zone: the zone of this network's addresses (PTR), instead of the domain's
+    #[arg(long, value_name = "CIDR", value_parser = reverse_network)]
+    reverse: Option<ReverseNetwork>,
+
+    /// With -f: where Services without a clusterIP get theirs, as `run` has it; `none` leaves them without
+    #[arg(long, value_name = "CIDR", env = "KUBE_RELAY_SERVICE_CLUSTER_IP_RANGE")]
+    #[arg(default_value_t = OrNone(Some(IpNet::V4(DEFAULT_SERVICE_RANGE))))]
+    service_cluster_ip_range: OrNone<IpNet>,
+
+    /// Whom to ask, without -f.
+    #[command(flatten)]
+    server: ServerFlag,
+}
+
+/// What `env` prints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum EnvFormat {
+    /// Variables, NAME=value
+    #[default]
+    Env,
+    /// Lines of a hosts file
+    Hosts,
+    /// A zone for a DNS server (RFC 1035)
+    Zone,
+}
+
+impl EnvArgs {
+    /// What to print, and of what. Refuses what contradicts itself.
+    pub fn checked(self) -> Result<DiscoveryConfig, ConfigError> {
+        let source = match self.sources.is_empty() {
+            true => DiscoverySource::Relay(self.server.address),
+            false => DiscoverySource::Manifests {
+                inputs: checked_sources(self.sources)?,
+                ranges: Ranges {
+                    cluster_ips: ClusterIpRange(self.service_cluster_ip_range.0.map(|net| net.trunc())),
+                    ..Ranges::default()
+                },
+            },
+        };
+        let form = form(self.format, self.namespace, self.domain, self.reverse)?;
+        Ok(DiscoveryConfig { source, form })
+    }
+}
+
+/// A zone knows all namespaces, and it alone has a reverse.
+fn form(
+    format: EnvFormat,
+    namespace: Option<String>,
+    domain: String,
+    reverse: Option<ReverseNetwork>,
+) -> Result<Form, ConfigError> {
+    let wrong = |flag, value, right: &str| Err(ConfigError { flag, value, right: right.into() });
+    match (format, namespace, reverse) {
+        (EnvFormat::Env | EnvFormat::Hosts, _, Some(network)) => {
+            wrong("--reverse", network.to_string(), "only a zone has a reverse: write --format zone, too")
+        }
+        (EnvFormat::Zone, Some(namespace), _) => {
+            wrong("NAMESPACE", namespace, "a zone holds the names of all namespaces: leave it out")
+        }
+        (EnvFormat::Zone, None, None) => Ok(Form::Zone { domain }),
+        (EnvFormat::Zone, None, Some(network)) => Ok(Form::ReverseZone { domain, network }),
+        (EnvFormat::Env, namespace, None) => Ok(Form::Environment { namespace: or_default(namespace) }),
+        (EnvFormat::Hosts, namespace, None) => Ok(Form::Hosts { namespace: or_default(namespace), domain }),
+    }
+}
+
+fn or_default(namespace: Option<String>) -> String {
+    namespace.unwrap_or_else(|| "default".to_owned())
 }
 
 /// Arguments of `doctor`: those of `run`, none of which has to be there.
@@ -1402,6 +1518,9 @@ mod tests {
             ("run -f x --connect-tries 9", "--connect-tries", "1..=8"),
             ("run -f x --eject-after 0", "--eject-after", "none"),
             ("run -f x --idle-timeout 5", "--idle-timeout", "none"),
+            ("env Shop", "[NAMESPACE]", "lower case"),
+            ("env --domain a..b", "--domain", "cluster.local"),
+            ("env --format zone --reverse 10.96.0.0/12", "--reverse", "10.96.0.0/16"),
             ("new service Web --port 1 --backend 1.2.3.4:5", "<NAME>", "lower case"),
             ("new service web --port 1 --node-port x --backend 1.2.3.4:5", "--node-port", "auto"),
         ];
@@ -1428,6 +1547,51 @@ mod tests {
             DoctorConfig { run: run_fine("kube-relay run -f web.yaml --vip-routes none --zone z"), all: true }
         );
         assert!(doctor("kube-relay doctor -f - -f -").is_err(), "standard input twice");
+    }
+
+    fn env(line: &str) -> Result<DiscoveryConfig, ConfigError> {
+        match parse(line).expect("a command line").command {
+            Command::Env(args) => args.checked(),
+            other => panic!("not env: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn given_env_when_parsed_then_namespace_domain_and_source_have_the_documented_defaults() {
+        let (namespace, domain) = ("default".to_owned(), "cluster.local".to_owned());
+        let relay = || DiscoverySource::Relay(DEFAULT_METRICS_ADDRESS);
+        let form = |line: &str| env(line).expect("fine").form;
+
+        let bare = DiscoveryConfig { source: relay(), form: Form::Environment { namespace: namespace.clone() } };
+        assert_eq!(env("kube-relay env"), Ok(bare));
+        assert_eq!(form("kube-relay env shop"), Form::Environment { namespace: "shop".into() });
+        assert_eq!(form("kube-relay env --format hosts"), Form::Hosts { namespace, domain: domain.clone() });
+        assert_eq!(form("kube-relay env --format zone"), Form::Zone { domain });
+        let network = reverse_network("10.96.0.0/16").expect("a zone");
+        assert_eq!(
+            form("kube-relay env --format zone --domain k8s.example. --reverse 10.96.0.0/16"),
+            Form::ReverseZone { domain: "k8s.example".into(), network }
+        );
+        assert_eq!(
+            env("kube-relay env -f x --service-cluster-ip-range 10.96.0.0/12").expect("fine").source,
+            DiscoverySource::Manifests {
+                inputs: vec![Input::from("x")],
+                ranges: Ranges {
+                    cluster_ips: ClusterIpRange(Some("10.96.0.0/12".parse().expect("a network"))),
+                    ..Ranges::default()
+                },
+            }
+        );
+    }
+
+    #[test]
+    fn given_an_env_that_contradicts_itself_when_parsed_then_the_flag_and_the_remedy_are_named() {
+        let zone = env("kube-relay env shop --format zone").expect_err("a zone of one namespace").to_string();
+        let reverse = env("kube-relay env --reverse 10.0.0.0/8").expect_err("variables in reverse").to_string();
+
+        assert!(zone.contains("'shop' for 'NAMESPACE'") && zone.contains("all namespaces"), "{zone}");
+        assert!(reverse.contains("'10.0.0.0/8' for '--reverse'") && reverse.contains("--format zone"), "{reverse}");
+        assert!(env("kube-relay env -f - -f -").is_err(), "standard input twice");
     }
 
     #[test]
@@ -1493,8 +1657,8 @@ mod tests {
             command.render_long_help().to_string()
         };
 
-        let first = [&["run"][..], &["check"], &["status"], &["explain"], &["diff"], &["doctor"], &["cleanup"]];
-        for names in first.into_iter().chain([&["new", "service"][..], &["completions"], &["man"]]) {
+        let first = [&["run"][..], &["check"], &["status"], &["explain"], &["diff"], &["doctor"], &["env"]];
+        for names in first.into_iter().chain([&["cleanup"][..], &["new", "service"], &["completions"], &["man"]]) {
             let text = help(names);
             let examples: Vec<&str> = text.lines().filter(|line| line.contains("    kube-relay ")).collect();
             assert!(examples.len() >= 2, "{names:?}: {text}");

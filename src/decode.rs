@@ -71,6 +71,9 @@ pub struct Entry {
     pub item: Option<u32>,
     /// What it says.
     pub content: Content,
+    /// An EndpointSlice with the label `service.kubernetes.io/headless`: nothing for a proxy, so `content` is without it,
+    /// but DNS tells its addresses.
+    pub headless: Option<Arc<Slice>>,
 }
 
 impl Entry {
@@ -162,6 +165,12 @@ pub enum Content {
     Service(Arc<Service>),
     /// An EndpointSlice (none where a proxy has no use for it), or the slices of an Endpoints object.
     Slices(Box<[Arc<Slice>]>),
+}
+
+/// What is read for DNS alone: a proxy has nothing to say about it, such as that it lacks ports, and takes no harm from it.
+fn unheard<T>(read: impl FnOnce(&mut Findings) -> Option<T>) -> Option<T> {
+    let mut found = Findings::new(0);
+    read(&mut found).filter(|_| found.errors() == 0)
 }
 
 /// Reads one file. `file` is its name in problems.
@@ -511,15 +520,19 @@ impl<'f> Reading<'f> {
         let Some(identity) = identity else {
             return self.reject(Some(kind), None, slot, fault(&found.list[first..]));
         };
-        let name = identity.name.clone();
+        let (name, mut headless) = (identity.name.clone(), None);
         let content = match kind {
             Kind::Service => decode_service::service(found, at, identity, &raw.spec, &raw.status)
                 .map(|service| Content::Service(Arc::new(service))),
             Kind::EndpointSlice => {
                 let raw = RawSlice { address_type: &raw.address_type, endpoints: &raw.endpoints, ports: &raw.ports };
-                Some(Content::Slices(
-                    decode_endpoints::slice(found, at, &identity, &raw).into_iter().map(Arc::new).collect(),
-                ))
+                if identity.headless {
+                    headless = unheard(|found| decode_endpoints::slice(found, at, &identity, &raw)).map(Arc::new);
+                    Some(Content::Slices(Box::default()))
+                } else {
+                    let slice = decode_endpoints::slice(found, at, &identity, &raw);
+                    Some(Content::Slices(slice.into_iter().map(Arc::new).collect()))
+                }
             }
             Kind::Endpoints => {
                 let slices = decode_endpoints::endpoints(found, at, &identity, &raw.subsets);
@@ -531,7 +544,8 @@ impl<'f> Reading<'f> {
                 self.reject(Some(kind), Some(name), slot, fault(&found.list[first..]));
             }
             Some(content) => {
-                self.decoded.objects.push(Entry { kind, name, line: slot.line, item: slot.item(), content });
+                let (line, item) = (slot.line, slot.item());
+                self.decoded.objects.push(Entry { kind, name, line, item, content, headless });
             }
             None => {}
         }

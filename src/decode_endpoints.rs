@@ -24,8 +24,9 @@ fields!(
         "hints" => hints: Object<Hints>,
         "targetRef" => target_ref: Object<TargetRef>,
         "topology" => topology: Object<Topology>,
+        "hostname" => hostname: Scalar,
     }
-    unused &["deprecatedTopology", "hostname"]
+    unused &["deprecatedTopology"]
 );
 
 fields!(Conditions {
@@ -58,8 +59,12 @@ fields!(
     unused &[]
 );
 
-fields!(Address { "ip" => ip: Scalar, "nodeName" => node_name: Scalar, "targetRef" => target_ref: Object<TargetRef>, }
-    unused &["hostname"]);
+fields!(Address {
+    "ip" => ip: Scalar,
+    "nodeName" => node_name: Scalar,
+    "targetRef" => target_ref: Object<TargetRef>,
+    "hostname" => hostname: Scalar,
+} unused &[]);
 
 /// The fields of an EndpointSlice beside its metadata.
 pub(crate) struct RawSlice<'v> {
@@ -73,9 +78,6 @@ pub(crate) struct RawSlice<'v> {
 
 /// Reads an EndpointSlice. `None` where it is wrong, or nothing for a proxy.
 pub(crate) fn slice(found: &mut Findings, at: At<'_>, identity: &Identity, raw: &RawSlice<'_>) -> Option<Slice> {
-    if identity.headless {
-        return None;
-    }
     let Some(service) = identity.service.clone() else {
         let metadata = at.key("metadata");
         let text = "label kubernetes.io/service-name is missing; it names the Service of these endpoints";
@@ -153,13 +155,14 @@ fn endpoint(
     let (ready, serving, terminating) = conditions(found, at.key("conditions"), &raw.conditions);
     let (zone_hints, node_hints) = hints(found, at.key("hints"), &raw.hints);
     let pod = pod(found, at.key("targetRef"), &raw.target_ref);
+    let hostname = hostname(found, at, &raw.hostname);
     let Some(address) = address? else { return Ok(None) };
     if Family::of(address) != family {
         let text = format!("{address} is not {family}, it is left out; addresses of each family have their own slice");
         found.warn(addresses_at.index(0), "family", text);
         return Ok(None);
     }
-    Ok(Some(Endpoint { address, ready, serving, terminating, node, zone, zone_hints, node_hints, pod }))
+    Ok(Some(Endpoint { address, ready, serving, terminating, node, zone, zone_hints, node_hints, pod, hostname }))
 }
 
 fn address(found: &mut Findings, at: At<'_>, value: &Scalar) -> Result<Option<IpAddr>, Unreadable> {
@@ -203,6 +206,11 @@ fn pod(found: &mut Findings, at: At<'_>, value: &Object<TargetRef>) -> Option<Ar
     let kind = found.text(at.key("kind"), &raw.kind)?;
     let name = found.text(at.key("name"), &raw.name)?;
     (&*kind == "Pod").then_some(name)
+}
+
+/// Nobody has to write one; an empty one says the same.
+fn hostname(found: &mut Findings, at: At<'_>, value: &Scalar) -> Rare<Arc<str>> {
+    found.text(at.key("hostname"), value).filter(|name| !name.is_empty()).into_iter().collect()
 }
 
 fn ports(found: &mut Findings, at: At<'_>, list: &List<Object<EndpointPort>>) -> Vec<SlicePort> {
@@ -283,6 +291,7 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
         let address = address(found, ip, &raw.ip);
         let node = found.text(at.key("nodeName"), &raw.node_name);
         let pod = pod(found, at.key("targetRef"), &raw.target_ref);
+        let hostname = hostname(found, at, &raw.hostname);
         unreadable |= address.is_err();
         let Ok(Some(address)) = address else { continue };
         endpoints.push(Endpoint {
@@ -295,6 +304,7 @@ fn addresses(found: &mut Findings, at: At<'_>, list: &List<Object<Address>>, rea
             zone_hints: Rare::default(),
             node_hints: Rare::default(),
             pod,
+            hostname,
         });
     }
     refuse_if_all_unreadable(found, at, unreadable, &endpoints);
@@ -449,12 +459,15 @@ mod tests {
     }
 
     #[test]
-    fn given_a_slice_of_a_headless_service_when_read_then_it_is_not_stored() {
-        let text = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-1\n  labels: {kubernetes.io/service-name: web, service.kubernetes.io/headless: ''}\naddressType: IPv4\n";
+    fn given_a_slice_of_a_headless_service_when_read_then_it_is_kept_for_dns_alone() {
+        let text = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-1\n  labels: {kubernetes.io/service-name: web, service.kubernetes.io/headless: ''}\naddressType: IPv4\nendpoints: [{addresses: [10.0.0.1], hostname: web-0}]\nports: [{name: http, port: 80}]\n";
 
         let decoded = decode(text.as_bytes(), "a.yaml");
 
         assert!(slices(&decoded).is_empty() && decoded.problems.is_empty());
+        let headless = decoded.objects[0].headless.as_ref().expect("it is kept");
+        assert_eq!(headless.service.to_string(), "default/web");
+        assert_eq!(headless.endpoints[0].hostname.first().map(|name| &**name), Some("web-0"));
     }
 
     #[test]

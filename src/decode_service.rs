@@ -79,9 +79,9 @@ fields!(
         "allocateLoadBalancerNodePorts" => allocate_node_ports: Scalar,
         "trafficDistribution" => traffic_distribution: Scalar,
         "selector" => selector: Object<Selector>,
+        "externalName" => external_name: Scalar,
     }
     unused &[
-        "externalName",
         "ipFamily",
         "ipFamilyPolicy",
         "loadBalancerClass",
@@ -151,6 +151,7 @@ pub(crate) fn service(
         proxy_name: identity.proxy_name,
         slices_hidden: identity.headless,
         kind,
+        external_name: found.text(at.key("externalName"), &spec.external_name).filter(|name| !name.is_empty()),
         families: families(found, at.key("ipFamilies"), &spec.families),
         ports: ports(found, at.key("ports"), &spec.ports, kind, cluster_ips == ClusterIps::Headless),
         cluster_ips,
@@ -580,7 +581,8 @@ mod tests {
             "spec.ports: missing; a Service needs at least one entry with a port",
         );
         assert_eq!(service("  clusterIP: None\n").cluster_ips, ClusterIps::Headless);
-        assert_eq!(service("  {type: ExternalName, externalName: db.example}\n").kind, ServiceKind::ExternalName);
+        let alias = service("  {type: ExternalName, externalName: db.example}\n");
+        assert_eq!((alias.kind, alias.external_name.as_deref()), (ServiceKind::ExternalName, Some("db.example")));
     }
 
     #[test]

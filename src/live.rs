@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::choice::{self, Choice, Unused};
 use crate::contact::ContactReport;
+use crate::model::ClusterIps;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
 use crate::recent::Happened;
@@ -157,6 +158,12 @@ impl ServiceStatus {
 
     fn live(&self, status: &Status) -> ServiceReport {
         let mut report = self.report();
+        report.cluster_ips = match &self.service.cluster_ips {
+            ClusterIps::Unset => Vec::new(),
+            ClusterIps::Headless => vec!["None".to_owned()],
+            ClusterIps::Addresses { addresses, .. } => addresses.iter().map(ToString::to_string).collect(),
+        };
+        report.external_name = self.service.external_name.as_ref().map(ToString::to_string);
         if let Some(health_port) = report.health_port.as_mut().filter(|port| !port.addresses.is_empty()) {
             health_port.state = Some(status.health_port_state(&self.service.name));
         }
@@ -263,7 +270,7 @@ fn counted<const N: usize, W: Copy + Into<usize>>(
 #[cfg(test)]
 pub(crate) mod sample {
     use super::*;
-    use crate::model::{ClusterIps, Endpoint, Service, ServiceKind, Slice, TrafficPolicy};
+    use crate::model::{Endpoint, Service, ServiceKind, Slice, TrafficPolicy};
     use crate::name::{BalancerKey, Family, Protocol, Scope, ServicePortName};
     use crate::plan::{PlanOptions, ServicePlan};
     use crate::rejections::Rejections;

@@ -20,13 +20,14 @@ use kube_relay::api_client::Api;
 use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
     CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
-    EXIT_FINE, EXIT_PROBLEMS, EXIT_UNKNOWN, EXIT_USAGE, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, RunArgs,
-    StatusArgs, StatusOutput,
+    EXIT_FINE, EXIT_PROBLEMS, EXIT_UNKNOWN, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs,
+    RunArgs, StatusArgs, StatusOutput,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
 use kube_relay::control::Relay;
 use kube_relay::difference::difference;
+use kube_relay::discovery::{Discovery, DiscoveryConfig, DiscoverySource};
 use kube_relay::doctor::{DoctorConfig, examine};
 use kube_relay::explain::explain;
 use kube_relay::flag_defaults::{self, StartError};
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => explained(*args),
         Command::Diff(args) => diff(*args),
         Command::Doctor(args) => doctor(*args),
+        Command::Env(args) => discover(args),
         Command::Cleanup(args) => cleanup(&args),
         Command::New(NewCommand::Service(args)) => new_service(args),
         Command::Completions(args) => completions(&args),
@@ -468,6 +470,41 @@ fn doctor(args: DoctorArgs) -> anyhow::Result<u8> {
         DoctorOutput::Json => serde_json::to_string_pretty(&diagnosis)? + "\n",
     })?;
     Ok(if diagnosis.has_problems() { EXIT_PROBLEMS } else { EXIT_FINE })
+}
+
+fn discover(args: EnvArgs) -> anyhow::Result<u8> {
+    let DiscoveryConfig { source, form } = args.checked()?;
+    let Some(discovery) = discovery(source)? else { return Ok(EXIT_PROBLEMS) };
+    let answer = discovery.answer(&form, seconds_since_1970());
+    answer.gaps.iter().for_each(|gap| eprintln!("{gap}"));
+    print(&answer.text)?;
+    Ok(EXIT_FINE)
+}
+
+/// What there is to tell of. `None` where a manifest is wrong, which is said then.
+fn discovery(source: DiscoverySource) -> anyhow::Result<Option<Discovery>> {
+    match source {
+        DiscoverySource::Manifests { inputs, ranges } => {
+            let reading = manifest::read(inputs, ranges);
+            let told = reading.problems.iter().filter(|problem| problem.severity > Severity::Note);
+            told.for_each(|problem| eprintln!("{problem}"));
+            let sound = reading.problems.iter().all(|problem| problem.severity < Severity::Error);
+            Ok(sound.then(|| Discovery::of_manifests(&reading)))
+        }
+        DiscoverySource::Relay(server) => {
+            let live = on(small_runtime()?, peer::status(server))?;
+            if !live.synced {
+                bail!("{server}: its source has not delivered its first complete state yet; ask again soon");
+            }
+            Ok(Some(Discovery::of_relay(&live.report)))
+        }
+    }
+}
+
+/// As the number of a zone's version, which is to grow. Good until 2106, as such numbers are; they go around then.
+fn seconds_since_1970() -> u32 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    (since.as_secs() & u64::from(u32::MAX)) as u32
 }
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<u8> {

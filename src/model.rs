@@ -31,6 +31,8 @@ pub struct Service {
     pub slices_hidden: bool,
     /// From `spec.type` (default ClusterIP).
     pub kind: ServiceKind,
+    /// From `spec.externalName`; `None` where it is empty. For DNS alone.
+    pub external_name: Option<Arc<str>>,
     /// From `spec.clusterIP` and `spec.clusterIPs`.
     pub cluster_ips: ClusterIps,
     /// From `spec.ipFamilies`, in its order; empty where the Service does not say.
@@ -72,6 +74,7 @@ impl Service {
             proxy_name: None,
             slices_hidden: false,
             kind: ServiceKind::ClusterIp,
+            external_name: None,
             cluster_ips: ClusterIps::Unset,
             families: Vec::new(),
             ports: Vec::new(),
@@ -333,6 +336,8 @@ pub struct Endpoint {
     pub node_hints: Rare<Arc<str>>,
     /// From `targetRef.name`, where the target is a Pod: for display.
     pub pod: Option<Arc<str>>,
+    /// From `hostname`: one at most, and few have it. For DNS alone.
+    pub hostname: Rare<Arc<str>>,
 }
 
 impl Endpoint {
@@ -348,6 +353,7 @@ impl Endpoint {
             zone_hints: Rare::default(),
             node_hints: Rare::default(),
             pod: None,
+            hostname: Rare::default(),
         }
     }
 }

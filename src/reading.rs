@@ -10,7 +10,7 @@ use crate::decode::{Content, Entry, Kind};
 use crate::findings::MAX_FINDINGS;
 use crate::hints;
 use crate::manifest_file::file_problem;
-use crate::model::{ClusterIps, Objects, Service, ServiceKind};
+use crate::model::{ClusterIps, Objects, Service, ServiceKind, Slice};
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
 use crate::rejections::Rejections;
@@ -24,6 +24,8 @@ type Places<'a> = HashMap<(Kind, &'a ObjectName), (&'a str, &'a Entry)>;
 pub struct Reading {
     /// The objects in use, with addresses for those that name none.
     pub objects: Objects,
+    /// Slices with the label `service.kubernetes.io/headless`: no proxy looks at them, DNS does.
+    pub headless_slices: Vec<Arc<Slice>>,
     /// What is wrong and what is worth knowing.
     pub problems: Vec<Problem>,
     /// Files and folders of which not all is in use.
@@ -58,6 +60,7 @@ impl Reading {
                 None => {
                     places.insert((entry.kind, &entry.name), (file, entry));
                     self.objects.add(&entry.content);
+                    self.headless_slices.extend(entry.headless.clone());
                 }
                 Some((first, other)) => self.problems.push(conflict(entry, file, other, first)),
             }

@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::decode_service::PREFIX;
-use crate::model::{ClusterIps, Endpoint, Service, ServiceKind, ServicePort, Slice, SliceName, TrafficPolicy};
+use crate::model::{ClusterIps, Endpoint, Service, ServicePort, Slice, SliceName, TrafficPolicy};
 use crate::name::Family;
 
 /// A Service, as far as a proxy reads it.
@@ -35,7 +35,7 @@ pub(crate) fn service_manifest(service: &Service) -> Value {
     let affinity = service.affinity_timeout.map(|time| json!({"clientIP": {"timeoutSeconds": time.as_secs()}}));
     let spec = present([
         ("type", Some(service.kind.as_str().into())),
-        ("externalName", (service.kind == ServiceKind::ExternalName).then(|| "saved.invalid".into())),
+        ("externalName", service.external_name.as_ref().map(text)),
         ("clusterIP", cluster_ip),
         ("clusterIPs", cluster_ips),
         ("ipFamilies", list(&service.families, |family| family.to_string().into())),
@@ -110,6 +110,7 @@ fn endpoint_manifest(endpoint: &Endpoint) -> Value {
         ("zone", text(&endpoint.zone)),
         ("hints", hints),
         ("targetRef", endpoint.pod.as_ref().map(|pod| json!({"kind": "Pod", "name": **pod}))),
+        ("hostname", endpoint.hostname.first().map(|name| Value::from(&**name))),
     ])
 }
 

@@ -75,6 +75,12 @@ pub struct ServiceReport {
     pub kind: Cow<'static, str>,
     /// Why it is not served, as a word; `null` where it is.
     pub skipped: Option<Cow<'static, str>>,
+    /// From `spec.clusterIPs` in its order, `None` alone for a headless Service; only from a running relay.
+    #[serde(rename = "clusterIPs", default, skip_serializing_if = "Vec::is_empty")]
+    pub cluster_ips: Vec<String>,
+    /// From `spec.externalName`; only from a running relay.
+    #[serde(rename = "externalName", default, skip_serializing_if = "Option::is_none")]
+    pub external_name: Option<String>,
     /// Session affinity timeout in seconds; `null` without affinity.
     #[serde(rename = "affinitySeconds")]
     pub affinity_seconds: Option<u64>,
@@ -97,6 +103,8 @@ impl ServiceReport {
             name: service.name.name.to_string(),
             kind: service.kind.as_str().into(),
             skipped: planned.and_then(|planned| planned.skipped).map(Cow::Borrowed),
+            cluster_ips: Vec::new(),
+            external_name: None,
             affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
             health_port: planned.and_then(HealthPortReport::of),
             balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),

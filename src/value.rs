@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::findings::{parse_cidr, parse_ip};
+use crate::dns_records::{MAX_DOMAIN_LENGTH, is_domain};
+use crate::dns_zone::ReverseNetwork;
+use crate::findings::{is_name, parse_cidr, parse_ip};
 use crate::name::{ObjectName, Protocol};
 use crate::plan::Expose;
 use crate::scaffold::NewNodePort;
@@ -234,6 +236,27 @@ pub fn label(text: &str) -> Result<String, ValueError> {
     ))
 }
 
+/// Reads the name of a namespace: a DNS label, of which the first character may be a digit.
+pub fn namespace(text: &str) -> Result<String, ValueError> {
+    const RIGHT: ValueError =
+        ValueError("not a name: 1 to 63 of lower case letters, digits and '-', with no '-' at either end");
+    is_name(text, 63).then(|| text.to_owned()).ok_or(RIGHT)
+}
+
+/// Reads the domain of a cluster, with or without a dot at its end, which is not kept.
+pub fn domain(text: &str) -> Result<String, ValueError> {
+    const RIGHT: ValueError = ValueError("write a domain in lower case, like cluster.local, of 51 letters at most");
+    let name = text.strip_suffix('.').unwrap_or(text);
+    (name.len() <= MAX_DOMAIN_LENGTH && is_domain(name)).then(|| name.to_owned()).ok_or(RIGHT)
+}
+
+/// Reads a network that can be a zone of its own.
+pub fn reverse_network(text: &str) -> Result<ReverseNetwork, ValueError> {
+    const RIGHT: ValueError =
+        ValueError("write a network of whole octets, like 10.96.0.0/16 (of IPv6: of whole digits, like fd00:10::/32)");
+    parse_cidr(text).and_then(ReverseNetwork::new).ok_or(RIGHT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -334,6 +357,22 @@ mod tests {
         assert!(label("web-1").is_ok());
         for text in ["", "Web", "1web", "web-", "we.b", &"w".repeat(64)] {
             assert!(label(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn given_namespaces_domains_and_zones_when_read_then_only_those_that_dns_has_pass() {
+        assert_eq!(namespace("1-shop"), Ok("1-shop".to_owned()));
+        assert_eq!(domain("cluster.local."), Ok("cluster.local".to_owned()));
+        assert_eq!(reverse_network("10.96.0.0/16").expect("a zone").to_string(), "10.96.0.0/16");
+        for text in ["", "Shop", "a.b", "-a", &"n".repeat(64)] {
+            assert!(namespace(text).is_err(), "{text}");
+        }
+        for text in ["", ".", "a..b", "Cluster.local", "a b", &"d".repeat(52)] {
+            assert!(domain(text).is_err(), "{text}");
+        }
+        for text in ["", "10.96.0.0", "10.96.0.0/12", "fd00::/47"] {
+            assert!(reverse_network(text).is_err(), "{text}");
         }
     }
 }
