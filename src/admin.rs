@@ -1,7 +1,7 @@
 //! Our own HTTP: health for load balancers and probes; metrics, status and readiness for operators.
 //!
-//! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics` and `live`, how HTTP is
-//! spoken is `http_server`'s. Small on purpose: GET and HEAD, no TLS.
+//! Reads snapshots, changes nothing, and knows nobody by name: what is told is made in `metrics`, `live`, `summary` and
+//! `page`, how HTTP is spoken is `http_server`'s. Small on purpose: GET and HEAD, no TLS.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, HOST, HeaderValue, SERVER, X_CONTENT_TYPE_OPTIONS};
 use hyper::{Method, Request, StatusCode, Version};
+use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
+use crate::answer_body::AnswerBody;
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
 use crate::contact::Contact;
 use crate::health::{Checkup, FamilyCheckup, Health};
@@ -26,14 +28,19 @@ use crate::host::Host;
 use crate::host_watch::Hosts;
 use crate::http_server::{self, Answer, HEADER_TIMEOUT, response};
 use crate::lifecycle::Readiness;
-use crate::live::LiveReport;
-use crate::name::{Family, ListenKey, Protocol};
+use crate::live::PauseReport;
+use crate::name::{Family, ListenKey, ObjectName, Protocol};
 use crate::remedy::{self, BindFailure};
+use crate::report_pieces::ReportPieces;
 use crate::stats::PROCESS;
 use crate::status::Status;
+use crate::summary::{Closeup, Summary};
 use crate::timestamp::rfc3339;
-use crate::{metrics, peer};
+use crate::{metrics, page, peer};
 
+const JSON: &str = "application/json";
+/// Before the name of one Service.
+const SERVICES: &str = "/status/";
 /// Time between tries to bind an address that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(5);
 
@@ -44,7 +51,7 @@ pub enum Surface {
     Health,
     /// `/metrics`, `/readyz` and more: for the machines of whoever watches this one.
     Metrics,
-    /// The same, and `/status`: for whoever works on this machine.
+    /// The same, `/status` and a page that shows it: for whoever works on this machine.
     Status,
 }
 
@@ -54,7 +61,18 @@ impl Surface {
         match self {
             Self::Health => &["/healthz", "/livez"],
             Self::Metrics => &["/metrics", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
-            Self::Status => &["/metrics", "/status", "/readyz", "/readyz?verbose", "/livez", "/healthz", "/proxyMode"],
+            Self::Status => &[
+                "/",
+                "/metrics",
+                "/status",
+                "/status?summary",
+                "/status/NAMESPACE/NAME",
+                "/readyz",
+                "/readyz?verbose",
+                "/livez",
+                "/healthz",
+                "/proxyMode",
+            ],
         }
     }
 }
@@ -334,7 +352,7 @@ fn health(path: &str, view: &View) -> Answer {
         false => (StatusCode::SERVICE_UNAVAILABLE, &answers.unhealthy),
     };
     answers.increment();
-    response(code, "application/json", health_document(&checkup, with_node, now, SystemTime::now()).to_string())
+    response(code, JSON, health_document(&checkup, with_node, now, SystemTime::now()).to_string())
 }
 
 /// kube-proxy's document, at a moment by both clocks.
@@ -366,23 +384,42 @@ async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View
             let page = off_the_workers(move || metrics::render(&view.snapshot(), view.readiness.is_ready())).await;
             page.map_or_else(failed, |page| response(StatusCode::OK, metrics::CONTENT_TYPE, page))
         }
-        "/status" if surface == Surface::Status => {
-            let document = off_the_workers(move || {
-                serde_json::to_string(&LiveReport::of(&view.snapshot()).with_pauses(Instant::now().into()))
-            })
-            .await;
-            match document {
-                Some(Ok(document)) => response(StatusCode::OK, "application/json", document),
-                Some(Err(_)) | None => failed(),
-            }
+        "/" if surface == Surface::Status => page::answer(),
+        "/status" if surface == Surface::Status && asks_for(request, "summary") => {
+            document(move || Some(Summary::of(&view.snapshot(), SystemTime::now()))).await
         }
-        "/readyz" => {
-            let verbose = request.uri().query().is_some_and(|query| query.starts_with("verbose"));
-            readyz(&view.readiness, &view.snapshot().contact, verbose)
+        "/status" if surface == Surface::Status => whole_status(view).await,
+        path if surface == Surface::Status && path.starts_with(SERVICES) => {
+            let name = ObjectName::parse(path.strip_prefix(SERVICES).unwrap_or_default());
+            document(move || Closeup::of(&view.snapshot(), &name, SystemTime::now())).await
         }
+        "/readyz" => readyz(&view.readiness, &view.snapshot().contact, asks_for(request, "verbose")),
         "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
         "/proxyMode" => text(StatusCode::OK, "userspace"),
         _ => not_found(surface),
+    }
+}
+
+/// The largest document: made while it is sent, and never there at once.
+async fn whole_status(view: Arc<View>) -> Answer {
+    let pieces = off_the_workers(move || {
+        let pauses = PauseReport::of_process(Instant::now().into());
+        ReportPieces::of(view.snapshot(), pauses)
+    })
+    .await;
+    pieces.map_or_else(failed, |pieces| response(StatusCode::OK, JSON, AnswerBody::in_pieces(pieces)))
+}
+
+fn asks_for(request: &Request<Incoming>, word: &str) -> bool {
+    request.uri().query().is_some_and(|query| query.starts_with(word))
+}
+
+/// JSON of what is made; 404 where that is nothing.
+async fn document<T: Serialize + 'static>(make: impl FnOnce() -> Option<T> + Send + 'static) -> Answer {
+    match off_the_workers(move || make().map(|made| serde_json::to_string(&made))).await {
+        Some(Some(Ok(document))) => response(StatusCode::OK, JSON, document),
+        Some(None) => text(StatusCode::NOT_FOUND, "there is no such Service\n"),
+        Some(Some(Err(_))) | None => failed(),
     }
 }
 
@@ -519,6 +556,41 @@ mod tests {
 
         assert!(away.starts_with("HTTP/1.1 404 ") && !body(&away).contains("/status"), "{away}");
         assert!(here.starts_with("HTTP/1.1 200 "), "{here}");
+    }
+
+    #[tokio::test]
+    async fn given_the_status_surface_when_a_browser_asks_then_it_gets_a_page_that_only_this_server_can_feed() {
+        let served = Served::start().await;
+
+        let [first, second] = [served.get(Surface::Status, "/").await, served.get(Surface::Status, "/").await];
+        let elsewhere = served.get(Surface::Metrics, "/").await;
+
+        assert!(first.starts_with("HTTP/1.1 200 "), "{first}");
+        let headers = first.split_once("\r\n\r\n").expect("headers and body").0;
+        assert!(headers.contains("content-type: text/html; charset=utf-8"), "{headers}");
+        assert!(headers.contains("content-security-policy: default-src 'none'; "), "{headers}");
+        assert!(headers.contains("cache-control: no-store") && headers.contains("nosniff"), "{headers}");
+        assert_ne!(body(&first), body(&second), "the nonce is another one each time");
+        assert!(elsewhere.starts_with("HTTP/1.1 404 "), "{elsewhere}");
+    }
+
+    #[tokio::test]
+    async fn given_the_status_surface_when_a_summary_or_one_service_is_asked_for_then_no_more_than_that_is_told() {
+        let served = Served::start().await;
+        let json = |answer: &str| serde_json::from_str::<serde_json::Value>(body(answer)).expect("JSON");
+
+        let summary = json(&served.get(Surface::Status, "/status?summary").await);
+        let web = json(&served.get(Surface::Status, "/status/default/web").await);
+        let nobody = served.get(Surface::Status, "/status/default/nobody").await;
+
+        assert_eq!(summary["services"].as_array().map(Vec::len), Some(3));
+        assert!(summary["services"][2].get("ports").is_some_and(|ports| ports[0].is_string()), "{summary}");
+        assert_eq!(web["services"].as_array().map(Vec::len), Some(1));
+        assert_eq!(web["services"][0]["ports"][0]["backendTraffic"][0]["pod"], "web-1");
+        assert!(nobody.starts_with("HTTP/1.1 404 ") && body(&nobody) == "there is no such Service\n", "{nobody}");
+        for path in ["/status?summary", "/status/default/web"] {
+            assert!(served.get(Surface::Metrics, path).await.starts_with("HTTP/1.1 404 "), "{path}");
+        }
     }
 
     #[test]
@@ -698,7 +770,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_a_foreign_host_name_when_asked_then_only_the_metrics_surface_refuses() {
+    async fn given_a_foreign_host_name_when_asked_then_all_surfaces_but_health_refuse() {
         let served = Served::start().await;
         let request =
             |path: &str| format!("GET {path} HTTP/1.1\r\nhost: rebound.example:10249\r\nconnection: close\r\n\r\n");
@@ -707,6 +779,9 @@ mod tests {
         assert!(
             served.ask(Surface::Metrics, &request("http://rebound.example/status")).await.starts_with("HTTP/1.1 403 ")
         );
+        for path in ["/", "/status?summary", "/status/default/web"] {
+            assert!(served.ask(Surface::Status, &request(path)).await.starts_with("HTTP/1.1 403 "), "{path}");
+        }
         assert!(served.ask(Surface::Health, &request("/healthz")).await.starts_with("HTTP/1.1 200 "));
     }
 

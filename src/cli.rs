@@ -377,7 +377,7 @@ struct AdminFlags {
     #[arg(default_value_t = OrNone(Some(DEFAULT_METRICS_ADDRESS)))]
     metrics_bind_address: OrNone<SocketAddr>,
 
-    /// Address that has /status besides, which `kube-relay status` asks [default: that of the metrics on loopback, else 127.0.0.1 with its port]
+    /// Address that has /status and its page besides, which `kube-relay status` asks [default: that of the metrics on loopback, else 127.0.0.1 with its port]
     #[arg(long, value_name = "IP:PORT", env = "KUBE_RELAY_STATUS_BIND_ADDRESS")]
     status_bind_address: Option<OrNone<SocketAddr>>,
 

@@ -6,8 +6,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -16,6 +15,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
+
+use crate::answer_body::AnswerBody;
 
 /// Connections of one server. One more, and the oldest makes room: somebody who only holds connections open cannot keep
 /// a scrape out.
@@ -27,8 +28,8 @@ pub(crate) const HEADER_LIMIT_BYTES: usize = 8 << 10;
 /// Pause after a failed accept: most causes (no descriptor left) do not end at once.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A whole answer.
-pub(crate) type Answer = Response<Full<Bytes>>;
+/// What is said to one request.
+pub(crate) type Answer = Response<AnswerBody>;
 
 /// Connections of one server, oldest first. Dropping it ends them.
 pub(crate) struct Connections {
@@ -97,8 +98,8 @@ where
 }
 
 /// An answer of one type.
-pub(crate) fn response(code: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
-    let mut response = Response::new(Full::new(body.into()));
+pub(crate) fn response(code: StatusCode, content_type: &'static str, body: impl Into<AnswerBody>) -> Answer {
+    let mut response = Response::new(body.into());
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response

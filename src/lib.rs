@@ -27,7 +27,8 @@
 //! client ─▶ receive a batch ─▶ FlowTable (pure) ─▶ pick, open, send, close ─▶ replies leave from the listener's own socket
 //! ```
 //!
-//! Counters are atomics in `Arc<Backend>` and `Arc<PortState>`; `/metrics`, `/status` and `status` read them when asked.
+//! Counters are atomics in `Arc<Backend>` and `Arc<PortState>`; `/metrics`, `/status` with its page, and `status` read them
+//! when asked.
 //!
 //! # Who owns what
 //!
@@ -75,6 +76,7 @@ pub mod admin;
 mod admission;
 pub mod allocate;
 mod allow_from;
+mod answer_body;
 #[cfg(feature = "kubernetes")]
 pub mod api_client;
 #[cfg(feature = "kubernetes")]
@@ -178,6 +180,7 @@ mod outage;
 pub mod overview;
 #[cfg(feature = "kubernetes")]
 pub mod own_node;
+mod page;
 pub mod panics;
 mod parts;
 pub mod peer;
@@ -191,6 +194,7 @@ mod reading;
 pub mod recent;
 pub mod rejections;
 pub mod remedy;
+mod report_pieces;
 pub mod route_claim;
 mod route_message;
 mod route_socket;
@@ -203,6 +207,7 @@ mod source_ranges;
 pub mod state_lock;
 pub mod stats;
 pub mod status;
+pub mod summary;
 mod sysctl;
 mod tcp_settings;
 mod texts;

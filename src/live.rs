@@ -1,6 +1,7 @@
 //! A running relay as a report: states of listeners and counters filled in at the moment of asking.
 //!
-//! The shapes are in `status`; over HTTP it is served by `admin`, as text by `overview`, for Prometheus by `metrics`.
+//! The shapes are in `status`; over HTTP it is served by `admin` (in pieces: `report_pieces`), as text by `overview`, for
+//! Prometheus by `metrics`. A line for each Service is all that `summary` tells.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -69,6 +70,11 @@ pub struct PauseReport {
 }
 
 impl PauseReport {
+    /// Those of this process that last at an instant.
+    pub(crate) fn of_process(now: Instant) -> Vec<Self> {
+        Self::all(&PROCESS.accept_paused, now)
+    }
+
     /// All that last at an instant. The times are by [`PauseReason`].
     fn all(times: &[WallTime; PauseReason::ALL.len()], now: Instant) -> Vec<Self> {
         let lasting = |reason: &PauseReason| {
@@ -82,6 +88,11 @@ impl PauseReport {
 impl LiveReport {
     /// This process's relay as it is now, without its pauses.
     pub fn of(status: &Status) -> Self {
+        Self::about(status, status.report())
+    }
+
+    /// The same, with this as its report.
+    pub(crate) fn about(status: &Status, report: Report) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -92,13 +103,8 @@ impl LiveReport {
             pauses: Vec::new(),
             recent: status.recent.iter().cloned().collect(),
             inside: status.inside.to_vec(),
-            report: status.report(),
+            report,
         }
-    }
-
-    /// With the pauses of this process that last at an instant.
-    pub(crate) fn with_pauses(self, now: Instant) -> Self {
-        Self { pauses: PauseReport::all(&PROCESS.accept_paused, now), ..self }
     }
 }
 
@@ -113,7 +119,7 @@ impl Report {
     pub fn only(mut self, name: &ObjectName) -> Option<Self> {
         self.services.retain(|service| *service.namespace == *name.namespace && *service.name == *name.name);
         let object = name.to_string();
-        let concerned = |problem: &Problem| problem.object.rsplit(' ').next() == Some(object.as_str());
+        let concerned = |problem: &Problem| problem.subject() == object;
         self.problems.retain(concerned);
         self.notes.retain(concerned);
         if self.services.is_empty() { None } else { Some(self) }
@@ -123,9 +129,23 @@ impl Report {
 impl Status {
     /// The report with the state of each listener and all counters, read now.
     pub fn report(&self) -> Report {
-        let (notes, problems) = self.problems.iter().cloned().partition(|problem| problem.severity == Severity::Note);
+        let (notes, problems) = self.notes_and_problems();
         let services = self.services.values().map(|service| service.live(self)).collect();
         Report { services, problems, notes }
+    }
+
+    /// What is worth knowing, and what is wrong.
+    pub(crate) fn notes_and_problems(&self) -> (Vec<Problem>, Vec<Problem>) {
+        self.problems.iter().cloned().partition(|problem| problem.severity == Severity::Note)
+    }
+
+    /// The same of one Service, without the work for all others; `None` where there is none of that name.
+    pub fn report_of(&self, name: &ObjectName) -> Option<Report> {
+        let services = vec![self.services.get(name)?.live(self)];
+        let object = name.to_string();
+        let said = self.problems.iter().filter(|problem| problem.subject() == object).cloned();
+        let (notes, problems) = said.partition(|problem| problem.severity == Severity::Note);
+        Some(Report { services, problems, notes })
     }
 
     /// `Serving`, unless both sides refuse (`Parked`), the address is among the failed ones or the process is stopping.
@@ -156,7 +176,8 @@ impl ServiceStatus {
         ServiceReport::of(&self.service, Some(&self.plan))
     }
 
-    fn live(&self, status: &Status) -> ServiceReport {
+    /// Its report with states and counters, read now.
+    pub(crate) fn live(&self, status: &Status) -> ServiceReport {
         let mut report = self.report();
         report.cluster_ips = match &self.service.cluster_ips {
             ClusterIps::Unset => Vec::new(),

@@ -59,6 +59,11 @@ impl Problem {
     pub fn note(object: impl fmt::Display, reason: &'static str, message: impl Into<String>) -> Self {
         Self { severity: Severity::Note, ..Self::error(object, reason, message) }
     }
+
+    /// The object without its kind: `default/web`; a file's path where no object could be read.
+    pub(crate) fn subject(&self) -> &str {
+        self.object.rsplit(' ').next().unwrap_or_default()
+    }
 }
 
 /// `web.yaml:3:5: Service default/web: message`, as compilers say it; without the place where it is not known.

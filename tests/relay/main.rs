@@ -1,5 +1,6 @@
 //! The relay from end to end: manifests in, connections and datagrams through, over real sockets on loopback.
 
+mod browser;
 mod caps;
 mod health_ports;
 mod idle;
@@ -8,6 +9,7 @@ mod ladder;
 mod limits;
 mod listeners;
 mod manifests;
+mod page;
 mod rollout;
 mod spread;
 mod tcp;

@@ -64,6 +64,11 @@ impl Program {
         self.child.id()
     }
 
+    /// Where it answers those who watch it.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
     /// A sum at `/metrics`, over all series with these labels.
     pub fn metric(&self, metric: &str, labels: &[&str]) -> u64 {
         seen::sum(&seen::page(self.admin, "/metrics").expect("it answers"), metric, labels)
