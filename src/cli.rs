@@ -13,16 +13,18 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+use crate::access_log::{AccessFormat, AccessLogOptions};
 use crate::allocate::{ClusterIpRange, Ranges};
 #[cfg(feature = "kubernetes")]
 use crate::api_client::ApiOptions;
 use crate::config::{
-    CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig, DEFAULT_CONNECT_TIMEOUT,
-    DEFAULT_CONNECT_TRIES, DEFAULT_DRAIN_TIMEOUT, DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT,
-    DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL, DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES,
-    DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL, DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS,
-    DEFAULT_UDP_TIMEOUT_ANSWERED, DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER,
-    PlanConfig, RunConfig, SourceConfig, UdpTimeouts, UpstreamConfig,
+    CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig,
+    DEFAULT_ACCESS_LOG_SAMPLE, DEFAULT_CONNECT_TIMEOUT, DEFAULT_CONNECT_TRIES, DEFAULT_DRAIN_TIMEOUT,
+    DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL,
+    DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL,
+    DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED,
+    DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER, PlanConfig, RunConfig,
+    SourceConfig, UdpTimeouts, UpstreamConfig,
 };
 use crate::config_file::ConfigFile;
 use crate::discovery::{DiscoveryConfig, DiscoverySource, Form};
@@ -108,7 +110,7 @@ pub enum Command {
     kube-relay run --config config.conf --nodeport-addresses all -f manifests/
 
 Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at once;
-         SIGHUP reads the manifests again."
+         SIGHUP reads the manifests again, and opens the access log anew."
     )]
     Run(Box<RunArgs>),
 
@@ -334,6 +336,9 @@ struct RunFlags {
     times: TimeFlags,
 
     #[command(flatten)]
+    access_log: AccessLogFlags,
+
+    #[command(flatten)]
     process: ProcessFlags,
 }
 
@@ -455,6 +460,24 @@ struct TimeFlags {
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_UDP_TIMEOUT_STREAM")]
     #[arg(default_value_t = Time(DEFAULT_UDP_TIMEOUT_STREAM))]
     udp_timeout_stream: Time,
+}
+
+/// What is written of each connection and flow.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Access log")]
+struct AccessLogFlags {
+    /// File to write a line to for each connection and UDP flow that has ended; `-` is standard output. Opened anew on SIGHUP [default: none is written]
+    #[arg(long, value_name = "PATH", env = "KUBE_RELAY_ACCESS_LOG")]
+    access_log: Option<PathBuf>,
+
+    /// Form of these lines
+    #[arg(long, value_name = "FORMAT", env = "KUBE_RELAY_ACCESS_LOG_FORMAT", value_enum, default_value_t)]
+    access_log_format: AccessFormat,
+
+    /// Write a line for one connection or flow in so many
+    #[arg(long, value_name = "N", env = "KUBE_RELAY_ACCESS_LOG_SAMPLE", default_value_t = DEFAULT_ACCESS_LOG_SAMPLE)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    access_log_sample: u32,
 }
 
 /// What concerns the process as a whole.
@@ -1056,7 +1079,7 @@ impl TryFrom<RunArgs> for RunConfig {
 impl RunFlags {
     /// With a source, all that `run` works with.
     fn checked(self, source: SourceConfig) -> Result<RunConfig, ConfigError> {
-        let Self { plan, vips, admin, upstream, times, process } = self;
+        let Self { plan, vips, admin, upstream, times, access_log, process } = self;
         let cluster = source.is_cluster();
         let AdminAddresses { metrics, status, health } = admin.checked(cluster)?;
         let delay = if cluster { CLUSTER_SHUTDOWN_DELAY } else { DEFAULT_SHUTDOWN_DELAY };
@@ -1083,6 +1106,7 @@ impl RunFlags {
             },
             state_dir: non_empty_path(process.state_dir),
             logs: LogOptions { level: process.log_level, format: process.log_format },
+            access_log: access_log.options(),
             udp_shards: NonZeroU16::new(process.udp_shards).unwrap_or(NonZeroU16::MIN),
             workers: process.workers.map(usize::from),
         })
@@ -1214,6 +1238,15 @@ fn on_loopback(address: SocketAddr) -> SocketAddr {
     }
 }
 
+impl AccessLogFlags {
+    /// `None` where nothing is to be written. An empty path is none, as with other flags.
+    fn options(self) -> Option<AccessLogOptions> {
+        let path = self.access_log.filter(|path| !path.as_os_str().is_empty())?;
+        let sample = NonZeroU32::new(self.access_log_sample).unwrap_or(NonZeroU32::MIN);
+        Some(AccessLogOptions { output: path.into(), format: self.access_log_format, sample })
+    }
+}
+
 impl VipFlags {
     fn options(&self) -> Option<VipOptions> {
         match self.vip_routes {
@@ -1312,6 +1345,7 @@ mod tests {
     use clap::error::ErrorKind;
 
     use super::*;
+    use crate::access_log::AccessOutput;
     use crate::name::Protocol;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
@@ -1348,6 +1382,7 @@ mod tests {
         assert_eq!(config.udp_timeouts.unreplied, DEFAULT_UDP_TIMEOUT_UNREPLIED);
         assert_eq!(config.udp_timeouts.stream, DEFAULT_UDP_TIMEOUT_STREAM);
         assert_eq!(config.logs.level.to_string(), DEFAULT_LOG_LEVEL);
+        assert_eq!(config.access_log, None);
         assert_eq!((config.workers, &config.state_dir), (None, &None));
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
         assert_eq!(config.vips, Some(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false }));
@@ -1459,6 +1494,21 @@ mod tests {
     }
 
     #[test]
+    fn given_an_access_log_when_parsed_then_it_is_whole_and_in_json_unless_flags_say_otherwise() {
+        let access_log = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).access_log;
+        let options = |output, format, sample| {
+            Some(AccessLogOptions { output, format, sample: NonZeroU32::new(sample).expect("not 0") })
+        };
+
+        let whole = options(AccessOutput::Stdout, AccessFormat::Json, DEFAULT_ACCESS_LOG_SAMPLE);
+        assert_eq!(access_log("--access-log -"), whole);
+        let file = AccessOutput::File("/var/log/a.log".into());
+        let flags = "--access-log /var/log/a.log --access-log-format logfmt --access-log-sample 100";
+        assert_eq!(access_log(flags), options(file, AccessFormat::Logfmt, 100));
+        assert_eq!(access_log("--access-log-format logfmt"), None, "a form alone writes nothing");
+    }
+
+    #[test]
     fn given_values_that_clash_when_checked_then_flag_value_and_remedy_are_named() {
         let same = run("kube-relay run -f x --healthz-bind-address 127.0.0.1:10249").expect_err("the same address");
         let status = run("kube-relay run -f x --status-bind-address 127.0.0.1:10256").expect_err("the same address");
@@ -1513,6 +1563,8 @@ mod tests {
             ("run -f x --expose 8080=web", "--expose", "127.0.0.1:8080=default/web:http"),
             ("run -f x --log-level kube_relay=loud", "--log-level", "loud"),
             ("run -f x --workers 0", "--workers", "1..=1024"),
+            ("run -f x --access-log - --access-log-format xml", "--access-log-format", "logfmt"),
+            ("run -f x --access-log - --access-log-sample 0", "--access-log-sample", "0 is not in 1.."),
             ("run -f x --vip-routes all", "--vip-routes", "none"),
             ("cleanup --route-protocol 4", "--route-protocol", "5..=255"),
             ("run -f x --connect-tries 9", "--connect-tries", "1..=8"),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 
+use crate::access_log::AccessLogOptions;
 use crate::allocate::{ClusterIpRange, NodePortRange, Ranges};
 #[cfg(feature = "kubernetes")]
 use crate::api_client::ApiOptions;
@@ -71,6 +72,8 @@ pub const DEFAULT_ROUTE_PROTOCOL: u8 = 107;
 pub const DEFAULT_VIP_ROUTES_LINGER: Duration = Duration::from_secs(60);
 /// `--log-level`.
 pub const DEFAULT_LOG_LEVEL: &str = "info";
+/// `--access-log-sample`: all of them.
+pub const DEFAULT_ACCESS_LOG_SAMPLE: u32 = 1;
 
 /// What `run` works with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +111,8 @@ pub struct RunConfig {
     pub state_dir: Option<PathBuf>,
     /// How to log.
     pub logs: LogOptions,
+    /// What to write of each connection and flow; `None`: nothing. From `--access-log`.
+    pub access_log: Option<AccessLogOptions>,
     /// Worker threads (1..=1024); `None`: as many as this process may use processors.
     pub workers: Option<usize>,
 }
@@ -197,7 +202,7 @@ pub struct PlanConfig {
 }
 
 impl RunConfig {
-    /// Everything that a relay wants to know, on this machine. After the limit of open files has been raised.
+    /// Everything that a relay wants to know, on this machine, but the running access log. After the limit of open files has been raised.
     pub fn relay_options(&self, host: &Host) -> RelayOptions {
         let UdpTimeouts { unreplied, answered, stream } = self.udp_timeouts;
         let UpstreamConfig { sources, steps, eject_after } = self.upstream.clone();
@@ -220,6 +225,7 @@ impl RunConfig {
             awaits_node: self.source.is_cluster(),
             vips: self.vips.clone(),
             vip_guard: self.vip_guard,
+            access_log: None,
         }
     }
 }

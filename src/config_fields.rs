@@ -131,6 +131,9 @@ const RELAY: &[Field] = &[
     field("workers", Form::Number, &["workers"]),
     field("logging.level", Form::Text, &["log_level"]),
     field("logging.format", Form::Text, &["log_format"]),
+    field("accessLog.path", Form::Text, &["access_log"]),
+    field("accessLog.format", Form::Text, &["access_log_format"]),
+    field("accessLog.sample", Form::Number, &["access_log_sample"]),
 ];
 
 const KUBE_PROXY: &[Field] = &[

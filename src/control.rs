@@ -30,6 +30,7 @@ use crate::recent;
 use crate::rejections::Rejections;
 use crate::remedy::{BindFailure, explain, remedy};
 use crate::serve::Listeners;
+use crate::serve::access::AccessTap;
 use crate::serve::listeners::BindError;
 use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
@@ -102,6 +103,8 @@ pub struct RelayOptions {
     pub vips: Option<VipOptions>,
     /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
     pub vip_guard: VipGuard,
+    /// Told of each connection's and flow's end; `None`: nobody is. From [`AccessLog::tap`](crate::access_log::AccessLog::tap).
+    pub access_log: Option<AccessTap>,
 }
 
 /// A running relay: sources send it messages, everybody may read its status. Dropping it ends its control task.
@@ -142,9 +145,9 @@ impl Relay {
             ..Status::default()
         };
         let (publish, status) = watch::channel(Arc::new(first.clone()));
-        let tcp = Arc::new(TcpShared::new(options.tcp)?);
+        let tcp = Arc::new(TcpShared::new(options.tcp)?.with_access_log(options.access_log.clone()));
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-        let udp = UdpShards::start(shards, options.udp)?;
+        let udp = UdpShards::start_with_access_log(shards, options.udp, options.access_log)?;
         let headroom = headroom::follow(Arc::clone(&tcp), udp.gate());
         let health = Health::new(Instant::now());
         health.set_node_eligible(!options.awaits_node); // Before anybody can ask.

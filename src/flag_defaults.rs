@@ -90,6 +90,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::access_log::{AccessFormat, AccessOutput};
     #[cfg(feature = "kubernetes")]
     use crate::api_client::ApiOptions;
     use crate::config::{CheckConfig, DEFAULT_METRICS_ADDRESS, RunConfig, SourceConfig};
@@ -199,7 +200,8 @@ mod tests {
                  maxConnectionAge: none\nmaxConnections: 1000\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
                  vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\ntuneSysctls: true\n\
-                 logging: {level: debug, format: json}\n",
+                 logging: {level: debug, format: json}\n\
+                 accessLog: {path: /var/log/a.log, format: logfmt, sample: 9}\n",
             ),
             "",
         );
@@ -233,6 +235,9 @@ mod tests {
         );
         assert_eq!(config.vip_guard, VipGuard::None);
         assert_eq!((config.logs.level.to_string().as_str(), config.logs.format), ("debug", LogFormat::Json));
+        let access_log = config.access_log.expect("a path is given");
+        assert_eq!(access_log.output, AccessOutput::File("/var/log/a.log".into()));
+        assert_eq!((access_log.format, access_log.sample.get()), (AccessFormat::Logfmt, 9));
     }
 
     #[test]

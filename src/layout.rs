@@ -46,6 +46,17 @@ impl ListenerKind {
         }
     }
 
+    /// The word in labels and in the access log: `cluster_ip`, `node_port`, `external_ip`, `lb_vip` or `exposed`.
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "cluster_ip",
+            Self::NodePort => "node_port",
+            Self::ExternalIp => "external_ip",
+            Self::LoadBalancerIp => "lb_vip",
+            Self::Exposed => "exposed",
+        }
+    }
+
     /// The words in sentences: `cluster IP`, `node port`…
     pub fn in_words(self) -> &'static str {
         match self {

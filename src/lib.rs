@@ -51,6 +51,7 @@
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
 //! | what has happened to Services lately | the control task, by value: [`recent::Recent`] | a `watch` snapshot: [`status::Status`] |
+//! | the access log's file | the writer thread of [`access_log`] | a bounded queue: [`serve::access::AccessTap`] |
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
@@ -72,6 +73,8 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("kube-relay needs Linux (epoll, splice, recvmmsg, AnyIP): build it in a Linux machine, VM or container");
 
+mod access_line;
+pub mod access_log;
 pub mod admin;
 mod admission;
 pub mod allocate;

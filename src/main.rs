@@ -14,6 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
 #[cfg(feature = "kubernetes")]
 use ipnet::IpNet;
+use kube_relay::access_log::AccessLog;
 use kube_relay::admin::{self, AdminOptions, Unbound};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
@@ -191,7 +192,10 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     advise_on_node_ports(&place);
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
     let host = place.hosts.now();
-    let relay = Relay::start(config.relay_options(&host)).context("cannot start the relay")?;
+    let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
+    let mut options = config.relay_options(&host);
+    options.access_log = access_log.as_ref().map(AccessLog::tap);
+    let relay = Relay::start(options).context("cannot start the relay")?;
     let own_servers = OwnServers::of(&config);
     let admin = admin::start(own_servers.on(&host), relay.status(), readiness.clone(), relay.health()).await?;
     for (surface, address) in admin.bound() {
@@ -203,7 +207,7 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     let source = follow(&config, place.clone(), &relay, admin.unbound(), &reload, &stop).await?;
     let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
     let times = tokio::select! {
-        times = end(&mut signals, &config, &reload) => times,
+        times = end(&mut signals, &config, &reload, access_log.as_ref()) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
         () = panicked(source) => bail!("the source task has panicked, no change is followed any more"),
@@ -211,6 +215,9 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
     relay.leave_addresses().await;
+    if let Some(access_log) = access_log {
+        access_log.end().await;
+    }
     watching.abort();
     stop.cancel();
     admin.abort();
@@ -261,13 +268,23 @@ async fn follow(
 }
 
 /// Waits for a signal to end, and passes those to reload on.
-async fn end(signals: &mut Signals, config: &RunConfig, reload: &Notify) -> ShutdownTimes {
+async fn end(
+    signals: &mut Signals,
+    config: &RunConfig,
+    reload: &Notify,
+    access_log: Option<&AccessLog>,
+) -> ShutdownTimes {
     loop {
-        match signals.next().await {
+        let request = signals.next().await;
+        if let (Request::Reload, Some(access_log)) = (request, access_log) {
+            access_log.reopen();
+        }
+        match request {
             // Changes come by themselves there, and so do credentials (`login`).
             Request::Reload if config.source.is_cluster() => {
                 info!(
-                    "SIGHUP changes nothing: the API server is followed all the time, and files are read as they change"
+                    "SIGHUP changes nothing but the access log's file: the API server is followed all the time, and \
+                     files are read as they change"
                 );
             }
             Request::Reload => {

@@ -116,6 +116,7 @@ metrics! {
     GuardedAddresses = Gauge "kuberelay_guarded_addresses" [] "Addresses of Services, local by routes of ours, where what listens on all addresses of the machine is refused.";
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     LogLinesDropped = Counter "kuberelay_log_lines_dropped_total" ["reason"] "Log lines that were not written: more than ten a second of the same place (storm), or nobody read what came before (unread).";
+    AccessLogDropped = Counter "kuberelay_access_log_dropped_total" [] "Lines of the access log that were not written: more ended at once than it takes, or it cannot be written.";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
     Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
@@ -165,6 +166,7 @@ pub fn render(status: &Status, ready: bool) -> String {
     let lines = &PROCESS.log_lines_dropped;
     page.sample(Id::LogLinesDropped, &label("reason", "storm"), lines.storm.get());
     page.sample(Id::LogLinesDropped, &label("reason", "unread"), lines.unread.get());
+    page.sample(Id::AccessLogDropped, "", PROCESS.access_log_dropped.get());
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());

@@ -4,6 +4,7 @@
 //! another thread is put in that thread's queue, behind a lock that is held for the push alone.) What should run
 //! is decided in `plan`; [`Listeners`] carries the steps out and is owned by `control`.
 
+pub mod access;
 mod address_set;
 pub mod affinity;
 pub mod balancer;
@@ -55,6 +56,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::allow_from;
+use crate::plan::ListenerKind;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
 use crate::vips::Hold;
@@ -78,6 +80,8 @@ pub enum Verdict {
 pub struct Target {
     /// The ServicePort that answers for this listener: its counters count what is turned away.
     pub port: Arc<PortState>,
+    /// Why there is a listener.
+    pub kind: ListenerKind,
     /// For sources off this node.
     pub outside: Verdict,
     /// For this node and its pods.
@@ -94,15 +98,16 @@ pub struct Target {
 }
 
 impl Target {
-    /// One balancer, for whoever comes.
+    /// One balancer, for whoever comes to a cluster IP.
     pub fn serving(balancer: &Arc<Balancer>) -> Self {
         Self::both_sides(&balancer.port, Verdict::Serve(Arc::clone(balancer)))
     }
 
-    /// One verdict, for whoever comes.
+    /// One verdict, for whoever comes to a cluster IP.
     pub fn both_sides(port: &Arc<PortState>, verdict: Verdict) -> Self {
         Self {
             port: Arc::clone(port),
+            kind: ListenerKind::ClusterIp,
             outside: verdict.clone(),
             inside: verdict,
             inside_of: Arc::default(),

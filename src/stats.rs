@@ -458,6 +458,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     stalled: BusyGauge(Gauge::new()),
     panics: Counter::new(),
     log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
+    access_log_dropped: Counter::new(),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
     // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
@@ -491,6 +492,8 @@ pub struct ProcessStats {
     pub panics: Counter,
     /// Lines that the log does not have.
     pub log_lines_dropped: LogLinesDropped,
+    /// Lines of the access log that were not written: more ended than could be written, or nothing could.
+    pub access_log_dropped: Counter,
     /// Answers of `/healthz` at the health address.
     pub healthz: HealthAnswers,
     /// Answers of `/livez` there.

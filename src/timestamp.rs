@@ -1,5 +1,6 @@
 //! Moments as text: RFC 3339, printed in UTC with seconds as Kubernetes does, read in any of its forms.
 
+use std::fmt::Write;
 use std::ops::RangeInclusive;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,15 @@ pub fn rfc3339(moment: SystemTime) -> String {
     let (year, month, day) = civil_from_days(seconds / SECONDS_PER_DAY);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// `2026-01-31T23:59:59.250Z`: with thousandths of a second, for what comes and goes within one.
+pub(crate) fn rfc3339_millis(moment: SystemTime) -> String {
+    let milliseconds = moment.duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_millis());
+    let mut text = rfc3339(moment);
+    text.pop(); // The `Z` comes behind them.
+    let _ = write!(text, ".{milliseconds:03}Z"); // Writing to a string cannot fail.
+    text
 }
 
 /// A moment, to be compared with others: milliseconds since 1970 in UTC; what is finer is cut off.
@@ -128,6 +138,15 @@ mod tests {
         for (seconds, text) in cases {
             assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn given_a_part_of_a_second_when_printed_with_thousandths_then_it_is_cut_off_behind_three_digits() {
+        let moment = |nanos| UNIX_EPOCH + Duration::new(1_709_164_800, nanos);
+
+        assert_eq!(rfc3339_millis(moment(0)), "2024-02-29T00:00:00.000Z");
+        assert_eq!(rfc3339_millis(moment(7_999_999)), "2024-02-29T00:00:00.007Z");
+        assert_eq!(rfc3339_millis(UNIX_EPOCH - Duration::from_millis(1)), "1970-01-01T00:00:00.000Z");
     }
 
     #[test]

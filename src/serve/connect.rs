@@ -179,7 +179,8 @@ pub(crate) async fn connect(backend: &Backend, source: Source, preface: &Preface
     open(address, source, preface).await.map_err(|source| ConnectError::new(address, source))
 }
 
-/// Reaches a backend of the balancer for a client, by the ladder. Counts failures and retries.
+/// Reaches a backend of the balancer for a client, by the ladder. Counts failures and retries, and in `tries` each backend
+/// that it asks.
 ///
 /// # Errors
 /// Why the client has to be turned away.
@@ -189,11 +190,13 @@ pub(crate) async fn dial(
     source: Source,
     preface: &Preface,
     options: &ConnectOptions,
+    tries: &mut u32,
 ) -> Result<Reached, DropReason> {
     let mut ladder = Ladder::new(balancer, client, options);
     loop {
         let backend = ladder.next_backend()?;
         ladder.count_attempt();
+        *tries += 1;
         match ladder.attempt(&backend, source, preface).await {
             Ok(stream) => {
                 balancer.note_success(&backend, Instant::now());
@@ -469,7 +472,7 @@ mod tests {
     }
 
     async fn dial(balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
-        soon(super::dial(balancer, CLIENT, Source::Any, &Preface::None, options)).await
+        soon(super::dial(balancer, CLIENT, Source::Any, &Preface::None, options, &mut 0)).await
     }
 
     fn failures(backend: &Backend, reason: ConnectFailure) -> u64 {

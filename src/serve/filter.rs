@@ -220,6 +220,7 @@ pub(super) mod tests {
     use super::*;
     use crate::allow_from::AllowFrom;
     use crate::name::{ObjectName, Protocol, ServicePortName};
+    use crate::plan::ListenerKind;
     use crate::serve::address_set::tests::{nets, telling};
     use crate::serve::balancer::PortState;
 
@@ -286,7 +287,8 @@ pub(super) mod tests {
         let name = ServicePortName::new(ObjectName::parse("web"), "", Protocol::Tcp);
         let (port, [outside, inside]) = (Arc::new(PortState::new(name)), verdicts);
         let (inside_of, source_ranges) = (inside_of.into(), source_ranges.into());
-        Target { port, outside, inside, inside_of, source_ranges, allow_from, address: None }
+        let kind = ListenerKind::ClusterIp;
+        Target { port, kind, outside, inside, inside_of, source_ranges, allow_from, address: None }
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 //!
 //! Pure: time, seed, datagrams and choices are arguments, verdicts come out. Sockets and batches are in `shard`, who
 //! makes room at a limit is `room`, when to look at a flow again is `wheel`. What a flow counts at its begin and its
-//! end is counted here, so that gauges and table agree.
+//! end is counted here, so that gauges and table agree; an access log is told here, too, so that it has the same words.
 //!
 //! A flow begins with a client's datagram and moves on as both sides speak:
 //!
@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use foldhash::SharedSeed;
 use foldhash::fast::SeedableRandomState;
 
+use crate::serve::access::Draft;
 use crate::serve::balancer::{Backend, PortState, Tried};
 use crate::serve::room::{Ages, FlowLimits, Place, Room};
 use crate::serve::slab::{Chain, Id, Slab};
@@ -184,6 +185,10 @@ struct Flow {
     last: u32,
     /// The second in which the wheel looks at it: never after its end.
     due: u32,
+    /// Backends that it was given so far, at least 1; counted up to 255.
+    tries: u8,
+    /// What an access log is told when the way to its backend ends.
+    draft: Option<Box<Draft>>,
 }
 
 /// The way to a flow's backend.
@@ -335,6 +340,21 @@ impl FlowTable {
         }
         backend.flows.increment();
         backend.active_flows.increment();
+    }
+
+    /// Has an access log told of the end of the way to the flow's backend, in place of an earlier backend's; `None`: not.
+    /// To be called once it is [`opened`](Self::opened).
+    pub(crate) fn tell(&mut self, id: FlowId, draft: Option<Box<Draft>>) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.draft = draft;
+        if let Some(draft) = &mut flow.draft {
+            draft.tries = flow.tries.into();
+        }
+    }
+
+    /// Where to add what the flow moves, if an access log is to be told of it.
+    pub(crate) fn draft_mut(&mut self, id: FlowId) -> Option<&mut Draft> {
+        self.flows.get_mut(id)?.draft.as_deref_mut()
     }
 
     /// The shell could not open a socket for the flow. Where there is no way to the backend, the client's next
@@ -491,6 +511,7 @@ impl FlowTable {
             Leg::Parting => match pick(&Tried::default()) {
                 Ok(choice) => {
                     flow.end_leg(CloseReason::EndpointRemoved);
+                    flow.tries = 0; // who asks now begins a flow of its own
                     self.begin_anew(id, choice, false, second)
                 }
                 Err(reason) => Verdict::Drop(reason), // what was asked before may be answered still
@@ -517,6 +538,7 @@ impl FlowTable {
         if let Some(flow) = self.flows.get_mut(id) {
             flow.choice = choice;
             flow.leg = Leg::Opening { begun };
+            flow.tries = flow.tries.saturating_add(1);
         }
         self.refresh(id, FlowState::Unreplied, second);
         Verdict::Open { flow: id, evicted: None }
@@ -578,7 +600,7 @@ impl FlowTable {
         last: u32,
     ) -> FlowId {
         let leg = Leg::Opening { begun: false };
-        let id = self.flows.insert(Flow { client, listener, choice, leg, state, last, due: 0 });
+        let id = self.flows.insert(Flow { client, listener, choice, leg, state, last, due: 0, tries: 1, draft: None });
         self.room.enter();
         self.by_key.insert(FlowKey::new(listener, client), id);
         self.clients.entry(client.ip()).or_default().enter(&mut self.flows, CLIENT_AGE, state, id);
@@ -693,8 +715,8 @@ impl Drop for FlowTable {
 }
 
 impl Flow {
-    /// Counts the end of the way to the backend, if there is one. What has to part ends for that reason, whatever else
-    /// happens to it first.
+    /// Counts the end of the way to the backend, if there is one, and tells an access log of it. What has to part ends for
+    /// that reason, whatever else happens to it first.
     fn end_leg(&self, reason: CloseReason) {
         let reason = match self.leg {
             Leg::Open => reason,
@@ -703,6 +725,9 @@ impl Flow {
         };
         self.choice.backend.stats.closed.count(reason);
         self.choice.backend.stats.active_flows.decrement();
+        if let Some(draft) = &self.draft {
+            draft.closed(self.choice.backend.address, reason);
+        }
     }
 
     /// False where the client has had an answer to all that it has asked, as far as can be known.

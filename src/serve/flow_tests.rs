@@ -1,7 +1,11 @@
 //! The flow table, case by case: one table, and a clock that is moved by hand.
 
+use std::num::NonZeroU32;
+
 use super::*;
-use crate::name::{ObjectName, Protocol, ServicePortName};
+use crate::name::{ListenKey, ObjectName, Protocol, ServicePortName};
+use crate::plan::ListenerKind;
+use crate::serve::access::AccessTap;
 use crate::serve::gate::FlowGate;
 
 /// A table with one listener, and a clock that moves by hand.
@@ -243,6 +247,24 @@ fn t190_given_a_flow_that_parts_when_nobody_is_left_or_its_pod_is_gone_then_it_w
 
     assert_eq!((bench.table.count(), gone.stats.active_flows.get()), (0, 0));
     assert_eq!(gone.stats.closed.get(CloseReason::EndpointRemoved), 1);
+}
+
+#[test]
+fn t190_given_an_access_log_when_a_flow_parts_and_its_client_asks_again_then_two_flows_are_told_of() {
+    let (mut bench, [gone, kept]) = (Bench::new(8), [1, 2].map(Bench::backend));
+    let (tap, records) = AccessTap::new(8, NonZeroU32::MIN);
+    let listen = ListenKey::new([10, 96, 0, 10].into(), 53, Protocol::Udp);
+    let draft = |port: &Arc<PortState>| tap.draft(([10, 9, 0, 1], 1000).into(), listen, ListenerKind::ClusterIp, port);
+    let flow = bench.flow("10.9.0.1:1000", &gone);
+    bench.table.tell(flow, draft(&bench.port));
+    bench.sweep(|_| Fate::Parts);
+
+    bench.flow("10.9.0.1:1000", &kept);
+    bench.table.tell(flow, draft(&bench.port));
+    bench.pass(11);
+
+    let told = records.try_iter().flatten().map(|record| (record.tries, record.reason));
+    assert_eq!(told.collect::<Vec<_>>(), [(1, "endpoint_removed"), (1, "idle_unreplied")]);
 }
 
 #[test]

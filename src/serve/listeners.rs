@@ -378,6 +378,7 @@ impl Listeners {
         let inside_of = if wanted.is_two_sided() { self.inside_of(key.ip()) } else { Arc::default() };
         Some(Target {
             port: Arc::clone(&port.state),
+            kind: wanted.kind,
             outside: verdict(outside)?,
             inside: verdict(inside)?,
             inside_of,

@@ -17,9 +17,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use crate::serve::access::Draft;
 use crate::serve::balancer::Backend;
 use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
 use crate::serve::limits::{LimitOptions, Limits, Silence};
+use crate::serve::mmsg::Tally;
 use crate::serve::sleep::Sleep;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
@@ -47,6 +49,11 @@ impl Connection {
     /// Has it end by these limits, whatever [`Connection::relay`] is told.
     pub(crate) fn limited(self, limits: LimitOptions) -> Self {
         Self { limits: Some(Box::new(limits)), ..self }
+    }
+
+    /// Has an access log told of its end, whatever that will be.
+    pub(crate) fn tell(&mut self, draft: Option<Box<Draft>>) {
+        self.account.draft = draft;
     }
 
     /// Moves bytes until the end of the connection and tells why it ended.
@@ -106,6 +113,8 @@ struct Account {
     upstream: Tab,
     downstream: Tab,
     reason: Option<CloseReason>,
+    /// What an access log is told at the end.
+    draft: Option<Box<Draft>>,
 }
 
 /// The bytes of one direction.
@@ -127,7 +136,7 @@ impl Account {
     fn open(backend: Arc<Backend>) -> Self {
         backend.stats.connections.increment();
         backend.stats.active_connections.increment();
-        Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None }
+        Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None, draft: None }
     }
 
     /// Bytes, both ways.
@@ -157,8 +166,14 @@ impl Drop for Account {
     fn drop(&mut self) {
         self.publish();
         let dropped = if std::thread::panicking() { CloseReason::Panic } else { CloseReason::Drain };
-        self.backend.stats.closed.count(self.reason.unwrap_or(dropped));
+        let reason = self.reason.unwrap_or(dropped);
+        self.backend.stats.closed.count(reason);
         self.backend.stats.active_connections.decrement();
+        if let Some(mut draft) = self.draft.take() {
+            draft.upstream = Tally { datagrams: 0, bytes: self.upstream.moved };
+            draft.downstream = Tally { datagrams: 0, bytes: self.downstream.moved };
+            draft.closed(self.backend.address, reason);
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::name::ListenKey;
+use crate::serve::access::AccessTap;
 use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
@@ -78,6 +79,8 @@ pub(super) struct Shard {
     /// True where the kernel is to join datagrams that it hands over.
     takes_trains: bool,
     complaints: Complaints,
+    /// Told of each flow's end; without it, flows have no drafts and nobody looks for them.
+    access_log: Option<AccessTap>,
 }
 
 struct Listener {
@@ -144,6 +147,7 @@ impl Shard {
         limits: FlowLimits,
         sources: Arc<OwnSources>,
         offload: bool,
+        access_log: Option<AccessTap>,
     ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &*wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
@@ -159,6 +163,7 @@ impl Shard {
             order: Vec::with_capacity(BATCH),
             takes_trains: offload,
             complaints: Complaints::default(),
+            access_log,
         })
     }
 
@@ -263,6 +268,9 @@ impl Shard {
         match self.connect(flow, choice.backend.address) {
             Ok(()) => {
                 self.table.opened(flow);
+                if let Some(tap) = &self.access_log {
+                    self.table.tell(flow, tap.draft(client, visit.key, visit.target.kind, &choice.port));
+                }
                 debug!(service = %choice.port.name, listen = %visit.key, %client, backend = %choice.backend.address, "flow opened");
                 Some(flow)
             }
@@ -318,6 +326,11 @@ impl Shard {
         });
         choice.backend.stats.upstream_datagrams.add(moved.datagrams);
         choice.backend.stats.upstream_bytes.add(moved.bytes);
+        if self.access_log.is_some()
+            && let Some(draft) = self.table.draft_mut(flow)
+        {
+            draft.upstream += moved;
+        }
         let (at, reason) = lost?;
         self.refuse(flow, reason, visit.now);
         Some(at)
@@ -400,11 +413,19 @@ impl Shard {
         for run in answers.chunk_by(|a, b| a.flow == b.flow) {
             let end = begin + run.len();
             let sum = moved[begin..end].iter().fold(Tally::default(), |sum, tally| sum + *tally);
-            if let Some(choice) = choice_at(begin) {
-                choice.backend.stats.downstream_datagrams.add(sum.datagrams);
-                choice.backend.stats.downstream_bytes.add(sum.bytes);
-            }
+            self.count_downstream(run[0].flow, sum);
             begin = end;
+        }
+    }
+
+    fn count_downstream(&mut self, flow: FlowId, moved: Tally) {
+        let Some(choice) = self.table.choice(flow) else { return };
+        choice.backend.stats.downstream_datagrams.add(moved.datagrams);
+        choice.backend.stats.downstream_bytes.add(moved.bytes);
+        if self.access_log.is_some()
+            && let Some(draft) = self.table.draft_mut(flow)
+        {
+            draft.downstream += moved;
         }
     }
 
@@ -599,7 +620,7 @@ mod tests {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("a descriptor");
         let (_, commands) = channel();
         let limits = FlowLimits::split(8, 1).next().expect("one shard");
-        Shard::new(Arc::new(wake), commands, limits, Arc::default(), true).expect("a descriptor")
+        Shard::new(Arc::new(wake), commands, limits, Arc::default(), true, None).expect("a descriptor")
     }
 
     /// A still shard that serves one address.

@@ -48,6 +48,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Level, debug, enabled, warn};
 
 use crate::name::ListenKey;
+use crate::serve::access::{AccessTap, Draft};
 use crate::serve::balancer::{Balancer, Counted, PortState};
 use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
 use crate::serve::gate::{Allowance, Gate, remedy};
@@ -116,6 +117,7 @@ pub struct TcpShared {
     lack_of_ports: News,
     /// That the gate is closed: for all listeners at once.
     lack_of_room: News,
+    access_log: Option<AccessTap>,
 }
 
 impl TcpShared {
@@ -128,7 +130,7 @@ impl TcpShared {
         let gate = Gate::new(options.max_connections);
         let [lack_of_ports, lack_of_room] = [(); 2].map(|()| News::since(Instant::now()));
         let (connections, aborting) = (TaskTracker::new(), AtomicBool::new(false));
-        Ok(Self { options, workers, connections, aborting, gate, lack_of_ports, lack_of_room })
+        Ok(Self { options, workers, connections, aborting, gate, lack_of_ports, lack_of_room, access_log: None })
     }
 
     /// Says how many connections there may be from now on.
@@ -139,6 +141,11 @@ impl TcpShared {
     /// How many there may be now; `usize::MAX` without a limit.
     pub(crate) fn most_connections(&self) -> usize {
         self.gate.most()
+    }
+
+    /// Has an access log told of each connection's end, also of those that reach no backend.
+    pub fn with_access_log(self, access_log: Option<AccessTap>) -> Self {
+        Self { access_log, ..self }
     }
 
     /// Connections that are open or being made.
@@ -378,11 +385,14 @@ impl Server {
         let target = self.target.load();
         let port = &target.port;
         port.stats.accepted.increment();
+        let access_log = self.shared.access_log.as_ref();
+        let draft = access_log.and_then(|tap| tap.draft(peer, self.key, target.kind, port));
         let balancer = match target.balancer_for(peer.ip()) {
             Ok(balancer) => Arc::clone(balancer),
-            Err(reason) => return turn_away(&socket, peer, port, reason),
+            Err(reason) => return turn_away(&socket, peer, port, reason, draft.as_deref()),
         };
-        let guest = Guest::new(socket, peer, &balancer.port);
+        let mut guest = Guest::new(socket, peer, &balancer.port);
+        guest.draft = draft;
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
         let address = target.address.clone();
         self.shared.workers.place(worker, move |seat| {
@@ -399,11 +409,13 @@ struct Guest<S: AsFd> {
     port: Arc<PortState>,
     /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
     reason: DropReason,
+    /// What an access log is told at the end.
+    draft: Option<Box<Draft>>,
 }
 
 impl Guest<OwnedFd> {
     fn new(client: OwnedFd, peer: SocketAddr, port: &Arc<PortState>) -> Self {
-        Self { client: Some(client), peer, port: Arc::clone(port), reason: DropReason::Drain }
+        Self { client: Some(client), peer, port: Arc::clone(port), reason: DropReason::Drain, draft: None }
     }
 
     /// Has the worker of this thread watch the client; `None` where the kernel takes no more.
@@ -411,7 +423,8 @@ impl Guest<OwnedFd> {
         match Stream::new(self.client.take()?) {
             Ok(client) => {
                 let port = Arc::clone(&self.port);
-                Some(Guest { client: Some(client), peer: self.peer, port, reason: self.reason })
+                let draft = self.draft.take();
+                Some(Guest { client: Some(client), peer: self.peer, port, reason: self.reason, draft })
             }
             Err(Unwatched { socket, .. }) => {
                 self.client = Some(socket);
@@ -426,7 +439,7 @@ impl<S: AsFd> Drop for Guest<S> {
     fn drop(&mut self) {
         if let Some(client) = &self.client {
             let reason = if panicking() { DropReason::Panic } else { self.reason };
-            turn_away(client, self.peer, &self.port, reason);
+            turn_away(client, self.peer, &self.port, reason, self.draft.as_deref());
         }
     }
 }
@@ -516,9 +529,12 @@ impl News {
 }
 
 /// Closes a client's connection by reset and counts why. (A drop without any answer is made by a filter on the listener.)
-fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: DropReason) {
+fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: DropReason, draft: Option<&Draft>) {
     debug!(service = %port.name, client = %peer, %reason, "client turned away");
     port.stats.dropped.count(reason);
+    if let Some(draft) = draft {
+        draft.turned_away(reason);
+    }
     socket::reset_on_close(client);
 }
 
@@ -551,17 +567,21 @@ fn serve(
 /// Reaches a backend, unless the client goes away meanwhile.
 async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpShared>) -> Option<Connection> {
     let mut guest = guest.register()?;
-    let (client, source) = (guest.client.as_ref()?, guest.peer.ip());
+    let (client, source, mut tries) = (guest.client.as_ref()?, guest.peer.ip(), 0);
     let reached = select! {
         biased;
-        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect) => reached,
+        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect, &mut tries) => reached,
         _ = client.broken() => Err(DropReason::ClientAbort),
     };
+    if let Some(draft) = &mut guest.draft {
+        draft.tries = tries;
+    }
     match reached {
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
             set_if_they_last(&client, &stream, shared.options.if_lasting());
-            let connection = Connection::open(client, stream, backend);
+            let mut connection = Connection::open(client, stream, backend);
+            connection.tell(guest.draft.take());
             let limits = shared.options.limits;
             let own = balancer.tcp_settings().map(|settings| limits.of_service(&settings));
             Some(match own.filter(|own| *own != limits) {

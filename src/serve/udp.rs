@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use crate::name::ListenKey;
 use crate::plan::UdpSettings;
 use crate::serve::TargetCell;
+use crate::serve::access::AccessTap;
 use crate::serve::filter::Filter;
 use crate::serve::flow::IdleTimes;
 use crate::serve::gate::FlowGate;
@@ -122,12 +123,17 @@ struct Handle {
 impl UdpShards {
     /// Starts so many shards, at least one. Fails where the host has no thread or descriptor left.
     pub fn start(count: usize, options: UdpOptions) -> io::Result<Self> {
+        Self::start_with_access_log(count, options, None)
+    }
+
+    /// The same, and an access log is told of each flow's end.
+    pub fn start_with_access_log(count: usize, options: UdpOptions, access_log: Option<AccessTap>) -> io::Result<Self> {
         let gate = Arc::<FlowGate>::default();
         let limits = FlowLimits::split(options.flow_limit.max(1), count.max(1)).map(|limits| limits.behind(&gate));
         let sources = Arc::new(OwnSources::default());
         let shards = limits.enumerate().map(|(number, limits)| {
             Handle::start(number, |wake, received| {
-                Shard::new(wake, received, limits, Arc::clone(&sources), options.offload)
+                Shard::new(wake, received, limits, Arc::clone(&sources), options.offload, access_log.clone())
             })
         });
         let shards = shards.collect::<io::Result<_>>()?;

@@ -1,5 +1,6 @@
 //! The relay from end to end: manifests in, connections and datagrams through, over real sockets on loopback.
 
+mod access_log;
 mod browser;
 mod caps;
 mod health_ports;

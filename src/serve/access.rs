@@ -1,0 +1,224 @@
+//! What the data plane tells an access log: a record for each end, through a queue that nobody waits for.
+//!
+//! How a record is written is `access_line`, who writes it is `access_log`. Where there is no access log there is no
+//! [`AccessTap`], and all that is left of it is the look at an empty `Option`.
+//!
+//! A record costs a box at the begin, which holds what is known then, and a place in a bounded queue at the end. Where
+//! the queue is full the record is dropped and counted. The queue takes no lock but to wake a writer that waits, and
+//! that one waits again only after a rest: it is woken some dozen times a second, however much ends.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use crate::name::ListenKey;
+use crate::plan::ListenerKind;
+use crate::serve::balancer::PortState;
+use crate::serve::mmsg::Tally;
+use crate::stats::{CloseReason, DropReason, PROCESS};
+
+/// Where the data plane tells of ends. Cheap to clone; all clones share one queue and one sample.
+#[derive(Clone, Debug)]
+pub struct AccessTap(Arc<Tap>);
+
+#[derive(Debug)]
+struct Tap {
+    /// `None` asks the writer to look at its orders.
+    queue: SyncSender<Option<AccessRecord>>,
+    /// One in so many is told of.
+    every: NonZeroU32,
+    /// What has begun so far. Not counted where all are told of.
+    begun: AtomicU64,
+}
+
+/// A connection or flow that has ended: what a line of the access log tells.
+#[derive(Debug)]
+pub(crate) struct AccessRecord {
+    /// When it ended. The time of day is the writer's to know: here clocks only count on.
+    pub(crate) at: Instant,
+    /// Who came.
+    pub(crate) client: SocketAddr,
+    /// Where it came to.
+    pub(crate) listen: ListenKey,
+    /// Why there is a listener.
+    pub(crate) kind: ListenerKind,
+    /// Which ServicePort served it.
+    pub(crate) port: Arc<PortState>,
+    /// Who was reached; `None` where it was turned away.
+    pub(crate) backend: Option<SocketAddr>,
+    /// What the backend took. Datagrams for UDP alone.
+    pub(crate) upstream: Tally,
+    /// What the client took.
+    pub(crate) downstream: Tally,
+    /// From accepting it, or its first datagram, to the end. A flow that was silent at last ends with its idle time.
+    pub(crate) duration: Duration,
+    /// Backends that were tried, the last one among them.
+    pub(crate) tries: u32,
+    /// The word that counted the end.
+    pub(crate) reason: &'static str,
+}
+
+/// The begin of a record. Dropped without an end, it tells nothing.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    tap: AccessTap,
+    client: SocketAddr,
+    listen: ListenKey,
+    kind: ListenerKind,
+    port: Arc<PortState>,
+    begun: Instant,
+    /// Backends that were tried so far.
+    pub(crate) tries: u32,
+    /// What the backend took so far.
+    pub(crate) upstream: Tally,
+    /// What the client took so far.
+    pub(crate) downstream: Tally,
+}
+
+impl AccessTap {
+    /// A queue for so many records, and its other end. One record in `every` is made, the first one among them.
+    pub(crate) fn new(capacity: usize, every: NonZeroU32) -> (Self, Receiver<Option<AccessRecord>>) {
+        let (queue, records) = sync_channel(capacity);
+        (Self(Arc::new(Tap { queue, every, begun: AtomicU64::new(0) })), records)
+    }
+
+    /// Begins a record now; `None` for what the sample leaves out.
+    pub(crate) fn draft(
+        &self,
+        client: SocketAddr,
+        listen: ListenKey,
+        kind: ListenerKind,
+        port: &Arc<PortState>,
+    ) -> Option<Box<Draft>> {
+        self.is_next().then(|| {
+            Box::new(Draft {
+                tap: self.clone(),
+                client,
+                listen,
+                kind,
+                port: Arc::clone(port),
+                begun: Instant::now(),
+                tries: 0,
+                upstream: Tally::default(),
+                downstream: Tally::default(),
+            })
+        })
+    }
+
+    /// Has the writer look at its orders, unless the queue is full: then it is awake, and does so anyway.
+    pub(crate) fn nudge(&self) {
+        let _ = self.0.queue.try_send(None);
+    }
+
+    fn is_next(&self) -> bool {
+        let every = u64::from(self.0.every.get());
+        every == 1 || self.0.begun.fetch_add(1, Ordering::Relaxed).is_multiple_of(every)
+    }
+
+    fn send(&self, record: AccessRecord) {
+        // Full, or the writer has ended: there is nobody else to tell.
+        if self.0.queue.try_send(Some(record)).is_err() {
+            PROCESS.access_log_dropped.increment();
+        }
+    }
+}
+
+impl Draft {
+    /// The way to a backend has ended.
+    pub(crate) fn closed(&self, backend: SocketAddr, reason: CloseReason) {
+        self.end(Some(backend), reason.as_str());
+    }
+
+    /// No backend was reached.
+    pub(crate) fn turned_away(&self, reason: DropReason) {
+        self.end(None, reason.as_str());
+    }
+
+    fn end(&self, backend: Option<SocketAddr>, reason: &'static str) {
+        let at = Instant::now();
+        self.tap.send(AccessRecord {
+            at,
+            client: self.client,
+            listen: self.listen,
+            kind: self.kind,
+            port: Arc::clone(&self.port),
+            backend,
+            upstream: self.upstream,
+            downstream: self.downstream,
+            duration: at.duration_since(self.begun),
+            tries: self.tries,
+            reason,
+        });
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+    use crate::name::{ObjectName, Protocol, ServicePortName};
+
+    pub(crate) const BACKEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), 8080);
+
+    /// The begin of a connection to `default/web:http`, if the sample takes it.
+    pub(crate) fn draft(tap: &AccessTap) -> Option<Box<Draft>> {
+        let service = ObjectName::new("default", "web");
+        let port = Arc::new(PortState::new(ServicePortName::new(service, "http", Protocol::Tcp)));
+        let listen = ListenKey::new([10, 96, 0, 10].into(), 80, Protocol::Tcp);
+        tap.draft(([192, 0, 2, 1], 5000).into(), listen, ListenerKind::ClusterIp, &port)
+    }
+
+    fn every(count: u32) -> NonZeroU32 {
+        NonZeroU32::new(count).expect("not 0")
+    }
+
+    #[test]
+    fn given_an_end_when_told_then_the_record_has_what_the_draft_was_told() {
+        let (tap, records) = AccessTap::new(1, every(1));
+        let mut draft = draft(&tap).expect("all are told of");
+        draft.tries = 2;
+        draft.upstream += Tally { datagrams: 0, bytes: 7 };
+
+        draft.closed(BACKEND, CloseReason::Reset);
+
+        let record = records.try_recv().expect("an entry").expect("a record");
+        assert_eq!((record.backend, record.reason), (Some(BACKEND), "reset"));
+        assert_eq!((record.tries, record.upstream.bytes, record.downstream.bytes), (2, 7, 0));
+    }
+
+    #[test]
+    fn given_a_draft_when_it_is_dropped_then_nothing_is_told() {
+        let (tap, records) = AccessTap::new(1, every(1));
+
+        drop(draft(&tap));
+
+        assert!(records.try_recv().is_err());
+    }
+
+    #[test]
+    fn given_a_sample_of_one_in_three_when_seven_begin_then_the_first_of_each_three_is_told_of() {
+        let (tap, _records) = AccessTap::new(1, every(3));
+
+        let told = [(); 7].map(|()| draft(&tap).is_some());
+
+        assert_eq!(told, [true, false, false, true, false, false, true]);
+    }
+
+    #[test]
+    fn given_a_full_queue_when_more_ends_then_nobody_waits_and_the_rest_is_counted() {
+        let (tap, records) = AccessTap::new(2, every(1));
+        let before = PROCESS.access_log_dropped.get();
+
+        for _ in 0..5 {
+            draft(&tap).expect("all are told of").turned_away(DropReason::EjectedAll);
+        }
+        tap.nudge();
+
+        assert_eq!(records.try_iter().flatten().count(), 2);
+        assert!(PROCESS.access_log_dropped.get() >= before + 3); // Other tests may drop some, too.
+    }
+}
