@@ -36,7 +36,7 @@ use crate::stats::PROCESS;
 use crate::status::Status;
 use crate::summary::{Closeup, Summary};
 use crate::timestamp::rfc3339;
-use crate::{metrics, page, peer};
+use crate::{gzip, metrics, page, peer};
 
 const JSON: &str = "application/json";
 /// Before the name of one Service.
@@ -381,8 +381,10 @@ fn health_document(checkup: &Checkup, with_node: bool, now: Instant, wall: Syste
 async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View>) -> Answer {
     match request.uri().path() {
         "/metrics" => {
-            let page = off_the_workers(move || metrics::render(&view.snapshot(), view.readiness.is_ready())).await;
-            page.map_or_else(failed, |page| response(StatusCode::OK, metrics::CONTENT_TYPE, page))
+            let accepted = gzip::is_accepted(request.headers());
+            let page = move || metrics::render(&view.snapshot(), view.readiness.is_ready());
+            let answer = off_the_workers(move || gzip::answer(page(), metrics::CONTENT_TYPE, accepted)).await;
+            answer.unwrap_or_else(failed)
         }
         "/" if surface == Surface::Status => page::answer(),
         "/status" if surface == Surface::Status && asks_for(request, "summary") => {
@@ -535,6 +537,20 @@ mod tests {
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(answer.contains("\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{answer}");
         assert!(body(&answer).contains("kuberelay_connections_total{"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn given_a_scraper_that_takes_gzip_when_metrics_are_asked_for_then_it_gets_gzip_and_others_do_not() {
+        let served = Served::start().await;
+        let head = "HEAD /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n";
+
+        let zipped = served.ask(Surface::Metrics, &format!("{head}accept-encoding: gzip\r\n\r\n")).await;
+        let plain = served.ask(Surface::Metrics, &format!("{head}\r\n")).await;
+
+        assert!(zipped.contains("\r\ncontent-encoding: gzip\r\n"), "{zipped}");
+        assert!(zipped.contains("\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{zipped}");
+        assert!(!plain.contains("content-encoding"), "{plain}");
+        assert!(zipped.contains("\r\nvary: accept-encoding\r\n") && plain.contains("\r\nvary: accept-encoding\r\n"));
     }
 
     #[tokio::test]

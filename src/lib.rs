@@ -138,6 +138,7 @@ mod guard_message;
 mod guard_program;
 mod guard_socket;
 mod guard_table;
+mod gzip;
 mod headroom;
 pub mod health;
 mod health_port;
