@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::apply_stats::APPLIED;
 use crate::contact::Contact;
 use crate::frozen::pack;
 use crate::guard::{Guard, VipGuard};
@@ -379,7 +380,10 @@ impl Control {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Event(event) => self.model.apply(event, &mut self.dirty),
+            Message::Event(event) => {
+                APPLIED.queue(&event, SystemTime::now());
+                self.model.apply(event, &mut self.dirty);
+            }
             Message::Synced => self.synced = true,
             Message::Setting(setting) => self.set(*setting),
             Message::Triggered(triggers) => self.triggers.extend(triggers),
@@ -428,6 +432,9 @@ impl Control {
             }
             self.status.revision += 1;
         }
+        if self.synced {
+            APPLIED.settle();
+        }
         if acts || self.news {
             self.news = false;
             self.publish();
@@ -451,12 +458,14 @@ impl Control {
             steps.extend(self.plan.points_of_two_sides());
         }
         let (services, step_count, moves) = (dirty.len(), steps.len(), Moves::of(&steps));
-        let routine = steps.iter().all(|step| matches!(step, Step::Swap(..)));
+        let swaps = steps.iter().filter(|step| matches!(step, Step::Swap(..))).count();
+        let routine = swaps == steps.len();
         let health_ports = self.changes_of_health_ports();
         self.health_ports.release(&health_ports).await; // A listener may be about to have the address.
         self.listeners.apply(steps, began.into_std()).await;
         self.health_ports.open(health_ports, began).await;
         moves.tell(|key| self.listeners.owner(key).is_some());
+        APPLIED.apply(swaps, began.elapsed(), SystemTime::now());
         let (listeners, elapsed_ms) = (self.listeners.bound_count(), began.elapsed().as_millis() as u64);
         // Endpoints come and go all day. That listeners do is worth a line.
         if routine {

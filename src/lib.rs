@@ -86,6 +86,7 @@ pub mod api_client;
 mod api_report;
 #[cfg(feature = "kubernetes")]
 mod api_watch;
+pub mod apply_stats;
 mod arp;
 mod arp_tuning;
 mod balancing;

@@ -251,7 +251,8 @@ impl BackendTraffic {
             ejections,
             connect_failures,
             closed,
-            connect_us: _, // For the connect ladder, not for people.
+            connect_us: _,   // For the connect ladder, not for people.
+            connect_time: _, // For `metrics`.
         } = backend.stats.so_far();
         Self {
             address: backend.address.to_string(),

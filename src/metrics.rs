@@ -13,11 +13,12 @@ use std::net::SocketAddr;
 use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_line, write_type_line};
 use metrics_process::collector;
 
+use crate::apply_stats::{APPLIED, ApplyStats};
 use crate::contact::Contact;
 use crate::listen_overflows;
 use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
-use crate::plan::ServicePlan;
+use crate::plan::{ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
 use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS, PauseReason, VipAddresses};
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
@@ -34,6 +35,8 @@ pub enum Kind {
     Gauge,
     /// Counts in buckets: series with `_bucket` (and the label `le`), `_sum` and `_count` behind the name.
     Histogram,
+    /// What kube-proxy calls by a counter's name and has go up and down.
+    Untyped,
 }
 
 impl Kind {
@@ -43,6 +46,7 @@ impl Kind {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
             Self::Histogram => "histogram",
+            Self::Untyped => "untyped",
         }
     }
 }
@@ -92,6 +96,7 @@ metrics! {
     ServiceAccepted = Counter "kuberelay_service_accepted_total" ["namespace", "service", "port", "protocol"] "Connections accepted from clients, or UDP flows begun.";
     ServiceDropped = Counter "kuberelay_service_dropped_total" ["namespace", "service", "port", "protocol", "reason"] "Connections or datagrams turned away before they reached a backend, by reason.";
     ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
+    AffinityPins = Gauge "kuberelay_affinity_pins" ["namespace", "service", "port", "protocol"] "Clients whose backend session affinity remembers; one whose time is over counts until another takes its place.";
     AffinityEvictions = Counter "kuberelay_affinity_evictions_total" ["namespace", "service", "port", "protocol"] "Clients that lost their backend before their time, as more came than session affinity remembers.";
     Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend"] "TCP connections established to the backend.";
     ActiveConnections = Gauge "kuberelay_active_connections" ["namespace", "service", "port", "protocol", "backend"] "TCP connections to the backend that are open now.";
@@ -101,6 +106,7 @@ metrics! {
     DownstreamBytes = Counter "kuberelay_downstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes received from the backend and passed to clients.";
     Datagrams = Counter "kuberelay_datagrams_total" ["namespace", "service", "port", "protocol", "backend", "direction"] "Datagrams sent to the backend (upstream) and passed from it to clients (downstream).";
     ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
+    ConnectDuration = Histogram "kuberelay_connect_duration_seconds" ["namespace", "service", "port", "protocol", "backend"] "How long it took to reach the backend, each time that succeeded; from the first on; only over TCP.";
     BackendEjected = Gauge "kuberelay_backend_ejected" ["namespace", "service", "port", "protocol", "backend"] "1 while the backend gets no new connections, as it could not be reached again and again; only over TCP.";
     Ejections = Counter "kuberelay_ejections_total" ["namespace", "service", "port", "protocol", "backend"] "Times that the backend was ejected; only over TCP.";
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
@@ -117,7 +123,16 @@ metrics! {
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     LogLinesDropped = Counter "kuberelay_log_lines_dropped_total" ["reason"] "Log lines that were not written: more than ten a second of the same place (storm), or nobody read what came before (unread).";
     AccessLogDropped = Counter "kuberelay_access_log_dropped_total" [] "Lines of the access log that were not written: more ended at once than it takes, or it cannot be written.";
+    TableSwaps = Counter "kuberelay_table_swaps_total" [] "Tables of backends that were stored, in place of others or as first ones.";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
+    SyncDuration = Histogram "kubeproxy_sync_proxy_rules_duration_seconds" [] "How long a batch of changes took to be served, planning included.";
+    SyncTime = Gauge "kubeproxy_sync_proxy_rules_last_timestamp_seconds" [] "When the last batch of changes was served, since the Unix epoch in seconds; 0 before the first.";
+    SyncQueued = Gauge "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds" [] "When the last change came, since the Unix epoch in seconds; 0 before the first.";
+    ServiceChanges = Counter "kubeproxy_sync_proxy_rules_service_changes_total" [] "Services that came, changed or went.";
+    ServiceChangesPending = Gauge "kubeproxy_sync_proxy_rules_service_changes_pending" [] "Services that came, changed or went, and are not served so yet.";
+    EndpointChanges = Counter "kubeproxy_sync_proxy_rules_endpoint_changes_total" [] "Slices of endpoints that came, changed or went.";
+    EndpointChangesPending = Gauge "kubeproxy_sync_proxy_rules_endpoint_changes_pending" [] "Slices of endpoints that came, changed or went, and are not served so yet.";
+    NoLocalEndpoints = Untyped "kubeproxy_sync_proxy_rules_no_local_endpoints_total" ["traffic_policy"] "Ports of Services with a traffic policy Local (internal or external) that have endpoints, and none on this node, now.";
     Healthz = Counter "kubeproxy_proxy_healthz_total" ["code"] "Answers of /healthz at the health address, by HTTP code.";
     Livez = Counter "kubeproxy_proxy_livez_total" ["code"] "Answers of /livez at the health address, by HTTP code.";
     CpuSeconds = Counter "process_cpu_seconds_total" [] "User and system CPU time of the process in seconds.";
@@ -171,6 +186,8 @@ pub fn render(status: &Status, ready: bool) -> String {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());
     }
+    page.applied(&APPLIED);
+    page.no_local_endpoints(status);
     page.process(&collector::collect());
     page.text()
 }
@@ -195,16 +212,20 @@ impl Page {
         };
     }
 
-    /// Adds the samples of a metric without labels of its own.
-    fn histogram<const N: usize>(&mut self, id: Id, histogram: &Histogram<N>) {
+    /// Adds the samples of a histogram; `labels` as for [`Page::sample`].
+    fn histogram<const N: usize>(&mut self, id: Id, labels: &str, histogram: &Histogram<N>) {
         let (name, samples) = (METRICS[id as usize].name, &mut self.samples[id as usize]);
+        let (all, before_le) = match labels {
+            "" => (String::new(), String::new()),
+            labels => (format!("{{{labels}}}"), format!("{labels},")),
+        };
         // What comes in between is in the count, not in the buckets: it may not be less than they.
         let (buckets, count) = (histogram.cumulative().collect::<Vec<_>>(), histogram.count());
         for (bound, sum) in buckets {
-            let _ = writeln!(samples, "{name}_bucket{{le=\"{bound}\"}} {sum}");
+            let _ = writeln!(samples, "{name}_bucket{{{before_le}le=\"{bound}\"}} {sum}");
         }
-        let _ = writeln!(samples, "{name}_bucket{{le=\"+Inf\"}} {count}");
-        let _ = writeln!(samples, "{name}_sum {}\n{name}_count {count}", histogram.sum_seconds());
+        let _ = writeln!(samples, "{name}_bucket{{{before_le}le=\"+Inf\"}} {count}");
+        let _ = writeln!(samples, "{name}_sum{all} {}\n{name}_count{all} {count}", histogram.sum_seconds());
     }
 
     fn text(self) -> String {
@@ -221,7 +242,7 @@ impl Page {
 
     fn contact(&mut self, contact: &Contact) {
         if let Some(report) = contact.report() {
-            self.histogram(Id::NetworkProgramming, &PROCESS.network_programming);
+            self.histogram(Id::NetworkProgramming, "", &PROCESS.network_programming);
             self.sample(Id::SourceConnected, "", u8::from(report.connected));
             self.sample(Id::SourceAge, "", report.age_seconds);
             self.sample(Id::KubeEvents, &label("result", "sent"), contact.events.sent.get());
@@ -234,6 +255,35 @@ impl Page {
             let labels = format!("{},{}", label("kind", kind.as_str()), label("reason", reason.as_str()));
             self.sample(Id::WatchErrors, &labels, count);
         }
+    }
+
+    fn applied(&mut self, applied: &ApplyStats) {
+        self.sample(Id::TableSwaps, "", applied.swaps.get());
+        self.histogram(Id::SyncDuration, "", &applied.time);
+        self.sample(Id::SyncTime, "", applied.applied_seconds());
+        self.sample(Id::SyncQueued, "", applied.queued_seconds());
+        self.sample(Id::ServiceChanges, "", applied.services.total.get());
+        self.sample(Id::ServiceChangesPending, "", applied.services.pending.get());
+        self.sample(Id::EndpointChanges, "", applied.slices.total.get());
+        self.sample(Id::EndpointChangesPending, "", applied.slices.pending.get());
+    }
+
+    fn no_local_endpoints(&mut self, status: &Status) {
+        let [mut internal, mut external] = [0_u64; 2];
+        for plan in status.services.values().map(|service| &service.plan) {
+            let [mut inside, mut outside] = [BTreeSet::new(), BTreeSet::new()];
+            for (_, listener) in plan.listeners() {
+                // A cluster IP has the internal policy on both sides; all else the external one, from outside.
+                let ports = if listener.kind == ListenerKind::ClusterIp { &mut inside } else { &mut outside };
+                if listener.target.outside.verdict == Verdict::Drop {
+                    ports.insert(&listener.port);
+                }
+            }
+            internal += inside.len() as u64;
+            external += outside.len() as u64;
+        }
+        self.sample(Id::NoLocalEndpoints, &label("traffic_policy", "internal"), internal);
+        self.sample(Id::NoLocalEndpoints, &label("traffic_policy", "external"), external);
     }
 
     fn vip_addresses(&mut self, VipAddresses { own, foreign, missing }: &VipAddresses) {
@@ -286,6 +336,9 @@ impl Page {
             let stats = state.stats.so_far();
             self.sample(Id::ServiceAccepted, &labels, stats.accepted.get());
             self.sample(Id::ServiceRetries, &labels, stats.retries.get());
+            if service.service.affinity_timeout.is_some() {
+                self.sample(Id::AffinityPins, &labels, state.affinity.remembered());
+            }
             self.sample(Id::AffinityEvictions, &labels, state.affinity.evicted.get());
             for reason in DropReason::ALL {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
@@ -319,6 +372,10 @@ impl Page {
         } else {
             self.sample(Id::Connections, labels, stats.connections.get());
             self.sample(Id::ActiveConnections, labels, stats.active_connections.get());
+            // Most backends of a large cluster are never reached from one node, and it is ten lines for each.
+            if stats.connect_time.count() > 0 {
+                self.histogram(Id::ConnectDuration, labels, &stats.connect_time);
+            }
             self.sample(Id::BackendEjected, labels, u8::from(backend.is_ejected()));
             self.sample(Id::Ejections, labels, stats.ejections.get());
         }
@@ -385,11 +442,13 @@ fn label(name: &str, value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::live::sample;
-    use crate::model::Endpoint;
+    use crate::model::{Endpoint, Service, TrafficPolicy};
     use crate::name::ObjectName;
+    use crate::name::Scope;
 
     /// One line of the text.
     struct Sample<'a> {
@@ -430,8 +489,13 @@ mod tests {
             seen.push(metric.name);
             while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
                 let sample = parse_sample(line).unwrap_or_else(|| panic!("not a sample: {line}"));
-                assert_eq!(sample.name, metric.name);
-                assert_eq!(sample.labels, metric.labels, "{line}");
+                let suffix = sample.name.strip_prefix(metric.name).unwrap_or_else(|| panic!("of another: {line}"));
+                let labels: Vec<_> = sample.labels.into_iter().filter(|label| *label != "le").collect();
+                assert_eq!(labels, metric.labels, "{line}");
+                match metric.kind {
+                    Kind::Histogram => assert!(["_bucket", "_sum", "_count"].contains(&suffix), "{line}"),
+                    Kind::Counter | Kind::Gauge | Kind::Untyped => assert_eq!(suffix, "", "{line}"),
+                }
                 assert!(sample.value >= 0.0, "{line}");
                 assert!(series.insert(line.rsplit_once(' ').expect("a sample").0.to_owned()), "twice: {line}");
             }
@@ -466,7 +530,8 @@ mod tests {
             // The names that dashboards for kube-proxy know keep their prefix.
             let prefixes = ["kuberelay_", "kubeproxy_", "process_"];
             assert!(prefixes.iter().any(|prefix| metric.name.starts_with(prefix)), "{}", metric.name);
-            assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
+            let is_counter = matches!(metric.kind, Kind::Counter | Kind::Untyped);
+            assert_eq!(is_counter, metric.name.ends_with("_total"), "{}", metric.name);
             assert!(metric.help.ends_with('.') && !metric.help.contains(['\n', '\\']), "{}", metric.name);
         }
     }
@@ -485,6 +550,65 @@ mod tests {
             assert!(text.contains(&line), "{line} not in\n{text}");
         }
         assert!(!text.contains("kuberelay_flows_total"), "TCP has no flows");
+    }
+
+    #[test]
+    fn given_a_backend_that_was_reached_when_rendered_then_it_has_a_histogram_and_the_other_has_none() {
+        let status = sample::status();
+        let web = &status.services[&ObjectName::parse("web")].ports[0];
+        [2, 30, 9_000].iter().for_each(|ms| web.backends[0].stats.connect_time.observe(Duration::from_millis(*ms)));
+
+        let text = render(&status, true);
+
+        let labels = r#"namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.2:8000""#;
+        let name = "kuberelay_connect_duration_seconds";
+        for line in [
+            format!("{name}_bucket{{{labels},le=\"0.001\"}} 0\n"),
+            format!("{name}_bucket{{{labels},le=\"0.1\"}} 2\n"),
+            format!("{name}_bucket{{{labels},le=\"+Inf\"}} 3\n"),
+            format!("{name}_sum{{{labels}}} 9.032\n{name}_count{{{labels}}} 3\n"),
+        ] {
+            assert!(text.contains(&line), "{line} not in\n{text}");
+        }
+        assert!(!text.contains(r#"kuberelay_connect_duration_seconds_count{namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.3:8000""#));
+    }
+
+    #[test]
+    fn given_session_affinity_when_rendered_then_its_pins_are_counted() {
+        let mut web = sample::web();
+        let state = Arc::clone(web.ports[0].state.as_ref().expect("it is served"));
+        state.affinity.set_timeout(Some(Duration::from_secs(60)));
+        for host in [1, 2, 2] {
+            state.affinity.remember([192, 0, 2, host].into(), Scope::Cluster, 0, None, Instant::now());
+        }
+        let services = |web: &ServiceStatus| [(ObjectName::parse("web"), Arc::new(web.clone()))].into();
+        let without = render(&Status { services: services(&web), ..Status::default() }, true);
+        web.service = Arc::new(Service { affinity_timeout: Some(Duration::from_secs(60)), ..(*web.service).clone() });
+
+        let with = render(&Status { services: services(&web), ..Status::default() }, true);
+
+        assert!(!without.contains("kuberelay_affinity_pins"), "{without}");
+        let line = r#"kuberelay_affinity_pins{namespace="default",service="web",port="http",protocol="TCP"} 2"#;
+        assert!(with.contains(line), "{with}");
+    }
+
+    #[test]
+    fn given_policy_local_without_an_endpoint_here_when_rendered_then_the_port_is_counted_under_its_policy() {
+        let mail = Service {
+            internal_policy: TrafficPolicy::Local,
+            external_policy: TrafficPolicy::Local,
+            ..Service::new("mail").cluster_ip([127, 96, 0, 12]).port("http", 25).node_port(30025)
+        };
+        let plan = sample::plan(&mail, vec![Endpoint::new([10, 244, 0, 4])]);
+        let mail = ServiceStatus { plan, service: Arc::new(mail), ..sample::mail() };
+        let status = Status { services: [(mail.service.name.clone(), Arc::new(mail))].into(), ..Status::default() };
+
+        let text = render(&status, true);
+
+        let name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
+        assert!(text.contains(&format!("{name}{{traffic_policy=\"internal\"}} 1\n")), "{text}");
+        assert!(text.contains(&format!("{name}{{traffic_policy=\"external\"}} 1\n")), "{text}");
+        assert!(text.contains(&format!("# TYPE {name} untyped\n")), "{text}");
     }
 
     #[test]

@@ -178,7 +178,7 @@ words! {
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(AtomicU64::new(0))
     }
 
@@ -234,7 +234,7 @@ impl Gauge {
 pub struct Latest(AtomicU64);
 
 impl Latest {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(AtomicU64::new(0))
     }
 
@@ -253,14 +253,14 @@ impl Latest {
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     /// The longest duration of each span, in milliseconds, increasing.
-    bounds_ms: [u64; N],
+    bounds_ms: &'static [u64; N],
     counts: [Counter; N],
     beyond: Counter,
     sum_us: Counter,
 }
 
 impl<const N: usize> Histogram<N> {
-    const fn new(bounds_ms: [u64; N]) -> Self {
+    pub(crate) const fn new(bounds_ms: &'static [u64; N]) -> Self {
         Self { bounds_ms, counts: [const { Counter::new() }; N], beyond: Counter::new(), sum_us: Counter::new() }
     }
 
@@ -462,7 +462,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
     // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
-    network_programming: Histogram::new([
+    network_programming: Histogram::new(&[
         5, 10, 25, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000,
     ]),
 };
@@ -541,7 +541,7 @@ impl HealthAnswers {
 ///
 /// On cache lines of its own. Processors that fetch lines in pairs fetch two of these: what is counted most comes
 /// first, and the tallies at the end, which hardly change, keep it from the next backend.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(64))]
 pub struct BackendStats {
     /// TCP connections established to it.
@@ -564,15 +564,17 @@ pub struct BackendStats {
     pub connect_us: Latest,
     /// Times that it was left out, as it could not be reached again and again.
     pub ejections: Counter,
+    /// How long it took to reach it, each time that succeeded.
+    pub connect_time: Histogram<6>,
     /// Tries to reach it that failed, by reason.
     pub connect_failures: ConnectFailureTally,
     /// Connections and flows that ended, by reason.
     pub closed: CloseTally,
 }
 
-impl Zeros for BackendStats {
-    fn zeros() -> &'static Self {
-        static ZEROS: BackendStats = BackendStats {
+impl BackendStats {
+    const fn new() -> Self {
+        Self {
             connections: Counter::new(),
             active_connections: Gauge::new(),
             flows: Counter::new(),
@@ -583,9 +585,23 @@ impl Zeros for BackendStats {
             downstream_datagrams: Counter::new(),
             connect_us: Latest::new(),
             ejections: Counter::new(),
+            // A neighbour; the same zone; another zone, or a busy backend; far away; one lost SYN (1 s), or a second try.
+            connect_time: Histogram::new(&[1, 5, 25, 100, 500, 2_500]),
             connect_failures: Tally::new(),
             closed: Tally::new(),
-        };
+        }
+    }
+}
+
+impl Default for BackendStats {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Zeros for BackendStats {
+    fn zeros() -> &'static Self {
+        static ZEROS: BackendStats = BackendStats::new();
         &ZEROS
     }
 }
@@ -596,7 +612,7 @@ mod tests {
 
     #[test]
     fn given_durations_when_observed_then_each_counts_up_to_its_bound_and_beyond() {
-        let histogram = Histogram::new([10, 100]);
+        let histogram = Histogram::new(&[10, 100]);
 
         for ms in [0, 10, 11, 100, 5_000] {
             histogram.observe(Duration::from_millis(ms));

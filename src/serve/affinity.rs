@@ -131,6 +131,11 @@ impl Affinity {
         }
     }
 
+    /// How many clients are remembered. One whose time is over counts until another takes its place.
+    pub fn remembered(&self) -> u64 {
+        self.pins.load().as_ref().map_or(0, |pins| pins.clients.get())
+    }
+
     /// Who counts as one client: an address, or the IPv6 network that it is in.
     fn party(&self, client: IpAddr) -> IpAddr {
         match client.to_canonical() {
@@ -151,6 +156,8 @@ struct Pins {
     timeout_seconds: AtomicU32,
     hasher: RandomState,
     words: Box<[AtomicU64]>,
+    /// Places that somebody has: none is ever given back.
+    clients: Counter,
 }
 
 impl Pins {
@@ -166,6 +173,7 @@ impl Pins {
             timeout_seconds: AtomicU32::new(0),
             hasher: RandomState::default(),
             words,
+            clients: Counter::default(),
         };
         pins.set_timeout(timeout);
         pins
@@ -200,7 +208,7 @@ impl Pins {
         evicted: &Counter,
     ) -> u32 {
         let moment = self.moment(now);
-        let place = self.set(key).find_or_claim(key, moment, evicted);
+        let place = self.set(key).find_or_claim(key, moment, Claims { new: &self.clients, evicted });
         let cell = place.pin(scope);
         let wanted = Pin::new(backend, moment.stamp, key);
         let mut seen = Pin(cell.load(Relaxed));
@@ -236,6 +244,15 @@ impl Pins {
     }
 }
 
+/// What new clients count.
+#[derive(Clone, Copy)]
+struct Claims<'c> {
+    /// Places that nobody had.
+    new: &'c Counter,
+    /// Clients that lost theirs before their time.
+    evicted: &'c Counter,
+}
+
 /// The places that a key may be in.
 #[derive(Clone, Copy)]
 struct Set<'t>(&'t [AtomicU64]);
@@ -250,7 +267,7 @@ impl<'t> Set<'t> {
     }
 
     /// The key's place: its own, else the lowest empty one, else that of the longest unused client.
-    fn find_or_claim(self, key: u64, moment: Moment, evicted: &Counter) -> Place<'t> {
+    fn find_or_claim(self, key: u64, moment: Moment, claims: Claims<'_>) -> Place<'t> {
         // Comes around again only where another thread has just claimed the place for its own client.
         loop {
             let (place, held) = self.own_or_claimable(key, moment);
@@ -259,8 +276,10 @@ impl<'t> Set<'t> {
             }
             let left_behind = place.pins();
             if place.key().compare_exchange(held, key, Relaxed, Relaxed).is_ok() {
-                if held != 0 && place.age(moment) <= moment.timeout_seconds {
-                    evicted.increment();
+                match held {
+                    0 => claims.new.increment(),
+                    _ if place.age(moment) <= moment.timeout_seconds => claims.evicted.increment(),
+                    _ => {}
                 }
                 place.clear(left_behind);
                 return place;

@@ -327,6 +327,7 @@ impl<'a> Ladder<'a> {
         if took < Self::LOSSY {
             backend.stats.connect_us.set(took.as_micros() as u64);
         }
+        backend.stats.connect_time.observe(took);
         Ok(stream)
     }
 
