@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::balancing::Balancing;
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
+use crate::stats::Entry;
 use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
 
@@ -48,12 +49,17 @@ impl ListenerKind {
 
     /// The word in labels and in the access log: `cluster_ip`, `node_port`, `external_ip`, `lb_vip` or `exposed`.
     pub fn as_label(self) -> &'static str {
+        self.entry().as_str()
+    }
+
+    /// What its clients are counted under.
+    pub fn entry(self) -> Entry {
         match self {
-            Self::ClusterIp => "cluster_ip",
-            Self::NodePort => "node_port",
-            Self::ExternalIp => "external_ip",
-            Self::LoadBalancerIp => "lb_vip",
-            Self::Exposed => "exposed",
+            Self::ClusterIp => Entry::ClusterIp,
+            Self::NodePort => Entry::NodePort,
+            Self::ExternalIp => Entry::ExternalIp,
+            Self::LoadBalancerIp => Entry::LoadBalancerIp,
+            Self::Exposed => Entry::Exposed,
         }
     }
 

@@ -298,6 +298,7 @@ pub(crate) mod sample {
     use crate::rejections::Rejections;
     use crate::serve::balancer::{PortState, Table};
     use crate::service_plan::Asked;
+    use crate::stats::Entry;
 
     /// `default/web`: TCP 80 on a cluster IP and a (failed) node port, two backends, some traffic; `default/dns`: UDP, idle, parked.
     pub(crate) fn status() -> Status {
@@ -333,10 +334,10 @@ pub(crate) mod sample {
     /// `default/web` alone: its state and its two backends.
     pub(crate) fn web() -> ServiceStatus {
         let backends = [backend(0, "10.244.0.2:8000"), backend(1, "10.244.0.3:8000")];
-        backends[0].stats.connections.add(5);
+        backends[0].stats.connections.add(Entry::ClusterIp, 5);
         backends[0].stats.active_connections.increment();
-        backends[0].stats.upstream_bytes.add(2048);
-        backends[0].stats.downstream_bytes.add(3 * 1024 * 1024);
+        backends[0].stats.upstream_bytes.add(Entry::ClusterIp, 2048);
+        backends[0].stats.downstream_bytes.add(Entry::NodePort, 3 * 1024 * 1024);
         backends[0].stats.closed.count(CloseReason::Finished);
         backends[1].stats.connect_failures.count(ConnectFailure::Refused);
         let state = state("web", "http", Protocol::Tcp);
@@ -431,6 +432,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::stats::Entry;
 
     #[test]
     fn given_a_running_relay_when_reported_then_each_listener_has_its_state() {
@@ -449,7 +451,7 @@ mod tests {
     fn given_a_running_relay_when_reported_then_counters_are_read_now_and_zero_reasons_are_left_out() {
         let status = sample::status();
         let web = &status.services[&ObjectName::parse("default/web")];
-        web.ports[0].backends[0].stats.connections.increment();
+        web.ports[0].backends[0].stats.connections.add(Entry::NodePort, 1);
 
         let report = status.report();
 

@@ -18,9 +18,11 @@ use crate::contact::Contact;
 use crate::listen_overflows;
 use crate::model::ServicePort;
 use crate::name::{ObjectName, Protocol};
-use crate::plan::{ListenerKind, ServicePlan, Verdict};
+use crate::plan::{Listener, ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
-use crate::stats::{CloseReason, ConnectFailure, DropReason, Histogram, PROCESS, PauseReason, VipAddresses};
+use crate::stats::{
+    CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason, VipAddresses,
+};
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
 /// The `Content-Type` of [`render`]'s text.
@@ -98,12 +100,12 @@ metrics! {
     ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
     AffinityPins = Gauge "kuberelay_affinity_pins" ["namespace", "service", "port", "protocol"] "Clients whose backend session affinity remembers; one whose time is over counts until another takes its place.";
     AffinityEvictions = Counter "kuberelay_affinity_evictions_total" ["namespace", "service", "port", "protocol"] "Clients that lost their backend before their time, as more came than session affinity remembers.";
-    Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend"] "TCP connections established to the backend.";
+    Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend", "entry"] "TCP connections established to the backend, by where clients came in.";
     ActiveConnections = Gauge "kuberelay_active_connections" ["namespace", "service", "port", "protocol", "backend"] "TCP connections to the backend that are open now.";
     Flows = Counter "kuberelay_flows_total" ["namespace", "service", "port", "protocol", "backend"] "UDP flows begun to the backend.";
     ActiveFlows = Gauge "kuberelay_active_flows" ["namespace", "service", "port", "protocol", "backend"] "UDP flows to the backend that are open now.";
-    UpstreamBytes = Counter "kuberelay_upstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes sent to the backend.";
-    DownstreamBytes = Counter "kuberelay_downstream_bytes_total" ["namespace", "service", "port", "protocol", "backend"] "Payload bytes received from the backend and passed to clients.";
+    UpstreamBytes = Counter "kuberelay_upstream_bytes_total" ["namespace", "service", "port", "protocol", "backend", "entry"] "Payload bytes sent to the backend, by where clients came in.";
+    DownstreamBytes = Counter "kuberelay_downstream_bytes_total" ["namespace", "service", "port", "protocol", "backend", "entry"] "Payload bytes received from the backend and passed to clients, by where these came in.";
     Datagrams = Counter "kuberelay_datagrams_total" ["namespace", "service", "port", "protocol", "backend", "direction"] "Datagrams sent to the backend (upstream) and passed from it to clients (downstream).";
     ConnectFailures = Counter "kuberelay_connect_failures_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Tries to reach the backend that failed, by reason.";
     ConnectDuration = Histogram "kuberelay_connect_duration_seconds" ["namespace", "service", "port", "protocol", "backend"] "How long it took to reach the backend, each time that succeeded; from the first on; only over TCP.";
@@ -343,8 +345,9 @@ impl Page {
             for reason in DropReason::ALL {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
             }
+            let entries = entries(&service.plan, port);
             for backend in counters.backends.iter() {
-                self.backend(&labels, port.protocol, backend);
+                self.backend(&labels, port.protocol, &entries, backend);
             }
         }
     }
@@ -359,7 +362,7 @@ impl Page {
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="draining""#), draining);
     }
 
-    fn backend(&mut self, port_labels: &str, protocol: Protocol, backend: &Backend) {
+    fn backend(&mut self, port_labels: &str, protocol: Protocol, entries: &BTreeSet<Entry>, backend: &Backend) {
         let labels = &format!(r#"{port_labels},backend="{}""#, backend.address);
         let stats = backend.stats.so_far();
         if protocol == Protocol::Udp {
@@ -370,7 +373,7 @@ impl Page {
             self.sample(Id::Datagrams, &upstream, stats.upstream_datagrams.get());
             self.sample(Id::Datagrams, &downstream, stats.downstream_datagrams.get());
         } else {
-            self.sample(Id::Connections, labels, stats.connections.get());
+            self.by_entry(Id::Connections, labels, entries, &stats.connections);
             self.sample(Id::ActiveConnections, labels, stats.active_connections.get());
             // Most backends of a large cluster are never reached from one node, and it is ten lines for each.
             if stats.connect_time.count() > 0 {
@@ -379,13 +382,23 @@ impl Page {
             self.sample(Id::BackendEjected, labels, u8::from(backend.is_ejected()));
             self.sample(Id::Ejections, labels, stats.ejections.get());
         }
-        self.sample(Id::UpstreamBytes, labels, stats.upstream_bytes.get());
-        self.sample(Id::DownstreamBytes, labels, stats.downstream_bytes.get());
+        self.by_entry(Id::UpstreamBytes, labels, entries, &stats.upstream_bytes);
+        self.by_entry(Id::DownstreamBytes, labels, entries, &stats.downstream_bytes);
         for reason in ConnectFailure::ALL {
             self.event(Id::ConnectFailures, labels, reason.as_str(), stats.connect_failures.get(*reason));
         }
         for reason in CloseReason::ALL {
             self.event(Id::Closed, labels, reason.as_str(), stats.closed.get(*reason));
+        }
+    }
+
+    /// A series for each way in that there is, and for those that were there.
+    fn by_entry(&mut self, id: Id, labels: &str, entries: &BTreeSet<Entry>, counter: &EntryCounter) {
+        for entry in Entry::ALL {
+            let count = counter.of(*entry);
+            if count > 0 || entries.contains(entry) {
+                self.sample(id, &format!(r#"{labels},entry="{entry}""#), count);
+            }
         }
     }
 
@@ -414,6 +427,13 @@ impl Page {
             }
         }
     }
+}
+
+/// The ways in to a ServicePort.
+fn entries(plan: &ServicePlan, port: &ServicePort) -> BTreeSet<Entry> {
+    let is_its = |listener: &&Listener| listener.port.port == port.name && listener.port.protocol == port.protocol;
+    let listeners = plan.listeners().map(|(_, listener)| listener);
+    listeners.filter(is_its).map(|listener| listener.kind.entry()).collect()
 }
 
 fn has_carried_traffic(counters: &PortCounters) -> bool {
@@ -542,9 +562,10 @@ mod tests {
 
         let labels = r#"namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.3:8000""#;
         for line in [
-            format!("kuberelay_connections_total{{{labels}}} 0\n"),
+            format!("kuberelay_connections_total{{{labels},entry=\"cluster_ip\"}} 0\n"),
+            format!("kuberelay_connections_total{{{labels},entry=\"node_port\"}} 0\n"),
             format!("kuberelay_active_connections{{{labels}}} 0\n"),
-            format!("kuberelay_upstream_bytes_total{{{labels}}} 0\n"),
+            format!("kuberelay_upstream_bytes_total{{{labels},entry=\"cluster_ip\"}} 0\n"),
             format!("kuberelay_connect_failures_total{{{labels},reason=\"refused\"}} 1\n"),
         ] {
             assert!(text.contains(&line), "{line} not in\n{text}");
@@ -571,6 +592,19 @@ mod tests {
             assert!(text.contains(&line), "{line} not in\n{text}");
         }
         assert!(!text.contains(r#"kuberelay_connect_duration_seconds_count{namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.3:8000""#));
+    }
+
+    #[test]
+    fn given_clients_by_several_ways_in_when_rendered_then_each_way_that_is_or_was_there_has_its_own_number() {
+        let status = sample::status();
+        status.services[&ObjectName::parse("web")].ports[0].backends[0].stats.connections.add(Entry::Exposed, 3);
+
+        let text = render(&status, true);
+
+        let labels = r#"namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.2:8000""#;
+        let series = format!("kuberelay_connections_total{{{labels},entry=");
+        let entries: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(&series)).collect();
+        assert_eq!(entries, ["\"cluster_ip\"} 5", "\"node_port\"} 0", "\"exposed\"} 3"]);
     }
 
     #[test]

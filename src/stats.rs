@@ -140,6 +140,22 @@ words! {
 }
 
 words! {
+    /// How a client came in: why there is the listener. `cluster_ip` tells traffic within the cluster from traffic into it.
+    Entry {
+        /// A cluster IP.
+        ClusterIp = "cluster_ip",
+        /// A node port.
+        NodePort = "node_port",
+        /// An external IP.
+        ExternalIp = "external_ip",
+        /// An address of a load balancer.
+        LoadBalancerIp = "lb_vip",
+        /// An address of `--expose`.
+        Exposed = "exposed",
+    }
+}
+
+words! {
     /// A kind of objects that is asked for at an API server.
     WatchedKind {
         /// `Service`, v1.
@@ -379,6 +395,31 @@ impl<const N: usize> Default for Tally<N> {
     }
 }
 
+/// A counter for each way in.
+#[derive(Debug)]
+pub struct EntryCounter(Tally<{ Entry::ALL.len() }>);
+
+impl EntryCounter {
+    const fn new() -> Self {
+        Self(Tally::new())
+    }
+
+    /// Adds `amount` for what came in there.
+    pub fn add(&self, entry: Entry, amount: u64) {
+        self.0.add(entry, amount);
+    }
+
+    /// For what came in there.
+    pub fn of(&self, entry: Entry) -> u64 {
+        self.0.get(entry)
+    }
+
+    /// For all that came in.
+    pub fn get(&self) -> u64 {
+        Entry::ALL.iter().map(|entry| self.of(*entry)).sum()
+    }
+}
+
 /// One counter for each [`CloseReason`].
 pub type CloseTally = Tally<{ CloseReason::ALL.len() }>;
 /// One counter for each [`ConnectFailure`].
@@ -545,7 +586,7 @@ impl HealthAnswers {
 #[repr(align(64))]
 pub struct BackendStats {
     /// TCP connections established to it.
-    pub connections: Counter,
+    pub connections: EntryCounter,
     /// TCP connections open now.
     pub active_connections: Gauge,
     /// UDP flows begun.
@@ -553,9 +594,9 @@ pub struct BackendStats {
     /// UDP flows open now.
     pub active_flows: Gauge,
     /// Payload bytes sent to it.
-    pub upstream_bytes: Counter,
+    pub upstream_bytes: EntryCounter,
     /// Payload bytes received from it and passed to clients.
-    pub downstream_bytes: Counter,
+    pub downstream_bytes: EntryCounter,
     /// Datagrams sent to it.
     pub upstream_datagrams: Counter,
     /// Datagrams received from it and passed to clients.
@@ -575,12 +616,12 @@ pub struct BackendStats {
 impl BackendStats {
     const fn new() -> Self {
         Self {
-            connections: Counter::new(),
+            connections: EntryCounter::new(),
             active_connections: Gauge::new(),
             flows: Counter::new(),
             active_flows: Gauge::new(),
-            upstream_bytes: Counter::new(),
-            downstream_bytes: Counter::new(),
+            upstream_bytes: EntryCounter::new(),
+            downstream_bytes: EntryCounter::new(),
             upstream_datagrams: Counter::new(),
             downstream_datagrams: Counter::new(),
             connect_us: Latest::new(),

@@ -459,6 +459,7 @@ mod tests {
     use crate::serve::scripted::{
         LOOPBACK, backends, balancer, black_hole, echo, on_worker, refusing, soon, spawn, until,
     };
+    use crate::stats::Entry;
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
@@ -824,7 +825,7 @@ mod tests {
 
             for address in addresses.into_iter().chain(addresses) {
                 let reached = dial(&web, &options).await.expect("reached");
-                reached.backend.stats.connections.increment(); // As whoever relays it does.
+                reached.backend.stats.connections.add(Entry::ClusterIp, 1); // As whoever relays it does.
                 assert_eq!(own_address(&reached.stream), address);
             }
         });

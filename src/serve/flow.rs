@@ -29,7 +29,7 @@ use crate::serve::balancer::{Backend, PortState, Tried};
 use crate::serve::room::{Ages, FlowLimits, Place, Room};
 use crate::serve::slab::{Chain, Id, Slab};
 use crate::serve::wheel::Wheel;
-use crate::stats::{CloseReason, ConnectFailure, DropReason};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, Entry};
 
 /// Names a flow for as long as it lives; [`Id::index`] may index the sockets of a shell.
 pub type FlowId = Id;
@@ -78,6 +78,8 @@ pub struct Choice {
     pub backend: Arc<Backend>,
     /// The ServicePort that the backend belongs to. A listener may be pointed to another one under a live flow.
     pub port: Arc<PortState>,
+    /// Where the client came in.
+    pub entry: Entry,
 }
 
 /// What to do with a client's datagram.

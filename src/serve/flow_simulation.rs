@@ -150,7 +150,11 @@ impl Simulation {
         let choices: Vec<Choice> = (first..first + 5)
             .map(|index| index % 5)
             .filter(|index| self.live.contains(index))
-            .map(|index| Choice { backend: Arc::clone(&self.backends[index]), port: Arc::clone(&self.port) })
+            .map(|index| Choice {
+                backend: Arc::clone(&self.backends[index]),
+                port: Arc::clone(&self.port),
+                entry: Entry::ClusterIp,
+            })
             .collect();
         let mut asked = false;
         let verdict = self.table.on_datagram(listener, client, self.now, |tried| {
@@ -347,7 +351,7 @@ impl Simulation {
         let mut sockets = BTreeMap::new();
         for record in &records {
             let backend = self.backends.iter().find(|backend| backend.address == record.backend).expect("known");
-            let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port) };
+            let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port), entry: Entry::ClusterIp };
             let flow = table.import(renamed[&record.listener], record, choice, self.now).expect("room for all");
             table.opened(flow);
             table.check();

@@ -41,7 +41,7 @@ impl Bench {
     }
 
     fn choose(&self, backend: &Arc<Backend>) -> Choice {
-        Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port) }
+        Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port), entry: Entry::ClusterIp }
     }
 
     /// A datagram; a flow that it opens gets its socket.

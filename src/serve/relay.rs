@@ -26,7 +26,7 @@ use crate::serve::sleep::Sleep;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
 use crate::serve::worker::sleep_until;
-use crate::stats::{BackendStats, CloseReason};
+use crate::stats::{BackendStats, CloseReason, Entry};
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
@@ -41,9 +41,9 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Counts a new connection of the backend. The client's socket has TCP_NODELAY.
-    pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>) -> Self {
-        Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend), limits: None }
+    /// Counts a new connection of the backend, from a client that came in there. The client's socket has TCP_NODELAY.
+    pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>, entry: Entry) -> Self {
+        Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend, entry), limits: None }
     }
 
     /// Has it end by these limits, whatever [`Connection::relay`] is told.
@@ -115,6 +115,7 @@ struct Account {
     reason: Option<CloseReason>,
     /// What an access log is told at the end.
     draft: Option<Box<Draft>>,
+    entry: Entry,
 }
 
 /// The bytes of one direction.
@@ -133,10 +134,11 @@ impl Tab {
 }
 
 impl Account {
-    fn open(backend: Arc<Backend>) -> Self {
-        backend.stats.connections.increment();
+    fn open(backend: Arc<Backend>, entry: Entry) -> Self {
+        backend.stats.connections.add(entry, 1);
         backend.stats.active_connections.increment();
-        Self { backend, upstream: Tab::default(), downstream: Tab::default(), reason: None, draft: None }
+        let (upstream, downstream) = (Tab::default(), Tab::default());
+        Self { backend, upstream, downstream, reason: None, draft: None, entry }
     }
 
     /// Bytes, both ways.
@@ -156,7 +158,7 @@ impl Account {
         for (counter, tab) in [(upstream_bytes, &mut self.upstream), (downstream_bytes, &mut self.downstream)] {
             let amount = tab.unpublished();
             if amount > 0 {
-                counter.add(amount);
+                counter.add(self.entry, amount);
             }
         }
     }
@@ -335,7 +337,8 @@ mod tests {
                 stream.set_nodelay(true).expect("an option"); // Accepted sockets of the relay inherit it.
             }
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
-            let mut connection = Connection::open(registered(downstream), registered(upstream), Arc::clone(&backend));
+            let (downstream, upstream, entry) = (registered(downstream), registered(upstream), Entry::NodePort);
+            let mut connection = Connection::open(downstream, upstream, Arc::clone(&backend), entry);
             let relay = spawn(async move {
                 let reason = connection.relay(&limits).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
@@ -350,7 +353,7 @@ mod tests {
             assert_eq!(backend.stats.closed.get(ended.reason), 1);
             assert_eq!(backend.stats.active_connections.get(), 0);
             assert_eq!(backend.stats.connections.get(), 1);
-            assert_eq!(backend.stats.upstream_bytes.get(), ended.upstream_bytes);
+            assert_eq!(backend.stats.upstream_bytes.of(Entry::NodePort), ended.upstream_bytes);
             assert_eq!(backend.stats.downstream_bytes.get(), ended.downstream_bytes);
             ended
         }
@@ -897,7 +900,7 @@ mod tests {
     #[test]
     fn given_a_task_that_panics_when_it_unwinds_then_the_connection_is_counted_as_such() {
         let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
-        let account = Account::open(Arc::clone(&backend));
+        let account = Account::open(Arc::clone(&backend), Entry::ClusterIp);
 
         let outcome = thread::spawn(move || {
             let _account = account;
@@ -916,7 +919,8 @@ mod tests {
             let Line { mut client, mut server, backend, relay } = Line::open().await;
             let (mut far, near) = pair().await;
             let (_other_far, other_near) = pair().await;
-            let connection = Connection::open(registered(near), registered(other_near), Arc::clone(&backend));
+            let (near, other_near, entry) = (registered(near), registered(other_near), Entry::ClusterIp);
+            let connection = Connection::open(near, other_near, Arc::clone(&backend), entry);
 
             let panicking: Spawned<()> = spawn(async move {
                 let _connection = connection;

@@ -20,7 +20,7 @@ use crate::serve::balancer::Backend;
 use crate::serve::limits::LimitOptions;
 use crate::serve::relay::Connection;
 use crate::serve::scripted::{LOOPBACK, on_worker, pair, registered, reset, soon, spawn};
-use crate::stats::CloseReason;
+use crate::stats::{CloseReason, Entry};
 
 const CONNECTIONS: u64 = 2_000;
 const AT_ONCE: usize = 16;
@@ -153,7 +153,8 @@ async fn exchange(seed: u64) {
     let (at_server, upstream) = pair().await;
     let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
 
-    let mut connection = Connection::open(registered(downstream), registered(upstream), backend);
+    let (downstream, upstream) = (registered(downstream), registered(upstream));
+    let mut connection = Connection::open(downstream, upstream, backend, Entry::ClusterIp);
     let relay = spawn(async move {
         let limits = LimitOptions { half_close_timeout: HALF_CLOSE_TIMEOUT, ..LimitOptions::default() };
         let relayed = connection.relay(&limits);

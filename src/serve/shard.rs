@@ -325,7 +325,7 @@ impl Shard {
             count_unsent(refusal, |reason, count| service.dropped.add(reason, count))
         });
         choice.backend.stats.upstream_datagrams.add(moved.datagrams);
-        choice.backend.stats.upstream_bytes.add(moved.bytes);
+        choice.backend.stats.upstream_bytes.add(choice.entry, moved.bytes);
         if self.access_log.is_some()
             && let Some(draft) = self.table.draft_mut(flow)
         {
@@ -421,7 +421,7 @@ impl Shard {
     fn count_downstream(&mut self, flow: FlowId, moved: Tally) {
         let Some(choice) = self.table.choice(flow) else { return };
         choice.backend.stats.downstream_datagrams.add(moved.datagrams);
-        choice.backend.stats.downstream_bytes.add(moved.bytes);
+        choice.backend.stats.downstream_bytes.add(choice.entry, moved.bytes);
         if self.access_log.is_some()
             && let Some(draft) = self.table.draft_mut(flow)
         {
@@ -568,7 +568,7 @@ struct Visit {
 fn choose(target: &Target, client: IpAddr, tried: &Tried, now: Instant) -> Result<Choice, DropReason> {
     let balancer = target.balancer_for(client)?;
     let backend = balancer.pick(client, tried, now).ok_or(DropReason::NoEndpoints)?;
-    Ok(Choice { backend, port: Arc::clone(&balancer.port) })
+    Ok(Choice { backend, port: Arc::clone(&balancer.port), entry: target.kind.entry() })
 }
 
 fn slots_of<'a>(run: &[Outgoing], slots: &'a mut [u8; BATCH]) -> &'a [u8] {

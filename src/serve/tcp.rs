@@ -62,7 +62,7 @@ use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
 use crate::serve::worker::{Readable, Worker};
 use crate::serve::{TargetCell, socket};
-use crate::stats::{DropReason, PROCESS, PauseReason};
+use crate::stats::{DropReason, Entry, PROCESS, PauseReason};
 use crate::vips::Hold;
 
 /// How TCP is served.
@@ -391,7 +391,7 @@ impl Server {
             Ok(balancer) => Arc::clone(balancer),
             Err(reason) => return turn_away(&socket, peer, port, reason, draft.as_deref()),
         };
-        let mut guest = Guest::new(socket, peer, &balancer.port);
+        let mut guest = Guest::new(socket, peer, &balancer.port, target.kind.entry());
         guest.draft = draft;
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
         let address = target.address.clone();
@@ -407,6 +407,8 @@ struct Guest<S: AsFd> {
     client: Option<S>,
     peer: SocketAddr,
     port: Arc<PortState>,
+    /// Where it came in.
+    entry: Entry,
     /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
     reason: DropReason,
     /// What an access log is told at the end.
@@ -414,8 +416,8 @@ struct Guest<S: AsFd> {
 }
 
 impl Guest<OwnedFd> {
-    fn new(client: OwnedFd, peer: SocketAddr, port: &Arc<PortState>) -> Self {
-        Self { client: Some(client), peer, port: Arc::clone(port), reason: DropReason::Drain, draft: None }
+    fn new(client: OwnedFd, peer: SocketAddr, port: &Arc<PortState>, entry: Entry) -> Self {
+        Self { client: Some(client), peer, port: Arc::clone(port), entry, reason: DropReason::Drain, draft: None }
     }
 
     /// Has the worker of this thread watch the client; `None` where the kernel takes no more.
@@ -424,7 +426,14 @@ impl Guest<OwnedFd> {
             Ok(client) => {
                 let port = Arc::clone(&self.port);
                 let draft = self.draft.take();
-                Some(Guest { client: Some(client), peer: self.peer, port, reason: self.reason, draft })
+                Some(Guest {
+                    client: Some(client),
+                    peer: self.peer,
+                    port,
+                    entry: self.entry,
+                    reason: self.reason,
+                    draft,
+                })
             }
             Err(Unwatched { socket, .. }) => {
                 self.client = Some(socket);
@@ -580,7 +589,7 @@ async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpSh
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
             set_if_they_last(&client, &stream, shared.options.if_lasting());
-            let mut connection = Connection::open(client, stream, backend);
+            let mut connection = Connection::open(client, stream, backend, guest.entry);
             connection.tell(guest.draft.take());
             let limits = shared.options.limits;
             let own = balancer.tcp_settings().map(|settings| limits.of_service(&settings));
@@ -1008,7 +1017,8 @@ mod tests {
 
         let ended = thread::spawn(move || {
             on_worker(async move {
-                let guest = Guest::new(unwatchable(), SocketAddr::from((LOOPBACK, 9)), &balancer.port);
+                let guest =
+                    Guest::new(unwatchable(), SocketAddr::from((LOOPBACK, 9)), &balancer.port, Entry::ClusterIp);
                 reach(guest, balancer, shared).await.is_none()
             })
         });
@@ -1025,6 +1035,7 @@ mod tests {
             accepted.into_std().expect("a registered socket").into(),
             SocketAddr::from((LOOPBACK, 9)),
             &port,
+            Entry::ClusterIp,
         );
 
         let outcome = thread::spawn(move || {
@@ -1141,7 +1152,7 @@ mod tests {
 
             shared.workers.place(&here, move |seat| {
                 let balancer = balancer(&[]);
-                let guest = Guest::new(socket, peer, &balancer.port);
+                let guest = Guest::new(socket, peer, &balancer.port, Entry::ClusterIp);
                 let counted = Counted::begin(&balancer.port).expect("no limit");
                 let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: None };
                 let connection = serve(guest, listen, balancer, options, stay);
