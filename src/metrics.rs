@@ -464,6 +464,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
+    use metrics_exporter_prometheus::PrometheusBuilder;
+
     use super::*;
     use crate::live::sample;
     use crate::model::{Endpoint, Service, TrafficPolicy};
@@ -605,6 +607,104 @@ mod tests {
         let series = format!("kuberelay_connections_total{{{labels},entry=");
         let entries: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(&series)).collect();
         assert_eq!(entries, ["\"cluster_ip\"} 5", "\"node_port\"} 0", "\"exposed\"} 3"]);
+    }
+
+    /// Each metric's lines, whatever their order.
+    fn families(text: &str) -> BTreeMap<&str, BTreeSet<&str>> {
+        let mut families: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        let mut name = "";
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                name = rest.split(' ').next().unwrap_or_default();
+            }
+            assert!(families.entry(name).or_default().insert(line), "twice: {line}");
+        }
+        families
+    }
+
+    /// What one backend of a thousand has counted: each another number.
+    struct Carried {
+        address: String,
+        number: u64,
+    }
+
+    impl Carried {
+        fn thousand() -> Vec<Self> {
+            let address = |number: u64| format!("10.244.{}.{}:8000", number / 250, number % 250 + 1);
+            (0..1_000).map(|number| Self { address: address(number), number }).collect()
+        }
+
+        /// In our counters.
+        fn count(&self) -> Backend {
+            let backend = Backend::new(self.number as u32, self.address.parse().expect("an address"));
+            let stats = &*backend.stats;
+            stats.connections.add(Entry::ClusterIp, self.number * 7);
+            stats.connections.add(Entry::NodePort, self.number);
+            (0..self.number % 5).for_each(|_| stats.active_connections.increment());
+            stats.upstream_bytes.add(Entry::ClusterIp, self.number << 30);
+            stats.connect_failures.add(ConnectFailure::Timeout, self.number + 1);
+            [250, 500, 4_000].iter().for_each(|ms| stats.connect_time.observe(Duration::from_millis(*ms)));
+            backend
+        }
+
+        /// In those of the exporter.
+        fn record(&self, service: &str) {
+            let backend = [("namespace", "default"), ("service", service), ("port", "http"), ("protocol", "TCP")];
+            let mut labels = backend.map(|(name, value)| metrics::Label::new(name, value.to_owned())).to_vec();
+            labels.push(metrics::Label::new("backend", self.address.clone()));
+            let with = |name: &'static str, value: &'static str| {
+                labels.iter().cloned().chain([metrics::Label::new(name, value)]).collect::<Vec<_>>()
+            };
+            let counter = |name: &'static str, labels: Vec<metrics::Label>, value| {
+                metrics::counter!(name, labels).absolute(value)
+            };
+            counter("kuberelay_connections_total", with("entry", "cluster_ip"), self.number * 7);
+            counter("kuberelay_connections_total", with("entry", "node_port"), self.number);
+            counter("kuberelay_upstream_bytes_total", with("entry", "cluster_ip"), self.number << 30);
+            counter("kuberelay_upstream_bytes_total", with("entry", "node_port"), 0);
+            counter("kuberelay_connect_failures_total", with("reason", "timeout"), self.number + 1);
+            metrics::gauge!("kuberelay_active_connections", labels.clone()).set((self.number % 5) as f64);
+            let times = metrics::histogram!("kuberelay_connect_duration_seconds", labels.clone());
+            [0.25, 0.5, 4.0].iter().for_each(|seconds| times.record(*seconds));
+        }
+    }
+
+    /// A label value with all that has to be escaped.
+    const ODD: &str = "we\"b\\\n1";
+
+    #[test]
+    fn given_a_thousand_backends_when_rendered_then_the_exporter_writes_the_same_lines() {
+        let all = Carried::thousand();
+        let mut web = sample::web();
+        let service = Service { name: ObjectName::new("default", ODD), ..(*web.service).clone() };
+        web.service = Arc::new(service);
+        web.ports[0].backends = all.iter().map(|one| Arc::new(one.count())).collect();
+        let bounds = [0.001, 0.005, 0.025, 0.1, 0.5, 2.5];
+        let builder = PrometheusBuilder::new().set_buckets(&bounds).expect("bounds are there");
+        let recorder = builder.build_recorder();
+        let exporter = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            for Metric { name, kind, help, .. } in METRICS {
+                match kind {
+                    Kind::Counter => metrics::describe_counter!(*name, *help),
+                    Kind::Gauge => metrics::describe_gauge!(*name, *help),
+                    Kind::Histogram => metrics::describe_histogram!(*name, *help),
+                    Kind::Untyped => {}
+                }
+            }
+            all.iter().for_each(|one| one.record(ODD));
+        });
+
+        let status = Status { services: [(web.service.name.clone(), Arc::new(web))].into(), ..Status::default() };
+        let (ours, theirs) = (render(&status, true), exporter.render());
+
+        let (ours, theirs) = (families(&ours), families(&theirs));
+        assert_eq!(theirs.len(), 5, "{:?}", theirs.keys());
+        for (name, lines) in theirs {
+            assert!(lines.len() > 1_000, "{name}");
+            let differing: Vec<_> = ours[name].symmetric_difference(&lines).take(4).collect();
+            assert!(differing.is_empty(), "{differing:#?}");
+        }
     }
 
     #[test]
