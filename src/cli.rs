@@ -44,6 +44,8 @@ use crate::scaffold::{NewNodePort, NewService};
 use crate::serve::connect::Steps;
 use crate::serve::limits::LimitOptions;
 use crate::tcp_settings::{CONNECT_TIMEOUTS, CONNECT_TRIES, LASTING};
+use crate::top::order::Sort;
+use crate::top::{DEFAULT_INTERVAL, SHORTEST_INTERVAL, TopOptions};
 use crate::value::{
     Destination, OrNone, PortRange, Time, destination, domain, expose, label, namespace, network, reverse_network,
     socket_address,
@@ -189,6 +191,24 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     kube-relay diff manifests/ > changes.txt; test $? -lt 2 || exit 1"
     )]
     Diff(Box<DiffArgs>),
+
+    /// Show which Service does what, as a table that moves
+    #[command(
+        long_about = "Asks a running kube-relay again and again and shows what each Service does: new connections and flows a \
+                      second, failures, bytes, how many are open. Enter shows the backends of one; ? tells all keys.\n\n\
+                      With --once, and where standard output is no terminal, the table is printed as text: two questions, \
+                      an interval apart, and the rates between them.",
+        after_long_help = "Examples:
+  All Services, the busiest first:
+    kube-relay top
+
+  Those of one namespace that fail most:
+    kube-relay top --filter shop/ --sort failed
+
+  Is the split even? The share of each backend:
+    kube-relay top default/web --once"
+    )]
+    Top(TopArgs),
 
     /// Show what on this machine would break a kube-relay, and what to do about it
     #[command(
@@ -821,6 +841,52 @@ fn form(
 
 fn or_default(namespace: Option<String>) -> String {
     namespace.unwrap_or_else(|| "default".to_owned())
+}
+
+/// Arguments of `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// One Service with its backends: NAMESPACE/NAME, or NAME in namespace default
+    #[arg(value_name = "NAMESPACE/NAME", value_parser = object_name)]
+    service: Option<ObjectName>,
+
+    /// Print the table as text, once
+    #[arg(long)]
+    pub once: bool,
+
+    /// Time from one question to the next, 200ms at least; longer by itself where answers take long
+    #[arg(long, value_name = "TIME", default_value_t = Time(DEFAULT_INTERVAL), value_parser = interval)]
+    interval: Time,
+
+    /// What Services are sorted by
+    #[arg(long, value_enum, value_name = "ORDER", default_value_t)]
+    sort: Sort,
+
+    /// Only Services that have all of these words in their name, type, state or addresses
+    #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
+    filter: String,
+
+    /// Whom to ask.
+    #[command(flatten)]
+    server: ServerFlag,
+}
+
+impl TopArgs {
+    /// What to ask, and how to show it at first.
+    pub fn options(&self) -> TopOptions {
+        let Self { service, interval, sort, filter, server, .. } = self;
+        let (service, filter) = (service.clone(), filter.clone());
+        TopOptions { server: server.address, interval: interval.0, sort: *sort, filter, service }
+    }
+}
+
+/// The parser of `top --interval`.
+fn interval(text: &str) -> Result<Time, String> {
+    match text.parse::<Time>() {
+        Ok(time) if time.0 >= SHORTEST_INTERVAL => Ok(time),
+        Ok(_) => Err(format!("too short: {} is the shortest", Time(SHORTEST_INTERVAL))),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Arguments of `doctor`: those of `run`, none of which has to be there.

@@ -50,7 +50,7 @@ fn config_flag(cli: &mut Cli) -> Option<&mut ConfigFlag> {
         Command::Explain(args) => Some(&mut args.config),
         Command::Diff(args) => Some(&mut args.config),
         Command::Doctor(args) => Some(&mut args.config),
-        Command::Status(_) | Command::Env(_) | Command::New(_) | Command::Cleanup(_) => None,
+        Command::Status(_) | Command::Top(_) | Command::Env(_) | Command::New(_) | Command::Cleanup(_) => None,
         Command::Completions(_) | Command::Man(_) => None,
     }
 }

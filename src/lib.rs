@@ -217,6 +217,7 @@ mod sysctl;
 mod tcp_settings;
 mod texts;
 pub mod timestamp;
+pub mod top;
 mod udp_settings;
 pub mod value;
 pub mod vip_routes;

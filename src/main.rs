@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::future::{Future, pending};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -22,7 +22,7 @@ use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
     CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
     EXIT_FINE, EXIT_PROBLEMS, EXIT_UNKNOWN, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs,
-    RunArgs, StatusArgs, StatusOutput,
+    RunArgs, StatusArgs, StatusOutput, TopArgs,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
@@ -45,7 +45,7 @@ use kube_relay::plan::{Plan, PlanOptions, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
-use kube_relay::{logs, manual, overview, panics, peer};
+use kube_relay::{logs, manual, overview, panics, peer, top};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -75,6 +75,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status(&args),
         Command::Explain(args) => explained(*args),
         Command::Diff(args) => diff(*args),
+        Command::Top(args) => top(&args),
         Command::Doctor(args) => doctor(*args),
         Command::Env(args) => discover(args),
         Command::Cleanup(args) => cleanup(&args),
@@ -466,6 +467,23 @@ fn man(args: &ManArgs) -> anyhow::Result<u8> {
     let page = manual::page(&args.command);
     print_bytes(&page.with_context(|| format!("there is no command {:?}", args.command.join(" ")))?)?;
     Ok(EXIT_FINE)
+}
+
+/// On a terminal the table moves, elsewhere it is text.
+fn top(args: &TopArgs) -> anyhow::Result<u8> {
+    let options = args.options();
+    if args.once || !io::stdout().is_terminal() {
+        print(&on(small_runtime()?, top::once(&options))?)?;
+        return Ok(EXIT_FINE);
+    }
+    #[cfg(feature = "tui")]
+    {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        on(runtime.context("cannot start the runtime")?, top::run(&options))?;
+        Ok(EXIT_FINE)
+    }
+    #[cfg(not(feature = "tui"))]
+    bail!("this build has no moving table (feature tui): ask with --once");
 }
 
 fn doctor(args: DoctorArgs) -> anyhow::Result<u8> {

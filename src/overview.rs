@@ -320,7 +320,7 @@ fn reasons(counts: &BTreeMap<Cow<'static, str>, u64>) -> String {
 }
 
 /// `999 B`, `1.5 MiB`: four significant characters at most, exact numbers are in the JSON.
-fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if count < 1024 {
         return format!("{count} B");

@@ -1,0 +1,284 @@
+//! What `top` keeps of one answer of a relay: names that a terminal can have, and numbers.
+//!
+//! The whole answer is `live`'s. Names come from whoever may write a Service: nothing in them may steer a terminal.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::AddAssign;
+
+use crate::live::LiveReport;
+use crate::status::{BackendTraffic, ListenerReport, ListenerState, PortReport, ServiceReport};
+
+/// One answer.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    /// Version of the program that answered.
+    pub version: String,
+    /// Its process. Another one has begun to count anew.
+    pub pid: u32,
+    /// True once its source has delivered the first complete state.
+    pub synced: bool,
+    /// How many problems it tells of.
+    pub problem_count: usize,
+    /// Its Services.
+    pub services: Vec<ServiceReading>,
+}
+
+/// One Service.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceReading {
+    /// `namespace/name`.
+    pub name: String,
+    /// `ClusterIP`, `NodePort`…
+    pub kind: String,
+    /// The worst of what is true of its listeners and its health port.
+    pub state: State,
+    /// Where it listens: `127.96.0.10:80/TCP clusterIP serving`.
+    pub listeners: Vec<String>,
+    /// Addresses that may get new traffic, each once.
+    pub ready: usize,
+    /// Connections and datagrams that were turned away before they reached a backend.
+    pub turned_away: u64,
+    /// Its backends, port by port.
+    pub backends: Vec<BackendReading>,
+}
+
+/// One backend of one port.
+#[derive(Clone, Debug, Default)]
+pub struct BackendReading {
+    /// Name of the ServicePort, or its number: `http`, `53/UDP`.
+    pub port: String,
+    /// `10.244.0.2:8000`.
+    pub address: String,
+    /// Name of its pod; empty where no slice says it.
+    pub pod: String,
+    /// Whether it gets new traffic.
+    pub state: BackendState,
+    /// What it carried.
+    pub counts: Counts,
+    /// Tries to reach it that failed: `refused 3, timeout 1`; empty where there were none.
+    pub failures: String,
+    /// How its connections and flows ended: `finished 10`; empty where none has.
+    pub ends: String,
+}
+
+/// Numbers of a backend since its relay started, but for what is open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Connections and flows that are open now.
+    pub open: u64,
+    /// Connections and flows that were begun.
+    pub begun: u64,
+    /// Payload bytes to it.
+    pub upstream_bytes: u64,
+    /// Payload bytes from it.
+    pub downstream_bytes: u64,
+    /// Tries to reach it that failed; another backend may have made them good.
+    pub failed: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.open += other.open;
+        self.begun += other.begun;
+        self.upstream_bytes += other.upstream_bytes;
+        self.downstream_bytes += other.downstream_bytes;
+        self.failed += other.failed;
+    }
+}
+
+/// How a Service does, in one word; the worst first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    /// A listener, or the health port, could not be bound.
+    Failed,
+    /// A listener refuses whoever comes: there is no backend.
+    Refusing,
+    /// The process is stopping.
+    Closed,
+    /// All listeners accept.
+    Serving,
+    /// There is no listener.
+    #[default]
+    Unserved,
+}
+
+impl State {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Refusing => "refusing",
+            Self::Closed => "closed",
+            Self::Serving => "serving",
+            Self::Unserved => "-",
+        }
+    }
+}
+
+impl From<&ListenerState> for State {
+    fn from(state: &ListenerState) -> Self {
+        match state {
+            ListenerState::Failed { .. } => Self::Failed,
+            ListenerState::Parked => Self::Refusing,
+            ListenerState::Closed => Self::Closed,
+            ListenerState::Serving => Self::Serving,
+        }
+    }
+}
+
+/// Whether a backend gets new traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendState {
+    /// It does.
+    #[default]
+    Ready,
+    /// It only keeps what it has.
+    Draining,
+    /// Not for a time, as it could not be reached again and again.
+    Ejected,
+}
+
+impl BackendState {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Ejected => "ejected",
+        }
+    }
+}
+
+impl Reading {
+    /// What there is to show of an answer.
+    pub fn of(live: LiveReport) -> Self {
+        Self {
+            version: printable(&live.version),
+            pid: live.pid,
+            synced: live.synced,
+            problem_count: live.report.problems.len(),
+            services: live.report.services.iter().map(ServiceReading::of).collect(),
+        }
+    }
+}
+
+impl ServiceReading {
+    fn of(service: &ServiceReport) -> Self {
+        let listeners = || service.ports.iter().flat_map(|port| port.listeners.iter().map(move |it| (port, it)));
+        let states = listeners().filter_map(|(_, listener)| listener.state.as_ref());
+        let health = service.health_port.iter().filter_map(|port| port.state.as_ref());
+        Self {
+            name: printable(&format!("{}/{}", service.namespace, service.name)),
+            kind: printable(&service.kind),
+            state: states.chain(health).map(State::from).min().unwrap_or_default(),
+            listeners: listeners().map(|(port, listener)| told(port, listener)).collect(),
+            ready: service.ports.iter().flat_map(picks).collect::<BTreeSet<_>>().len(),
+            turned_away: service.ports.iter().flat_map(|port| &port.traffic).flat_map(|it| it.dropped.values()).sum(),
+            backends: service.ports.iter().flat_map(backends).collect(),
+        }
+    }
+}
+
+fn told(port: &PortReport, listener: &ListenerReport) -> String {
+    let state = listener.state.as_ref().map_or(State::Unserved, State::from);
+    let PortReport { protocol, .. } = port;
+    printable(&format!("{}/{protocol} {} {}", listener.address, listener.kind.as_str(), state.as_str()))
+}
+
+fn picks(port: &PortReport) -> BTreeSet<&str> {
+    let scopes = [&port.backends.cluster, &port.backends.local];
+    scopes.into_iter().flatten().flatten().map(String::as_str).collect()
+}
+
+fn backends(port: &PortReport) -> Vec<BackendReading> {
+    let picks = picks(port);
+    let name = if port.name.is_empty() { format!("{}/{}", port.port, port.protocol) } else { printable(&port.name) };
+    let backend = |traffic: &BackendTraffic| BackendReading {
+        port: name.clone(),
+        address: printable(&traffic.address),
+        pod: printable(traffic.pod.as_deref().unwrap_or_default()),
+        state: match traffic.ejected_seconds {
+            Some(_) => BackendState::Ejected,
+            None if picks.contains(traffic.address.as_str()) => BackendState::Ready,
+            None => BackendState::Draining,
+        },
+        counts: Counts {
+            open: traffic.active_connections + traffic.active_flows,
+            begun: traffic.connections + traffic.flows,
+            upstream_bytes: traffic.upstream_bytes,
+            downstream_bytes: traffic.downstream_bytes,
+            failed: traffic.connect_failures.values().sum(),
+        },
+        failures: reasons(&traffic.connect_failures),
+        ends: reasons(&traffic.closed),
+    };
+    port.backend_traffic.iter().map(backend).collect()
+}
+
+fn reasons(counts: &BTreeMap<Cow<'static, str>, u64>) -> String {
+    let each: Vec<_> = counts.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    printable(&each.join(", "))
+}
+
+/// Text from elsewhere as a terminal may have it. What steers a terminal, turns the direction of text around or has no
+/// width becomes U+FFFD: a name is shown as it is, or seen to be odd.
+pub fn printable(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+            || matches!(c, '\u{61c}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+    };
+    text.chars().map(|c| if steers(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live::sample;
+
+    fn reading() -> Reading {
+        Reading::of(LiveReport::of(&sample::status()))
+    }
+
+    #[test]
+    fn given_an_answer_when_read_then_each_service_has_its_worst_state_and_its_numbers() {
+        let reading = reading();
+
+        let states: Vec<_> = reading.services.iter().map(|service| (service.name.as_str(), service.state)).collect();
+        assert_eq!(
+            states,
+            [("default/dns", State::Refusing), ("default/headless", State::Unserved), ("default/web", State::Failed)]
+        );
+        let web = &reading.services[2];
+        assert_eq!((web.kind.as_str(), web.ready, web.turned_away), ("NodePort", 2, 1));
+        assert_eq!(web.listeners, ["127.96.0.10:80/TCP clusterIP serving", "127.0.0.1:30080/TCP nodePort failed"]);
+        assert_eq!(reading.pid, std::process::id());
+        assert_eq!(reading.problem_count, 1);
+    }
+
+    #[test]
+    fn given_an_answer_when_read_then_each_backend_has_its_numbers_and_reasons() {
+        let reading = reading();
+
+        let [first, second] = &reading.services[2].backends[..] else { panic!("two backends") };
+        let counts = Counts { open: 1, begun: 5, upstream_bytes: 2048, downstream_bytes: 3 << 20, failed: 0 };
+        assert_eq!((first.port.as_str(), first.pod.as_str(), first.counts), ("http", "web-1", counts));
+        assert_eq!((first.ends.as_str(), first.failures.as_str()), ("finished 1", ""));
+        assert_eq!((second.counts.failed, second.failures.as_str()), (1, "refused 1"));
+        assert_eq!(second.state, BackendState::Ready);
+    }
+
+    #[test]
+    fn given_a_name_with_control_characters_when_read_then_none_is_left() {
+        let mut live = LiveReport::of(&sample::status());
+        live.report.services[2].name = "we\u{1b}]0;b\u{7}".into();
+        live.report.services[2].ports[0].backend_traffic[0].pod = Some("a\u{9b}2J\r\n\u{202e}b".into());
+
+        let reading = Reading::of(live);
+
+        assert_eq!(reading.services[2].name, "default/we\u{fffd}]0;b\u{fffd}");
+        assert_eq!(reading.services[2].backends[0].pod, "a\u{fffd}2J\u{fffd}\u{fffd}\u{fffd}b");
+        assert_eq!(printable("żółw-1.例え"), "żółw-1.例え");
+    }
+}
