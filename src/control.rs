@@ -517,7 +517,12 @@ impl Control {
             return PortCounters::default();
         };
         let state = self.listeners.port(name).cloned();
-        PortCounters { state, backends: self.listeners.backends(name), balancers: self.listeners.balancers(name) }
+        PortCounters {
+            state,
+            backends: self.listeners.backends(name),
+            departed: self.listeners.departed(name),
+            balancers: self.listeners.balancers(name),
+        }
     }
 
     /// Renews the snapshot's list of failed listeners; true where it changed. Logs who joined it and who left it, not

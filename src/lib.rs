@@ -39,6 +39,7 @@
 //! | a table of backends | its [`serve::balancer::Balancer`]'s `ArcSwap` cell | one load a pick |
 //! | turn of the round robin | its [`serve::balancer::Balancer`], over all swaps | an atomic |
 //! | affinity, counters of a ServicePort | [`serve::balancer::PortState`], over all swaps | atomics |
+//! | what backends that left have carried | the control task: [`serve::departed::Departed`] | a `watch` snapshot: [`status::Status`] |
 //! | a backend's counters, and whether it is ejected | [`serve::balancer::Backend`], from table to table | atomics |
 //! | where a listener's traffic goes | the listener's [`serve::TargetCell`] | one load a connection |
 //! | how many connections there is room for | the task of `headroom`, by value | two atomics of `serve::gate`, a load each for an accept |

@@ -352,8 +352,8 @@ pub(crate) mod sample {
         let table = Table::new(backends.to_vec().into(), &[]);
         let key = BalancerKey { port: state.name.clone(), family: Family::V4, scope: Scope::Cluster };
         let balancers = [Arc::new(Balancer::new(key, Arc::clone(&state), table))].into();
-        let backends = backends.into();
-        service(allocated(web, 10), endpoints, [PortCounters { state: Some(state), backends, balancers }].into())
+        let counters = PortCounters { state: Some(state), backends: backends.into(), departed: None, balancers };
+        service(allocated(web, 10), endpoints, [counters].into())
     }
 
     fn dns() -> ServiceStatus {

@@ -11,6 +11,7 @@ pub mod balancer;
 mod bound;
 pub mod connect;
 mod deadline;
+pub mod departed;
 mod direction;
 pub mod ejection;
 mod failures;

@@ -208,6 +208,14 @@ impl Counter {
         self.0.fetch_add(amount, Ordering::Relaxed);
     }
 
+    /// Adds what another has counted.
+    fn absorb(&self, other: &Self) {
+        let amount = other.get();
+        if amount > 0 {
+            self.add(amount);
+        }
+    }
+
     /// The value now.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -285,6 +293,13 @@ impl<const N: usize> Histogram<N> {
         let span = self.bounds_ms.partition_point(|bound| Duration::from_millis(*bound) < took);
         self.counts.get(span).unwrap_or(&self.beyond).increment();
         self.sum_us.add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// Adds what another of the same bounds has counted.
+    fn absorb(&self, other: &Self) {
+        self.counts.iter().zip(&other.counts).for_each(|(ours, theirs)| ours.absorb(theirs));
+        self.beyond.absorb(&other.beyond);
+        self.sum_us.absorb(&other.sum_us);
     }
 
     /// Each bound in seconds, with how many durations were no longer.
@@ -383,6 +398,11 @@ impl<const N: usize> Tally<N> {
         self.0[word.into()].add(amount);
     }
 
+    /// Adds what another has counted.
+    fn absorb(&self, other: &Self) {
+        self.0.iter().zip(&other.0).for_each(|(ours, theirs)| ours.absorb(theirs));
+    }
+
     /// How often the word was counted.
     pub fn get(&self, word: impl Into<usize>) -> u64 {
         self.0[word.into()].get()
@@ -407,6 +427,11 @@ impl EntryCounter {
     /// Adds `amount` for what came in there.
     pub fn add(&self, entry: Entry, amount: u64) {
         self.0.add(entry, amount);
+    }
+
+    /// Adds what another has counted.
+    fn absorb(&self, other: &Self) {
+        self.0.absorb(&other.0);
     }
 
     /// For what came in there.
@@ -440,7 +465,12 @@ pub struct OnDemand<T>(OnceLock<Box<T>>);
 impl<T: Zeros> OnDemand<T> {
     /// The counters, all 0 where nothing was counted.
     pub fn so_far(&self) -> &T {
-        self.0.get().map_or(T::zeros(), Box::as_ref)
+        self.made().unwrap_or(T::zeros())
+    }
+
+    /// The counters; `None` where nothing was counted.
+    pub fn made(&self) -> Option<&T> {
+        self.0.get().map(Box::as_ref)
     }
 }
 
@@ -631,6 +661,37 @@ impl BackendStats {
             connect_failures: Tally::new(),
             closed: Tally::new(),
         }
+    }
+}
+
+impl BackendStats {
+    /// Adds what another has counted: not what is open there now, nor how long it took to reach it last.
+    pub(crate) fn absorb(&self, other: &Self) {
+        let Self {
+            connections,
+            active_connections: _,
+            flows,
+            active_flows: _,
+            upstream_bytes,
+            downstream_bytes,
+            upstream_datagrams,
+            downstream_datagrams,
+            connect_us: _,
+            ejections,
+            connect_time,
+            connect_failures,
+            closed,
+        } = other;
+        self.connections.absorb(connections);
+        self.flows.absorb(flows);
+        self.upstream_bytes.absorb(upstream_bytes);
+        self.downstream_bytes.absorb(downstream_bytes);
+        self.upstream_datagrams.absorb(upstream_datagrams);
+        self.downstream_datagrams.absorb(downstream_datagrams);
+        self.ejections.absorb(ejections);
+        self.connect_time.absorb(connect_time);
+        self.connect_failures.absorb(connect_failures);
+        self.closed.absorb(closed);
     }
 }
 

@@ -20,6 +20,8 @@ use crate::plan::{
 use crate::recent::Recent;
 use crate::rejections::Rejections;
 use crate::serve::balancer::{Backend, Balancer, PortState};
+use crate::serve::departed::Departed;
+use crate::stats::BackendStats;
 
 /// All Services and all problems: the document that `check -o json` prints.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -387,8 +389,18 @@ pub struct PortCounters {
     pub state: Option<Arc<PortState>>,
     /// Its backends of both scopes and families, by address.
     pub backends: Arc<[Arc<Backend>]>,
+    /// Those that were among them; `None` where there are none.
+    pub departed: Option<Arc<Departed>>,
     /// Who chooses among them, for each family and scope that a listener asks for.
     pub balancers: Box<[Arc<Balancer>]>,
+}
+
+impl PortCounters {
+    /// The counters of all its backends, those that left among them: a sum over these does not fall as one of them goes.
+    pub fn carried(&self) -> impl Iterator<Item = &BackendStats> {
+        let here = self.backends.iter().filter_map(|backend| backend.stats.made());
+        here.chain(self.departed.iter().flat_map(|departed| departed.stats()))
+    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ use crate::model::ServicePort;
 use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
 use crate::recent::Happened;
-use crate::serve::balancer::Backend;
 use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, ServiceStats, Tally};
 use crate::status::{ListenerState, Report, ServiceStatus, SourceStatus, Status};
 use crate::timestamp::rfc3339;
@@ -49,9 +48,9 @@ pub struct Summary {
     pub contact: Option<ContactReport>,
     /// Of all Services together: connections and datagrams that were turned away, by reason; reasons at 0 are left out.
     pub dropped: Counts,
-    /// Of all backends together: failed tries, by reason; reasons at 0 are left out.
+    /// Of all backends together, those that left among them: failed tries, by reason; reasons at 0 are left out.
     pub connect_failures: Counts,
-    /// Of all backends together: ends of connections and flows, by reason; reasons at 0 are left out.
+    /// Of all backends together, those that left among them: ends of connections and flows, by reason; reasons at 0 are left out.
     pub closed: Counts,
     /// Seconds in which clients waited as nobody was accepted, by what was lacking; what never was is left out.
     pub accept_paused_seconds: BTreeMap<Cow<'static, str>, f64>,
@@ -99,10 +98,11 @@ pub struct ServiceSummary {
     /// Backends that get no new connections, as they could not be reached again and again.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub ejected: u64,
-    /// Connections and flows that are open now.
+    /// Connections and flows that are open now, at backends that left too.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub active: u64,
-    /// Connections and flows that reached a backend.
+    /// Connections and flows that reached a backend. Like the sums below it is over all backends that there were: none falls
+    /// as a backend goes.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub total: u64,
     /// Payload bytes to backends.
@@ -218,14 +218,13 @@ impl ServiceSummary {
             if let Some(state) = &port.state {
                 summary.dropped += sum(&state.stats.so_far().dropped, DropReason::ALL);
             }
-            port.backends.iter().for_each(|backend| summary.add(backend));
+            summary.ejected += port.backends.iter().filter(|backend| backend.is_ejected()).count() as u64;
+            port.carried().for_each(|stats| summary.add(stats));
         }
         summary
     }
 
-    fn add(&mut self, backend: &Backend) {
-        let stats = backend.stats.so_far();
-        self.ejected += u64::from(backend.is_ejected());
+    fn add(&mut self, stats: &BackendStats) {
         self.active += stats.active_connections.get() + stats.active_flows.get();
         self.total += stats.connections.get() + stats.flows.get();
         self.upstream_bytes += stats.upstream_bytes.get();
@@ -269,8 +268,7 @@ impl Totals {
                 let ServiceStats { dropped, .. } = state.stats.so_far();
                 tally(&mut self.dropped, dropped, DropReason::ALL, DropReason::as_str);
             }
-            for backend in port.backends.iter() {
-                let BackendStats { connect_failures, closed, .. } = backend.stats.so_far();
+            for BackendStats { connect_failures, closed, .. } in port.carried() {
                 tally(&mut self.connect_failures, connect_failures, ConnectFailure::ALL, ConnectFailure::as_str);
                 tally(&mut self.closed, closed, CloseReason::ALL, CloseReason::as_str);
             }
@@ -344,6 +342,8 @@ mod tests {
     use super::*;
     use crate::live::sample;
     use crate::recent::Recent;
+    use crate::serve::departed::Departed;
+    use crate::stats::Entry;
 
     fn summary(status: &Status) -> Summary {
         Summary::of(status, UNIX_EPOCH + Duration::from_millis(1_500))
@@ -373,6 +373,25 @@ mod tests {
         assert_eq!(summary.dropped, [("client_abort".into(), 1)].into());
         assert_eq!(summary.connect_failures, [("refused".into(), 1)].into());
         assert_eq!(summary.closed, [("finished".into(), 1)].into());
+    }
+
+    #[test]
+    fn given_a_backend_that_leaves_when_summed_up_then_what_it_carried_stays_and_it_is_no_backend_any_more() {
+        let mut status = sample::status();
+        let before = summary(&status);
+        let mut web = (*status.services[&ObjectName::parse("web")]).clone();
+        let [left, stays] = &*web.ports[0].backends else { panic!("two backends") };
+        left.stats.upstream_bytes.add(Entry::ClusterIp, 1);
+        web.ports[0].departed = Some(Arc::new(Departed::of(Arc::clone(left))));
+        web.ports[0].backends = [Arc::clone(stays)].into();
+        status.services.insert(ObjectName::parse("web"), Arc::new(web));
+
+        let after = summary(&status);
+
+        let [before_web, web] = [&before, &after].map(|summary| summary.services[2].clone());
+        assert_eq!((web.active, web.total), (before_web.active, before_web.total));
+        assert_eq!((web.upstream_bytes, web.downstream_bytes), (before_web.upstream_bytes + 1, 3 << 20));
+        assert_eq!(after.closed, before.closed);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::parts::in_parts;
 use crate::plan::{self, Backends, Listener, ListenerKind, Side, Step};
 use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::bound::{Bound, Opened, Servers};
+use crate::serve::departed::Departed;
 use crate::serve::failures::{Due, Failures};
 use crate::serve::ports::Ports;
 use crate::serve::tcp::TcpShared;
@@ -218,6 +219,11 @@ impl Listeners {
     /// All backends of a ServicePort, of both scopes and families, by address: for status.
     pub fn backends(&self, port: &ServicePortName) -> Arc<[Arc<Backend>]> {
         self.ports.get(port).map(|port| Arc::clone(&port.backends)).unwrap_or_default()
+    }
+
+    /// What backends have carried that left a ServicePort; `None` where none has: for status.
+    pub fn departed(&self, port: &ServicePortName) -> Option<Arc<Departed>> {
+        self.ports.get(port)?.departed.clone()
     }
 
     /// The balancers of a ServicePort, one for each family and scope that is asked for: for status.

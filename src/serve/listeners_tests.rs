@@ -18,7 +18,7 @@ use crate::serve::socket;
 use crate::serve::tcp::TcpOptions;
 use crate::serve::udp;
 use crate::serve::udp::UdpOptions;
-use crate::stats::{CloseReason, DropReason};
+use crate::stats::{CloseReason, DropReason, Entry};
 
 /// Listeners that follow objects, as `control` has them do.
 struct Bench {
@@ -329,6 +329,30 @@ async fn given_a_backend_when_tables_are_swapped_then_it_is_the_same_until_it_wa
     bench.take([endpoints(&web, &[one, two])]).await;
 
     assert_ne!(before.id, bench.backend(&web, one).id, "what was pinned to it is not pinned any more");
+}
+
+#[tokio::test]
+async fn given_a_backend_that_carried_something_when_it_leaves_and_comes_again_then_the_sums_of_its_port_do_not_fall() {
+    let (mut bench, web) = (Bench::new(), web("default/web", 41));
+    let [one, two] = [1, 2].map(|host| SocketAddr::from(([127, 84, 2, host], 80)));
+    let port = ServicePortName::new(web.name.clone(), "http", Protocol::Tcp);
+    let sum = |bench: &Bench| {
+        let left = bench.listeners.departed(&port).unwrap_or_default();
+        let backends = bench.listeners.backends(&port);
+        let stats = backends.iter().filter_map(|backend| backend.stats.made()).chain(left.stats());
+        stats.map(|stats| stats.connections.get()).sum::<u64>()
+    };
+    bench.take([put(&web), endpoints(&web, &[one, two])]).await;
+    bench.backend(&web, one).stats.connections.add(Entry::ClusterIp, 5);
+    bench.backend(&web, two).stats.connections.add(Entry::NodePort, 2);
+
+    let mut sums = vec![sum(&bench)];
+    for backends in [&[two] as &[SocketAddr], &[one], &[one, two], &[]] {
+        bench.take([endpoints(&web, backends)]).await;
+        sums.push(sum(&bench));
+    }
+
+    assert_eq!(sums, [7; 5]);
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::plan::{Backends, TcpSettings};
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
+use crate::serve::departed::Departed;
 use crate::stats::DropReason;
 use crate::value::OrNone;
 
@@ -31,6 +32,8 @@ pub(super) struct Port {
     balancers: Vec<Arc<Balancer>>,
     /// By address. Mostly they are the picks of its only table, too, and then both are one list.
     pub(super) backends: Arc<[Arc<Backend>]>,
+    /// Those that were among them; `None` where there are none.
+    pub(super) departed: Option<Arc<Departed>>,
     /// Those over UDP: a swapped table concerns the flows that they have.
     pub(super) listeners: Vec<ListenKey>,
     /// What the Service says about its connections, or said last.
@@ -86,7 +89,11 @@ impl Ports {
         let ends = port.part_with(&leaving, now);
         match tables.is_empty() {
             true => drop(self.0.remove(name)),
-            false => port.backends = staying.into(),
+            false => {
+                let departed = port.departed.take().unwrap_or_default();
+                port.departed = Some(Arc::new(departed.with(&leaving, now)));
+                port.backends = staying.into();
+            }
         }
         ends
     }
@@ -145,6 +152,7 @@ impl Port {
             state: Arc::new(PortState::new(name)),
             balancers: Vec::new(),
             backends: Arc::default(),
+            departed: None,
             listeners: Vec::new(),
             tcp: None,
             next_backend: 0,
