@@ -4,7 +4,8 @@
 //! series lives exactly as long as its backend. Serving the text is `admin`.
 //!
 //! Which series there are: a Service that has carried traffic has all its series for all its backends, at 0 too, but
-//! those with a `reason`, which begin with their first event. Other Services have `kuberelay_service_backends` alone.
+//! those with a `reason`, which begin with their first event. Other Services have `kuberelay_service_backends` alone. Where
+//! so many backends had series that a page would take long, the rest have none: their Service's sums tell of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
@@ -21,7 +22,8 @@ use crate::name::{ObjectName, Protocol};
 use crate::plan::{Listener, ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
 use crate::stats::{
-    CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason, VipAddresses,
+    BackendStats, CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason,
+    VipAddresses,
 };
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
@@ -100,6 +102,13 @@ metrics! {
     ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
     AffinityPins = Gauge "kuberelay_affinity_pins" ["namespace", "service", "port", "protocol"] "Clients whose backend session affinity remembers; one whose time is over counts until another takes its place.";
     AffinityEvictions = Counter "kuberelay_affinity_evictions_total" ["namespace", "service", "port", "protocol"] "Clients that lost their backend before their time, as more came than session affinity remembers.";
+    ServiceConnections = Counter "kuberelay_service_connections_total" ["namespace", "service", "port", "protocol", "entry"] "TCP connections established to all backends, those that left among them, by where clients came in.";
+    ServiceOpen = Gauge "kuberelay_service_open" ["namespace", "service", "port", "protocol"] "TCP connections or UDP flows to all backends, those that left among them, that are open now.";
+    ServiceUpstreamBytes = Counter "kuberelay_service_upstream_bytes_total" ["namespace", "service", "port", "protocol", "entry"] "Payload bytes sent to all backends, those that left among them, by where clients came in.";
+    ServiceDownstreamBytes = Counter "kuberelay_service_downstream_bytes_total" ["namespace", "service", "port", "protocol", "entry"] "Payload bytes received from all backends, those that left among them, and passed to clients, by where these came in.";
+    ServiceConnectFailures = Counter "kuberelay_service_connect_failures_total" ["namespace", "service", "port", "protocol", "reason"] "Tries to reach any of the backends, those that left among them, that failed, by reason.";
+    ServiceClosed = Counter "kuberelay_service_closed_total" ["namespace", "service", "port", "protocol", "reason"] "Connections and flows to all backends, those that left among them, that ended, by reason.";
+    BackendsFolded = Gauge "kuberelay_backends_folded" [] "Backends without series of their own, as there are 10,000 that have some: the series of their Services tell of them.";
     Connections = Counter "kuberelay_connections_total" ["namespace", "service", "port", "protocol", "backend", "entry"] "TCP connections established to the backend, by where clients came in.";
     ActiveConnections = Gauge "kuberelay_active_connections" ["namespace", "service", "port", "protocol", "backend"] "TCP connections to the backend that are open now.";
     Flows = Counter "kuberelay_flows_total" ["namespace", "service", "port", "protocol", "backend"] "UDP flows begun to the backend.";
@@ -146,11 +155,20 @@ metrics! {
     Threads = Gauge "process_threads" [] "Threads of the process.";
 }
 
+/// Backends that have series of their own: with fifteen lines each a page of twenty megabytes, which is made and compressed
+/// in a fraction of a second.
+const BACKENDS_WITH_SERIES: usize = 10_000;
+
 /// The Prometheus text of a relay as it is now.
 ///
 /// Reads each counter once; work and size are proportional to the backends that have series.
 pub fn render(status: &Status, ready: bool) -> String {
-    let mut page = Page::new();
+    render_up_to(BACKENDS_WITH_SERIES, status, ready)
+}
+
+/// The same with series for so many backends.
+fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
+    let mut page = Page::with_room_for(backends);
     page.sample(Id::BuildInfo, &label("version", env!("CARGO_PKG_VERSION")), 1);
     page.sample(Id::Ready, "", u8::from(ready));
     page.sample(Id::ReloadSuccessful, "", u8::from(status.source.last_reload_successful));
@@ -164,6 +182,8 @@ pub fn render(status: &Status, ready: bool) -> String {
     for service in status.services.values() {
         page.service(service);
     }
+    let folded = page.folded;
+    page.sample(Id::BackendsFolded, "", folded);
     for reason in PauseReason::ALL {
         let seconds = PROCESS.accept_paused[usize::from(*reason)].seconds();
         page.sample(Id::AcceptPaused, &label("reason", reason.as_str()), seconds);
@@ -197,11 +217,23 @@ pub fn render(status: &Status, ready: bool) -> String {
 /// The samples of each metric, gathered in one walk over the relay: the format wants them together.
 struct Page {
     samples: Vec<String>,
+    /// Backends that may still get series of their own.
+    room: usize,
+    /// Backends that got none.
+    folded: usize,
 }
 
 impl Page {
-    fn new() -> Self {
-        Self { samples: METRICS.iter().map(|_| String::new()).collect() }
+    fn with_room_for(backends: usize) -> Self {
+        Self { samples: METRICS.iter().map(|_| String::new()).collect(), room: backends, folded: 0 }
+    }
+
+    /// Whether all backends of a ServicePort get series: a share is only to be told where all are.
+    fn takes(&mut self, backends: usize) -> bool {
+        let fits = backends <= self.room;
+        let counted = if fits { &mut self.room } else { &mut self.folded };
+        *counted = if fits { *counted - backends } else { *counted + backends };
+        fits
     }
 
     /// Adds a sample; `labels` is finished text without the braces.
@@ -346,10 +378,27 @@ impl Page {
                 self.event(Id::ServiceDropped, &labels, reason.as_str(), stats.dropped.get(*reason));
             }
             let entries = entries(&service.plan, port);
-            for backend in counters.backends.iter() {
-                self.backend(&labels, port.protocol, &entries, backend);
+            self.sums(&labels, port.protocol, &entries, counters);
+            if self.takes(counters.backends.len()) {
+                for backend in counters.backends.iter() {
+                    self.backend(&labels, port.protocol, &entries, backend);
+                }
             }
         }
+    }
+
+    /// What a ServicePort has carried, over all backends that there were.
+    fn sums(&mut self, labels: &str, protocol: Protocol, entries: &BTreeSet<Entry>, counters: &PortCounters) {
+        let sums = BackendStats::default();
+        counters.carried().for_each(|stats| sums.absorb(stats));
+        if protocol == Protocol::Tcp {
+            self.by_entry(Id::ServiceConnections, labels, entries, &sums.connections);
+        }
+        let open = counters.carried().map(|stats| stats.active_connections.get() + stats.active_flows.get());
+        self.sample(Id::ServiceOpen, labels, open.sum::<u64>());
+        self.by_entry(Id::ServiceUpstreamBytes, labels, entries, &sums.upstream_bytes);
+        self.by_entry(Id::ServiceDownstreamBytes, labels, entries, &sums.downstream_bytes);
+        self.events(labels, [Id::ServiceConnectFailures, Id::ServiceClosed], &sums);
     }
 
     fn backend_states(&mut self, labels: &str, plan: &ServicePlan, port: &ServicePort, counters: &PortCounters) {
@@ -384,11 +433,16 @@ impl Page {
         }
         self.by_entry(Id::UpstreamBytes, labels, entries, &stats.upstream_bytes);
         self.by_entry(Id::DownstreamBytes, labels, entries, &stats.downstream_bytes);
+        self.events(labels, [Id::ConnectFailures, Id::Closed], stats);
+    }
+
+    /// Failed tries and ends, by reason.
+    fn events(&mut self, labels: &str, [failures, closed]: [Id; 2], stats: &BackendStats) {
         for reason in ConnectFailure::ALL {
-            self.event(Id::ConnectFailures, labels, reason.as_str(), stats.connect_failures.get(*reason));
+            self.event(failures, labels, reason.as_str(), stats.connect_failures.get(*reason));
         }
         for reason in CloseReason::ALL {
-            self.event(Id::Closed, labels, reason.as_str(), stats.closed.get(*reason));
+            self.event(closed, labels, reason.as_str(), stats.closed.get(*reason));
         }
     }
 
@@ -469,8 +523,8 @@ mod tests {
     use super::*;
     use crate::live::sample;
     use crate::model::{Endpoint, Service, TrafficPolicy};
-    use crate::name::ObjectName;
     use crate::name::Scope;
+    use crate::serve::departed::Departed;
 
     /// One line of the text.
     struct Sample<'a> {
@@ -594,6 +648,47 @@ mod tests {
             assert!(text.contains(&line), "{line} not in\n{text}");
         }
         assert!(!text.contains(r#"kuberelay_connect_duration_seconds_count{namespace="default",service="web",port="http",protocol="TCP",backend="10.244.0.3:8000""#));
+    }
+
+    #[test]
+    fn given_a_backend_that_leaves_when_rendered_then_its_series_end_and_the_sums_of_its_port_stay() {
+        let mut web = sample::web();
+        let render_web = |web: &ServiceStatus| {
+            let services = [(ObjectName::parse("web"), Arc::new(web.clone()))].into();
+            render(&Status { services, ..Status::default() }, true)
+        };
+        let labels = r#"namespace="default",service="web",port="http",protocol="TCP""#;
+        let sums = [
+            format!("kuberelay_service_connections_total{{{labels},entry=\"cluster_ip\"}} 5\n"),
+            format!("kuberelay_service_open{{{labels}}} 1\n"),
+            format!("kuberelay_service_upstream_bytes_total{{{labels},entry=\"cluster_ip\"}} 2048\n"),
+            format!("kuberelay_service_downstream_bytes_total{{{labels},entry=\"node_port\"}} 3145728\n"),
+            format!("kuberelay_service_connect_failures_total{{{labels},reason=\"refused\"}} 1\n"),
+            format!("kuberelay_service_closed_total{{{labels},reason=\"finished\"}} 1\n"),
+        ];
+
+        let before = render_web(&web);
+        let [left, stays] = &*web.ports[0].backends else { panic!("two backends") };
+        web.ports[0].departed = Some(Arc::new(Departed::of(Arc::clone(left))));
+        web.ports[0].backends = [Arc::clone(stays)].into();
+        let after = render_web(&web);
+
+        for text in [&before, &after] {
+            let missing: Vec<_> = sums.iter().filter(|sum| !text.contains(*sum)).collect();
+            assert!(missing.is_empty(), "{missing:?} not in\n{text}");
+        }
+        assert!(before.contains("10.244.0.2:8000") && !after.contains("10.244.0.2:8000"), "{after}");
+    }
+
+    #[test]
+    fn f24_given_more_backends_than_may_have_series_when_rendered_then_their_ports_sums_tell_of_them() {
+        let text = |backends| render_up_to(backends, &sample::status(), true);
+
+        let [all, none] = [text(2), text(1)];
+
+        assert!(all.contains("kuberelay_backends_folded 0\n") && all.contains("backend=\"10.244.0.2:8000\""), "{all}");
+        assert!(none.contains("kuberelay_backends_folded 2\n") && !none.contains("backend=\""), "{none}");
+        assert!(none.contains("kuberelay_service_open{namespace=\"default\",service=\"web\""), "{none}");
     }
 
     #[test]
