@@ -23,6 +23,7 @@ use tracing::{debug, info, warn};
 use crate::answer_body::AnswerBody;
 use crate::config::{DEFAULT_HEALTHZ_ADDRESS, DEFAULT_METRICS_ADDRESS};
 use crate::contact::Contact;
+use crate::gzip::Parcel;
 use crate::health::{Checkup, FamilyCheckup, Health};
 use crate::host::Host;
 use crate::host_watch::Hosts;
@@ -30,6 +31,7 @@ use crate::http_server::{self, Answer, HEADER_TIMEOUT, response};
 use crate::lifecycle::Readiness;
 use crate::live::PauseReport;
 use crate::name::{Family, ListenKey, ObjectName, Protocol};
+use crate::pages::Pages;
 use crate::remedy::{self, BindFailure};
 use crate::report_pieces::ReportPieces;
 use crate::stats::PROCESS;
@@ -223,7 +225,7 @@ pub async fn start(
     readiness: Readiness,
     health: Health,
 ) -> Result<Admin, AdminError> {
-    let view = Arc::new(View { status, readiness, health });
+    let view = Arc::new(View::new(status, readiness, health));
     let mut admin =
         Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), servers: BTreeMap::new(), view };
     for (surface, address) in options.servers() {
@@ -269,9 +271,19 @@ struct View {
     status: watch::Receiver<Arc<Status>>,
     readiness: Readiness,
     health: Health,
+    metrics: Pages<Parcel>,
 }
 
 impl View {
+    fn new(status: watch::Receiver<Arc<Status>>, readiness: Readiness, health: Health) -> Self {
+        let (told, ready) = (status.clone(), readiness.clone());
+        let metrics = Pages::made_by(move || {
+            let status = Arc::clone(&told.borrow());
+            Parcel::of(metrics::render(&status, ready.is_ready()))
+        });
+        Self { status, readiness, health, metrics }
+    }
+
     fn snapshot(&self) -> Arc<Status> {
         Arc::clone(&self.status.borrow())
     }
@@ -382,18 +394,18 @@ async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View
     match request.uri().path() {
         "/metrics" => {
             let accepted = gzip::is_accepted(request.headers());
-            let page = move || metrics::render(&view.snapshot(), view.readiness.is_ready());
-            let answer = off_the_workers(move || gzip::answer(page(), metrics::CONTENT_TYPE, accepted)).await;
+            let Some(page) = view.metrics.get().await else { return failed() };
+            let answer = off_the_workers(move || page.answer(metrics::CONTENT_TYPE, accepted)).await;
             answer.unwrap_or_else(failed)
         }
         "/" if surface == Surface::Status => page::answer(),
         "/status" if surface == Surface::Status && asks_for(request, "summary") => {
-            document(move || Some(Summary::of(&view.snapshot(), SystemTime::now()))).await
+            document(request, move || Some(Summary::of(&view.snapshot(), SystemTime::now()))).await
         }
         "/status" if surface == Surface::Status => whole_status(view).await,
         path if surface == Surface::Status && path.starts_with(SERVICES) => {
             let name = ObjectName::parse(path.strip_prefix(SERVICES).unwrap_or_default());
-            document(move || Closeup::of(&view.snapshot(), &name, SystemTime::now())).await
+            document(request, move || Closeup::of(&view.snapshot(), &name, SystemTime::now())).await
         }
         "/readyz" => readyz(&view.readiness, &view.snapshot().contact, asks_for(request, "verbose")),
         "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
@@ -417,9 +429,17 @@ fn asks_for(request: &Request<Incoming>, word: &str) -> bool {
 }
 
 /// JSON of what is made; 404 where that is nothing.
-async fn document<T: Serialize + 'static>(make: impl FnOnce() -> Option<T> + Send + 'static) -> Answer {
-    match off_the_workers(move || make().map(|made| serde_json::to_string(&made))).await {
-        Some(Some(Ok(document))) => response(StatusCode::OK, JSON, document),
+async fn document<T: Serialize + 'static>(
+    request: &Request<Incoming>,
+    make: impl FnOnce() -> Option<T> + Send + 'static,
+) -> Answer {
+    let zip = gzip::is_accepted(request.headers());
+    let told = move |text: String| match zip {
+        true => Parcel::of(text).answer(JSON, true),
+        false => response(StatusCode::OK, JSON, text),
+    };
+    match off_the_workers(move || make().map(|made| serde_json::to_string(&made).map(told))).await {
+        Some(Some(Ok(answer))) => answer,
         Some(None) => text(StatusCode::NOT_FOUND, "there is no such Service\n"),
         Some(Some(Err(_))) | None => failed(),
     }
@@ -551,6 +571,10 @@ mod tests {
         assert!(zipped.contains("\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{zipped}");
         assert!(!plain.contains("content-encoding"), "{plain}");
         assert!(zipped.contains("\r\nvary: accept-encoding\r\n") && plain.contains("\r\nvary: accept-encoding\r\n"));
+        assert!(plain.contains("\r\ncontent-length: "), "{plain}");
+        let head = head.replace("/metrics", "/status?summary");
+        let summary = served.ask(Surface::Status, &format!("{head}accept-encoding: gzip\r\n\r\n")).await;
+        assert!(summary.contains("\r\ncontent-encoding: gzip\r\n"), "what a browser far away polls: {summary}");
     }
 
     #[tokio::test]
@@ -889,7 +913,7 @@ mod tests {
         let listener = TcpListener::bind(LOCALHOST).await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
         let (status, readiness, health) = (served.status.subscribe(), served.readiness.clone(), served.health.clone());
-        let view = View { status, readiness, health };
+        let view = View::new(status, readiness, health);
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(serve(listener, Surface::Metrics, Arc::new(view), Duration::from_millis(20)));
 

@@ -24,7 +24,15 @@ impl AnswerBody {
     /// Makes each piece on a thread of its own, as it may take milliseconds that a worker owes to its connections. Between
     /// two pieces no thread waits: a reader that has stopped costs the memory of one piece and what they are made of.
     pub(crate) fn in_pieces(pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Self {
-        Self::Pieces(Pieces(Making::Idle(Box::new(pieces))))
+        Self::Pieces(Pieces { making: Making::Idle(Box::new(pieces)), left: None })
+    }
+
+    /// The same, of so many bytes together: whoever reads is told beforehand.
+    pub(crate) fn of_length(mut self, bytes: u64) -> Self {
+        if let Self::Pieces(pieces) = &mut self {
+            pieces.left = Some(bytes);
+        }
+        self
     }
 }
 
@@ -49,20 +57,24 @@ impl Body for AnswerBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(whole) => whole.is_end_stream(),
-            Self::Pieces(Pieces(making)) => matches!(making, Making::Over),
+            Self::Pieces(Pieces { making, .. }) => matches!(making, Making::Over),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(whole) => whole.size_hint(),
-            Self::Pieces(_) => SizeHint::default(),
+            Self::Pieces(Pieces { left, .. }) => left.map_or_else(SizeHint::default, SizeHint::with_exact),
         }
     }
 }
 
 /// The pieces of an answer that are still to come.
-pub(crate) struct Pieces(Making);
+pub(crate) struct Pieces {
+    making: Making,
+    /// How many bytes are to come; `None` where nobody knows.
+    left: Option<u64>,
+}
 
 type Source = Box<dyn Iterator<Item = Bytes> + Send>;
 
@@ -77,25 +89,28 @@ enum Making {
 
 impl Pieces {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, JoinError>>> {
-        if let Making::Idle(_) = self.0
-            && let Making::Idle(mut source) = mem::replace(&mut self.0, Making::Over)
+        if let Making::Idle(_) = self.making
+            && let Making::Idle(mut source) = mem::replace(&mut self.making, Making::Over)
         {
-            self.0 = Making::Busy(spawn_blocking(move || (source.next(), source)));
+            self.making = Making::Busy(spawn_blocking(move || (source.next(), source)));
         }
-        let Making::Busy(next) = &mut self.0 else { return Poll::Ready(None) };
+        let Making::Busy(next) = &mut self.making else { return Poll::Ready(None) };
         let (piece, rest) = match ready!(Pin::new(next).poll(cx)) {
-            Ok((Some(piece), source)) => (Some(Ok(piece)), Making::Idle(source)),
+            Ok((Some(piece), source)) => {
+                self.left = self.left.map(|left| left.saturating_sub(piece.len() as u64));
+                (Some(Ok(piece)), Making::Idle(source))
+            }
             Ok((None, _)) => (None, Making::Over),
             Err(panicked) => (Some(Err(panicked)), Making::Over),
         };
-        self.0 = rest;
+        self.making = rest;
         Poll::Ready(piece)
     }
 }
 
 impl fmt::Debug for Pieces {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.0 {
+        f.write_str(match self.making {
             Making::Idle(_) => "Pieces(idle)",
             Making::Busy(_) => "Pieces(busy)",
             Making::Over => "Pieces(over)",

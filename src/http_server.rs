@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
@@ -23,6 +24,8 @@ use crate::answer_body::AnswerBody;
 pub(crate) const CONNECTION_LIMIT: usize = 64;
 /// Time from the start of a connection, or from the answer before, to the end of a request's headers.
 pub(crate) const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long somebody who has asked may take nothing of the answer, while it waits.
+pub(crate) const READER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Size of a request's headers. No smaller than what hyper reads at once.
 pub(crate) const HEADER_LIMIT_BYTES: usize = 8 << 10;
 /// Pause after a failed accept: most causes (no descriptor left) do not end at once.
@@ -68,12 +71,24 @@ pub(crate) async fn serve<F>(
     let mut connections = Connections::at_most(CONNECTION_LIMIT);
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => connections.add(converse(stream, header_timeout, answer.clone())),
+            Ok((stream, _)) => {
+                watch_reader(&stream, READER_TIMEOUT);
+                connections.add(converse(stream, header_timeout, answer.clone()));
+            }
             Err(error) => {
                 debug!(%error, "an own server cannot accept");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Ends a connection whose other side takes nothing for so long. The kernel sees to that: nobody asks for the body of an
+/// answer while its reader is stuck.
+fn watch_reader(stream: &TcpStream, patience: Duration) {
+    let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = sockopt::set_tcp_user_timeout(stream, patience_ms) {
+        debug!(%error, "a reader that is stuck will be waited for");
     }
 }
 
@@ -103,4 +118,32 @@ pub(crate) fn response(code: StatusCode, content_type: &'static str, body: impl 
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+    use crate::serve::scripted::soon;
+
+    #[tokio::test]
+    async fn given_a_reader_that_takes_nothing_when_its_time_is_over_then_the_connection_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let _stuck = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("it listens");
+        let (stream, _) = listener.accept().await.expect("a client");
+        watch_reader(&stream, Duration::from_millis(500));
+
+        let error = soon(async {
+            loop {
+                match stream.try_write(&[0; 64 << 10]) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => stream.writable().await.expect("a socket"),
+                    Err(error) => return error,
+                }
+            }
+        });
+
+        assert_eq!(error.await.kind(), ErrorKind::TimedOut);
+    }
 }

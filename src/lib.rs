@@ -51,6 +51,7 @@
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
+//! | the page of metrics | a task of `admin`, while it is made | a copy for each who has asked, compressed |
 //! | what has happened to Services lately | the control task, by value: [`recent::Recent`] | a `watch` snapshot: [`status::Status`] |
 //! | the access log's file | the writer thread of [`access_log`] | a bounded queue: [`serve::access::AccessTap`] |
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
@@ -187,6 +188,7 @@ pub mod overview;
 #[cfg(feature = "kubernetes")]
 pub mod own_node;
 mod page;
+mod pages;
 pub mod panics;
 mod parts;
 pub mod peer;
