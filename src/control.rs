@@ -149,7 +149,7 @@ impl Relay {
         let tcp = Arc::new(TcpShared::new(options.tcp)?.with_access_log(options.access_log.clone()));
         let shards = options.udp_shards.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let udp = UdpShards::start_with_access_log(shards, options.udp, options.access_log)?;
-        let headroom = headroom::follow(Arc::clone(&tcp), udp.gate());
+        let headroom = headroom::follow(Arc::clone(&tcp), udp.gate(), udp.flow_limit());
         let health = Health::new(Instant::now());
         health.set_node_eligible(!options.awaits_node); // Before anybody can ask.
         // Before there are routes: it follows them.

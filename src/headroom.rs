@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, getrlimit};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::capacity::CAPACITY;
 use crate::cgroup::{Level, MemoryGroups};
 use crate::heap;
 use crate::serve::gate::{Allowance, FlowGate};
@@ -58,8 +59,8 @@ const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 /// milliseconds for tens of thousands.
 const LOOKS_PER_COUNT: u32 = 8;
 
-/// Looks until the handle is dropped.
-pub(crate) fn follow(tcp: Arc<TcpShared>, flows: Arc<FlowGate>) -> AbortOnDropHandle<()> {
+/// Looks until the handle is dropped. `flow_limit` is how many flows there may be though nothing is lacking.
+pub(crate) fn follow(tcp: Arc<TcpShared>, flows: Arc<FlowGate>, flow_limit: usize) -> AbortOnDropHandle<()> {
     let mut looks = Looks::new(MemoryGroups::of_this_process());
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
@@ -71,6 +72,8 @@ pub(crate) fn follow(tcp: Arc<TcpShared>, flows: Arc<FlowGate>) -> AbortOnDropHa
                 flows.allow(most.flows);
                 PROCESS.connections_limit.set(tcp.most_connections() as u64);
             }
+            CAPACITY.connections.tell(open.connections as u64, tcp.most_connections() as u64);
+            CAPACITY.flows.tell(open.flows as u64, flows.most().min(flow_limit) as u64);
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }))
@@ -119,7 +122,11 @@ impl Looks {
     fn look(&mut self, open: Open, now: Instant) -> Most {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let others = self.descriptors.others(open.connections);
-        let free_bytes = free_bytes(self.groups.levels());
+        CAPACITY.descriptors.tell(others + 2 * open.connections as u64, limit);
+        let level = tightest(self.groups.levels());
+        let free_bytes = level.map(free_bytes);
+        let taken_bytes = level.map_or(0, |level| level.used_bytes);
+        CAPACITY.memory_bytes.tell(taken_bytes, free_bytes.map_or(u64::MAX, |free| taken_bytes + free));
         if free_bytes == Some(0) {
             self.give_back(now);
         }
@@ -164,15 +171,17 @@ pub(crate) fn connections_that_fit(limit: u64, others: u64) -> u64 {
     (left - reserve) / 2
 }
 
-/// Memory until the first group has taken what it may: 80 % of its limit, and of one that it is in, where others may have
-/// taken most, all but [`KEPT_OF_OTHERS_BYTES`] where that is more. `None` without a limit. Pure.
-fn free_bytes(levels: impl Iterator<Item = Level>) -> Option<u64> {
-    let free = |Level { used_bytes, limit_bytes, is_own }: Level| {
-        let fifth = limit_bytes - limit_bytes / 5 * 4;
-        let kept = if is_own { fifth } else { fifth.min(KEPT_OF_OTHERS_BYTES) };
-        limit_bytes.saturating_sub(kept).saturating_sub(used_bytes)
-    };
-    levels.map(free).min()
+/// The group that will be the first to have taken what it may; `None` without a limit. Pure.
+fn tightest(levels: impl Iterator<Item = Level>) -> Option<Level> {
+    levels.min_by_key(|level| free_bytes(*level))
+}
+
+/// Memory until a group has taken what it may: 80 % of its limit, and of one that it is in, where others may have
+/// taken most, all but [`KEPT_OF_OTHERS_BYTES`] where that is more. Pure.
+fn free_bytes(Level { used_bytes, limit_bytes, is_own }: Level) -> u64 {
+    let fifth = limit_bytes - limit_bytes / 5 * 4;
+    let kept = if is_own { fifth } else { fifth.min(KEPT_OF_OTHERS_BYTES) };
+    limit_bytes.saturating_sub(kept).saturating_sub(used_bytes)
 }
 
 /// Descriptors of this process that belong to no connection: listeners, event loops, flows, pipes.
@@ -259,11 +268,11 @@ mod tests {
 
     #[test]
     fn f22_given_a_limit_of_memory_when_80_percent_is_taken_then_none_but_a_few_may_come() {
-        let free = |used, limit| free_bytes([level(used, limit)].into_iter());
+        let free = |used, limit| tightest([level(used, limit)].into_iter()).map(free_bytes);
         assert_eq!(free(80, 100), Some(0));
         assert_eq!(free(200, 100), Some(0));
         assert_eq!(free(79, 100), Some(MIB));
-        assert_eq!(free_bytes(std::iter::empty()), None);
+        assert_eq!(tightest(std::iter::empty()), None);
 
         let by_memory = |free| {
             let Most { connections, flows } = most(open(100, 90), 10_000, free);
@@ -278,12 +287,13 @@ mod tests {
     fn f22_given_several_groups_when_judged_then_the_fullest_decides() {
         let levels = [level(0, 1_000), level(15, 20), level(0, 2_000)];
 
-        assert_eq!(free_bytes(levels.into_iter()), Some(MIB));
+        assert_eq!(tightest(levels.into_iter()).map(free_bytes), Some(MIB));
     }
 
     #[test]
     fn f22_given_a_group_that_others_fill_when_judged_then_a_part_is_kept_that_this_process_may_need() {
-        let free = |used, limit| free_bytes([Level { is_own: false, ..level(used, limit) }].into_iter());
+        let others = |used, limit| Level { is_own: false, ..level(used, limit) };
+        let free = |used, limit| tightest([others(used, limit)].into_iter()).map(free_bytes);
 
         assert_eq!(free(58_000, 64_000), Some((6_000 - 256) * MIB), "a node as full as most");
         assert_eq!(free(63_800, 64_000), Some(0));

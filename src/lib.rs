@@ -92,6 +92,7 @@ pub mod apply_stats;
 mod arp;
 mod arp_tuning;
 mod balancing;
+pub mod capacity;
 #[cfg(feature = "kubernetes")]
 mod catch_up;
 mod causes;

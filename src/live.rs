@@ -17,12 +17,10 @@ use crate::model::ClusterIps;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
 use crate::recent::Happened;
-use crate::serve::balancer::{Backend, Balancer};
+use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::gate::remedy;
 use crate::serve::moment::Moment;
-use crate::stats::{
-    BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, ServiceStats, Tally, WallTime,
-};
+use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, Tally, WallTime};
 use crate::status::{
     BackendTraffic, ListenerState, PortCounters, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
     Status,
@@ -196,8 +194,9 @@ impl ServiceStatus {
                 listener.state = Some(status.listener_state(&key, &target));
             }
         }
+        let sticky = self.service.affinity_timeout.is_some();
         for ((port, counters), of) in report.ports.iter_mut().zip(&self.ports).zip(&self.service.ports) {
-            port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state.stats.so_far()));
+            port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state, sticky));
             let pods: BTreeMap<_, _> = self.plan.endpoints(of).map(|known| (known.address, &known.pod)).collect();
             let traffic = |backend: &Arc<Backend>| {
                 BackendTraffic::of(backend, pods.get(&backend.address).and_then(|pod| pod.as_deref()))
@@ -228,11 +227,13 @@ impl PortCounters {
 }
 
 impl PortTraffic {
-    fn of(stats: &ServiceStats) -> Self {
+    fn of(state: &PortState, sticky: bool) -> Self {
+        let stats = state.stats.so_far();
         Self {
             accepted: stats.accepted.get(),
             retries: stats.retries.get(),
             dropped: counted(&stats.dropped, DropReason::ALL, DropReason::as_str),
+            affinity_pins: sticky.then(|| state.affinity.remembered()),
         }
     }
 }
@@ -296,7 +297,7 @@ pub(crate) mod sample {
     use crate::name::{BalancerKey, Family, Protocol, Scope, ServicePortName};
     use crate::plan::{PlanOptions, ServicePlan};
     use crate::rejections::Rejections;
-    use crate::serve::balancer::{PortState, Table};
+    use crate::serve::balancer::Table;
     use crate::service_plan::Asked;
     use crate::stats::Entry;
 

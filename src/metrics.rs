@@ -15,6 +15,7 @@ use metrics_exporter_prometheus::formatting::{sanitize_label_value, write_help_l
 use metrics_process::collector;
 
 use crate::apply_stats::{APPLIED, ApplyStats};
+use crate::capacity::CAPACITY;
 use crate::contact::Contact;
 use crate::listen_overflows;
 use crate::model::ServicePort;
@@ -123,6 +124,7 @@ metrics! {
     Closed = Counter "kuberelay_closed_total" ["namespace", "service", "port", "protocol", "backend", "reason"] "Connections and flows that ended, by reason.";
     AcceptPaused = Counter "kuberelay_accept_paused_seconds_total" ["reason"] "Seconds in which a listener or more accepted nobody though clients waited, by what was lacking.";
     ConnectionsLimit = Gauge "kuberelay_connections_limit" [] "TCP connections that there may be now: --max-connections, or what descriptors and memory are good for, whichever is least; near it, what is left is shared with UDP flows and looked at again.";
+    FlowsLimit = Gauge "kuberelay_flows_limit" [] "UDP flows that there may be now, by local ports, descriptors and memory, whichever is least; beyond it new ones take the places of old ones.";
     StalledConnections = Gauge "kuberelay_stalled_connections" [] "Connections that hold bytes which their receiver does not take now; one that is stuck both ways counts twice.";
     SpliceFallbacks = Counter "kuberelay_splice_fallbacks_total" [] "Directions of bulky connections that were copied, as the kernel gave no pipe for splice(2): too many descriptors, or fs.pipe-user-pages-soft.";
     FilterFallbacks = Counter "kuberelay_filter_fallbacks_total" [] "Listeners that judge sources by themselves, with a reset instead of silence for TCP, as the kernel took no filter: CAP_NET_ADMIN is missing, or there are more than about 1,000 networks.";
@@ -189,6 +191,9 @@ fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
         page.sample(Id::AcceptPaused, &label("reason", reason.as_str()), seconds);
     }
     page.sample(Id::ConnectionsLimit, "", PROCESS.connections_limit.get());
+    if let Some(most) = CAPACITY.flows.most() {
+        page.sample(Id::FlowsLimit, "", most);
+    }
     page.sample(Id::StalledConnections, "", PROCESS.stalled.get());
     page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
     page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());

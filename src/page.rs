@@ -51,6 +51,7 @@ mod tests {
     use serde::Serialize;
 
     use super::*;
+    use crate::capacity::LimitReport;
     use crate::choice::{Choice, Judged, Rule, Unused};
     use crate::contact::ContactReport;
     use crate::live::sample;
@@ -99,7 +100,8 @@ mod tests {
             ("ListenerReport", fields(listener())),
             ("Side", fields(SIDE)),
             ("ListenerState", fields(failed)),
-            ("PortTraffic", fields(PortTraffic::default())),
+            ("PortTraffic", fields(PortTraffic { affinity_pins: Some(1), ..PortTraffic::default() })),
+            ("LimitReport", fields(LimitReport { most: Some(1), ..LimitReport::default() })),
             ("BackendTraffic", fields(backend())),
             ("Choice", fields(choice())),
             ("Judged", fields(judged())),

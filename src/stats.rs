@@ -259,7 +259,11 @@ pub struct Latest(AtomicU64);
 
 impl Latest {
     pub(crate) const fn new() -> Self {
-        Self(AtomicU64::new(0))
+        Self::at(0)
+    }
+
+    pub(crate) const fn at(value: u64) -> Self {
+        Self(AtomicU64::new(value))
     }
 
     /// Replaces the value.

@@ -284,6 +284,9 @@ pub struct PortTraffic {
     pub retries: u64,
     /// Turned away, by reason; reasons at 0 are left out.
     pub dropped: BTreeMap<Cow<'static, str>, u64>,
+    /// Clients whose backend session affinity remembers; left out without session affinity.
+    #[serde(rename = "affinityPins", default, skip_serializing_if = "Option::is_none")]
+    pub affinity_pins: Option<u64>,
 }
 
 /// Counters of one backend.

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::capacity::{CAPACITY, LimitReport};
 use crate::contact::ContactReport;
 use crate::model::ServicePort;
 use crate::name::ObjectName;
@@ -54,6 +55,8 @@ pub struct Summary {
     pub closed: Counts,
     /// Seconds in which clients waited as nobody was accepted, by what was lacking; what never was is left out.
     pub accept_paused_seconds: BTreeMap<Cow<'static, str>, f64>,
+    /// How much there is of what connections and flows need, and how much of it is taken.
+    pub limits: Vec<LimitReport>,
     /// How many problems there are.
     pub problem_count: usize,
     /// The first 200 of them, the worst first.
@@ -148,6 +151,8 @@ pub struct Closeup {
     pub at_ms: u64,
     /// What has happened to it within the last hour, the oldest first.
     pub recent: Vec<Happened>,
+    /// What it asks for by annotations `kube-relay.dev/…`, by what follows there.
+    pub settings: BTreeMap<String, String>,
     /// The Service alone, and what is said about it.
     #[serde(flatten)]
     pub report: Report,
@@ -157,9 +162,11 @@ impl Closeup {
     /// One Service as it is now; `None` where there is none of that name.
     pub fn of(status: &Status, name: &ObjectName, now: SystemTime) -> Option<Self> {
         let report = status.report_of(name)?;
+        let settings = status.services.get(name)?.service.annotations.iter();
         let name = name.to_string();
         let recent = last_hour(status, now).filter(|happened| happened.service == name).cloned().collect();
-        Some(Self { at_ms: milliseconds(now), recent, report })
+        let settings = settings.map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        Some(Self { at_ms: milliseconds(now), recent, settings, report })
     }
 }
 
@@ -189,6 +196,7 @@ impl Summary {
             connect_failures: totals.connect_failures,
             closed: totals.closed,
             accept_paused_seconds: accept_paused_seconds(),
+            limits: CAPACITY.report(),
             problem_count: problems.len(),
             note_count: status.problems.len() - problems.len(),
             problems: problems.into_iter().take(PROBLEM_LIMIT).cloned().collect(),

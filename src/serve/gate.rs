@@ -92,9 +92,14 @@ impl FlowGate {
         self.open.load(Ordering::Relaxed)
     }
 
+    /// How many there may be now; `usize::MAX` where nobody has said so.
+    pub(crate) fn most(&self) -> usize {
+        self.most.load(Ordering::Relaxed)
+    }
+
     /// True where there may be no more flows than there are.
     pub(crate) fn is_closed(&self) -> bool {
-        self.open() >= self.most.load(Ordering::Relaxed)
+        self.open() >= self.most()
     }
 
     /// One more.

@@ -140,6 +140,11 @@ impl UdpShards {
         Ok(Self { shards, options, idle: Arc::new(options.idle), gate })
     }
 
+    /// How many flows there may be at most. From [`UdpOptions::flow_limit`].
+    pub(crate) fn flow_limit(&self) -> usize {
+        self.options.flow_limit
+    }
+
     /// Where its flows are counted, and where it is told that there may be no more.
     pub(crate) fn gate(&self) -> Arc<FlowGate> {
         Arc::clone(&self.gate)

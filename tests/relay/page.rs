@@ -62,6 +62,7 @@ async fn given_a_running_relay_when_its_page_is_used_then_it_tells_what_is_there
     all_services_are_there(&mut page);
     names_become_text(&mut page);
     rows_are_filtered_and_sorted(&mut page);
+    limits_are_told(&mut page);
     one_service_is_opened_by_keyboard(&mut page, site);
     fs::write(folder.path().join("later.yaml"), headless("later")).expect("the test's folder can be written");
     what_happens_is_told(&mut page);
@@ -98,6 +99,11 @@ fn rows_are_filtered_and_sorted(page: &mut Browser) {
     assert_eq!(page.text("tbody tr:not(.gap) th"), "default/quiet", "by the alphabet");
     page.click("thead th:first-child button");
     page.holds("document.querySelector('tbody tr:not(.gap) th').innerText === 'default/web'");
+}
+
+fn limits_are_told(page: &mut Browser) {
+    page.sees("#capacity", &["TCP connections", "Open files", "by the limit of open files"]);
+    page.sees("#limits-none", &["None."]);
 }
 
 fn one_service_is_opened_by_keyboard(page: &mut Browser, site: Site) {
