@@ -120,6 +120,7 @@ pub mod doctor;
 pub mod endpoints;
 #[cfg(feature = "kubernetes")]
 mod endpoints_watch;
+mod entrance;
 mod entries;
 #[cfg(feature = "kubernetes")]
 mod event_ledger;

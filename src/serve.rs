@@ -56,7 +56,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
-use crate::allow_from;
+use crate::entrance::{Entrance, Origin};
 use crate::plan::ListenerKind;
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
@@ -148,19 +148,14 @@ impl Target {
 
     /// The verdict of the client's side; `None` where it may not come at all.
     fn admitted(&self, client: IpAddr) -> Option<&Verdict> {
-        if !self.source_ranges.is_empty() && !has(&self.source_ranges, client) {
-            return None;
+        let Self { source_ranges, inside_of, allow_from, .. } = self;
+        let entrance = Entrance { source_ranges, inside_of, allow_from: allow_from.as_deref() };
+        match entrance.admit(client) {
+            Ok(Origin::Inside) => Some(&self.inside),
+            Ok(Origin::Outside) => Some(&self.outside),
+            Err(_) => None,
         }
-        if has(&self.inside_of, client) {
-            return Some(&self.inside);
-        }
-        let allowed = self.allow_from.as_ref().is_none_or(|nets| allow_from::within(nets, client));
-        allowed.then_some(&self.outside)
     }
-}
-
-fn has(nets: &[IpNet], client: IpAddr) -> bool {
-    nets.iter().any(|net| net.contains(&client))
 }
 
 /// The cell through which `control` points a live listener elsewhere; whoever accepts loads it for each connection.

@@ -17,6 +17,7 @@ use futures_util::future::join_all;
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
 
+use crate::entrance::inside_at;
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::parts::in_parts;
@@ -381,7 +382,8 @@ impl Listeners {
             })
         };
         let plan::Target { outside, inside } = &wanted.target;
-        let inside_of = if wanted.is_two_sided() { self.inside_of(key.ip()) } else { Arc::default() };
+        let inside_of =
+            if wanted.is_two_sided() { inside_at(&self.inside, key.ip()).collect() } else { Arc::default() };
         Some(Target {
             port: Arc::clone(&port.state),
             kind: wanted.kind,
@@ -392,12 +394,6 @@ impl Listeners {
             allow_from: wanted.allow_from.clone(),
             address: self.granted.hold(key.ip()),
         })
-    }
-
-    /// What counts as inside at this address: its own, too, as that is the source of a program on this node that
-    /// connects to it.
-    fn inside_of(&self, address: IpAddr) -> Arc<[IpNet]> {
-        self.inside.iter().copied().chain([address.into()]).collect()
     }
 }
 
