@@ -23,10 +23,7 @@ pub(crate) fn admit<'a>(
     let mut problems = Vec::new();
     let admitted = slices
         .map(|slice| {
-            let refused = |address| {
-                let is_outside = || !networks.is_empty() && !networks.iter().any(|network| network.contains(&address));
-                Refusal::of(address, slice.family, allow_loopback).or_else(|| is_outside().then_some(Refusal::Outside))
-            };
+            let refused = |address| Refusal::of(address, slice.family, allow_loopback, networks);
             if slice.endpoints.iter().all(|endpoint| refused(endpoint.address).is_none()) {
                 return Cow::Borrowed(slice);
             }
@@ -40,8 +37,8 @@ pub(crate) fn admit<'a>(
 }
 
 /// True where an address of a slice of that family cannot be an endpoint.
-pub(crate) fn refuses(address: IpAddr, family: Family, allow_loopback: bool) -> bool {
-    Refusal::of(address, family, allow_loopback).is_some()
+pub(crate) fn refuses(address: IpAddr, family: Family, allow_loopback: bool, networks: &[IpNet]) -> bool {
+    Refusal::of(address, family, allow_loopback, networks).is_some()
 }
 
 /// Why an address cannot be an endpoint.
@@ -67,10 +64,11 @@ impl Refusal {
         Self::Outside,
     ];
 
-    fn of(address: IpAddr, family: Family, allow_loopback: bool) -> Option<Self> {
+    fn of(address: IpAddr, family: Family, allow_loopback: bool, networks: &[IpNet]) -> Option<Self> {
         if Family::of(address) != family {
             return Some(Self::Family);
         }
+        let is_outside = !networks.is_empty() && !networks.iter().any(|network| network.contains(&address));
         // `::ffff:127.0.0.1` is loopback for the kernel.
         let address = address.to_canonical();
         let (link_local, broadcast) = match address {
@@ -83,6 +81,7 @@ impl Refusal {
             (link_local, Self::LinkLocal),
             (address.is_multicast(), Self::Multicast),
             (broadcast, Self::Broadcast),
+            (is_outside, Self::Outside),
         ];
         causes.into_iter().find_map(|(applies, cause)| applies.then_some(cause))
     }

@@ -130,7 +130,7 @@ fn judge(
 ) -> (Rule, Vec<Judged>) {
     let in_scope = |candidate: &Candidate<'_>| scope == Scope::Cluster || candidate.local;
     let refused = |candidate: &mut Candidate<'_>| {
-        admission::refuses(candidate.address.ip(), family, options.allow_loopback_endpoints)
+        admission::refuses(candidate.address.ip(), family, options.allow_loopback_endpoints, &options.endpoint_cidrs)
     };
     // What would serve and is not among those that do was taken out before anything was chosen: it is a loop.
     let looping = |candidate: &mut Candidate<'_>| {
@@ -234,12 +234,15 @@ mod tests {
 
     /// The one choice of a Service with these endpoints; `10.0.0.99` is the cluster IP of another Service.
     fn chosen(service: &Service, endpoints: Vec<Endpoint>) -> Choice {
+        chosen_with(&options(), service, endpoints)
+    }
+
+    fn chosen_with(options: &PlanOptions, service: &Service, endpoints: Vec<Endpoint>) -> Choice {
         let slice = Slice::new("web-1", service).port("http", 8000);
         let slice = endpoints.into_iter().fold(slice, Slice::endpoint);
-        let options = options();
         let is_cluster_ip = |key: &ListenKey| key.ip().to_string() == "10.0.0.99";
-        let plan = Asked::of(service, &options).plan([&slice].into_iter(), is_cluster_ip);
-        let mut all = choices(service, &service.ports[0], &plan, [&slice].into_iter(), &options);
+        let plan = Asked::of(service, options).plan([&slice].into_iter(), is_cluster_ip);
+        let mut all = choices(service, &service.ports[0], &plan, [&slice].into_iter(), options);
         assert_eq!(all.len(), 1, "one family, one scope");
         all.remove(0)
     }
@@ -306,6 +309,16 @@ mod tests {
             (1, Some(Unused::Refused)), // 127.0.0.1
         ];
         assert_eq!(fates(&choice), expected);
+    }
+
+    #[test]
+    fn given_networks_that_endpoints_are_to_be_in_when_judged_then_others_are_refused_and_no_loop() {
+        let service = web(TrafficPolicy::Cluster);
+        let within = PlanOptions { endpoint_cidrs: vec!["10.0.0.0/30".parse().expect("a net")], ..options() };
+
+        let choice = chosen_with(&within, &service, vec![ready(1, HERE), ready(9, HERE)]);
+
+        assert_eq!(fates(&choice), [(1, None), (9, Some(Unused::Refused))]);
     }
 
     #[test]
