@@ -1,7 +1,8 @@
 //! What becomes of a client of one address: whose it is, where its traffic goes, and why there.
 //!
 //! A pure function over a report with its choices (`choice`), be it a running relay's or that of manifests. It decides
-//! nothing: verdicts and backends are the plan's, and what it says of a side is what the data plane does there.
+//! nothing: verdicts and backends are the plan's, and who is let in on which side is asked of the rule that the data plane
+//! goes by (`entrance`).
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -12,9 +13,11 @@ use ipnet::IpNet;
 
 use crate::choice::{Choice, Judged, Rule};
 use crate::describe::{abridged, counted};
+use crate::entrance::{Entrance, List, Origin, inside_at};
 use crate::name::{Family, Scope};
 use crate::overview::{columns, field, node_port};
-use crate::plan::{ListenerKind, Side, Verdict};
+use crate::plan::{ListenerKind, Side, Target, Verdict};
+use crate::printable::Printable;
 use crate::status::{ListenerReport, ListenerState, PortReport, Report, ServiceReport};
 use crate::value::Destination;
 
@@ -87,13 +90,8 @@ enum Fate {
     Dropped,
     /// No answer: a list does not have the client.
     KeptOut(List),
-}
-
-/// A list of who may come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum List {
-    SourceRanges,
-    AllowFrom,
+    /// Nobody of ours: the listener is not bound.
+    Unbound,
 }
 
 /// Explains each listener at an address: one, or two where TCP and UDP share it.
@@ -118,11 +116,12 @@ pub fn explain<'a>(
     let asked_for = |(_, port, listener): &Place<'_>| {
         listener.address == text && protocol.is_none_or(|protocol| protocol == port.protocol)
     };
+    let inside_of: Vec<_> = inside_at(inside, address.ip()).collect();
     let explained = places(report).filter(asked_for).map(|(service, port, listener)| Explanation {
         service,
         port,
         listener,
-        cases: cases(port, listener, family, inside, from),
+        cases: cases(port, listener, family, &inside_of, from),
     });
     let explained: Vec<_> = explained.collect();
     if explained.is_empty() { Err(nobody(report, question.destination)) } else { Ok(explained) }
@@ -140,46 +139,44 @@ fn cases<'a>(
     port: &'a PortReport,
     listener: &ListenerReport,
     family: Family,
-    inside: &[IpNet],
+    inside_of: &[IpNet],
     from: Option<IpAddr>,
 ) -> Vec<Case<'a>> {
-    let one_sided = listener.outside == listener.inside && listener.allow_from.is_none();
-    let asked = match from {
-        Some(client) if within(inside, client) => vec![Who::Inside(Some(client))],
-        Some(client) => vec![Who::Outside(Some(client))],
+    let ListenerReport { source_ranges, allow_from, .. } = listener;
+    let entrance = Entrance { source_ranges, inside_of, allow_from: allow_from.as_deref() };
+    let one_sided = listener.outside == listener.inside && allow_from.is_none();
+    let asked = match from.map(|client| (client, entrance.origin(client))) {
+        Some((client, Origin::Inside)) => vec![Who::Inside(Some(client))],
+        Some((client, Origin::Outside)) => vec![Who::Outside(Some(client))],
         None if one_sided => vec![Who::Anybody],
         None => vec![Who::Outside(None), Who::Inside(None)],
     };
     let case = |who: Who| {
         let side = who.side(listener);
         let choice = port.choices.iter().find(|choice| (choice.family, choice.scope) == (family, side.scope));
-        Case { who, fate: fate(who, side, listener), choice }
+        Case { who, fate: fate(who, listener, &entrance), choice }
     };
     asked.into_iter().map(case).collect()
 }
 
-fn fate(who: Who, side: Side, listener: &ListenerReport) -> Fate {
-    let ListenerReport { source_ranges, allow_from, .. } = listener;
-    if let Some(client) = who.client()
-        && !source_ranges.is_empty()
-        && !within(source_ranges, client)
-    {
-        return Fate::KeptOut(List::SourceRanges);
+fn fate(who: Who, listener: &ListenerReport, entrance: &Entrance<'_>) -> Fate {
+    let target = Target { outside: listener.outside, inside: listener.inside };
+    match listener.state {
+        Some(ListenerState::Failed { .. } | ListenerState::Closed) => return Fate::Unbound,
+        // Nobody listens on a parked socket: the kernel refuses without a look at any list.
+        _ if target.parked() => return Fate::Rejected,
+        _ => {}
     }
-    if let (Who::Outside(client), Some(allowed)) = (who, allow_from)
-        && (allowed.is_empty() || client.is_some_and(|client| !within(allowed, client)))
-    {
-        return Fate::KeptOut(List::AllowFrom);
+    let kept_out = match who {
+        Who::Outside(None) if entrance.allow_from == Some(&[]) => Some(List::AllowFrom),
+        _ => who.client().and_then(|client| entrance.admit(client).err()),
+    };
+    match (kept_out, who.side(listener).verdict) {
+        (Some(list), _) => Fate::KeptOut(list),
+        (None, Verdict::Serve) => Fate::Served,
+        (None, Verdict::Reject) => Fate::Rejected,
+        (None, Verdict::Drop) => Fate::Dropped,
     }
-    match side.verdict {
-        Verdict::Serve => Fate::Served,
-        Verdict::Reject => Fate::Rejected,
-        Verdict::Drop => Fate::Dropped,
-    }
-}
-
-fn within(nets: &[IpNet], client: IpAddr) -> bool {
-    nets.iter().any(|net| net.contains(&client))
 }
 
 impl Who {
@@ -198,22 +195,26 @@ impl Who {
     }
 }
 
-/// What is served at the same IP, as far as it fits into a line.
+/// What is served at the same IP, or else under the same number, as far as it fits into a line.
 fn nobody(report: &Report, Destination { address, protocol }: Destination) -> Unexplained {
     let at = |other: &str| other.parse::<SocketAddr>().ok();
     let health = report.services.iter().find(|service| {
         let mut addresses = service.health_port.iter().flat_map(|port| &port.addresses);
         addresses.any(|other| at(other) == Some(address))
     });
-    let here = places(report).filter_map(|(service, port, listener)| {
-        let at = at(&listener.address).filter(|at| at.ip() == address.ip())?;
-        Some(format!("{}/{} ({})", at.port(), port.protocol, name(service, port)))
-    });
-    let here: Vec<_> = here.collect();
+    let all: Vec<_> = places(report).filter_map(|place| Some((at(&place.2.address)?, place))).collect();
+    let here = all.iter().filter(|(at, _)| at.ip() == address.ip());
+    let here =
+        here.map(|(at, (service, port, _))| format!("{}/{} ({})", at.port(), port.protocol, name(service, port)));
+    let elsewhere = all.iter().filter(|(at, _)| at.port() == address.port());
+    let elsewhere =
+        elsewhere.map(|(at, (service, port, _))| format!("{at}/{} ({})", port.protocol, name(service, port)));
+    let (here, elsewhere): (Vec<_>, Vec<_>) = (here.collect(), elsewhere.collect());
     let near = match health {
         Some(service) => format!("; it is the health port of {}/{}", service.namespace, service.name),
-        None if here.is_empty() => String::new(),
-        None => format!("; at {} are {}", address.ip(), abridged(&here)),
+        None if !here.is_empty() => format!("; at {} are {}", address.ip(), abridged(&here)),
+        None if !elsewhere.is_empty() => format!("; port {} is served at {}", address.port(), abridged(&elsewhere)),
+        None => String::new(),
     };
     let protocol = protocol.map(|protocol| format!("/{protocol}")).unwrap_or_default();
     Unexplained::Nobody { address: format!("{address}{protocol}"), near }
@@ -238,7 +239,7 @@ impl fmt::Display for Explanation<'_> {
         }
         for case in cases {
             field(&mut text, case.who.label(), self.outcome(case));
-            let endpoints = case.choice.map(|choice| rows(choice, case.fate)).unwrap_or_default();
+            let endpoints = case.choice.map(|choice| self.rows(choice, case.fate)).unwrap_or_default();
             if !endpoints.is_empty() {
                 field(&mut text, "Endpoints", columns(&endpoints));
             }
@@ -251,12 +252,18 @@ impl fmt::Display for Explanation<'_> {
 }
 
 impl Explanation<'_> {
+    /// False where the listener is not bound: nobody is served there then, whatever the plan says.
+    pub fn is_served(&self) -> bool {
+        self.cases.iter().all(|case| case.fate != Fate::Unbound)
+    }
+
     fn outcome(&self, case: &Case<'_>) -> String {
         match case.fate {
             Fate::Served => self.rule(case),
             Fate::Rejected => "refused: no endpoint can serve".into(),
             Fate::Dropped => format!("no answer: {} is Local, and no endpoint on this node can serve", self.policy()),
             Fate::KeptOut(list) => format!("no answer: not in {}", list.in_words()),
+            Fate::Unbound => "not served by this relay: see the address above".into(),
         }
     }
 
@@ -292,6 +299,32 @@ impl Explanation<'_> {
     /// The field that says which endpoints may be used at such an address.
     fn policy(&self) -> &'static str {
         if self.listener.kind == ListenerKind::ClusterIp { "internalTrafficPolicy" } else { "externalTrafficPolicy" }
+    }
+
+    /// Address, pod and what becomes of it: those that are used first.
+    fn rows(&self, choice: &Choice, fate: Fate) -> Vec<Vec<Cow<'static, str>>> {
+        if matches!(fate, Fate::KeptOut(_) | Fate::Unbound) {
+            return Vec::new();
+        }
+        let row = |one: &Judged| {
+            let pod = one.pod.as_deref().map_or("-".into(), |pod| Printable(pod).to_string().into());
+            vec![one.address.to_string().into(), pod, self.use_of(one, choice.next)]
+        };
+        let (used, unused): (Vec<_>, Vec<_>) = choice.endpoints.iter().partition(|one| one.unused.is_none());
+        used.into_iter().chain(unused).map(row).collect()
+    }
+
+    fn use_of(&self, one: &Judged, next: Option<SocketAddr>) -> Cow<'static, str> {
+        match (one.unused, one.ejected_seconds) {
+            (Some(why), _) => format!("not used: {why}").into(),
+            (None, _) if next == Some(one.address) && self.service.affinity_seconds.is_some() => {
+                "next, for a client that is new".into()
+            }
+            (None, _) if next == Some(one.address) => "next".into(),
+            (None, Some(0)) => "ejected, as it could not be reached: the next client tries it".into(),
+            (None, Some(seconds)) => format!("ejected, as it could not be reached: tried again in {seconds} s").into(),
+            (None, None) => "used".into(),
+        }
     }
 
     fn balance(&self) -> String {
@@ -347,8 +380,8 @@ fn numbers(port: &PortReport, cases: &[Case<'_>]) -> String {
     let behind: BTreeSet<_> = used.filter(|one| one.unused.is_none()).map(|one| one.address.port()).collect();
     let behind: Vec<_> = behind.iter().map(u16::to_string).collect();
     let node_port = node_port(port).map(|number| format!(" → nodePort {number}")).unwrap_or_default();
-    let target = match (&port.target_port, behind.as_slice()) {
-        (Some(target), [only]) if target == only => format!(" → targetPort {target}"),
+    let target = match (port.target_port.as_deref().map(Printable), behind.as_slice()) {
+        (Some(target), [only]) if *only == target.0 => format!(" → targetPort {target}"),
         (Some(target), []) => format!(" → targetPort {target}"),
         (Some(target), some) => format!(" → targetPort {target} ({})", abridged(some)),
         (None, []) => String::new(),
@@ -370,27 +403,6 @@ fn lists(listener: &ListenerReport) -> Vec<(List, String)> {
         None => {}
     }
     lists
-}
-
-/// Address, pod and what becomes of it: those that are used first.
-fn rows(choice: &Choice, fate: Fate) -> Vec<Vec<Cow<'static, str>>> {
-    if matches!(fate, Fate::KeptOut(_)) {
-        return Vec::new();
-    }
-    let row = |one: &Judged| {
-        let use_of_it: Cow<'static, str> = match one.unused {
-            Some(why) => format!("not used: {why}").into(),
-            None if choice.next == Some(one.address) => "next".into(),
-            None => match one.ejected_seconds {
-                Some(0) => "ejected, as it could not be reached: the next client tries it".into(),
-                Some(seconds) => format!("ejected, as it could not be reached: tried again in {seconds} s").into(),
-                None => "used".into(),
-            },
-        };
-        vec![one.address.to_string().into(), one.pod.clone().unwrap_or_else(|| "-".into()).into(), use_of_it]
-    };
-    let (used, unused): (Vec<_>, Vec<_>) = choice.endpoints.iter().partition(|one| one.unused.is_none());
-    used.into_iter().chain(unused).map(row).collect()
 }
 
 #[cfg(test)]
@@ -497,6 +509,8 @@ mod tests {
             (options(), "10.96.0.10:80", STRANGER, Fate::Served),
             (allowing.clone(), "10.96.0.10:80", STRANGER, allow_from),
             (allowing.clone(), "10.96.0.10:80", POD, Fate::Served),
+            (allowing.clone(), "10.96.0.10:80", "10.96.0.10", Fate::Served), // A program here that connects to it.
+            (allowing.clone(), "10.96.0.10:80", "10.96.0.11", allow_from),
             (allowing.clone(), "198.51.100.1:80", "198.19.0.1", allow_from),
             (allowing, "198.51.100.1:80", "198.18.0.1", Fate::Served),
         ];
@@ -505,6 +519,59 @@ mod tests {
 
             assert_eq!(fates(&report, to, Some(from)), [expected], "{to} from {from}");
         }
+    }
+
+    #[test]
+    fn given_ranges_when_nobody_can_serve_then_those_outside_of_them_are_refused_like_all() {
+        let guarded = Service {
+            kind: ServiceKind::LoadBalancer,
+            load_balancer_ips: vec![[198, 51, 100, 1].into()].into(),
+            source_ranges: vec![net("198.18.0.0/15")].into(),
+            ..web()
+        };
+
+        let parked = planned(&guarded, vec![], &options());
+
+        assert_eq!(fates(&parked, "198.51.100.1:80", Some(STRANGER)), [Fate::Rejected]);
+    }
+
+    #[test]
+    fn given_a_listener_that_is_not_bound_when_told_then_nobody_is_served_and_the_reason_is_told() {
+        let mut report = sample::status().report();
+        let web = report.services.iter_mut().find(|service| service.name == "web").expect("web is there");
+        let message = "ask ss who has it".to_owned();
+        web.ports[0].listeners[0].state = Some(ListenerState::Failed { reason: "in_use".into(), message });
+
+        let explained = explain(&report, &[], &question("127.96.0.10:80", None)).expect("a Service is there");
+
+        assert!(!explained[0].is_served());
+        let text = explained[0].to_string();
+        assert!(text.contains("not bound: ask ss who has it\n") && text.contains("not served by this relay"), "{text}");
+        assert!(!text.contains("Endpoints:") && !text.contains("Balance:"), "{text}");
+    }
+
+    #[test]
+    fn given_texts_of_others_when_told_then_they_move_no_cursor_and_begin_no_line() {
+        let mut odd = web();
+        odd.ports[0].target_port = Some("web\u{1b}[2J".into());
+        let pod = Endpoint { pod: Some("a\nService: b".into()), ..on(1, "here") };
+
+        let text = told(&planned(&odd, vec![pod], &options()), "10.96.0.10:80", None);
+
+        assert!(text.contains(r"targetPort web\u{1b}[2J (8000)") && text.contains(r"a\nService: b"), "{text}");
+        assert!(text.chars().all(|letter| letter == '\n' || !letter.is_control()), "{text:?}");
+    }
+
+    #[test]
+    fn given_session_affinity_when_told_then_next_is_meant_for_new_clients_alone() {
+        let mut report = sample::status().report();
+        let web = report.services.iter_mut().find(|service| service.name == "web").expect("web is there");
+        web.affinity_seconds = Some(60);
+
+        let text = told(&report, "127.96.0.10:80", None);
+
+        assert!(text.contains("web-1   next, for a client that is new\n"), "{text}");
+        assert!(text.ends_with("round-robin; a client that was here in the last 60 s keeps its backend\n"), "{text}");
     }
 
     #[test]
@@ -557,7 +624,11 @@ mod tests {
             "10.96.0.10:81: no Service is served there; at 10.96.0.10 are 80/TCP (default/web:http)"
         );
         assert!(error("10.96.0.10:80/UDP", None).starts_with("10.96.0.10:80/UDP: no Service is served there; "));
-        assert_eq!(error("10.96.0.11:80", None), "10.96.0.11:80: no Service is served there");
+        assert_eq!(error("10.96.0.11:81", None), "10.96.0.11:81: no Service is served there");
+        assert_eq!(
+            error("192.0.2.2:30080", None),
+            "192.0.2.2:30080: no Service is served there; port 30080 is served at 192.0.2.1:30080/TCP (default/web:http)"
+        );
         assert!(error("10.96.0.10:80", Some("fd00::1")).contains("one is IPv4, the other IPv6"));
     }
 

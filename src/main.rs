@@ -30,7 +30,7 @@ use kube_relay::control::Relay;
 use kube_relay::difference::difference;
 use kube_relay::discovery::{Discovery, DiscoveryConfig, DiscoverySource};
 use kube_relay::doctor::{DoctorConfig, examine};
-use kube_relay::explain::explain;
+use kube_relay::explain::{Explanation, explain};
 use kube_relay::flag_defaults::{self, StartError};
 use kube_relay::heap;
 use kube_relay::host::{self, Host, node_port_advice};
@@ -38,6 +38,7 @@ use kube_relay::host_watch::Hosts;
 #[cfg(feature = "kubernetes")]
 use kube_relay::kubernetes;
 use kube_relay::lifecycle::{self, LISTENERS, Readiness, Request, SOURCE, ShutdownTimes, Signals};
+use kube_relay::live::LiveReport;
 use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
 use kube_relay::place::{self, Place};
@@ -429,14 +430,22 @@ fn explained(args: ExplainArgs) -> anyhow::Result<u8> {
             (report, inside)
         }
         None => {
-            let live = on(small_runtime()?, peer::status(server))?;
+            let live = synced(server, on(small_runtime()?, peer::status(server))?)?;
             (live.report, live.inside)
         }
     };
     let explanations = explain(&report, &inside, &question)?;
     let texts: Vec<_> = explanations.iter().map(ToString::to_string).collect();
     print(&texts.join("\n"))?;
-    Ok(EXIT_FINE)
+    Ok(if explanations.iter().any(Explanation::is_served) { EXIT_FINE } else { EXIT_PROBLEMS })
+}
+
+/// Before its first complete state a relay has not even begun to serve.
+fn synced(server: SocketAddr, live: LiveReport) -> anyhow::Result<LiveReport> {
+    if !live.synced {
+        bail!("{server}: its source has not delivered its first complete state yet; ask again soon");
+    }
+    Ok(live)
 }
 
 /// What is wrong with the manifests goes to standard error: what cannot be read may well be a difference.
@@ -447,10 +456,7 @@ fn diff(args: DiffArgs) -> anyhow::Result<u8> {
         bail!("{}: no such file or folder", missing.display());
     }
     let (live, host) = on(small_runtime()?, async { (peer::status(server).await, read_host().await) });
-    let live = live?;
-    if !live.synced {
-        bail!("{server}: its source has not delivered its first complete state yet");
-    }
+    let live = synced(server, live?)?;
     let wanted = plan_of(config, &host);
     wanted.problems.iter().for_each(|problem| eprintln!("{problem}"));
     let difference = difference(&live.report, &wanted);
@@ -527,10 +533,7 @@ fn discovery(source: DiscoverySource) -> anyhow::Result<Option<Discovery>> {
             Ok(sound.then(|| Discovery::of_manifests(&reading)))
         }
         DiscoverySource::Relay(server) => {
-            let live = on(small_runtime()?, peer::status(server))?;
-            if !live.synced {
-                bail!("{server}: its source has not delivered its first complete state yet; ask again soon");
-            }
+            let live = synced(server, on(small_runtime()?, peer::status(server))?)?;
             Ok(Some(Discovery::of_relay(&live.report)))
         }
     }
