@@ -10,6 +10,7 @@ use std::fmt;
 use crate::describe::{counted, words};
 use crate::name::Scope;
 use crate::plan::{Side, Verdict};
+use crate::printable::Printable;
 use crate::status::{ListenerReport, PortReport, Report, ServiceReport};
 
 /// What differs. Printed as `diff` does it; nothing at all where nothing does.
@@ -90,7 +91,7 @@ fn title(port: &PortReport) -> String {
 }
 
 fn lines(port: &PortReport) -> impl Iterator<Item = String> {
-    let target = port.target_port.iter().map(|target| format!("target port {target}"));
+    let target = port.target_port.iter().map(|target| format!("target port {}", Printable(target)));
     let listeners = port.listeners.iter().map(listener);
     let everywhere = port.backends.cluster.iter().flatten().map(|address| format!("→ {address}"));
     let here = port.backends.local.iter().flatten().map(|address| format!("→ on this node {address}"));

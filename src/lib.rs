@@ -197,7 +197,7 @@ pub mod peer;
 pub mod place;
 pub mod plan;
 pub mod pod_environment;
-mod printable;
+pub mod printable;
 mod problem;
 pub mod rare;
 mod reading;

@@ -46,7 +46,8 @@ use kube_relay::plan::{Plan, PlanOptions, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
-use kube_relay::{logs, manual, overview, panics, peer, top};
+use kube_relay::{logs, manual, overview, panics, peer, printable, top};
+use serde::Serialize;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -93,7 +94,7 @@ fn main() -> ExitCode {
                 EXIT_USAGE.into()
             }
             Err(error) => {
-                eprintln!("kube-relay: {error:#}");
+                eprint!("{}", printable::lines(&format!("kube-relay: {error:#}\n")));
                 failed.into()
             }
         },
@@ -357,10 +358,10 @@ fn check(args: CheckArgs) -> anyhow::Result<u8> {
     let (notes, problems): (Vec<_>, Vec<_>) = of_file.into_iter().partition(|found| found.severity == Severity::Note);
     report.problems.splice(0..0, problems);
     report.notes.splice(0..0, notes);
-    print(&match output {
-        CheckOutput::Text => format!("{report}\n"),
-        CheckOutput::Json => serde_json::to_string_pretty(&report)? + "\n",
-    })?;
+    match output {
+        CheckOutput::Text => show(&format!("{report}\n"))?,
+        CheckOutput::Json => print_json(&report)?,
+    }
     Ok(if report.problems.is_empty() { EXIT_FINE } else { EXIT_PROBLEMS })
 }
 
@@ -407,15 +408,15 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
         live.recent.retain(|event| event.service == service);
         live.report = report.with_context(|| format!("{server}: there is no Service {name}{elsewhere}"))?;
     }
-    print(&match args.output {
-        StatusOutput::Json => serde_json::to_string_pretty(&live)? + "\n",
-        StatusOutput::Yaml => serde_saphyr::to_string(&live)?,
+    match args.output {
+        StatusOutput::Json => print_json(&live)?,
+        StatusOutput::Yaml => show(&serde_saphyr::to_string(&live)?)?,
         StatusOutput::Table | StatusOutput::Wide if args.service.is_some() => {
-            overview::describe(&live.report) + &overview::events(&live.recent)
+            show(&(overview::describe(&live.report) + &overview::events(&live.recent)))?;
         }
-        StatusOutput::Table => overview::table(&live),
-        StatusOutput::Wide => overview::wide(&live),
-    })?;
+        StatusOutput::Table => show(&overview::table(&live))?,
+        StatusOutput::Wide => show(&overview::wide(&live))?,
+    }
     Ok(EXIT_FINE)
 }
 
@@ -436,7 +437,7 @@ fn explained(args: ExplainArgs) -> anyhow::Result<u8> {
     };
     let explanations = explain(&report, &inside, &question)?;
     let texts: Vec<_> = explanations.iter().map(ToString::to_string).collect();
-    print(&texts.join("\n"))?;
+    show(&texts.join("\n"))?;
     Ok(if explanations.iter().any(Explanation::is_served) { EXIT_FINE } else { EXIT_PROBLEMS })
 }
 
@@ -460,7 +461,7 @@ fn diff(args: DiffArgs) -> anyhow::Result<u8> {
     let wanted = plan_of(config, &host);
     wanted.problems.iter().for_each(|problem| eprintln!("{problem}"));
     let difference = difference(&live.report, &wanted);
-    print(&difference.to_string())?;
+    show(&difference.to_string())?;
     Ok(if difference.is_empty() { EXIT_FINE } else { EXIT_PROBLEMS })
 }
 
@@ -479,7 +480,7 @@ fn man(args: &ManArgs) -> anyhow::Result<u8> {
 fn top(args: &TopArgs) -> anyhow::Result<u8> {
     let options = args.options();
     if args.once || !io::stdout().is_terminal() {
-        print(&on(small_runtime()?, top::once(&options))?)?;
+        show(&on(small_runtime()?, top::once(&options))?)?;
         return Ok(EXIT_FINE);
     }
     #[cfg(feature = "tui")]
@@ -506,10 +507,10 @@ fn doctor(args: DoctorArgs) -> anyhow::Result<u8> {
         };
         examine(&run, planned).await
     });
-    print(&match output {
-        DoctorOutput::Text => diagnosis.text(all),
-        DoctorOutput::Json => serde_json::to_string_pretty(&diagnosis)? + "\n",
-    })?;
+    match output {
+        DoctorOutput::Text => show(&diagnosis.text(all))?,
+        DoctorOutput::Json => print_json(&diagnosis)?,
+    }
     Ok(if diagnosis.has_problems() { EXIT_PROBLEMS } else { EXIT_FINE })
 }
 
@@ -571,6 +572,15 @@ fn on<T>(runtime: Runtime, future: impl Future<Output = T>) -> T {
     let outcome = runtime.block_on(future);
     runtime.shutdown_background();
     outcome
+}
+
+/// To standard output, for people: whatever others have written into names, it moves no cursor.
+fn show(text: &str) -> anyhow::Result<()> {
+    print(&printable::lines(text))
+}
+
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(&printable::json(&(serde_json::to_string_pretty(value)? + "\n")))
 }
 
 /// To standard output. Who stops reading early (`| head`) has what he wants.
