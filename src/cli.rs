@@ -179,7 +179,8 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
                       listeners and backends that would go (-), come (+) or change.\n\n\
                       Give it the flags or the --config of the running one: addresses follow from them. Services that \
                       the manifests do not name count as removed.\n\n\
-                      Exits with 0 where nothing differs, 1 where something does, 2 where that cannot be told.",
+                      Exits with 0 where nothing differs, 1 where something does, 2 where that cannot be told, or \
+                      not for certain as a manifest has errors.",
         after_long_help = "Examples:
   What a folder would change:
     kube-relay diff manifests/
@@ -291,6 +292,13 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
   To keep:
     kube-relay man > /usr/local/share/man/man1/kube-relay.1")]
     Man(ManArgs),
+}
+
+impl Command {
+    /// Exit code where the command fails: `diff` tells by 1 that something differs.
+    pub fn failure(&self) -> u8 {
+        if matches!(self, Self::Diff(_)) { EXIT_UNKNOWN } else { EXIT_PROBLEMS }
+    }
 }
 
 /// What to print a manifest of.

@@ -19,8 +19,13 @@ pub enum StartError {
     #[error(transparent)]
     Usage(clap::Error),
     /// The file of `--config` is wrong.
-    #[error(transparent)]
-    File(ConfigFileError),
+    #[error("{source}")]
+    File {
+        /// Exit code of the command that it was named for.
+        failure: u8,
+        /// What is wrong.
+        source: ConfigFileError,
+    },
 }
 
 /// Reads a command line (the program's name first), and the file that its `--config` names.
@@ -28,7 +33,8 @@ pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Cli, StartError
     let line: Vec<OsString> = line.into_iter().collect();
     let mut cli = Cli::try_parse_from(&line).map_err(StartError::Usage)?;
     let Some(path) = config_flag(&mut cli).and_then(|flag| flag.config.clone()) else { return Ok(cli) };
-    let mut file = config_file::read(&path, &judge).map_err(StartError::File)?;
+    let failure = cli.command.failure();
+    let mut file = config_file::read(&path, &judge).map_err(|source| StartError::File { failure, source })?;
     let overridden = cli.command.overridden_sources();
     file.values.retain(|flag, _| !overridden.contains(flag));
     let mut command = Cli::command();

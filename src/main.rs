@@ -21,8 +21,8 @@ use kube_relay::api_client::Api;
 use kube_relay::cleanup::remove_routes;
 use kube_relay::cli::{
     CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
-    EXIT_FINE, EXIT_PROBLEMS, EXIT_UNKNOWN, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs,
-    RunArgs, StatusArgs, StatusOutput, TopArgs,
+    EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, RunArgs,
+    StatusArgs, StatusOutput, TopArgs,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
@@ -65,12 +65,12 @@ fn main() -> ExitCode {
     let cli = match flag_defaults::parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(StartError::Usage(error)) => return usage(&error),
-        Err(StartError::File(error)) => {
-            eprintln!("{error}");
-            return EXIT_PROBLEMS.into();
+        Err(StartError::File { failure, source }) => {
+            eprintln!("{source}");
+            return failure.into();
         }
     };
-    let failed = if matches!(cli.command, Command::Diff(_)) { EXIT_UNKNOWN } else { EXIT_PROBLEMS };
+    let failure = cli.command.failure();
     let outcome = match cli.command {
         Command::Run(args) => run(*args),
         Command::Check(args) => check(*args),
@@ -95,7 +95,7 @@ fn main() -> ExitCode {
             }
             Err(error) => {
                 eprint!("{}", printable::lines(&format!("kube-relay: {error:#}\n")));
-                failed.into()
+                failure.into()
             }
         },
     }
@@ -376,6 +376,8 @@ struct Planned {
     model: Model,
     plan: Plan,
     report: Report,
+    /// False where an object, or a part of one, could not be read.
+    is_whole: bool,
 }
 
 impl Planned {
@@ -384,16 +386,17 @@ impl Planned {
         let mut reading = manifest::read(config.sources, ranges);
         let (mut model, mut plan, mut dirty) = (Model::default(), Plan::default(), BTreeSet::new());
         let (objects, found) = (mem::take(&mut reading.objects), mem::take(&mut reading.problems));
+        let is_whole = found.iter().all(|problem| problem.severity < Severity::Error);
         model.apply(Event::Replace(objects), &mut dirty);
         plan.update(&model, &dirty, &options);
         let mut report = Report::of(&model, &plan, found);
         report.problems.iter_mut().chain(&mut report.notes).for_each(|problem| reading.locate(problem));
-        Self { options, model, plan, report }
+        Self { options, model, plan, report, is_whole }
     }
 
     /// With why each backend is one.
     fn explained(self) -> Report {
-        let Self { options, model, plan, report } = self;
+        let Self { options, model, plan, report, .. } = self;
         report.explained(&model, &plan, &options)
     }
 }
@@ -449,7 +452,7 @@ fn synced(server: SocketAddr, live: LiveReport) -> anyhow::Result<LiveReport> {
     Ok(live)
 }
 
-/// What is wrong with the manifests goes to standard error: what cannot be read may well be a difference.
+/// What cannot be read may well be no difference: then all is told, and that it may be wrong.
 fn diff(args: DiffArgs) -> anyhow::Result<u8> {
     let server = args.server.address;
     let config = args.manifests()?;
@@ -458,10 +461,13 @@ fn diff(args: DiffArgs) -> anyhow::Result<u8> {
     }
     let (live, host) = on(small_runtime()?, async { (peer::status(server).await, read_host().await) });
     let live = synced(server, live?)?;
-    let wanted = plan_of(config, &host);
+    let Planned { report: wanted, is_whole, .. } = Planned::of(config, &host);
     wanted.problems.iter().for_each(|problem| eprintln!("{problem}"));
     let difference = difference(&live.report, &wanted);
     show(&difference.to_string())?;
+    if !is_whole {
+        bail!("{server}: what would change is not certain, as manifests have errors");
+    }
     Ok(if difference.is_empty() { EXIT_FINE } else { EXIT_PROBLEMS })
 }
 

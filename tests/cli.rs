@@ -589,14 +589,25 @@ mod ask {
         let (running, server) = answering(site, &path);
         let diff = |path: &str| say(kube_relay(&["diff", path, "--server", &server]));
 
-        let (same, different) = (diff(&path), diff(&other));
+        let (_broken_folder, broken) = folder_with(&format!("{}---\nkind: Service: x\n", manifest(&[1, 2])));
+        let (same, different, unsure) = (diff(&path), diff(&other), diff(&broken));
 
         assert_eq!((same.text.as_str(), same.code), ("", Some(0)));
+        assert_eq!(unsure.code, Some(2), "{}", unsure.text);
+        assert!(unsure.text.contains("not certain, as manifests have errors"), "{}", unsure.text);
         assert_eq!(different.code, Some(1), "{}", different.text);
         let (went, came) = (format!("-     → {}", site.backend(1)), format!("+     → {}", site.backend(3)));
         assert!(different.text.contains(&went) && different.text.contains(&came), "{}", different.text);
         drop(running);
         assert_eq!(diff(&path).code, Some(2), "nobody can tell");
+    }
+
+    #[test]
+    fn given_nothing_to_compare_with_when_a_difference_is_asked_for_then_the_code_is_not_that_of_a_difference() {
+        refuses(&["diff", "missing.yaml"], 2, &["missing.yaml: no such file"]);
+        refuses(&["diff", "--config", "missing.yaml", "examples/whoami.yaml"], 2, &["missing.yaml"]);
+        refuses(&["diff", "examples/whoami.yaml", "--server", "127.0.0.1:1"], 2, &["127.0.0.1:1: nothing answers"]);
+        refuses(&["diff"], 64, &["<PATH>"]);
     }
 
     #[test]
