@@ -280,8 +280,11 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
   For bash, to stay:
     kube-relay completions bash > ~/.local/share/bash-completion/completions/kube-relay
 
-  For zsh, to stay:
-    kube-relay completions zsh > ~/.zfunc/_kube-relay")]
+  For zsh, to stay (where ~/.zfunc is in fpath):
+    kube-relay completions zsh > ~/.zfunc/_kube-relay
+
+  For fish, to stay:
+    kube-relay completions fish > ~/.config/fish/completions/kube-relay.fish")]
     Completions(CompletionsArgs),
 
     /// Print the manual page of the program, or of a command

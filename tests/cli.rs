@@ -612,12 +612,39 @@ mod ask {
 
     #[test]
     fn given_a_shell_or_a_command_when_its_script_or_page_is_asked_for_then_it_is_printed() {
-        for shell in ["bash", "zsh", "fish"] {
+        for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
             assert!(say(kube_relay(&["completions", shell])).text.contains("kube-relay"), "{shell}");
         }
         assert!(say(kube_relay(&["man", "new", "service"])).text.contains(".SH NAME"), "roff");
         refuses(&["man", "nothing"], 1, &["no command", "nothing"]);
         refuses(&["completions", "cobol"], 64, &["bash"]);
+    }
+
+    #[test]
+    fn given_a_bash_with_the_script_when_a_line_is_completed_then_commands_flags_and_values_are_offered() {
+        const ASK: &str = r#"
+            source "$1"; shift
+            COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+            function=$(complete -p kube-relay); function=${function#*-F }; function=${function%% *}
+            "$function" kube-relay "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+            echo "${COMPREPLY[*]}""#;
+        let folder = tempfile::tempdir().expect("a folder");
+        let script = folder.path().join("script");
+        fs::write(&script, say(kube_relay(&["completions", "bash"])).text).expect("a file");
+        if Command::new("bash").arg("--version").output().is_err() {
+            return skip("bash", "there is none here");
+        }
+        let offered = |words: &[&str]| {
+            let mut command = Command::new("bash");
+            command.args(["--norc", "-c", ASK, "bash"]).arg(&script).arg("kube-relay").args(words);
+            say(command).text.trim().to_owned()
+        };
+
+        assert_eq!(offered(&["ex"]), "explain");
+        assert_eq!(offered(&["new", "ser"]), "service");
+        assert_eq!(offered(&["status", "--o"]), "--output");
+        assert_eq!(offered(&["status", "-o", "w"]), "wide");
+        assert_eq!(offered(&["new", "service", "web", "--type", "Node"]), "NodePort");
     }
 }
 
