@@ -8,6 +8,7 @@ use std::fmt::{Display, Write};
 
 use crate::describe::{allowed, counted, meaning};
 use crate::live::{LiveReport, PauseReport};
+use crate::name::Scope;
 use crate::plan::{ListenerKind, Problem, Side, Verdict};
 use crate::printable::Printable;
 use crate::problem::Listed;
@@ -195,6 +196,9 @@ fn describe_service(service: &ServiceReport) -> String {
     field(&mut text, "Name", &service.name);
     field(&mut text, "Namespace", &service.namespace);
     field(&mut text, "Type", &service.kind);
+    if let Some(name) = &service.external_name {
+        field(&mut text, "External Name", Printable(name));
+    }
     if let Some(reason) = &service.skipped {
         field(&mut text, "Not served", format!("{reason}, {}", meaning(reason)));
         return text;
@@ -203,6 +207,9 @@ fn describe_service(service: &ServiceReport) -> String {
     match service.affinity_seconds {
         Some(seconds) => field(&mut text, "Session Affinity", format!("ClientIP ({seconds}s)")),
         None => field(&mut text, "Session Affinity", "None"),
+    }
+    if let Some(policies) = local_policies(service) {
+        field(&mut text, "Traffic Policy", policies);
     }
     if !service.balance.is_default() {
         field(&mut text, "Balance", service.balance);
@@ -217,6 +224,18 @@ fn describe_service(service: &ServiceReport) -> String {
         describe_port(&mut text, port);
     }
     text
+}
+
+/// `external Local, internal Local`; `None` where both are Cluster, as nearly always.
+fn local_policies(service: &ServiceReport) -> Option<String> {
+    let is_local = |is_internal: bool| {
+        let mut listeners = service.ports.iter().flat_map(|port| &port.listeners);
+        let is_of = |listener: &ListenerReport| (listener.kind == ListenerKind::ClusterIp) == is_internal;
+        listeners.any(|listener| is_of(listener) && listener.outside.scope == Scope::Local)
+    };
+    let policies = [("external Local", is_local(false)), ("internal Local", is_local(true))];
+    let policies: Vec<_> = policies.into_iter().filter_map(|(words, applies)| applies.then_some(words)).collect();
+    (!policies.is_empty()).then(|| policies.join(", "))
 }
 
 fn describe_health_port(text: &mut String, health_port: &HealthPortReport) {
@@ -476,6 +495,28 @@ mod tests {
 
         assert!(described(&["203.0.113.0/24"]).contains("\nFrom Outside:      only 203.0.113.0/24\n"));
         assert!(described(&[]).contains("\nFrom Outside:      nobody\n"));
+    }
+
+    #[test]
+    fn given_policies_that_are_local_when_described_then_they_are_named_and_others_are_not() {
+        let described = |local: &[usize]| {
+            let mut report = sample::status().report().only(&ObjectName::parse("web")).expect("web is there");
+            let listeners = &mut report.services[0].ports[0].listeners;
+            local.iter().for_each(|place| listeners[*place].outside.scope = Scope::Local);
+            describe(&report)
+        };
+
+        assert!(!described(&[]).contains("Policy"));
+        assert!(described(&[1]).contains("\nTraffic Policy:    external Local\n"));
+        assert!(described(&[0, 1]).contains("\nTraffic Policy:    external Local, internal Local\n"));
+    }
+
+    #[test]
+    fn given_an_alias_when_described_then_the_other_name_is_told_as_it_is_and_moves_no_cursor() {
+        let mut report = sample::status().report().only(&ObjectName::parse("headless")).expect("it is there");
+        report.services[0].external_name = Some("db.example\u{1b}[2J".into());
+
+        assert!(describe(&report).contains("\nExternal Name:     db.example\\u{1b}[2J\n"));
     }
 
     /// `default/mail` alone, described.
