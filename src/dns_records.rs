@@ -26,7 +26,7 @@ pub struct Records {
     pub records: Vec<Record>,
     /// From addresses to names, relative to the domain: for PTR records.
     pub pointers: Vec<(IpAddr, String)>,
-    /// Services that have no records.
+    /// Services that lack records.
     pub gaps: Vec<Gap>,
 }
 
@@ -55,7 +55,7 @@ pub enum RecordValue {
     Alias(String),
 }
 
-/// A Service without records, and why.
+/// A Service without records, or without some of them, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gap {
     /// The Service.
@@ -66,7 +66,7 @@ pub struct Gap {
 
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Service {}: no DNS records: {}", self.service, self.reason)
+        write!(f, "Service {}: {}", self.service, self.reason)
     }
 }
 
@@ -80,14 +80,18 @@ impl Records {
 
     fn add(&mut self, service: &Service, slices: Option<&[Arc<Slice>]>) {
         let owner = format!("{}.{}.svc", service.name.name, service.name.namespace);
+        let has_place = service.kind != ServiceKind::ExternalName && service.cluster_ips != ClusterIps::Unset;
+        for port in service.ports.iter().filter(|port| has_place && port.name.len() > MAX_PORT_NAME_LENGTH) {
+            self.add_gap(service, format!("no SRV record of port {}: with its underscore that is no label", port.name));
+        }
         match (&service.cluster_ips, slices) {
             _ if service.kind == ServiceKind::ExternalName => self.add_alias(owner, service),
             (ClusterIps::Addresses { addresses, .. }, _) => self.add_cluster_ips(&owner, addresses, &service.ports),
             (ClusterIps::Headless, Some(slices)) => self.add_endpoints(&owner, slices),
             (ClusterIps::Headless, None) => {
-                self.add_gap(service, "headless, and a relay does not follow its endpoints; name manifests with -f");
+                self.add_gap(service, "no DNS records: a relay does not follow headless ones; name manifests with -f");
             }
-            (ClusterIps::Unset, _) => self.add_gap(service, "it has no cluster IP"),
+            (ClusterIps::Unset, _) => self.add_gap(service, "no DNS records: it has no cluster IP"),
         }
     }
 
@@ -123,12 +127,12 @@ impl Records {
 
     fn add_alias(&mut self, owner: String, service: &Service) {
         let Some(name) = service.external_name.as_deref() else {
-            return self.add_gap(service, "it has no externalName");
+            return self.add_gap(service, "no DNS records: it has no externalName");
         };
         let target = name.strip_suffix('.').unwrap_or(name);
         // An address would be a name of four labels that nobody has.
         if !is_domain(target) || target.parse::<IpAddr>().is_ok() {
-            return self.add_gap(service, format!("its externalName {name:?} is not a name"));
+            return self.add_gap(service, format!("no DNS records: its externalName {name:?} is not a name"));
         }
         self.records.push(Record { owner, value: RecordValue::Alias(format!("{target}.")) });
     }
@@ -154,8 +158,15 @@ fn port_record(name: &str, protocol: Protocol, port: u16, owner: &str, target: &
 fn label(endpoint: &Endpoint) -> String {
     match endpoint.hostname.first() {
         Some(hostname) if is_name(hostname, 63) => hostname.to_string(),
-        _ => endpoint.address.to_string().replace(['.', ':'], "-"),
+        _ => dashed(endpoint.address),
     }
+}
+
+/// `10-244-0-6`, `fd00--6`. No label begins or ends with a dash, so `fd00::` is `fd00--0`: the same address.
+fn dashed(address: IpAddr) -> String {
+    let text = address.to_string().replace(['.', ':'], "-");
+    let zero = |missing: bool| if missing { "0" } else { "" };
+    format!("{}{text}{}", zero(text.starts_with('-')), zero(text.ends_with('-')))
 }
 
 #[cfg(test)]
@@ -261,6 +272,10 @@ mod tests {
         assert!(gap(&alias("db.example\n@ IN NS evil.")).contains(r"\n"), "a name is a name");
         assert!(gap(&nameless).ends_with("it has no externalName"));
         assert!(gap(&headless("db")).ends_with("name manifests with -f"));
+        let long = Service::new("web").cluster_ip([10, 96, 0, 1]).port(&"p".repeat(63), 80);
+        let mut records = Records::default();
+        records.add(&long, None);
+        assert_eq!((records.records.len(), records.gaps.len()), (1, 1), "its address is told all the same");
         assert!(gap(&Service::new("web")).ends_with("it has no cluster IP"));
     }
 
@@ -273,6 +288,14 @@ mod tests {
         let owner = lines(&longest, &[])[1].split(' ').next().map(str::len).expect("an owner");
 
         assert!(owner + 1 + MAX_DOMAIN_LENGTH <= 253, "{owner}");
-        assert_eq!(lines(&web.port(&"p".repeat(63), 80), &[]).len(), 2, "no label is longer than 63");
+    }
+
+    #[test]
+    fn given_an_address_that_begins_or_ends_with_a_colon_when_it_is_a_name_then_no_dash_is_at_an_end() {
+        for (address, name) in
+            [("fd00::5", "fd00--5"), ("fd00::", "fd00--0"), ("::5", "0--5"), ("10.0.0.1", "10-0-0-1")]
+        {
+            assert_eq!(dashed(address.parse().expect("an address")), name);
+        }
     }
 }

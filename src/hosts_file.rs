@@ -23,10 +23,12 @@ fn line(Record { owner, value }: &Record, domain: &str, namespace: &str) -> Opti
     }
 }
 
-/// `web.default.svc`, `web.default`, and in namespace `default` also `web`.
+/// `web.default.svc`, `web.default`, and in namespace `default` also `web`. Not `localhost`, which is each machine's own
+/// whatever Services are called.
 fn short_names<'o>(owner: &'o str, namespace: &str) -> Vec<&'o str> {
     let without_svc = owner.strip_suffix(".svc");
     let own = without_svc.and_then(|name| name.strip_suffix(namespace)?.strip_suffix('.'));
+    let own = own.filter(|name| *name != "localhost");
     [Some(owner), without_svc, own].into_iter().flatten().collect()
 }
 
@@ -47,6 +49,7 @@ mod tests {
             record("db-0.db.shop.svc", RecordValue::Address([10, 244, 0, 5].into())),
             record("mail.shop.svc", RecordValue::Alias("mail.example.".into())),
             record("x.workshop.svc", RecordValue::Address([10, 96, 0, 3].into())),
+            record("localhost.shop.svc", RecordValue::Address([10, 96, 0, 4].into())),
         ];
 
         let text = text(&Records { records, ..Records::default() }, "cluster.local", "shop");
@@ -59,6 +62,7 @@ fd00::2 cart.shop.svc.cluster.local cart.shop.svc cart.shop cart
 10.244.0.5 db-0.db.shop.svc.cluster.local db-0.db.shop.svc db-0.db.shop db-0.db
 # mail.shop.svc.cluster.local is another name of mail.example. which a hosts file cannot say
 10.96.0.3 x.workshop.svc.cluster.local x.workshop.svc x.workshop
+10.96.0.4 localhost.shop.svc.cluster.local localhost.shop.svc localhost.shop
 "
         );
     }

@@ -17,7 +17,8 @@ use tempfile::TempDir;
 mod process;
 mod support;
 
-/// A Service of both families, a headless one as a cluster writes it, and an alias.
+/// A Service of both families, a headless one as a cluster writes it (of an endpoint that ends and is published all the
+/// same, too), and an alias.
 const MANIFEST: &str = r#"
 apiVersion: v1
 kind: Service
@@ -37,9 +38,16 @@ metadata: {name: db-1, namespace: shop, labels: {kubernetes.io/service-name: db,
 addressType: IPv4
 endpoints:
 - {addresses: [10.244.0.5], hostname: db-0}
-- {addresses: [10.244.0.6]}
+- {addresses: [10.244.0.6], conditions: {ready: true, serving: false, terminating: true}}
 - {addresses: [10.244.0.7], hostname: db-2, conditions: {ready: false}}
 ports: [{name: pg, port: 5432}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: db-2, namespace: shop, labels: {kubernetes.io/service-name: db, service.kubernetes.io/headless: ""}}
+addressType: IPv6
+endpoints: [{addresses: ["fd00:244::"]}]
+ports: [{name: pg, port: 5433}]
 ---
 apiVersion: v1
 kind: Service
@@ -48,7 +56,7 @@ spec: {type: ExternalName, externalName: mail.example}
 "#;
 
 /// The networks of [`MANIFEST`], each of which is a zone.
-const NETWORKS: [&str; 3] = ["10.96.0.0/16", "10.244.0.0/16", "fd00:10::/32"];
+const NETWORKS: [&str; 4] = ["10.96.0.0/16", "10.244.0.0/16", "fd00:10::/32", "fd00:244::/32"];
 
 #[test]
 fn given_manifests_when_asked_for_the_variables_of_a_namespace_then_only_cluster_ips_have_them() {
@@ -85,7 +93,7 @@ fn given_a_zone_of_each_kind_when_a_dns_server_loads_them_then_it_answers_as_a_c
 
     let server = DnsServer::start(&knotd, kdig, Site::new(1).backend(1), &zones);
 
-    let cases: [(&[&str], &[&str]); 15] = [
+    let cases: [(&[&str], &[&str]); 19] = [
         (&["web.shop.svc.cluster.local", "A"], &["10.96.0.10"]),
         (&["web.shop.svc.cluster.local", "AAAA"], &["fd00:10::10"]),
         (&["_http._tcp.web.shop.svc.cluster.local", "SRV"], &["0 100 80 web.shop.svc.cluster.local."]),
@@ -96,14 +104,22 @@ fn given_a_zone_of_each_kind_when_a_dns_server_loads_them_then_it_answers_as_a_c
         (&["db-2.db.shop.svc.cluster.local", "A"], &[]),
         (
             &["_pg._tcp.db.shop.svc.cluster.local", "SRV"],
-            &["0 100 5432 10-244-0-6.db.shop.svc.cluster.local.", "0 100 5432 db-0.db.shop.svc.cluster.local."],
+            &[
+                "0 100 5432 10-244-0-6.db.shop.svc.cluster.local.",
+                "0 100 5432 db-0.db.shop.svc.cluster.local.",
+                "0 100 5433 fd00-244--0.db.shop.svc.cluster.local.",
+            ],
         ),
+        (&["db.shop.svc.cluster.local", "AAAA"], &["fd00:244::"]),
+        (&["fd00-244--0.db.shop.svc.cluster.local", "AAAA"], &["fd00:244::"]),
+        (&["DB-0.db.Shop.svc.cluster.local", "A"], &["10.244.0.5"]),
         (&["mail.shop.svc.cluster.local", "CNAME"], &["mail.example."]),
         (&["dns-version.cluster.local", "TXT"], &["\"1.1.0\""]),
         (&["-x", "10.96.0.10"], &["web.shop.svc.cluster.local."]),
         (&["-x", "10.244.0.5"], &["db-0.db.shop.svc.cluster.local."]),
         (&["-x", "10.244.0.7"], &[]),
         (&["-x", "fd00:10::10"], &["web.shop.svc.cluster.local."]),
+        (&["-x", "fd00:244::"], &["fd00-244--0.db.shop.svc.cluster.local."]),
     ];
     for (question, answers) in cases {
         assert_eq!(server.ask(question), answers, "{question:?}");
