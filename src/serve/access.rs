@@ -7,12 +7,15 @@
 //! the queue is full the record is dropped and counted. The queue takes no lock but to wake a writer that waits, and
 //! that one waits again only after a rest: it is woken some dozen times a second, however much ends.
 
+use std::hash::BuildHasher;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
+
+use foldhash::quality::FixedState;
 
 use crate::name::ListenKey;
 use crate::plan::ListenerKind;
@@ -32,6 +35,8 @@ struct Tap {
     every: NonZeroU32,
     /// What has begun so far. Not counted where all are told of.
     begun: AtomicU64,
+    /// Says which one of each row it is.
+    places: FixedState,
 }
 
 /// A connection or flow that has ended: what a line of the access log tells.
@@ -79,43 +84,51 @@ pub(crate) struct Draft {
 }
 
 impl AccessTap {
-    /// A queue for so many records, and its other end. One record in `every` is made, the first one among them.
-    pub(crate) fn new(capacity: usize, every: NonZeroU32) -> (Self, Receiver<Option<AccessRecord>>) {
+    /// A queue for so many records, and its other end. Of `every` that begin in a row one is told of; which one, the seed
+    /// says.
+    pub(crate) fn new(capacity: usize, every: NonZeroU32, seed: u64) -> (Self, Receiver<Option<AccessRecord>>) {
         let (queue, records) = sync_channel(capacity);
-        (Self(Arc::new(Tap { queue, every, begun: AtomicU64::new(0) })), records)
+        let places = FixedState::with_seed(seed);
+        (Self(Arc::new(Tap { queue, every, begun: AtomicU64::new(0), places })), records)
     }
 
-    /// Begins a record now; `None` for what the sample leaves out.
+    /// True where the connection or flow that begins now is one that the sample takes.
+    ///
+    /// One of each row of so many, at a place that nobody can foresee: backends come by turns, and with a fixed place two of
+    /// them and a sample of one in two would have all lines tell of the same one.
+    pub(crate) fn takes_next(&self) -> bool {
+        let every = u64::from(self.0.every.get());
+        if every == 1 {
+            return true;
+        }
+        let number = self.0.begun.fetch_add(1, Ordering::Relaxed);
+        number % every == self.0.places.hash_one(number / every) % every
+    }
+
+    /// Begins a record now.
     pub(crate) fn draft(
         &self,
         client: SocketAddr,
         listen: ListenKey,
         kind: ListenerKind,
         port: &Arc<PortState>,
-    ) -> Option<Box<Draft>> {
-        self.is_next().then(|| {
-            Box::new(Draft {
-                tap: self.clone(),
-                client,
-                listen,
-                kind,
-                port: Arc::clone(port),
-                begun: Instant::now(),
-                tries: 0,
-                upstream: Tally::default(),
-                downstream: Tally::default(),
-            })
+    ) -> Box<Draft> {
+        Box::new(Draft {
+            tap: self.clone(),
+            client,
+            listen,
+            kind,
+            port: Arc::clone(port),
+            begun: Instant::now(),
+            tries: 0,
+            upstream: Tally::default(),
+            downstream: Tally::default(),
         })
     }
 
     /// Has the writer look at its orders, unless the queue is full: then it is awake, and does so anyway.
     pub(crate) fn nudge(&self) {
         let _ = self.0.queue.try_send(None);
-    }
-
-    fn is_next(&self) -> bool {
-        let every = u64::from(self.0.every.get());
-        every == 1 || self.0.begun.fetch_add(1, Ordering::Relaxed).is_multiple_of(every)
     }
 
     fn send(&self, record: AccessRecord) {
@@ -164,8 +177,8 @@ pub(crate) mod tests {
 
     pub(crate) const BACKEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), 8080);
 
-    /// The begin of a connection to `default/web:http`, if the sample takes it.
-    pub(crate) fn draft(tap: &AccessTap) -> Option<Box<Draft>> {
+    /// The begin of a connection to `default/web:http`.
+    pub(crate) fn draft(tap: &AccessTap) -> Box<Draft> {
         let service = ObjectName::new("default", "web");
         let port = Arc::new(PortState::new(ServicePortName::new(service, "http", Protocol::Tcp)));
         let listen = ListenKey::new([10, 96, 0, 10].into(), 80, Protocol::Tcp);
@@ -178,8 +191,8 @@ pub(crate) mod tests {
 
     #[test]
     fn given_an_end_when_told_then_the_record_has_what_the_draft_was_told() {
-        let (tap, records) = AccessTap::new(1, every(1));
-        let mut draft = draft(&tap).expect("all are told of");
+        let (tap, records) = AccessTap::new(1, every(1), 0);
+        let mut draft = draft(&tap);
         draft.tries = 2;
         draft.upstream += Tally { datagrams: 0, bytes: 7 };
 
@@ -192,7 +205,7 @@ pub(crate) mod tests {
 
     #[test]
     fn given_a_draft_when_it_is_dropped_then_nothing_is_told() {
-        let (tap, records) = AccessTap::new(1, every(1));
+        let (tap, records) = AccessTap::new(1, every(1), 0);
 
         drop(draft(&tap));
 
@@ -200,21 +213,35 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn given_a_sample_of_one_in_three_when_seven_begin_then_the_first_of_each_three_is_told_of() {
-        let (tap, _records) = AccessTap::new(1, every(3));
+    fn given_a_sample_of_one_in_three_when_many_begin_then_one_of_each_three_is_taken() {
+        for seed in 0..20 {
+            let (tap, _records) = AccessTap::new(1, every(3), seed);
+            for _ in 0..100 {
+                assert_eq!([(); 3].map(|()| tap.takes_next()).into_iter().filter(|taken| *taken).count(), 1, "{seed}");
+            }
+        }
+    }
 
-        let told = [(); 7].map(|()| draft(&tap).is_some());
+    #[test]
+    fn given_a_sample_as_large_as_the_round_of_backends_when_many_begin_then_each_backend_has_its_part_of_the_lines() {
+        let (tap, _records) = AccessTap::new(1, every(2), 7);
+        let mut lines = [0_u32; 2];
 
-        assert_eq!(told, [true, false, false, true, false, false, true]);
+        for number in 0..10_000 {
+            lines[number % 2] += u32::from(tap.takes_next()); // By turns, as round robin picks.
+        }
+
+        assert_eq!(lines[0] + lines[1], 5_000);
+        assert!(lines.iter().all(|count| (2_300..2_700).contains(count)), "{lines:?}");
     }
 
     #[test]
     fn given_a_full_queue_when_more_ends_then_nobody_waits_and_the_rest_is_counted() {
-        let (tap, records) = AccessTap::new(2, every(1));
+        let (tap, records) = AccessTap::new(2, every(1), 0);
         let before = PROCESS.access_log_dropped.get();
 
         for _ in 0..5 {
-            draft(&tap).expect("all are told of").turned_away(DropReason::EjectedAll);
+            draft(&tap).turned_away(DropReason::EjectedAll);
         }
         tap.nudge();
 

@@ -331,10 +331,10 @@ impl FlowTable {
         }
     }
 
-    /// The shell has a socket for the flow: it begins to count.
-    pub fn opened(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        let Leg::Opening { begun } = flow.leg else { return };
+    /// The shell has a socket for the flow: it begins to count. False where it did before, with another backend.
+    pub fn opened(&mut self, id: FlowId) -> bool {
+        let Some(flow) = self.flows.get_mut(id) else { return false };
+        let Leg::Opening { begun } = flow.leg else { return false };
         flow.leg = Leg::Open;
         let (service, backend) = (&flow.choice.port.stats, &flow.choice.backend.stats);
         if !begun {
@@ -342,6 +342,7 @@ impl FlowTable {
         }
         backend.flows.increment();
         backend.active_flows.increment();
+        !begun
     }
 
     /// Has an access log told of the end of the way to the flow's backend, in place of an earlier backend's; `None`: not.
@@ -354,7 +355,8 @@ impl FlowTable {
         }
     }
 
-    /// Where to add what the flow moves, if an access log is to be told of it.
+    /// Where to add what the flow moves, if an access log is to be told of it. After its end with one backend, and until it
+    /// has another one, what it told is still there.
     pub(crate) fn draft_mut(&mut self, id: FlowId) -> Option<&mut Draft> {
         self.flows.get_mut(id)?.draft.as_deref_mut()
     }

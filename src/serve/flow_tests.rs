@@ -252,9 +252,10 @@ fn t190_given_a_flow_that_parts_when_nobody_is_left_or_its_pod_is_gone_then_it_w
 #[test]
 fn t190_given_an_access_log_when_a_flow_parts_and_its_client_asks_again_then_two_flows_are_told_of() {
     let (mut bench, [gone, kept]) = (Bench::new(8), [1, 2].map(Bench::backend));
-    let (tap, records) = AccessTap::new(8, NonZeroU32::MIN);
+    let (tap, records) = AccessTap::new(8, NonZeroU32::MIN, 0);
     let listen = ListenKey::new([10, 96, 0, 10].into(), 53, Protocol::Udp);
-    let draft = |port: &Arc<PortState>| tap.draft(([10, 9, 0, 1], 1000).into(), listen, ListenerKind::ClusterIp, port);
+    let client = ([10, 9, 0, 1], 1000).into();
+    let draft = |port: &Arc<PortState>| Some(tap.draft(client, listen, ListenerKind::ClusterIp, port));
     let flow = bench.flow("10.9.0.1:1000", &gone);
     bench.table.tell(flow, draft(&bench.port));
     bench.sweep(|_| Fate::Parts);
@@ -265,6 +266,22 @@ fn t190_given_an_access_log_when_a_flow_parts_and_its_client_asks_again_then_two
 
     let told = records.try_iter().flatten().map(|record| (record.tries, record.reason));
     assert_eq!(told.collect::<Vec<_>>(), [(1, "endpoint_removed"), (1, "idle_unreplied")]);
+}
+
+#[test]
+fn t188_given_a_flow_whose_backend_refuses_when_it_has_another_then_it_did_not_begin_again() {
+    let (mut bench, [gone, next]) = (Bench::new(8), [1, 2].map(Bench::backend));
+    let client = "10.9.0.1:1000".parse().expect("an address");
+    let choice = bench.choose(&gone);
+    let verdict = bench.table.on_datagram(bench.listener, client, bench.now, |_| Ok(choice.clone()));
+    let Verdict::Open { flow, .. } = verdict else { panic!("{verdict:?}") };
+    assert!(bench.table.opened(flow));
+
+    bench.table.on_refused(flow, CloseReason::Refused, bench.now);
+    let choice = bench.choose(&next);
+    bench.table.on_datagram(bench.listener, client, bench.now, |_| Ok(choice.clone()));
+
+    assert!(!bench.table.opened(flow), "a sample has decided about it before");
 }
 
 #[test]
@@ -422,7 +439,7 @@ fn t195_f18_given_a_sweep_of_spoofed_sources_when_they_flood_the_table_then_it_k
             bench.table.expire(bench.now, |_| {});
         }
         match bench.table.on_datagram(listener, client, bench.now, |_| Ok(choice.clone())) {
-            Verdict::Open { flow, .. } => bench.table.opened(flow),
+            Verdict::Open { flow, .. } => _ = bench.table.opened(flow),
             verdict => panic!("{client}: {verdict:?}"),
         }
         most = most.max(bench.table.count());

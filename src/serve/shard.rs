@@ -267,9 +267,12 @@ impl Shard {
         self.upstreams.close(flow); // To a backend that it has parted with.
         match self.connect(flow, choice.backend.address) {
             Ok(()) => {
-                self.table.opened(flow);
+                let begins = self.table.opened(flow);
                 if let Some(tap) = &self.access_log {
-                    self.table.tell(flow, tap.draft(client, visit.key, visit.target.kind, &choice.port));
+                    // A sample takes a flow whole: there is a line for each of its backends, or for none.
+                    let is_told = if begins { tap.takes_next() } else { self.table.draft_mut(flow).is_some() };
+                    let draft = is_told.then(|| tap.draft(client, visit.key, visit.target.kind, &choice.port));
+                    self.table.tell(flow, draft);
                 }
                 debug!(service = %choice.port.name, listen = %visit.key, %client, backend = %choice.backend.address, "flow opened");
                 Some(flow)
@@ -366,6 +369,7 @@ impl Shard {
             }
         }
         if let Some(reason) = lost {
+            self.answer(); // What came before is the flow's: it is counted before its end is.
             self.refuse(flow, reason, now);
         }
     }

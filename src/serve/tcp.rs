@@ -386,7 +386,8 @@ impl Server {
         let port = &target.port;
         port.stats.accepted.increment();
         let access_log = self.shared.access_log.as_ref();
-        let draft = access_log.and_then(|tap| tap.draft(peer, self.key, target.kind, port));
+        let told = access_log.filter(|tap| tap.takes_next());
+        let draft = told.map(|tap| tap.draft(peer, self.key, target.kind, port));
         let balancer = match target.balancer_for(peer.ip()) {
             Ok(balancer) => Arc::clone(balancer),
             Err(reason) => return turn_away(&socket, peer, port, reason, draft.as_deref()),
@@ -411,13 +412,16 @@ struct Guest<S: AsFd> {
     entry: Entry,
     /// Why, if it comes to that: that the task was cancelled, as long as nobody says otherwise.
     reason: DropReason,
+    /// Backends that were tried.
+    tries: u32,
     /// What an access log is told at the end.
     draft: Option<Box<Draft>>,
 }
 
 impl Guest<OwnedFd> {
     fn new(client: OwnedFd, peer: SocketAddr, port: &Arc<PortState>, entry: Entry) -> Self {
-        Self { client: Some(client), peer, port: Arc::clone(port), entry, reason: DropReason::Drain, draft: None }
+        let port = Arc::clone(port);
+        Self { client: Some(client), peer, port, entry, reason: DropReason::Drain, tries: 0, draft: None }
     }
 
     /// Has the worker of this thread watch the client; `None` where the kernel takes no more.
@@ -432,6 +436,7 @@ impl Guest<OwnedFd> {
                     port,
                     entry: self.entry,
                     reason: self.reason,
+                    tries: self.tries,
                     draft,
                 })
             }
@@ -444,11 +449,21 @@ impl Guest<OwnedFd> {
     }
 }
 
+impl<S: AsFd> Guest<S> {
+    /// What an access log is to be told, up to here.
+    fn take_draft(&mut self) -> Option<Box<Draft>> {
+        let mut draft = self.draft.take()?;
+        draft.tries = self.tries;
+        Some(draft)
+    }
+}
+
 impl<S: AsFd> Drop for Guest<S> {
     fn drop(&mut self) {
+        let draft = self.take_draft();
         if let Some(client) = &self.client {
             let reason = if panicking() { DropReason::Panic } else { self.reason };
-            turn_away(client, self.peer, &self.port, reason, self.draft.as_deref());
+            turn_away(client, self.peer, &self.port, reason, draft.as_deref());
         }
     }
 }
@@ -576,21 +591,18 @@ fn serve(
 /// Reaches a backend, unless the client goes away meanwhile.
 async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpShared>) -> Option<Connection> {
     let mut guest = guest.register()?;
-    let (client, source, mut tries) = (guest.client.as_ref()?, guest.peer.ip(), 0);
+    let (client, source) = (guest.client.as_ref()?, guest.peer.ip());
     let reached = select! {
         biased;
-        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect, &mut tries) => reached,
+        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect, &mut guest.tries) => reached,
         _ = client.broken() => Err(DropReason::ClientAbort),
     };
-    if let Some(draft) = &mut guest.draft {
-        draft.tries = tries;
-    }
     match reached {
         Ok(Reached { backend, stream }) => {
             let client = guest.client.take()?;
             set_if_they_last(&client, &stream, shared.options.if_lasting());
             let mut connection = Connection::open(client, stream, backend, guest.entry);
-            connection.tell(guest.draft.take());
+            connection.tell(guest.take_draft());
             let limits = shared.options.limits;
             let own = balancer.tcp_settings().map(|settings| limits.of_service(&settings));
             Some(match own.filter(|own| *own != limits) {
