@@ -2,21 +2,23 @@
 //!
 //! What the data plane tells of an end is `serve::access`, how a line looks is `access_line`. Here is the file: opened
 //! at the start, opened anew when somebody has moved it away (logrotate), tried again while it cannot be written.
-//! Meanwhile the queue fills, and what does not fit is dropped and counted: traffic never waits for a disk.
+//! Meanwhile the queue fills, and what does not fit is dropped and counted: traffic never waits for a disk, and nobody
+//! waits for whoever reads a pipe.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::num::NonZeroU32;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::thread::{self, Thread};
 use std::time::{Duration, SystemTime};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -35,6 +37,8 @@ const BATCH_BYTES: usize = 64 * 1024;
 const REST: Duration = Duration::from_millis(20);
 /// The pause before what could not be written is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How long a full pipe may stay so before that is a failure; its reader may be busy.
+const PIPE_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 /// How long the last lines may take at the end of the process: whoever reads them through a pipe may have stopped.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// Clients' addresses are not for everybody on this machine.
@@ -156,9 +160,16 @@ impl AccessOutput {
     fn open(&self) -> io::Result<File> {
         match self {
             Self::Stdout => Ok(io::stdout().as_fd().try_clone_to_owned()?.into()),
-            Self::File(path) => OpenOptions::new().append(true).create(true).mode(MODE).open(path),
+            Self::File(path) => open(path),
         }
     }
+}
+
+/// Waits for nobody. A named pipe is opened for both ways, as the kernel then takes lines before there is a reader, and
+/// while it is replaced; for one way alone it would wait for a reader, or refuse.
+fn open(path: &Path) -> io::Result<File> {
+    let is_pipe = fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo());
+    OpenOptions::new().read(is_pipe).append(true).create(true).mode(MODE).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 impl From<PathBuf> for AccessOutput {
@@ -227,16 +238,31 @@ impl Writer {
     /// Writes what waits: as much as the queue holds, so that orders are looked at now and then however much comes.
     fn write(&mut self) -> io::Result<()> {
         if self.failing {
-            self.pending.write_to(&mut self.file)?; // Nothing more is taken before this is gone.
+            self.flush()?; // Nothing more is taken before this is gone.
         }
         for _ in 0..QUEUE {
             let Ok(entry) = self.queue.try_recv() else { break };
             self.take(entry);
             if self.pending.bytes.len() >= BATCH_BYTES {
-                self.pending.write_to(&mut self.file)?;
+                self.flush()?;
             }
         }
-        self.pending.write_to(&mut self.file)
+        self.flush()
+    }
+
+    /// Writes what is encoded, however slowly a pipe is read; one that nobody reads for a time is a failure.
+    fn flush(&mut self) -> io::Result<()> {
+        loop {
+            match self.pending.write_to(&mut self.file) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.has_room_soon() => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn has_room_soon(&self) -> bool {
+        let mut pipe = [PollFd::new(&self.file, PollFlags::OUT)];
+        poll(&mut pipe, Some(&PIPE_PATIENCE)).is_ok_and(|ready| ready > 0)
     }
 
     fn take(&mut self, entry: Option<AccessRecord>) {
@@ -334,10 +360,11 @@ impl Pending {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::io::{BufRead, BufReader};
     use std::os::unix::fs::{PermissionsExt, symlink};
-    use std::path::Path;
     use std::time::Instant;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
 
     use super::*;
     use crate::serve::access::tests::{BACKEND, draft};
@@ -483,6 +510,58 @@ mod tests {
         assert!(line_count(&path) >= QUEUE, "what the queue held was lost");
         let text = fs::read_to_string(&path).expect("a file");
         assert!(text.lines().all(|line| line.starts_with('{') && line.ends_with('}')), "torn lines");
+    }
+
+    /// A named pipe that nobody reads.
+    fn pipe(folder: &Path) -> PathBuf {
+        let path = folder.join("access.pipe");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a folder of the test's own");
+        path
+    }
+
+    #[tokio::test]
+    async fn given_a_pipe_without_a_reader_when_started_then_nobody_waits_and_a_later_reader_has_all_lines() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = pipe(folder.path());
+
+        let log = log(&path);
+        (0..20).for_each(|_| tell(&log));
+        let reader = File::options().read(true).write(true).open(&path).expect("a pipe");
+        let lines: Vec<_> = BufReader::new(reader).lines().take(20).collect();
+        log.end().await;
+
+        assert!(lines.iter().flatten().all(|line| line.starts_with('{') && line.ends_with('}')), "{lines:?}");
+    }
+
+    #[tokio::test]
+    async fn given_a_pipe_that_nobody_reads_when_it_is_full_then_lines_are_dropped_and_the_end_does_not_wait_for_ever()
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = log(&pipe(folder.path()));
+        let before = PROCESS.access_log_dropped.get();
+
+        // More than pipe and queue hold, whatever the writer has taken meanwhile.
+        (0..3 * QUEUE).for_each(|_| tell(&log));
+        let dropped = PROCESS.access_log_dropped.get() - before;
+        let begin = Instant::now();
+        log.end().await;
+
+        assert!(dropped > 0, "a full queue was not noticed");
+        assert!(begin.elapsed() < DEADLINE, "{:?}", begin.elapsed());
+    }
+
+    #[tokio::test]
+    async fn given_a_pipe_that_is_read_slowly_when_more_ends_than_it_holds_then_each_line_is_whole_and_in_its_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = pipe(folder.path());
+        let (log, reader) = (log(&path), File::options().read(true).write(true).open(&path).expect("a pipe"));
+
+        // Several times what the pipe holds, and no more than the queue does.
+        (0..QUEUE / 2).for_each(|_| tell(&log));
+        let lines: Vec<_> = BufReader::with_capacity(512, reader).lines().take(QUEUE / 2).collect();
+        log.end().await;
+
+        assert!(lines.iter().flatten().all(|line| line.starts_with('{') && line.ends_with('}')), "torn lines");
     }
 
     #[test]
