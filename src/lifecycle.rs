@@ -155,11 +155,6 @@ impl Signals {
         }
         request
     }
-
-    /// Waits for a request to end now; others are passed over.
-    pub async fn stop(&mut self) {
-        while self.next().await != Request::Stop {}
-    }
 }
 
 /// `asked_before`: how long ago somebody asked to end.

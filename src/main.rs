@@ -182,8 +182,25 @@ fn available_parallelism_or_one() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
+/// From the first listener to the last connection, and to the last line of the access log, however it ends.
+async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+    let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
+    let outcome = relay(config, workers, open_files, access_log.as_ref()).await;
+    if let Some(access_log) = access_log {
+        access_log.end().await;
+    }
+    outcome?;
+    info!("stopped");
+    Ok(())
+}
+
 /// From the first listener to the last connection.
-async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+async fn relay(
+    mut config: RunConfig,
+    workers: usize,
+    open_files: Option<u64>,
+    access_log: Option<&AccessLog>,
+) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     let hosts = Hosts::follow().await;
     if config.source.is_cluster() {
@@ -195,9 +212,8 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     advise_on_node_ports(&place);
     let readiness = Readiness::blocked_by(&[SOURCE, LISTENERS]);
     let host = place.hosts.now();
-    let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
     let mut options = config.relay_options(&host);
-    options.access_log = access_log.as_ref().map(AccessLog::tap);
+    options.access_log = access_log.map(AccessLog::tap);
     let relay = Relay::start(options).context("cannot start the relay")?;
     let own_servers = OwnServers::of(&config);
     let admin = admin::start(own_servers.on(&host), relay.status(), readiness.clone(), relay.health()).await?;
@@ -210,21 +226,17 @@ async fn serve(mut config: RunConfig, workers: usize, open_files: Option<u64>) -
     let source = follow(&config, place.clone(), &relay, admin.unbound(), &reload, &stop).await?;
     let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
     let times = tokio::select! {
-        times = end(&mut signals, &config, &reload, access_log.as_ref()) => times,
+        times = end(&mut signals, &config, &reload, access_log) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
         () = panicked(source) => bail!("the source task has panicked, no change is followed any more"),
     };
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
-    lifecycle::shut_down(&relay, &readiness, times, signals.stop()).await;
+    lifecycle::shut_down(&relay, &readiness, times, hurry(&mut signals, access_log)).await;
     relay.leave_addresses().await;
-    if let Some(access_log) = access_log {
-        access_log.end().await;
-    }
     watching.abort();
     stop.cancel();
     admin.abort();
-    info!("stopped");
     Ok(())
 }
 
@@ -296,6 +308,17 @@ async fn end(
             }
             Request::Drain => return config.shutdown,
             Request::Stop => return ShutdownTimes::NONE,
+        }
+    }
+}
+
+/// Waits for a signal to end now. A drain may take long: the access log's file may be moved away meanwhile.
+async fn hurry(signals: &mut Signals, access_log: Option<&AccessLog>) {
+    loop {
+        match (signals.next().await, access_log) {
+            (Request::Stop, _) => return,
+            (Request::Reload, Some(access_log)) => access_log.reopen(),
+            (Request::Reload | Request::Drain, _) => {}
         }
     }
 }

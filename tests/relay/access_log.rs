@@ -1,5 +1,6 @@
 //! The access log: a line for each end, with what went each way and the word that counted it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use std::time::Duration;
 use kube_relay::access_log::{AccessFormat, AccessLog, AccessLogOptions};
 use kube_relay::control::RelayOptions;
 use kube_relay::serve::flow::IdleTimes;
+use kube_relay::stats::CloseReason;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -255,4 +257,99 @@ async fn given_a_program_whose_file_was_moved_away_when_it_gets_sighup_then_it_g
 
     assert_eq!(read(&moved).len(), 1);
     assert_eq!(program.metric("kuberelay_access_log_dropped_total", &[]), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_flow_that_is_open_when_the_relay_is_drained_then_its_line_is_written_before_the_end() {
+    let site = Site::new(80);
+    let _backend = Talker::start(site.backend(1), Talk::Echo).await;
+    let manifest = Manifest::new(site).udp().endpoints([site.backend(1)]);
+    let idle = Duration::from_secs(60);
+    let Logging { relay, log, path, _folder } = Logging::start_with(site, manifest, 1, idle).await;
+    let caller = Caller::new(site.service()).await;
+    caller.exchange(b"hello").await.expect("an answer");
+
+    relay.stop_accepting().await;
+    relay.drain(Duration::ZERO).await;
+    log.end().await;
+
+    let lines = read(&path);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!((lines[0]["reason"].as_str(), &lines[0]["downstream_bytes"]), (Some("drain"), &Value::from(5)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_sample_when_flows_go_to_a_second_backend_then_each_has_the_lines_of_both_or_none() {
+    let site = Site::new(81);
+    let idle = Duration::from_secs(60);
+    let manifest = Manifest::new(site).udp().endpoints([site.backend(1)]);
+    let Logging { relay, log, path, _folder } = Logging::start_with(site, manifest, 2, idle).await;
+    let backend = relay.backend("web", site.backend(1));
+    let mut callers = Vec::new();
+    for _ in 0..8 {
+        callers.push(Caller::new(site.service()).await);
+    }
+
+    for caller in &callers {
+        caller.send(b"who?").await.expect("the port is open"); // Nobody is there: the kernel says so.
+    }
+    relay.until("all to be refused", |_| backend.stats.closed.get(CloseReason::Refused) == 8).await;
+    let _backend = Talker::start(site.backend(1), Talk::Silent).await;
+    for caller in &callers {
+        caller.send(b"who?").await.expect("the port is open");
+    }
+    relay.until("all to go on", |_| backend.stats.active_flows.get() == 8).await;
+    relay.stop_accepting().await;
+    relay.drain(Duration::ZERO).await;
+    log.end().await;
+
+    let mut lines = BTreeMap::<_, Vec<_>>::new();
+    for line in read(&path) {
+        lines.entry(line["client"].to_string()).or_default().push(line["tries"].clone());
+    }
+    assert_eq!(lines.len(), 4, "one flow in two: {lines:?}");
+    assert!(lines.values().all(|tries| *tries == [Value::from(1), Value::from(2)]), "{lines:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_program_that_drains_when_it_gets_sighup_then_its_last_lines_go_to_another_file() {
+    let site = Site::new(82);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let (path, moved) = (folder.path().join("access.log"), folder.path().join("access.log.1"));
+    let _backend = Backend::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).tcp().endpoints([site.backend(1)]);
+    let program = Program::start(site, manifest, |command| _ = command.arg("--access-log").arg(&path)).await;
+    let mut stream = client::connect(site.service()).await.expect("the Service answers");
+    client::ask_on(&mut stream).await.expect("a backend answers");
+    let pid = Pid::from_raw(program.pid().cast_signed()).expect("a process has a number");
+
+    kill_process(pid, Signal::TERM).expect("our own child can be signalled");
+    program.until("it to drain", |_| std::net::TcpStream::connect(site.service()).is_err()).await;
+    fs::rename(&path, &moved).expect("the test's folder can be written");
+    kill_process(pid, Signal::HUP).expect("our own child can be signalled");
+    program.until("another file", |_| path.exists()).await;
+    drop(stream);
+
+    program.until("the last line", |_| read(&path).len() == 1).await;
+    assert_eq!(read(&moved).len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_standard_output_that_nobody_reads_when_many_connections_end_then_all_are_served() {
+    let site = Site::new(83);
+    let _backend = Backend::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).tcp().endpoints([site.backend(1)]);
+    let (read_end, write_end) = std::io::pipe().expect("a pipe");
+    drop(read_end);
+    let program = Program::start(site, manifest, |command| {
+        _ = command.args(["--access-log", "-"]).stdout(write_end);
+    })
+    .await;
+
+    for _ in 0..20 {
+        exchange(&mut client::connect(site.service()).await.expect("the Service answers")).await;
+    }
+
+    let closed = "kuberelay_closed_total";
+    program.until("all to end", |program| program.metric(closed, &["reason=\"finished\""]) == 20).await;
 }
