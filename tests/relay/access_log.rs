@@ -324,7 +324,7 @@ async fn given_a_program_that_drains_when_it_gets_sighup_then_its_last_lines_go_
     let pid = Pid::from_raw(program.pid().cast_signed()).expect("a process has a number");
 
     kill_process(pid, Signal::TERM).expect("our own child can be signalled");
-    program.until("it to drain", |_| std::net::TcpStream::connect(site.service()).is_err()).await;
+    program.until("it to drain", |program| program.page("/readyz").is_err()).await;
     fs::rename(&path, &moved).expect("the test's folder can be written");
     kill_process(pid, Signal::HUP).expect("our own child can be signalled");
     program.until("another file", |_| path.exists()).await;
