@@ -1,4 +1,4 @@
-//! Asks the admin server of a kube-relay that runs elsewhere: `status` does, and whoever finds a port taken.
+//! Asks the admin server of a kube-relay that runs elsewhere: `status` and `top` do, and whoever finds a port taken.
 //!
 //! Answering is `admin`; both sides share the line by which a kube-relay names itself.
 
@@ -12,10 +12,13 @@ use hyper::body::Bytes;
 use hyper::header::{HOST, SERVER};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::live::LiveReport;
+use crate::name::ObjectName;
+use crate::summary::{Closeup, Summary};
 
 /// How long a neighbour on a taken port may take to name itself: it is on this machine.
 const INTRODUCTION: Duration = Duration::from_millis(200);
@@ -79,11 +82,38 @@ pub enum AskError {
 
 /// What the kube-relay at this address serves.
 pub async fn status(server: SocketAddr) -> Result<LiveReport, AskError> {
-    let answer = timeout(PATIENCE, get(server, "/status")).await.map_err(|_| AskError::Timeout { server })??;
-    if answer.status != StatusCode::OK {
-        return Err(AskError::Stranger { server, status: answer.status });
+    ask(server, "/status").await?.read(server)
+}
+
+/// The same at a glance: a line for each Service.
+pub async fn summary(server: SocketAddr) -> Result<Summary, AskError> {
+    ask(server, "/status?summary").await?.read(server)
+}
+
+/// One Service with all that is known of it; `None` where the kube-relay has none of that name.
+pub async fn closeup(server: SocketAddr, name: &ObjectName) -> Result<Option<Closeup>, AskError> {
+    let answer = ask(server, &path_of(name)).await?;
+    let is_ours = answer.introduction.as_deref().and_then(pid_in).is_some();
+    if answer.status == StatusCode::NOT_FOUND && is_ours {
+        return Ok(None);
     }
-    serde_json::from_slice(&answer.body).map_err(|source| AskError::Shape { server, source })
+    answer.read(server).map(Some)
+}
+
+/// Names are letters, digits, dashes and dots. What else one may have is spelled out, so that it stays one name.
+fn path_of(name: &ObjectName) -> String {
+    let mut path = "/status".to_owned();
+    for part in [&name.namespace, &name.name] {
+        path.push('/');
+        for byte in part.bytes() {
+            match byte {
+                b'-' | b'.' => path.push(char::from(byte)),
+                _ if byte.is_ascii_alphanumeric() => path.push(char::from(byte)),
+                _ => path.push_str(&format!("%{byte:02X}")),
+            }
+        }
+    }
+    path
 }
 
 /// The process id of the kube-relay whose admin server has this address; `None` where it is somebody else's.
@@ -108,12 +138,25 @@ struct Answer {
     body: Bytes,
 }
 
-async fn get(server: SocketAddr, path: &'static str) -> Result<Answer, AskError> {
+impl Answer {
+    fn read<T: DeserializeOwned>(&self, server: SocketAddr) -> Result<T, AskError> {
+        if self.status != StatusCode::OK {
+            return Err(AskError::Stranger { server, status: self.status });
+        }
+        serde_json::from_slice(&self.body).map_err(|source| AskError::Shape { server, source })
+    }
+}
+
+async fn ask(server: SocketAddr, path: &str) -> Result<Answer, AskError> {
+    timeout(PATIENCE, get(server, path)).await.map_err(|_| AskError::Timeout { server })?
+}
+
+async fn get(server: SocketAddr, path: &str) -> Result<Answer, AskError> {
     let stream = TcpStream::connect(server).await.map_err(|source| AskError::Connect { server, source })?;
     let http = |source| AskError::Http { server, source };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
     let request = Request::get(path).header(HOST, server.to_string()).body(Empty::<Bytes>::new());
-    let request = request.expect("a fixed path and an address make a request");
+    let request = request.expect("plain letters and an address make a request");
     let exchange = async {
         let response = sender.send_request(request).await.map_err(http)?;
         let introduction = response.headers().get(SERVER).and_then(|name| name.to_str().ok()).map(str::to_owned);
@@ -174,6 +217,23 @@ mod tests {
         assert!(matches!(status(web).await, Err(AskError::Stranger { status: StatusCode::NOT_FOUND, .. })));
         assert!(matches!(status(other).await, Err(AskError::Shape { .. })));
         assert!(matches!(status(ssh).await, Err(AskError::Http { .. })));
+    }
+
+    #[tokio::test]
+    async fn given_no_such_service_when_asked_then_a_kube_relay_is_believed_and_another_program_is_not() {
+        let name = ObjectName::parse("shop/web");
+        let relay =
+            stranger(b"HTTP/1.1 404 Not Found\r\nserver: kube-relay/0.1.0 (pid 7)\r\ncontent-length: 0\r\n\r\n").await;
+        let other = stranger(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
+
+        assert!(matches!(closeup(relay, &name).await, Ok(None)));
+        assert!(matches!(closeup(other, &name).await, Err(AskError::Stranger { .. })));
+    }
+
+    #[test]
+    fn given_any_name_when_asked_for_then_the_path_has_two_parts_of_plain_letters() {
+        assert_eq!(path_of(&ObjectName::new("shop", "web-1.v2")), "/status/shop/web-1.v2");
+        assert_eq!(path_of(&ObjectName::new("a b", "../x?\r\n/ż")), "/status/a%20b/..%2Fx%3F%0D%0A%2F%C5%BC");
     }
 
     #[tokio::test]

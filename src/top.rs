@@ -1,9 +1,9 @@
 //! `kube-relay top`: which Service of a running kube-relay does what, as a table that moves.
 //!
 //! Here is what it shows at a moment, what a key does to that, and the one answer of `top --once`. All of it is pure but
-//! the asking, which is `peer`'s. What was asked is a [`reading::Reading`], two of them make rates in [`board`], [`order`]
-//! and [`view`] are how the reader sees them, [`mod@column`] what a row says, [`plain`] the text without a screen; `screen`
-//! draws, and `session` has the terminal.
+//! the asking, which is `peer`'s: for a line about each Service, and for the backends of the one that is looked at. What was
+//! answered is a [`mod@reading`], two of them make rates in [`board`], [`order`] and [`view`] are how the reader sees them,
+//! [`mod@column`] what a row says, [`plain`] the text without a screen; `screen` draws, and `session` has the terminal.
 
 pub mod board;
 pub mod column;
@@ -25,9 +25,9 @@ pub use session::{SessionError, run};
 
 use crate::name::ObjectName;
 use crate::peer::{self, AskError};
-use board::Board;
+use board::{Board, Closeup, ServiceLine};
 use order::{Sort, arranged};
-use reading::Reading;
+use reading::{CloseReading, Reading};
 use view::{Key, Outcome, Place, View};
 
 /// Time between two questions, unless told otherwise.
@@ -72,15 +72,25 @@ pub enum OnceError {
 /// Nobody answers, or there is no such Service.
 pub async fn once(options: &TopOptions) -> Result<String, OnceError> {
     let mut top = Top::new(options);
-    let begun = Instant::now();
-    top.hear(Reading::of(peer::status(options.server).await?), begun);
+    ask(&mut top).await?;
     tokio::time::sleep(options.interval).await;
-    top.hear(Reading::of(peer::status(options.server).await?), Instant::now());
+    ask(&mut top).await?;
     match (plain::text(&top), &options.service) {
         (Some(text), _) => Ok(text),
         (None, Some(name)) => Err(OnceError::NoService { server: options.server, name: name.clone() }),
         (None, None) => Ok(String::new()),
     }
+}
+
+async fn ask(top: &mut Top) -> Result<(), AskError> {
+    let begun = Instant::now();
+    top.hear(Reading::of(peer::summary(top.server).await?), begun);
+    if let Some(name) = top.wanted() {
+        let begun = Instant::now();
+        let closeup = peer::closeup(top.server, &name).await?;
+        top.hear_closely(&name, closeup.as_ref().map(CloseReading::of), begun);
+    }
+    Ok(())
 }
 
 /// How the relay does that is asked.
@@ -136,6 +146,21 @@ impl Top {
         }
     }
 
+    /// The relay has answered about one Service; `None`: it has none of that name. What is looked at for the first time is
+    /// shown though nothing moves.
+    pub fn hear_closely(&mut self, name: &ObjectName, reading: Option<CloseReading>, at: Instant) {
+        let name = reading::printable(&name.to_string());
+        if self.view.service.as_ref() == Some(&name) && (!self.view.paused || self.closeup().is_none()) {
+            self.board.take_closely(&name, reading, at);
+            self.arrange();
+        }
+    }
+
+    /// The Service that is to be asked for, besides the lines about all.
+    pub fn wanted(&self) -> Option<ObjectName> {
+        self.view.service.as_deref().map(ObjectName::parse)
+    }
+
     /// The relay has not answered.
     pub fn miss(&mut self, why: String, at: Instant) {
         let since = match self.link {
@@ -152,18 +177,27 @@ impl Top {
             Some(_) => Place { count: self.backend_count(), page, selected: None },
         };
         let outcome = self.view.press(key, &place);
+        if self.view.service.is_none() {
+            self.board.closeup = None; // Nobody asks for it any more: it would be old when it is opened again.
+        }
         self.arrange();
         outcome
     }
 
-    /// The Service that is looked at alone; `None` where all are, and where it is gone.
-    pub fn service(&self) -> Option<&board::ServiceLine> {
+    /// The line of the Service that is looked at alone; `None` where all are, and where it is gone.
+    pub fn service(&self) -> Option<&ServiceLine> {
         let name = self.view.service.as_deref()?;
         self.board.services.iter().find(|service| service.reading.name == name)
     }
 
+    /// That Service with its backends; `None` where all are looked at, and before the relay has answered.
+    pub fn closeup(&self) -> Option<&Closeup> {
+        let name = self.view.service.as_deref()?;
+        self.board.closeup.as_ref().filter(|closeup| closeup.name == name)
+    }
+
     fn backend_count(&self) -> usize {
-        self.service().map_or(0, |service| service.backends.len())
+        self.closeup().map_or(0, |closeup| closeup.backends.len())
     }
 
     fn selected_service(&self) -> Option<&str> {
@@ -191,9 +225,12 @@ impl Top {
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use super::*;
-    use crate::live::{LiveReport, sample};
+    use crate::live::sample;
     use crate::status::Status;
+    use crate::summary::{self, Summary};
 
     fn options() -> TopOptions {
         TopOptions {
@@ -206,7 +243,14 @@ mod tests {
     }
 
     fn reading(status: &Status) -> Reading {
-        Reading::of(LiveReport::of(status))
+        Reading::of(Summary::of(status, UNIX_EPOCH))
+    }
+
+    /// Has it asked for what it wants.
+    fn look_closely(top: &mut Top) {
+        let name = top.wanted().expect("one Service is looked at");
+        let closeup = summary::Closeup::of(&sample::status(), &name, UNIX_EPOCH);
+        top.hear_closely(&name, closeup.as_ref().map(CloseReading::of), Instant::now());
     }
 
     fn names(top: &Top) -> Vec<&str> {
@@ -264,13 +308,35 @@ mod tests {
 
         top.press(Key::Enter, 10);
         assert_eq!(top.service().map(|service| service.reading.name.as_str()), Some("default/web"));
+        assert_eq!(top.backend_count(), 0, "it was not asked for yet");
+        look_closely(&mut top);
         assert_eq!(top.backend_count(), 2);
         top.press(Key::Down, 10);
         assert_eq!(top.view.backends.row, 1);
 
         assert_eq!(top.press(Key::Escape, 10), Outcome::Stay);
-        assert!(top.service().is_none());
+        assert!(top.service().is_none() && top.wanted().is_none() && top.board.closeup.is_none());
         assert_eq!(top.press(Key::Escape, 10), Outcome::Quit);
+    }
+
+    #[test]
+    fn given_an_answer_about_a_service_that_was_left_when_heard_then_it_is_nobodys() {
+        let mut top = Top::new(&options());
+        top.hear(reading(&sample::status()), Instant::now());
+
+        top.hear_closely(&ObjectName::parse("web"), Some(CloseReading::default()), Instant::now());
+
+        assert!(top.board.closeup.is_none());
+    }
+
+    #[test]
+    fn given_a_service_that_is_gone_when_looked_at_then_that_is_known_and_there_is_no_line() {
+        let mut top = Top::new(&TopOptions { service: Some(ObjectName::parse("shop/nobody")), ..options() });
+        top.hear(reading(&sample::status()), Instant::now());
+
+        look_closely(&mut top);
+
+        assert!(top.service().is_none() && top.closeup().is_some_and(|closeup| !closeup.is_there));
     }
 
     #[test]
@@ -294,6 +360,10 @@ mod tests {
 
         top.hear(reading(&Status::default()), Instant::now());
         assert_eq!(top.services.len(), 3);
+        top.press(Key::End, 10);
+        top.press(Key::Enter, 10);
+        look_closely(&mut top);
+        assert_eq!(top.backend_count(), 2, "what is opened was never shown");
         top.press(Key::Char('p'), 10);
         top.hear(reading(&Status::default()), Instant::now());
 

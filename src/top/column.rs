@@ -1,6 +1,7 @@
 //! What a row of `top` says: the columns of Services and of backends, and how numbers are written.
 
 use super::board::{BackendLine, Rates, ServiceLine};
+use super::reading::word;
 use crate::overview::bytes;
 
 /// Bars of the small graph in a row.
@@ -32,9 +33,9 @@ const fn right<T>(title: &'static str, width: u16, rank: u8, text: fn(&T) -> Str
 /// Of a Service.
 pub static OF_SERVICES: &[Column<ServiceLine>] = &[
     left("SERVICE", 16, 0, |service| service.reading.name.clone()),
-    left("STATE", 8, 2, |service| service.reading.state.as_str().to_owned()),
+    left("STATE", 8, 2, |service| word(service.reading.state).to_owned()),
     right("BACKENDS", 8, 6, |service| service.reading.ready.to_string()),
-    right("ACTIVE", 7, 3, |service| short(service.counts.open as f64)),
+    right("ACTIVE", 7, 3, |service| short(service.reading.counts.open as f64)),
     right("NEW/S", 7, 1, |service| rate(&service.rates, |rates| rates.begun)),
     right("FAIL/S", 7, 4, |service| rate(&service.rates, |rates| rates.failed)),
     right("UP/S", 8, 7, |service| byte_rate(&service.rates, |rates| rates.upstream_bytes)),

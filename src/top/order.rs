@@ -1,10 +1,12 @@
 //! Which Services are shown, and in which order.
 
 use std::cmp::Ordering;
+use std::net::IpAddr;
 
 use clap::ValueEnum;
 
 use super::board::{Rates, ServiceLine};
+use super::reading::{ServiceReading, word};
 
 /// What Services are sorted by; numbers from the highest down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -62,7 +64,7 @@ impl Sort {
         match self {
             Self::New => by_rate(|rates| rates.begun),
             Self::Bytes => by_rate(Rates::bytes),
-            Self::Active => other.counts.open.cmp(&one.counts.open),
+            Self::Active => other.reading.counts.open.cmp(&one.reading.counts.open),
             Self::Failed => by_rate(|rates| rates.failed),
             Self::State => one.reading.state.cmp(&other.reading.state),
             Self::Name => Ordering::Equal,
@@ -87,26 +89,44 @@ fn has_all(service: &ServiceLine, words: &[String]) -> bool {
         return true;
     }
     let reading = &service.reading;
-    let text = format!("{} {} {}", reading.name, reading.kind, reading.state.as_str()).to_lowercase();
-    let listens_at = |word: &str| reading.listeners.iter().any(|listener| listener.to_lowercase().contains(word));
-    words.iter().all(|word| text.contains(word.as_str()) || listens_at(word))
+    let text = format!("{} {} {}", reading.name, reading.kind, word(reading.state)).to_lowercase();
+    words.iter().all(|word| text.contains(word.as_str()) || listens_at(service, word))
+}
+
+/// Each port is served at each address: `10.96.0.10:80/TCP`, `[fd00::1]:80/TCP`; and `30080/TCP` at those of the node.
+fn listens_at(service: &ServiceLine, word: &str) -> bool {
+    let ServiceReading { addresses, ports, .. } = &service.reading;
+    let places = addresses.iter().flat_map(|address| ports.iter().map(move |port| place(*address, port)));
+    places.chain(ports.iter().cloned()).any(|place| place.to_lowercase().contains(word))
+}
+
+/// `port` is `80/TCP`, or `80:30080/TCP` with its node port.
+fn place(address: IpAddr, port: &str) -> String {
+    let number = port.split([':', '/']).next().unwrap_or_default();
+    let protocol = port.rsplit('/').next().unwrap_or_default();
+    match address {
+        IpAddr::V4(v4) => format!("{v4}:{number}/{protocol}"),
+        IpAddr::V6(v6) => format!("[{v6}]:{number}/{protocol}"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::top::reading::{Counts, ServiceReading, State};
+    use crate::summary::ServiceState;
+    use crate::top::reading::Counts;
 
-    fn service(name: &str, begun: f64, open: u64, state: State) -> ServiceLine {
+    fn service(name: &str, begun: f64, open: u64, state: ServiceState) -> ServiceLine {
         ServiceLine {
             reading: ServiceReading {
                 name: name.into(),
                 kind: "ClusterIP".into(),
                 state,
-                listeners: vec![format!("10.96.0.{open}:80/TCP clusterIP serving")],
+                addresses: vec![[10, 96, 0, open as u8].into()],
+                ports: vec!["80:30080/TCP".into()],
+                counts: Counts { open, ..Counts::default() },
                 ..ServiceReading::default()
             },
-            counts: Counts { open, ..Counts::default() },
             rates: Some(Rates { begun, ..Rates::default() }),
             ..ServiceLine::default()
         }
@@ -114,9 +134,9 @@ mod tests {
 
     fn services() -> Vec<ServiceLine> {
         vec![
-            service("default/a", 1.0, 3, State::Serving),
-            service("default/b", 9.0, 1, State::Failed),
-            service("shop/c", 1.0, 2, State::Refusing),
+            service("default/a", 1.0, 3, ServiceState::Serving),
+            service("default/b", 9.0, 1, ServiceState::Failed),
+            service("shop/c", 1.0, 2, ServiceState::Refusing),
         ]
     }
 
@@ -137,6 +157,8 @@ mod tests {
         assert_eq!(arranged(&services, Sort::Name, false, "DEFAULT"), [0, 1]);
         assert_eq!(arranged(&services, Sort::Name, false, "default failed"), [1]);
         assert_eq!(arranged(&services, Sort::Name, false, "10.96.0.2:80"), [2]);
+        assert_eq!(arranged(&services, Sort::Name, false, "10.96.0.2:80/tcp"), [2]);
+        assert_eq!(arranged(&services, Sort::Name, false, ":30080"), [0, 1, 2]);
         assert_eq!(arranged(&services, Sort::Name, false, "nobody"), [] as [usize; 0]);
     }
 

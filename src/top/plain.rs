@@ -10,7 +10,7 @@ use crate::overview::columns;
 pub fn text(top: &Top) -> Option<String> {
     let table = match &top.view.service {
         None => table(OF_SERVICES, top.services.iter().filter_map(|place| top.board.services.get(*place))),
-        Some(_) => table(OF_BACKENDS, top.service()?.backends.iter()),
+        Some(_) => table(OF_BACKENDS, top.closeup().filter(|closeup| closeup.is_there)?.backends.iter()),
     };
     Some(format!("{}\n\n{table}", sums(top)))
 }
@@ -18,6 +18,9 @@ pub fn text(top: &Top) -> Option<String> {
 /// `kube-relay 0.1.0 (pid 7) at 127.0.0.1:10249: 3 Services, 12 open, 34 new/s, 0 failed/s, 1.2 MiB/s up, 3.4 MiB/s down`.
 pub fn sums(top: &Top) -> String {
     let board = &top.board;
+    if board.at.is_none() {
+        return format!("kube-relay at {}", top.server);
+    }
     let services = match board.services.len() {
         1 => "1 Service".to_owned(),
         count => format!("{count} Services"),
@@ -46,15 +49,16 @@ fn table<'a, T: 'static>(of: &'static [Column<T>], rows: impl Iterator<Item = &'
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
-    use std::time::{Duration, Instant};
+    use std::time::{Duration, Instant, UNIX_EPOCH};
 
     use super::*;
-    use crate::live::{LiveReport, sample};
+    use crate::live::sample;
     use crate::name::ObjectName;
     use crate::stats::Entry;
     use crate::status::Status;
+    use crate::summary::{Closeup, Summary};
     use crate::top::order::Sort;
-    use crate::top::reading::Reading;
+    use crate::top::reading::{CloseReading, Reading};
     use crate::top::{DEFAULT_INTERVAL, TopOptions};
 
     fn top(service: Option<&str>) -> Top {
@@ -67,17 +71,24 @@ mod tests {
         };
         let (mut top, status, start) = (Top::new(&options), sample::status(), Instant::now());
         let read = |status: &Status| {
-            let mut reading = Reading::of(LiveReport::of(status));
+            let mut reading = Reading::of(Summary::of(status, UNIX_EPOCH));
             reading.pid = 7;
             reading.version = "1.2.3".into();
             reading
         };
-        top.hear(read(&status), start);
+        let hear = |top: &mut Top, at| {
+            top.hear(read(&status), at);
+            if let Some(name) = top.wanted() {
+                let closeup = Closeup::of(&status, &name, UNIX_EPOCH);
+                top.hear_closely(&name, closeup.as_ref().map(CloseReading::of), at);
+            }
+        };
+        hear(&mut top, start);
         let web = &status.services[&ObjectName::parse("default/web")].ports[0];
         web.backends[0].stats.connections.add(Entry::ClusterIp, 20);
         web.backends[0].stats.downstream_bytes.add(Entry::ClusterIp, 4 << 20);
         web.backends[1].stats.connections.add(Entry::ClusterIp, 10);
-        top.hear(read(&status), start + Duration::from_secs(2));
+        hear(&mut top, start + Duration::from_secs(2));
         top
     }
 

@@ -1,15 +1,17 @@
-//! What `top` keeps of one answer of a relay: names that a terminal can have, and numbers.
+//! What `top` keeps of a relay's answers: names that a terminal can have, and numbers.
 //!
-//! The whole answer is `live`'s. Names come from whoever may write a Service: nothing in them may steer a terminal.
+//! The answers are `summary`'s: a line for each Service, and one Service with its backends. Names come from whoever may
+//! write a Service: nothing in them may steer a terminal.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::AddAssign;
 
-use crate::live::LiveReport;
-use crate::status::{BackendTraffic, ListenerReport, ListenerState, PortReport, ServiceReport};
+use crate::status::{BackendTraffic, ListenerReport, PortReport};
+use crate::summary::{Closeup, ServiceState, ServiceSummary, Summary};
 
-/// One answer.
+/// One answer about all Services.
 #[derive(Clone, Debug, Default)]
 pub struct Reading {
     /// Version of the program that answered.
@@ -32,13 +34,24 @@ pub struct ServiceReading {
     /// `ClusterIP`, `NodePort`…
     pub kind: String,
     /// The worst of what is true of its listeners and its health port.
-    pub state: State,
-    /// Where it listens: `127.96.0.10:80/TCP clusterIP serving`.
-    pub listeners: Vec<String>,
+    pub state: ServiceState,
+    /// Cluster, external and load-balancer IPs.
+    pub addresses: Vec<IpAddr>,
+    /// `80:30080/TCP`.
+    pub ports: Vec<String>,
     /// Addresses that may get new traffic, each once.
-    pub ready: usize,
+    pub ready: u64,
+    /// What all backends carried that it ever had.
+    pub counts: Counts,
     /// Connections and datagrams that were turned away before they reached a backend.
     pub turned_away: u64,
+}
+
+/// One answer about one Service.
+#[derive(Clone, Debug, Default)]
+pub struct CloseReading {
+    /// Where it listens: `127.96.0.10:80/TCP clusterIP serving`.
+    pub listeners: Vec<String>,
     /// Its backends, port by port.
     pub backends: Vec<BackendReading>,
 }
@@ -87,46 +100,6 @@ impl AddAssign for Counts {
     }
 }
 
-/// How a Service does, in one word; the worst first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum State {
-    /// A listener, or the health port, could not be bound.
-    Failed,
-    /// A listener refuses whoever comes: there is no backend.
-    Refusing,
-    /// The process is stopping.
-    Closed,
-    /// All listeners accept.
-    Serving,
-    /// There is no listener.
-    #[default]
-    Unserved,
-}
-
-impl State {
-    /// The word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Failed => "failed",
-            Self::Refusing => "refusing",
-            Self::Closed => "closed",
-            Self::Serving => "serving",
-            Self::Unserved => "-",
-        }
-    }
-}
-
-impl From<&ListenerState> for State {
-    fn from(state: &ListenerState) -> Self {
-        match state {
-            ListenerState::Failed { .. } => Self::Failed,
-            ListenerState::Parked => Self::Refusing,
-            ListenerState::Closed => Self::Closed,
-            ListenerState::Serving => Self::Serving,
-        }
-    }
-}
-
 /// Whether a backend gets new traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendState {
@@ -152,38 +125,62 @@ impl BackendState {
 
 impl Reading {
     /// What there is to show of an answer.
-    pub fn of(live: LiveReport) -> Self {
+    pub fn of(summary: Summary) -> Self {
         Self {
-            version: printable(&live.version),
-            pid: live.pid,
-            synced: live.synced,
-            problem_count: live.report.problems.len(),
-            services: live.report.services.iter().map(ServiceReading::of).collect(),
+            version: printable(&summary.version),
+            pid: summary.pid,
+            synced: summary.synced,
+            problem_count: summary.problem_count,
+            services: summary.services.into_iter().map(ServiceReading::of).collect(),
         }
     }
 }
 
 impl ServiceReading {
-    fn of(service: &ServiceReport) -> Self {
-        let listeners = || service.ports.iter().flat_map(|port| port.listeners.iter().map(move |it| (port, it)));
-        let states = listeners().filter_map(|(_, listener)| listener.state.as_ref());
-        let health = service.health_port.iter().filter_map(|port| port.state.as_ref());
+    fn of(service: ServiceSummary) -> Self {
         Self {
             name: printable(&format!("{}/{}", service.namespace, service.name)),
             kind: printable(&service.kind),
-            state: states.chain(health).map(State::from).min().unwrap_or_default(),
-            listeners: listeners().map(|(port, listener)| told(port, listener)).collect(),
-            ready: service.ports.iter().flat_map(picks).collect::<BTreeSet<_>>().len(),
-            turned_away: service.ports.iter().flat_map(|port| &port.traffic).flat_map(|it| it.dropped.values()).sum(),
-            backends: service.ports.iter().flat_map(backends).collect(),
+            state: service.state,
+            addresses: service.addresses,
+            ports: service.ports.iter().map(|port| printable(port)).collect(),
+            ready: service.backends,
+            counts: Counts {
+                open: service.active,
+                begun: service.total,
+                upstream_bytes: service.upstream_bytes,
+                downstream_bytes: service.downstream_bytes,
+                failed: service.failed_tries,
+            },
+            turned_away: service.dropped,
         }
     }
 }
 
+impl CloseReading {
+    /// What there is to show of an answer.
+    pub fn of(closeup: &Closeup) -> Self {
+        let ports = || closeup.report.services.iter().flat_map(|service| &service.ports);
+        let listeners = ports().flat_map(|port| port.listeners.iter().map(move |listener| told(port, listener)));
+        Self { listeners: listeners.collect(), backends: ports().flat_map(backends).collect() }
+    }
+}
+
+/// The word of a state as a table has it.
+pub fn word(state: ServiceState) -> &'static str {
+    match state {
+        ServiceState::Failed => "failed",
+        ServiceState::Refusing => "refusing",
+        ServiceState::Closed => "closed",
+        ServiceState::Serving => "serving",
+        ServiceState::Unserved => "-",
+    }
+}
+
 fn told(port: &PortReport, listener: &ListenerReport) -> String {
-    let state = listener.state.as_ref().map_or(State::Unserved, State::from);
+    let state = listener.state.clone().map(ServiceState::from).unwrap_or_default();
     let PortReport { protocol, .. } = port;
-    printable(&format!("{}/{protocol} {} {}", listener.address, listener.kind.as_str(), state.as_str()))
+    printable(&format!("{}/{protocol} {} {}", listener.address, listener.kind.as_str(), word(state)))
 }
 
 fn picks(port: &PortReport) -> BTreeSet<&str> {
@@ -234,34 +231,36 @@ pub fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use super::*;
     use crate::live::sample;
+    use crate::name::ObjectName;
 
-    fn reading() -> Reading {
-        Reading::of(LiveReport::of(&sample::status()))
+    fn closeup() -> Closeup {
+        Closeup::of(&sample::status(), &ObjectName::parse("web"), UNIX_EPOCH).expect("web is there")
     }
 
     #[test]
-    fn given_an_answer_when_read_then_each_service_has_its_worst_state_and_its_numbers() {
-        let reading = reading();
+    fn given_an_answer_when_read_then_each_service_has_its_state_and_its_numbers() {
+        let reading = Reading::of(Summary::of(&sample::status(), UNIX_EPOCH));
 
-        let states: Vec<_> = reading.services.iter().map(|service| (service.name.as_str(), service.state)).collect();
-        assert_eq!(
-            states,
-            [("default/dns", State::Refusing), ("default/headless", State::Unserved), ("default/web", State::Failed)]
-        );
+        let states: Vec<_> =
+            reading.services.iter().map(|service| (service.name.as_str(), word(service.state))).collect();
+        assert_eq!(states, [("default/dns", "refusing"), ("default/headless", "-"), ("default/web", "failed")]);
         let web = &reading.services[2];
-        assert_eq!((web.kind.as_str(), web.ready, web.turned_away), ("NodePort", 2, 1));
-        assert_eq!(web.listeners, ["127.96.0.10:80/TCP clusterIP serving", "127.0.0.1:30080/TCP nodePort failed"]);
-        assert_eq!(reading.pid, std::process::id());
-        assert_eq!(reading.problem_count, 1);
+        let counts = Counts { open: 1, begun: 5, upstream_bytes: 2048, downstream_bytes: 3 << 20, failed: 1 };
+        assert_eq!((web.kind.as_str(), web.ready, web.turned_away, web.counts), ("NodePort", 2, 1, counts));
+        assert_eq!(web.ports, ["80:30080/TCP"]);
+        assert_eq!((reading.pid, reading.problem_count), (std::process::id(), 1));
     }
 
     #[test]
-    fn given_an_answer_when_read_then_each_backend_has_its_numbers_and_reasons() {
-        let reading = reading();
+    fn given_one_service_when_read_then_each_backend_has_its_numbers_and_reasons() {
+        let reading = CloseReading::of(&closeup());
 
-        let [first, second] = &reading.services[2].backends[..] else { panic!("two backends") };
+        assert_eq!(reading.listeners, ["127.96.0.10:80/TCP clusterIP serving", "127.0.0.1:30080/TCP nodePort failed"]);
+        let [first, second] = &reading.backends[..] else { panic!("two backends") };
         let counts = Counts { open: 1, begun: 5, upstream_bytes: 2048, downstream_bytes: 3 << 20, failed: 0 };
         assert_eq!((first.port.as_str(), first.pod.as_str(), first.counts), ("http", "web-1", counts));
         assert_eq!((first.ends.as_str(), first.failures.as_str()), ("finished 1", ""));
@@ -270,15 +269,16 @@ mod tests {
     }
 
     #[test]
-    fn given_a_name_with_control_characters_when_read_then_none_is_left() {
-        let mut live = LiveReport::of(&sample::status());
-        live.report.services[2].name = "we\u{1b}]0;b\u{7}".into();
-        live.report.services[2].ports[0].backend_traffic[0].pod = Some("a\u{9b}2J\r\n\u{202e}b".into());
+    fn given_names_with_control_characters_when_read_then_none_is_left() {
+        let mut summary = Summary::of(&sample::status(), UNIX_EPOCH);
+        summary.services[2].name = "we\u{1b}]0;b\u{7}".into();
+        let mut closeup = closeup();
+        closeup.report.services[0].ports[0].backend_traffic[0].pod = Some("a\u{9b}2J\r\n\u{202e}b".into());
 
-        let reading = Reading::of(live);
+        let (reading, close) = (Reading::of(summary), CloseReading::of(&closeup));
 
         assert_eq!(reading.services[2].name, "default/we\u{fffd}]0;b\u{fffd}");
-        assert_eq!(reading.services[2].backends[0].pod, "a\u{fffd}2J\u{fffd}\u{fffd}\u{fffd}b");
+        assert_eq!(close.backends[0].pod, "a\u{fffd}2J\u{fffd}\u{fffd}\u{fffd}b");
         assert_eq!(printable("żółw-1.例え"), "żółw-1.例え");
     }
 }

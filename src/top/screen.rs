@@ -8,11 +8,12 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Cell, Clear, Paragraph, Row, Sparkline, Table};
 
-use super::board::{BackendLine, ServiceLine};
+use super::board::{BackendLine, Closeup, ServiceLine};
 use super::column::{Column, OF_BACKENDS, OF_SERVICES, fitting};
 use super::history::History;
-use super::reading::{BackendState, State};
+use super::reading::{BackendState, ServiceReading, word};
 use super::{Link, Top, plain};
+use crate::summary::ServiceState;
 
 /// From this height on there is room for a graph.
 const HEIGHT_WITH_GRAPH: u16 = 20;
@@ -21,7 +22,7 @@ const GRAPH_HEIGHT: u16 = 4;
 const LISTENERS_SHOWN: usize = 4;
 
 /// What each key does.
-const KEYS: [(&str, &str); 12] = [
+const KEYS: [(&str, &str); 13] = [
     ("q, Ctrl-C", "quit"),
     ("Esc", "back; without a filter; quit"),
     ("↑ ↓, k j", "move"),
@@ -32,6 +33,7 @@ const KEYS: [(&str, &str); 12] = [
     ("s S", "next, previous order"),
     ("r", "the other way around"),
     ("p, space", "pause"),
+    ("Ctrl-Z", "the shell; fg comes back"),
     ("?", "this help"),
     ("NO_COLOR=1", "in the environment: no colours"),
 ];
@@ -74,7 +76,8 @@ fn news(top: &Top, now: Instant) -> Option<Line<'static>> {
         Link::Waiting => Some(Line::raw("asking…")),
         Link::Away { since, why } => {
             let seconds = now.saturating_duration_since(*since).as_secs();
-            Some(Line::styled(format!("no answer for {seconds} s, these are old: {why}"), bad))
+            let old = if top.board.at.is_some() { ", these are old" } else { "" };
+            Some(Line::styled(format!("no answer for {seconds} s{old}: {why}"), bad))
         }
         Link::Up if top.view.paused => Some(Line::styled("paused: p goes on", Color::Yellow)),
         Link::Up if !top.board.synced => Some(Line::styled("its source has not delivered its first state", bad)),
@@ -111,13 +114,22 @@ fn draw_services(frame: &mut Frame<'_>, top: &mut Top, area: Rect) -> usize {
 }
 
 fn draw_service(frame: &mut Frame<'_>, top: &mut Top, name: &str, [chart, area]: [Rect; 2]) -> usize {
-    let cursor = &mut top.view.backends;
-    let Some(service) = top.board.services.iter().find(|service| service.reading.name == name) else {
-        frame.render_widget(Paragraph::new(format!("{name}: there is no such Service (Esc: back)")), area);
-        return 0;
+    let service = top.board.services.iter().find(|service| service.reading.name == name);
+    let closeup = match top.closeup() {
+        Some(closeup) if closeup.is_there => closeup,
+        Some(_) => {
+            frame.render_widget(Paragraph::new(format!("{name}: there is no such Service (Esc: back)")), area);
+            return 0;
+        }
+        None => {
+            frame.render_widget(Paragraph::new(format!("{name}: asking… (Esc: back)")), area);
+            return 0;
+        }
     };
-    draw_graph(frame, &service.history, chart);
-    let about = about(service);
+    if let Some(service) = service {
+        draw_graph(frame, &service.history, chart);
+    }
+    let about = about(closeup, service);
     let [above, list, below] = Layout::vertical([
         Constraint::Length(u16::try_from(about.len()).unwrap_or(u16::MAX).min(area.height / 3)),
         Constraint::Fill(1),
@@ -126,23 +138,26 @@ fn draw_service(frame: &mut Frame<'_>, top: &mut Top, name: &str, [chart, area]:
     .areas(area);
     frame.render_widget(Paragraph::new(about), above);
     let page = usize::from(list.height.saturating_sub(1));
-    let first = cursor.scroll(page, service.backends.len());
-    let rows: Vec<_> = service.backends.iter().skip(first).take(page).collect();
+    let mut cursor = top.view.backends.clone();
+    let first = cursor.scroll(page, closeup.backends.len());
+    let rows: Vec<_> = closeup.backends.iter().skip(first).take(page).collect();
     draw_table(frame, OF_BACKENDS, &rows, cursor.row - first, |backend| of_backend(backend.reading.state), list);
-    if let Some(backend) = service.backends.get(cursor.row) {
-        frame.render_widget(Line::raw(closeup(backend)), below);
+    if let Some(backend) = closeup.backends.get(cursor.row) {
+        frame.render_widget(Line::raw(in_full(backend)), below);
     }
+    top.view.backends = cursor;
     page
 }
 
-/// What a Service is and where it listens.
-fn about(service: &ServiceLine) -> Vec<Line<'_>> {
-    let reading = &service.reading;
-    let state = Span::styled(reading.state.as_str(), of_service(reading.state));
-    let name = Span::styled(reading.name.as_str(), Modifier::BOLD);
-    let mut lines = vec![Line::from_iter([name, Span::raw(format!("  {}  ", reading.kind)), state])];
-    lines.extend(reading.listeners.iter().take(LISTENERS_SHOWN).map(|listener| Line::raw(format!("  {listener}"))));
-    let more = reading.listeners.len().saturating_sub(LISTENERS_SHOWN);
+/// What a Service is and where it listens. The line about it comes with another answer: it may not be there yet.
+fn about<'a>(closeup: &'a Closeup, service: Option<&'a ServiceLine>) -> Vec<Line<'a>> {
+    let mut title = vec![Span::styled(closeup.name.as_str(), Modifier::BOLD)];
+    if let Some(ServiceLine { reading: ServiceReading { kind, state, .. }, .. }) = service {
+        title.extend([Span::raw(format!("  {kind}  ")), Span::styled(word(*state), of_service(*state))]);
+    }
+    let mut lines = vec![Line::from(title)];
+    lines.extend(closeup.listeners.iter().take(LISTENERS_SHOWN).map(|listener| Line::raw(format!("  {listener}"))));
+    let more = closeup.listeners.len().saturating_sub(LISTENERS_SHOWN);
     if more > 0 {
         lines.push(Line::raw(format!("  and {more} more")));
     }
@@ -150,7 +165,7 @@ fn about(service: &ServiceLine) -> Vec<Line<'_>> {
 }
 
 /// What a row has no room for.
-fn closeup(backend: &BackendLine) -> String {
+fn in_full(backend: &BackendLine) -> String {
     let reading = &backend.reading;
     let or_none = |text: &str| if text.is_empty() { "none".to_owned() } else { text.to_owned() };
     format!("{}: failed tries: {}; ended: {}", reading.address, or_none(&reading.failures), or_none(&reading.ends))
@@ -184,12 +199,12 @@ fn cell<T>(column: &Column<T>, text: String) -> Cell<'static> {
     Cell::new(if column.at_right { line.right_aligned() } else { line })
 }
 
-fn of_service(state: State) -> Style {
+fn of_service(state: ServiceState) -> Style {
     match state {
-        State::Failed => Style::new().fg(Color::Red),
-        State::Refusing | State::Closed => Style::new().fg(Color::Yellow),
-        State::Serving => Style::new(),
-        State::Unserved => Style::new().add_modifier(Modifier::DIM),
+        ServiceState::Failed => Style::new().fg(Color::Red),
+        ServiceState::Refusing | ServiceState::Closed => Style::new().fg(Color::Yellow),
+        ServiceState::Serving => Style::new(),
+        ServiceState::Unserved => Style::new().add_modifier(Modifier::DIM),
     }
 }
 
@@ -238,16 +253,18 @@ fn draw_help(frame: &mut Frame<'_>, area: Rect) {
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
     use ratatui::buffer::Buffer;
 
     use super::*;
-    use crate::live::{LiveReport, sample};
+    use crate::live::sample;
+    use crate::name::ObjectName;
+    use crate::summary::{self, Summary};
     use crate::top::order::Sort;
-    use crate::top::reading::{Counts, Reading, ServiceReading};
+    use crate::top::reading::{CloseReading, Counts, Reading};
     use crate::top::view::Key;
     use crate::top::{DEFAULT_INTERVAL, TopOptions};
 
@@ -259,8 +276,15 @@ mod tests {
 
     fn sampled() -> Top {
         let mut top = top();
-        top.hear(Reading::of(LiveReport::of(&sample::status())), Instant::now());
+        top.hear(Reading::of(Summary::of(&sample::status(), UNIX_EPOCH)), Instant::now());
         top
+    }
+
+    /// Has it asked for the Service that it wants, if any.
+    fn look_closely(top: &mut Top) {
+        let Some(name) = top.wanted() else { return };
+        let closeup = summary::Closeup::of(&sample::status(), &name, UNIX_EPOCH);
+        top.hear_closely(&name, closeup.as_ref().map(CloseReading::of), Instant::now());
     }
 
     fn picture(top: &mut Top, width: u16, height: u16) -> Buffer {
@@ -295,10 +319,11 @@ mod tests {
         let mut top = sampled();
         top.press(Key::End, 10);
         top.press(Key::Enter, 10);
+        assert!(lines(&mut top, 100, 24).join("\n").contains("default/web: asking"));
+        look_closely(&mut top);
 
-        let lines = lines(&mut top, 100, 24);
+        let all = lines(&mut top, 100, 24).join("\n");
 
-        let all = lines.join("\n");
         for part in
             ["default/web  NodePort  failed", "127.96.0.10:80/TCP clusterIP serving", "10.244.0.2:8000", "web-1"]
         {
@@ -306,6 +331,7 @@ mod tests {
         }
         assert!(all.contains("10.244.0.2:8000: failed tries: none; ended: finished 1"), "{all}");
         top.view.service = Some("default/nobody".into());
+        look_closely(&mut top);
         assert!(self::lines(&mut top, 100, 24).join("\n").contains("default/nobody: there is no such Service"));
     }
 
@@ -320,13 +346,15 @@ mod tests {
 
     #[test]
     fn given_any_size_when_drawn_then_nothing_panics() {
-        for (width, height) in [(1, 1), (2, 3), (40, 4), (5, 60), (500, 200), (80, 21)] {
+        for (width, height) in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 3), (40, 4), (5, 60), (1_000, 300), (80, 21)] {
             let mut top = sampled();
             for key in
                 [Key::Char('?'), Key::Char('x'), Key::Char('/'), Key::Char('w'), Key::Enter, Key::End, Key::Enter]
             {
                 let page = usize::from(height);
                 top.press(key, page);
+                picture(&mut top, width, height);
+                look_closely(&mut top);
                 picture(&mut top, width, height);
             }
         }
@@ -349,10 +377,10 @@ mod tests {
 
     #[test]
     fn given_names_that_steer_terminals_when_drawn_then_no_control_character_is_in_any_cell() {
-        let mut live = LiveReport::of(&sample::status());
-        live.report.services[2].name = "web\u{1b}[2J\u{7}\r\n\u{9b}31m".into();
+        let mut summary = Summary::of(&sample::status(), UNIX_EPOCH);
+        summary.services[2].name = "web\u{1b}[2J\u{7}\r\n\u{9b}31m".into();
         let mut top = top();
-        top.hear(Reading::of(live), Instant::now());
+        top.hear(Reading::of(summary), Instant::now());
         top.miss("\u{1b}]0;x\u{7}".into(), Instant::now());
 
         let buffer = picture(&mut top, 120, 12);
@@ -360,6 +388,11 @@ mod tests {
         let all: String = buffer.content().iter().map(|cell| cell.symbol()).collect();
         assert!(!all.chars().any(char::is_control), "{all:?}");
         assert!(all.contains("default/web\u{fffd}[2J"), "{all:?}");
+        top.press(Key::End, 10);
+        top.press(Key::Enter, 10);
+        top.hear_closely(&ObjectName::parse("default/web\u{fffd}[2J"), None, Instant::now());
+        let all: String = picture(&mut top, 120, 12).content().iter().map(|cell| cell.symbol()).collect();
+        assert!(!all.chars().any(char::is_control), "{all:?}");
     }
 
     #[test]
@@ -375,13 +408,22 @@ mod tests {
     }
 
     #[test]
+    fn given_a_relay_that_never_answered_when_drawn_then_no_number_is_made_up() {
+        let mut top = top();
+        top.miss("nothing answers".into(), Instant::now());
+
+        let lines = lines(&mut top, 100, 12);
+
+        assert_eq!(lines[..2], ["kube-relay at 127.0.0.1:10249", "no answer for 0 s: nothing answers"]);
+    }
+
+    #[test]
     fn given_rates_when_drawn_on_a_tall_terminal_then_the_newest_bar_is_at_the_right() {
         let mut top = top();
         let start = Instant::now();
         for (second, begun) in [(0, 0), (1, 8), (2, 24)] {
             let counts = Counts { begun, ..Counts::default() };
-            let backend = crate::top::reading::BackendReading { counts, ..Default::default() };
-            let service = ServiceReading { name: "default/web".into(), backends: vec![backend], ..Default::default() };
+            let service = ServiceReading { name: "default/web".into(), counts, ..Default::default() };
             let reading = Reading { services: vec![service], synced: true, ..Reading::default() };
             top.hear(reading, start + Duration::from_secs(second));
         }

@@ -32,6 +32,8 @@ pub enum Key {
     Char(char),
     /// Ctrl-C.
     Interrupt,
+    /// Ctrl-Z.
+    Suspend,
 }
 
 /// What follows from a key.
@@ -41,6 +43,8 @@ pub enum Outcome {
     Stay,
     /// The reader has seen enough.
     Quit,
+    /// The reader wants the shell for a while.
+    Suspend,
 }
 
 /// What a key can move in.
@@ -134,8 +138,10 @@ impl View {
 
     /// What a key does.
     pub fn press(&mut self, key: Key, place: &Place) -> Outcome {
-        if key == Key::Interrupt {
-            return Outcome::Quit;
+        match key {
+            Key::Interrupt => return Outcome::Quit,
+            Key::Suspend => return Outcome::Suspend,
+            _ => {}
         }
         if self.help {
             self.help = false;
@@ -237,7 +243,8 @@ mod tests {
         let mut view = View::default();
 
         press(&mut view, &[Key::Char('?')]);
-        assert!(view.help);
+        assert_eq!(press(&mut view, &[Key::Suspend]), Outcome::Suspend);
+        assert!(view.help, "it is there when the reader comes back");
         assert_eq!(press(&mut view, &[Key::Char('q')]), Outcome::Stay);
 
         assert!(!view.help);
