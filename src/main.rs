@@ -1,6 +1,7 @@
 //! The program: arguments, logs, runtime, exit code. What the commands do lives in the library.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::future::{Future, pending};
 use std::io::{self, IsTerminal, Write};
 use std::mem;
@@ -505,10 +506,11 @@ fn man(args: &ManArgs) -> anyhow::Result<u8> {
     Ok(EXIT_FINE)
 }
 
-/// On a terminal the table moves, elsewhere it is text.
+/// On a terminal the table moves, elsewhere it is text, and so it is on one that can only go on.
 fn top(args: &TopArgs) -> anyhow::Result<u8> {
     let options = args.options();
-    if args.once || !io::stdout().is_terminal() {
+    let is_dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
+    if args.once || is_dumb || !io::stdout().is_terminal() {
         show(&on(small_runtime()?, top::once(&options))?)?;
         return Ok(EXIT_FINE);
     }

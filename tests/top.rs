@@ -1,7 +1,7 @@
 //! `kube-relay top` as people meet it: in a real terminal, which tmux is, and as text where there is none.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -20,19 +20,33 @@ struct Terminal {
     folder: TempDir,
 }
 
+/// What the shell says where `top` was stopped, before it has it go on at the next line that it reads.
+const STOPPED: &str = "top is stopped";
+
 impl Terminal {
     /// `None`, with the reason printed, where there is no tmux.
     fn start(site: Site, width: u16, height: u16) -> Option<Self> {
+        Self::start_with(site, [width, height], "", "")
+    }
+
+    /// With variables for `top`, and words for the shell before and after it.
+    fn start_with(site: Site, size: [u16; 2], variables: &str, after: &str) -> Option<Self> {
+        let (program, server) = (env!("CARGO_BIN_EXE_kube-relay"), admin(site));
+        let top = format!("{variables} '{program}' top --interval 200ms --sort name --server {server}; {after}");
+        Self::run(size, |_| top)
+    }
+
+    /// Runs something else in place of `top`; it is told of a folder of its own.
+    fn run([width, height]: [u16; 2], command: impl FnOnce(&Path) -> String) -> Option<Self> {
         if Command::new("tmux").arg("-V").stdout(Stdio::null()).status().is_err() {
             skip("tmux", "not installed");
             return None;
         }
         let terminal = Self { folder: tempfile::tempdir().expect("a folder can be made") };
-        let (program, server) = (env!("CARGO_BIN_EXE_kube-relay"), admin(site));
-        let folder = terminal.folder.path().display();
+        let (command, folder) = (command(terminal.folder.path()), terminal.folder.path().display());
         let script = format!(
-            "stty -g >'{folder}/before'; '{program}' top --interval 200ms --sort name --server {server}; code=$?; \
-             stty -g >'{folder}/after'; echo ended with $code; exec sleep 1000"
+            "stty -g >'{folder}/before'; {command} code=$?; stty -g >'{folder}/after'; echo ended with $code; \
+             exec sleep 1000"
         );
         let (width, height) = (width.to_string(), height.to_string());
         terminal.tmux(&["new-session", "-d", "-x", &width, "-y", &height, "sh", "-c", &script]);
@@ -81,12 +95,22 @@ impl Terminal {
 
     /// Waits for the end of `top`, and fails unless the terminal is as it was before.
     async fn until_given_back(&self) {
+        self.until_given_back_with(0).await;
+    }
+
+    async fn until_given_back_with(&self, code: u8) -> String {
         let screen = self.until("top to end", |screen| screen.contains("ended with ")).await;
-        assert!(screen.contains("ended with 0"), "{screen}");
+        assert!(screen.contains(&format!("ended with {code}")), "{screen}");
+        self.assert_as_before("after", &screen);
+        screen
+    }
+
+    /// Fails unless the terminal is, and by a file was, as it was before.
+    fn assert_as_before(&self, file: &str, screen: &str) {
         // Not by what is on the screen: one that had another size meanwhile has its lines broken anew.
         let setting = |name| std::fs::read_to_string(self.folder.path().join(name)).expect("the shell wrote it");
         assert!(setting("before").contains(':'), "{}", setting("before"));
-        assert_eq!(setting("before"), setting("after"), "{screen}");
+        assert_eq!(setting("before"), setting(file), "{screen}");
         assert_eq!(self.tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]).trim(), "0 1");
     }
 }
@@ -179,6 +203,141 @@ async fn given_a_terminal_when_a_signal_ends_top_then_the_terminal_is_given_back
         kill_process(terminal.pid(), signal).expect("it is ours");
 
         terminal.until_given_back().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_terminal_when_top_is_stopped_and_goes_on_then_the_shell_has_the_terminal_in_between() {
+    let site = Site::new(6);
+    let (_relay, _backends) = relay(site).await;
+    // With job control, so that the shell is there when its job stops; where it is written how the terminal is, it is free.
+    let after = format!("stty -g >stopped; echo {STOPPED}; read line; fg;");
+    let Some(terminal) = Terminal::run([100, 24], |folder| {
+        let (program, server, folder) = (env!("CARGO_BIN_EXE_kube-relay"), admin(site), folder.display());
+        format!("cd '{folder}'; set -m; '{program}' top --interval 200ms --server {server}; {after}")
+    }) else {
+        return;
+    };
+    terminal.until("the Service", |screen| line(screen, "default/web").is_some()).await;
+
+    terminal.keys(&["C-z"]);
+    let screen = terminal.until("the shell", |screen| screen.contains(STOPPED)).await;
+    terminal.assert_as_before("stopped", &screen);
+    terminal.keys(&["Enter"]);
+
+    terminal.until("the Service again", |screen| line(screen, "default/web").is_some()).await;
+    terminal.keys(&["Enter"]);
+    terminal.until("its backends", |screen| line(screen, &site.backend(2).to_string()).is_some()).await;
+    terminal.keys(&["q"]);
+    terminal.until_given_back().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_nobody_who_could_have_it_go_on_when_ctrl_z_is_pressed_then_top_is_not_stopped() {
+    let site = Site::new(7);
+    let Some(terminal) = Terminal::start(site, 100, 24) else { return };
+    terminal.until("a word about nobody", |screen| screen.contains("nothing answers")).await;
+
+    terminal.keys(&["C-z"]);
+    terminal.keys(&["?"]);
+    terminal.until("help", |screen| screen.contains("the other way around")).await;
+    // Others may stop it all the same, and have it go on.
+    for signal in [Signal::STOP, Signal::CONT] {
+        kill_process(terminal.pid(), signal).expect("it is ours");
+    }
+    terminal.keys(&["x"]);
+    terminal.until("the table", |screen| screen.contains("q quit") && !screen.contains("Keys")).await;
+
+    terminal.keys(&["q"]);
+    terminal.until_given_back().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_terminal_that_goes_away_when_shown_then_top_ends() {
+    let site = Site::new(8);
+    let Some(terminal) = Terminal::start(site, 100, 24) else { return };
+    terminal.until("a word about nobody", |screen| screen.contains("nothing answers")).await;
+    let pid = terminal.pid();
+
+    terminal.tmux(&["kill-server"]);
+
+    // Its shell has ended, too: where nobody waits for the children of others, a zombie stays.
+    let stat = format!("/proc/{}/stat", pid.as_raw_nonzero());
+    let runs = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+    let deadline = Instant::now() + DEADLINE;
+    while runs() {
+        assert!(Instant::now() < deadline, "it still runs");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_terminal_that_can_only_go_on_when_asked_then_the_table_is_text() {
+    let site = Site::new(9);
+    let (_relay, _backends) = relay(site).await;
+    let Some(terminal) = Terminal::start_with(site, [100, 24], "TERM=dumb", "") else { return };
+
+    let screen = terminal.until_given_back_with(0).await;
+
+    assert!(line(&screen, "default/web ").is_some_and(|line| line.contains(" serving ")), "{screen}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_no_color_when_something_is_wrong_then_it_is_told_without_any() {
+    let site = Site::new(10);
+    for (variables, is_red) in [("", true), ("NO_COLOR=1", false)] {
+        let Some(terminal) = Terminal::start_with(site, [100, 24], variables, "") else { return };
+        terminal.until("a word about nobody", |screen| screen.contains("nothing answers")).await;
+
+        let screen = terminal.tmux(&["capture-pane", "-e", "-p"]);
+
+        let said = screen.lines().find(|line| line.contains("nothing answers")).expect("it was there");
+        assert_eq!(said.contains("[31m") || said.contains("38;5;"), is_red, "{said:?}");
+    }
+}
+
+/// Where this is set the test below is the program: it shows `top`, and panics once there is a file of that name.
+#[cfg(feature = "tui")]
+const PANIC_AT: &str = "KUBE_RELAY_TEST_PANIC_AT";
+
+#[cfg(feature = "tui")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_terminal_when_something_panics_then_it_is_given_back_and_the_message_can_be_read() {
+    let site = Site::new(11);
+    if let Some(file) = std::env::var_os(PANIC_AT) {
+        return panic_behind_a_screen(site, Path::new(&file)).await;
+    }
+    let this = std::env::current_exe().expect("it runs");
+    let name = "given_a_terminal_when_something_panics_then_it_is_given_back_and_the_message_can_be_read";
+    let Some(terminal) = Terminal::run([100, 24], |folder| {
+        let (file, this) = (folder.join("panic"), this.display());
+        format!("{PANIC_AT}='{}' '{this}' --exact {name} --nocapture;", file.display())
+    }) else {
+        return;
+    };
+    terminal.until("a word about nobody", |screen| screen.contains("nothing answers")).await;
+
+    std::fs::write(terminal.folder.path().join("panic"), "").expect("the test's folder can be written");
+
+    let screen = terminal.until_given_back_with(101).await;
+    assert!(screen.contains("it panics on purpose"), "{screen}");
+}
+
+#[cfg(feature = "tui")]
+async fn panic_behind_a_screen(site: Site, file: &Path) {
+    use kube_relay::top::{DEFAULT_INTERVAL, TopOptions, run};
+    let (server, interval) = (admin(site), DEFAULT_INTERVAL);
+    let (sort, filter, service) = (Default::default(), String::new(), None);
+    let options = TopOptions { server, interval, sort, filter, service };
+    let panic = async {
+        while !file.exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("it panics on purpose");
+    };
+    tokio::select! {
+        outcome = run(&options) => outcome.expect("it goes on"),
+        () = panic => {}
     }
 }
 
