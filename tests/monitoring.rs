@@ -250,6 +250,136 @@ fn given_the_alerts_when_promtool_reads_them_then_they_are_rules() {
     assert!(alerts.is_some_and(|count| count >= 4 && said.contains(&format!("{count} rules found"))), "{said}");
 }
 
+#[test]
+fn given_the_alerts_when_promtool_plays_what_happens_then_each_fires_in_its_time_and_none_at_a_restart() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    fs::write(folder.path().join("rules.yml"), rules().to_string()).expect("the test's folder can be written");
+    let plays = folder.path().join("plays.yml");
+    fs::write(&plays, text("tests/monitoring/alerts.yaml")).expect("the test's folder can be written");
+
+    let Ok(output) = Command::new("promtool").args(["test", "rules"]).arg(&plays).output() else {
+        return skip("promtool", "not installed");
+    };
+
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&said));
+    let played = text("tests/monitoring/alerts.yaml");
+    for rule in rules()["groups"][0]["rules"].as_array().expect("rules") {
+        let alert = rule["alert"].as_str().expect("a name");
+        assert!(played.contains(&format!("alertname=\"{alert}\"")), "{alert} is never made to fire");
+    }
+}
+
+/// Units of Grafana that we use, by what they are put at.
+const UNITS: [&str; 6] = ["short", "ops", "Bps", "percentunit", "s", "bytes"];
+
+fn dashboard() -> Value {
+    serde_json::from_str(&text("examples/kubernetes/monitoring/dashboard.json")).expect("JSON")
+}
+
+/// Where a panel is, in columns and rows of the grid.
+struct Area {
+    title: String,
+    columns: std::ops::Range<u64>,
+    rows: std::ops::Range<u64>,
+}
+
+impl Area {
+    fn of(panel: &Value) -> Self {
+        let number = |name: &str| panel["gridPos"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {panel}"));
+        let [x, y, width, height] = ["x", "y", "w", "h"].map(number);
+        assert!(width > 0 && height > 0, "{panel}");
+        Self { title: panel["title"].to_string(), columns: x..x + width, rows: y..y + height }
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let meets = |a: &std::ops::Range<u64>, b: &std::ops::Range<u64>| a.start < b.end && b.start < a.end;
+        meets(&self.columns, &other.columns) && meets(&self.rows, &other.rows)
+    }
+}
+
+#[test]
+fn given_the_dashboard_when_laid_out_then_each_panel_has_a_number_and_a_place_of_its_own() {
+    let dashboard = dashboard();
+    assert!(dashboard["uid"].as_str().is_some_and(|uid| !uid.is_empty() && uid.len() <= 40));
+    assert!(dashboard.get("id").is_none(), "Grafana gives that");
+    // 39 is that of Grafana 10.4; newer ones bring it up to theirs as they load it.
+    assert!(dashboard["schemaVersion"].as_u64().is_some_and(|version| (39..=42).contains(&version)));
+
+    let panels = dashboard["panels"].as_array().expect("panels");
+
+    let numbers: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().expect("a number")).collect();
+    assert_eq!(numbers.len(), panels.len(), "two panels have one number");
+    let areas: Vec<_> = panels.iter().map(Area::of).collect();
+    for (number, area) in areas.iter().enumerate() {
+        assert!(area.columns.end <= 24, "{} is wider than the grid", area.title);
+        for other in &areas[number + 1..] {
+            assert!(!area.overlaps(other), "{} is over {}", area.title, other.title);
+        }
+    }
+}
+
+#[test]
+fn given_the_dashboard_when_read_then_each_panel_asks_the_chosen_source_and_says_what_its_numbers_are() {
+    let dashboard = dashboard();
+    let source = serde_json::json!({ "type": "prometheus", "uid": "${datasource}" });
+    let variables = dashboard["templating"]["list"].as_array().expect("variables");
+    let chosen = variables.iter().find(|variable| variable["name"] == "datasource").expect("a source to choose");
+    assert_eq!((chosen["type"].as_str(), chosen["query"].as_str()), (Some("datasource"), Some("prometheus")));
+    for variable in variables.iter().filter(|variable| variable["type"] == "query") {
+        assert_eq!(variable["datasource"], source, "{variable}");
+        assert!(variable["query"].as_str().is_some_and(|query| query.starts_with("label_values(kuberelay_")));
+    }
+
+    for panel in dashboard["panels"].as_array().expect("panels") {
+        let kind = panel["type"].as_str().expect("a type");
+        if kind == "row" {
+            assert_eq!(
+                (&panel["collapsed"], &panel["panels"]),
+                (&Value::Bool(false), &Value::Array(vec![])),
+                "{panel}"
+            );
+            continue;
+        }
+        assert!(["stat", "timeseries"].contains(&kind), "{panel}");
+        assert_eq!(panel["datasource"], source, "{panel}");
+        let unit = panel["fieldConfig"]["defaults"]["unit"].as_str().expect("a unit");
+        assert!(UNITS.contains(&unit), "{unit} of {panel}");
+        let targets = panel["targets"].as_array().expect("queries");
+        let names: BTreeSet<_> = targets.iter().map(|target| target["refId"].as_str().expect("a name")).collect();
+        assert!(!targets.is_empty() && names.len() == targets.len(), "{panel}");
+        for target in targets {
+            assert_eq!(target["datasource"], source, "{panel}");
+            assert_legend_is_known(target);
+            assert_variables_are_known(target["expr"].as_str().expect("a query"), variables);
+        }
+    }
+}
+
+/// A label that the query does not leave is an empty place in the legend.
+fn assert_legend_is_known(target: &Value) {
+    let [expression, legend] = ["expr", "legendFormat"].map(|name| target[name].as_str().expect("a text"));
+    let sums: Vec<_> = expression.split(" by (").skip(1).filter_map(|rest| rest.split_once(')')).collect();
+    let left: BTreeSet<_> = match sums.last() {
+        Some((list, _)) => list.split(',').map(|label| label.trim().to_owned()).collect(),
+        None if expression.starts_with("sum(") => BTreeSet::new(),
+        None => OF_THE_SCRAPE.map(str::to_owned).into(),
+    };
+    for label in legend.split("{{").skip(1).filter_map(|rest| rest.split_once("}}")).map(|(label, _)| label) {
+        let first = sums.first().is_some_and(|(list, _)| list.split(',').any(|it| it.trim() == label));
+        assert!(first || left.contains(label), "{label} of {legend} is not left by {expression}");
+    }
+}
+
+fn assert_variables_are_known(expression: &str, variables: &[Value]) {
+    for rest in expression.split('$').skip(1) {
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+        let name = &rest[..end];
+        let is_ours = variables.iter().any(|variable| variable["name"] == name);
+        assert!(is_ours || name == "__rate_interval", "nobody sets ${name} of {expression}");
+    }
+}
+
 /// A Prometheus with the configuration of the examples, on an address of the test's own, in more of a hurry.
 struct Prometheus {
     child: Child,
