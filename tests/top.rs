@@ -194,6 +194,26 @@ async fn given_a_relay_that_goes_and_comes_back_when_watched_then_that_is_told_a
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_relay_that_hangs_when_it_goes_on_then_that_is_seen_soon() {
+    let site = Site::new(12);
+    let Some(terminal) = Terminal::start(site, 100, 24) else { return };
+    let (hanging, _backends) = relay(site).await;
+    let pid = Pid::from_raw(hanging.pid().cast_signed()).expect("a process has a number");
+    terminal.until("the Service", |screen| line(screen, "default/web").is_some()).await;
+
+    kill_process(pid, Signal::STOP).expect("it is ours");
+    terminal.until("a word about it", |screen| screen.contains("no answer within")).await;
+    terminal.keys(&["?"]);
+    terminal.until("help all the same", |screen| screen.contains("the other way around")).await;
+    terminal.keys(&["x"]);
+    kill_process(pid, Signal::CONT).expect("it is ours");
+
+    terminal.until("it to be back", |screen| !screen.contains("no answer") && screen.contains("serving")).await;
+    terminal.keys(&["q"]);
+    terminal.until_given_back().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn given_a_terminal_when_a_signal_ends_top_then_the_terminal_is_given_back() {
     let site = Site::new(3);
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
