@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Pictures of the status page, as the README shows it: a shop under load whose pods are the three servers of whoami.
+# Pictures of the status page and of `top`, as the README shows them: a shop under load whose pods are the three servers
+# of whoami.
 #
 #   examples/screenshots.sh [FOLDER]       # default: pictures/ of the project
 #
-# Needs chromium. All addresses are loopback: nothing here needs root, and nobody else is asked for anything. Takes a
+# Needs chromium and tmux. All addresses are loopback: nothing here needs root, and nobody else is asked for anything. Takes a
 # minute, as the curves are those of that minute. PROFILE=dev takes a debug build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,10 +15,16 @@ readonly pods=(127.244.1.1:8000 127.244.1.2:8000 127.244.1.3:8000)
 readonly gone=127.244.1.9:8000
 readonly loaded=(cart checkout search web)
 readonly seconds=60
+# Of the terminal that `top` is in, and of a character in it.
+readonly columns=112 lines=20 character_width=8.43 line_height=18
 
 main() {
     local program
     program=$(find_browser)
+    if ! command -v tmux >/dev/null; then
+        printf 'error: no tmux: apt-get install tmux\n' >&2
+        exit 1
+    fi
     cargo build --profile "$profile" --bin kube-relay --example whoami
     built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
     mkdir -p "$pictures"
@@ -25,6 +32,7 @@ main() {
     trap stop EXIT
     start_relay
     start_load
+    terminal new-session -d -x "$columns" -y "$lines" "$(realpath "$built/kube-relay")" top --server "$server"
     open_page "$program"
     sleep "$((seconds / 2))"
     # Something that happens.
@@ -39,6 +47,11 @@ main() {
     take service.png 1280 860
     show '#/'
     take phone.png 412 860
+    take_terminal top.png
+    # One is left, at the cursor.
+    terminal send-keys / c h e c k Enter Enter
+    sleep 20
+    take_terminal top-service.png
     printf 'look at them: %s\n' "$pictures"/*.png
 }
 
@@ -188,9 +201,63 @@ take() {
     field data | base64 --decode >"$pictures/$1"
 }
 
+terminal() {
+    env -u TMUX LC_ALL=C.UTF-8 tmux -S "$scratch/tmux" -f /dev/null "$@"
+}
+
+# take_terminal FILE: what a terminal shows, as a page, as a picture.
+take_terminal() {
+    local page
+    page=$(terminal capture-pane -e -p | as_page | base64 --wrap=0)
+    order Page.navigate "{\"url\":\"data:text/html;charset=utf-8;base64,$page\"}"
+    take "$1" "$(awk "BEGIN { printf \"%d\", $columns * $character_width + 32 }")" "$((lines * line_height + 24))"
+}
+
+# Escape sequences as spans. Those of tmux: each sets some of weight, brightness, line, reversal and colour, or all anew.
+as_page() {
+    printf '<!doctype html><meta charset="utf-8"><style>body{margin:0;background:#16181d}pre{margin:12px 16px;'
+    printf 'font:14px/%dpx "DejaVu Sans Mono",monospace;color:#d7dae0}</style><pre>' "$line_height"
+    awk '
+        BEGIN { reset(); split("#d7dae0 #e5534b #57ab5a #c69026 #539bf5 #b083f0 #39c5cf #909dab", palette, " ") }
+        function reset() { colour = ""; bold = dim = under = reversed = 0 }
+        function take(codes,   count, code, i) {
+            count = split(codes == "" ? "0" : codes, code, ";")
+            for (i = 1; i <= count; i++) {
+                if (code[i] == 0) reset()
+                else if (code[i] == 1) bold = 1
+                else if (code[i] == 2) dim = 1
+                else if (code[i] == 4) under = 1
+                else if (code[i] == 7) reversed = 1
+                else if (code[i] == 22) bold = dim = 0
+                else if (code[i] == 24) under = 0
+                else if (code[i] == 27) reversed = 0
+                else if (code[i] == 39) colour = ""
+                else if (code[i] >= 31 && code[i] <= 37) colour = palette[code[i] - 29]
+                else if (code[i] == 38 && code[i + 1] == 5) { colour = palette[code[i + 2] % 8 + 1]; i += 2 }
+            }
+        }
+        function span(text,   front) {
+            if (text == "") return
+            gsub(/&/, "\\&amp;", text); gsub(/</, "\\&lt;", text); gsub(/>/, "\\&gt;", text)
+            front = colour == "" ? "#d7dae0" : colour
+            printf "<span style=\"%s%s%s%s\">%s</span>", (reversed ? "color:#16181d;background:" front : "color:" front), \
+                (bold ? ";font-weight:bold" : ""), (dim ? ";opacity:.6" : ""), (under ? ";text-decoration:underline" : ""), text
+        }
+        {
+            while (match($0, /\033\[[0-9;]*m/)) {
+                span(substr($0, 1, RSTART - 1))
+                take(substr($0, RSTART + 2, RLENGTH - 3))
+                $0 = substr($0, RSTART + RLENGTH)
+            }
+            span($0)
+            print ""
+        }'
+}
+
 # Nothing but what was started here.
 stop() {
     local pid
+    terminal kill-server 2>/dev/null || true
     for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
     wait 2>/dev/null || true
     rm -rf "$scratch"
