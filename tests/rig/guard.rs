@@ -24,11 +24,11 @@ use tokio::time::timeout;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only};
 use crate::stage::{
-    Backends, ClusterIp, ExternalIp, LoadBalancerIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at,
-    serve_tcp, serve_udp, until,
+    Backends, ClusterIp, ExternalIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at, serve_tcp, serve_udp,
+    until,
 };
 use crate::verdicts::{LOCAL, backends, local, rig};
-use crate::vips::SOON;
+use crate::vips::{SOON, VIPS};
 
 pub(crate) const CASES: &[Case] = cases![
     t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone,
@@ -93,27 +93,133 @@ impl Drop for Everywhere {
     }
 }
 
+/// By what a kernel guards. Whom it keeps from an answer, and when it is there, is the same for each.
+pub(crate) struct Means {
+    /// False, and says why, where this kernel cannot. Leaves nothing behind.
+    pub(crate) is_possible: fn(&Rig) -> bool,
+    /// Has a relay guard so.
+    pub(crate) ask_for: fn(&mut Command),
+    /// Takes it away, of addresses that routes with a number make local. False where there is none.
+    pub(crate) remove: fn(u8) -> io::Result<bool>,
+    /// What becomes of those whom it keeps from what listens on all addresses.
+    pub(crate) is_kept_away: fn(&Outcome) -> bool,
+}
+
+/// A table of nf_tables, as long as nobody asks for anything else.
+const TABLE: Means =
+    Means { is_possible: has_nf_tables, ask_for: |_| (), remove: guard::remove, is_kept_away: is_refused };
+
+impl Means {
+    /// Starts a relay that guards so, and waits until it does at each address. `prepare` may change how it is started.
+    pub(crate) fn start(&self, rig: Rig, web: &Web, prepare: impl FnOnce(&mut Command)) -> Stage {
+        let stage = Stage::start_bare(rig, web, |command| {
+            (self.ask_for)(command);
+            prepare(command);
+        });
+        until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+        stage
+    }
+
+    /// At each address of the Service, what listens on all addresses does not answer. All are asked at once: who gets no
+    /// answer waits for it.
+    pub(crate) fn guards(&self, stage: &Stage, from: &Namespace) {
+        thread::scope(|scope| {
+            for (entry, family) in VIPS.into_iter().flat_map(|entry| FAMILIES.map(|family| (entry, family))) {
+                let to = trap(stage.at(entry, family));
+                scope.spawn(move || expect_at(from, to, ask_tcp, "kept away over TCP", self.is_kept_away));
+                scope.spawn(move || expect_at(from, to, ask_udp, "kept away over UDP", self.is_kept_away));
+            }
+        });
+    }
+}
+
 /// A relay that has guarded each address of its Service, beside what listens on all addresses of the node.
-struct Guarded {
-    stage: Stage,
+pub(crate) struct Guarded {
+    pub(crate) stage: Stage,
+    means: &'static Means,
     sshd: Everywhere,
     _running: Backends,
 }
 
 impl Guarded {
     /// `None`, and says why, where this kernel cannot guard. `prepare` may change how the relay is started.
-    fn start(prepare: impl FnOnce(&mut Command)) -> Option<Self> {
+    pub(crate) fn start(means: &'static Means, prepare: impl FnOnce(&mut Command)) -> Option<Self> {
         let rig = rig();
-        if !is_possible(rig.node(0)) {
+        if !(means.is_possible)(&rig) {
             return None;
         }
         let _running = backends(&rig);
         let sshd = Everywhere::start(rig.node(0));
         let web = Web::default().with(local(&rig));
-        let stage = Stage::start_bare(rig, &web, prepare);
-        until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
-        Some(Self { stage, sshd, _running })
+        let stage = means.start(rig, &web, prepare);
+        Some(Self { stage, means, sshd, _running })
     }
+
+    /// Whoever asks: the Service answers at its addresses, and what listens on all of them at the node's own alone.
+    pub(crate) fn keeps_them_apart(&self) {
+        let Self { stage, means, .. } = self;
+        let rig = &stage.rig;
+        for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 0), rig.node(0), rig.node(1)] {
+            means.guards(stage, from);
+            for family in FAMILIES {
+                expect_at(from, of_the_node(rig, family), ask_tcp, "the node's own address", is_machine);
+            }
+            for entry in VIPS {
+                stage.served(from, entry, &LOCAL);
+            }
+        }
+        // From elsewhere: a socket that is bound to no address answers with the one that the way back begins with.
+        for family in FAMILIES {
+            expect_at(rig.client(), of_the_node(rig, family), ask_udp, "the node's own address", is_machine);
+        }
+    }
+
+    /// Once a relay has ended the guard stays, and the next one finds it as it should be. The last one is killed.
+    pub(crate) fn outlives_its_relays(&mut self) {
+        let Self { stage, means, .. } = self;
+        for signal in [Signal::KILL, Signal::TERM] {
+            stage.end(signal);
+            means.guards(stage, stage.rig.client());
+            stage.start_again(means.ask_for);
+            means.guards(stage, stage.rig.client());
+            assert_is_as_it_was_made(stage);
+        }
+        stage.end(Signal::KILL);
+    }
+
+    /// Somebody takes the guard away: it is made again, and no stream ends by that, nor by the end of its Service.
+    pub(crate) fn comes_back_when_removed(&self) {
+        let Self { stage, means, .. } = self;
+        let mut open = FAMILIES.map(|family| {
+            let to = stage.at(ClusterIp, family);
+            stage.rig.client().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).expect("it is served")
+        });
+        let mut goes_on = || {
+            for stream in &mut open {
+                let outcome = ask_on(stream).expect("the stream goes on");
+                assert!(outcome.pod().is_some(), "{outcome:?}");
+            }
+        };
+        goes_on();
+
+        let removed = stage.rig.node(0).run(|| (means.remove)(DEFAULT_ROUTE_PROTOCOL));
+        assert!(removed.expect("it may be removed"), "there is one");
+        let began = Instant::now();
+        goes_on();
+
+        until("that is told", || stage.log().contains("it is made again"));
+        assert!(began.elapsed() < CHECK_INTERVAL + Duration::from_secs(1), "{:?}", began.elapsed());
+        means.guards(stage, stage.rig.client());
+        goes_on();
+        stage.write("apiVersion: v1\nkind: List\nitems: []\n");
+        until("only what the streams hold is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 2);
+        goes_on();
+    }
+}
+
+/// The relay found what it has made, whenever it looked.
+pub(crate) fn assert_is_as_it_was_made(stage: &Stage) {
+    assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
 }
 
 /// The address of an entry, at the port where the machine listens.
@@ -121,17 +227,17 @@ pub(crate) fn trap(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip(), WILDCARD_PORT)
 }
 
-pub(crate) fn of_the_node(rig: &Rig, family: Family) -> SocketAddr {
+fn of_the_node(rig: &Rig, family: Family) -> SocketAddr {
     SocketAddr::new(rig.node(0).address(family), WILDCARD_PORT)
 }
 
-/// True where the kernel of this machine can guard at all.
-fn is_possible(node: &Namespace) -> bool {
-    let probe = node.run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
+/// True where the kernel of this machine has nf_tables.
+pub(crate) fn has_nf_tables(rig: &Rig) -> bool {
+    let probe = rig.node(0).run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
     probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
 }
 
-pub(crate) fn is_machine(outcome: &Outcome) -> bool {
+fn is_machine(outcome: &Outcome) -> bool {
     outcome.pod() == Some(MACHINE)
 }
 
@@ -139,36 +245,13 @@ fn is_refused(outcome: &Outcome) -> bool {
     *outcome == Outcome::Refused
 }
 
-/// At each address of the Service, what listens on all addresses does not answer.
-fn expect_guarded(stage: &Stage, from: &Namespace) {
-    for (entry, family) in
-        [ClusterIp, ExternalIp, LoadBalancerIp].into_iter().flat_map(|entry| FAMILIES.map(|f| (entry, f)))
-    {
-        let to = trap(stage.at(entry, family));
-        expect_at(from, to, ask_tcp, "refused over TCP", is_refused);
-        expect_at(from, to, ask_udp, "refused over UDP", is_refused);
-    }
-}
-
 fn t236_given_a_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_is_refused_there_alone() {
     let of_a_pod = CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
-    let Some(guarded) = Guarded::start(|command| with_only(of_a_pod, command)) else { return };
+    let Some(guarded) = Guarded::start(&TABLE, |command| with_only(of_a_pod, command)) else { return };
     let stage = &guarded.stage;
     let Stage { rig, .. } = stage;
 
-    for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 0), rig.node(0), rig.node(1)] {
-        expect_guarded(stage, from);
-        for family in FAMILIES {
-            expect_at(from, of_the_node(rig, family), ask_tcp, "the node's own address", is_machine);
-        }
-        for entry in [ClusterIp, ExternalIp, LoadBalancerIp] {
-            stage.served(from, entry, &LOCAL);
-        }
-    }
-    // From elsewhere: a socket that is bound to no address answers with the one that the way back begins with.
-    for family in FAMILIES {
-        expect_at(rig.client(), of_the_node(rig, family), ask_udp, "the node's own address", is_machine);
-    }
+    guarded.keeps_them_apart();
 
     let mine = trap(stage.at(ClusterIp, Family::V4));
     let bound =
@@ -219,7 +302,7 @@ fn given_a_client_on_the_node_that_connects_no_socket_when_it_asks_over_udp_then
 }
 
 fn given_a_client_on_the_node_with_a_port_of_no_client_when_it_asks_over_udp_then_it_gets_the_answer() {
-    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let Some(guarded) = Guarded::start(&TABLE, |_| ()) else { return };
     let stage = &guarded.stage;
     let node = stage.rig.node(0);
 
@@ -251,10 +334,10 @@ pub(crate) fn ask_unconnected(port: u16, to: SocketAddr) -> Outcome {
 }
 
 fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is_asked_then_it_answers() {
-    let Some(guarded) = Guarded::start(|_| ()) else { return };
-    let Guarded { stage, sshd, _running } = guarded;
+    let Some(guarded) = Guarded::start(&TABLE, |_| ()) else { return };
+    let Guarded { stage, sshd, .. } = guarded;
     let from = stage.rig.client();
-    expect_guarded(&stage, from);
+    TABLE.guards(&stage, from);
     drop(sshd);
 
     let _mesh = Everywhere::start_with(stage.rig.node(0), |socket| socket.set_ip_transparent_v6(true));
@@ -266,7 +349,7 @@ fn given_a_transparent_listener_of_all_addresses_when_an_address_of_a_service_is
 }
 
 fn given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_more_until_it_is_not() {
-    let Some(guarded) = Guarded::start(|_| ()) else { return };
+    let Some(guarded) = Guarded::start(&TABLE, |_| ()) else { return };
     let stage = &guarded.stage;
     let from = stage.rig.client();
 
@@ -283,69 +366,43 @@ fn given_a_guarded_address_when_it_becomes_the_nodes_own_then_it_is_guarded_no_m
 }
 
 fn given_the_port_of_a_listener_that_has_ended_when_a_service_gets_it_then_it_is_served_within_a_second() {
-    let Some(guarded) = Guarded::start(|_| ()) else { return };
-    let Guarded { stage, sshd, _running } = guarded;
-    let web = Web::default().with(local(&stage.rig));
-    expect_guarded(&stage, stage.rig.client());
+    let Some(guarded) = Guarded::start(&TABLE, |_| ()) else { return };
+    let Guarded { stage, sshd, .. } = guarded;
+    TABLE.guards(&stage, stage.rig.client());
 
     drop(sshd);
     let began = Instant::now();
-    stage.write(&web.to_string().replace("{name: only, port: 81,", &format!("{{name: only, port: {WILDCARD_PORT},")));
+    is_served_at_its_port(&stage);
 
-    let from = stage.rig.client();
-    for family in FAMILIES {
-        let to = trap(stage.at(ClusterIp, family));
-        expect_at(from, to, ask_tcp, "the Service", |outcome| outcome.pod().is_some_and(|pod| LOCAL.contains(&pod)));
-    }
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
 }
 
+/// The Service gets the port of what listened on all addresses, and answers there.
+pub(crate) fn is_served_at_its_port(stage: &Stage) {
+    let web = Web::default().with(local(&stage.rig)).to_string();
+    stage.write(&web.replace("{name: only, port: 81,", &format!("{{name: only, port: {WILDCARD_PORT},")));
+    for family in FAMILIES {
+        let (from, to) = (stage.rig.client(), trap(stage.at(ClusterIp, family)));
+        expect_at(from, to, ask_tcp, "the Service", |outcome| outcome.pod().is_some_and(|pod| LOCAL.contains(&pod)));
+    }
+}
+
 fn given_a_guard_that_somebody_removes_when_looked_at_then_it_is_back_and_streams_go_on() {
-    let Some(guarded) = Guarded::start(|_| ()) else { return };
-    let stage = &guarded.stage;
-    let mut open = FAMILIES.map(|family| {
-        let to = stage.at(ClusterIp, family);
-        stage.rig.client().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).expect("it is served")
-    });
-    let mut goes_on = || {
-        for stream in &mut open {
-            let outcome = ask_on(stream).expect("the stream goes on");
-            assert!(outcome.pod().is_some(), "{outcome:?}");
-        }
-    };
-    goes_on();
+    let Some(guarded) = Guarded::start(&TABLE, |_| ()) else { return };
 
-    let removed = stage.rig.node(0).run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
-    assert!(removed.expect("it may be removed"), "there is one");
-    let began = Instant::now();
-    goes_on();
-
-    until("that is told", || stage.log().contains("it is made again"));
-    assert!(began.elapsed() < CHECK_INTERVAL + Duration::from_secs(1), "{:?}", began.elapsed());
-    expect_guarded(stage, stage.rig.client());
-    goes_on();
-    stage.write("apiVersion: v1\nkind: List\nitems: []\n");
-    until("only what the streams hold is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 2);
-    goes_on();
+    guarded.comes_back_when_removed();
 }
 
 fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_does_the_guard_until_both_are_cleaned_up() {
-    let Some(mut guarded) = Guarded::start(|_| ()) else { return };
-    let stage = &mut guarded.stage;
+    let Some(mut guarded) = Guarded::start(&TABLE, |_| ()) else { return };
 
-    for signal in [Signal::KILL, Signal::TERM] {
-        stage.end(signal);
-        expect_guarded(stage, stage.rig.client());
-        stage.start_again(|_| ());
-        expect_guarded(stage, stage.rig.client());
-        assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
-    }
+    guarded.outlives_its_relays();
 
-    stage.end(Signal::KILL);
+    let node = guarded.stage.rig.node(0);
     let mut cleanup = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
-    let output = stage.rig.node(0).run(|| cleanup.arg("cleanup").output()).expect("it starts");
+    let output = node.run(|| cleanup.arg("cleanup").output()).expect("it starts");
     assert!(output.status.success(), "{output:?}");
-    expect_gone(stage);
+    expect_gone(&guarded.stage);
 }
 
 /// No route of ours, and nothing to guard any.
@@ -356,7 +413,7 @@ pub(crate) fn expect_gone(stage: &Stage) {
 }
 
 fn given_routes_that_go_at_exit_when_the_relay_ends_then_the_guard_goes_too() {
-    let started = Guarded::start(|command| {
+    let started = Guarded::start(&TABLE, |command| {
         command.args(["--vip-routes-at-exit", "remove"]);
     });
     let Some(mut guarded) = started else { return };
@@ -382,7 +439,7 @@ fn given_no_right_to_guard_when_routes_of_the_last_run_are_there_then_that_is_sa
 
 fn given_ten_thousand_addresses_when_required_then_they_are_guarded_soon() {
     let rig = rig();
-    if !is_possible(rig.node(0)) {
+    if !has_nf_tables(&rig) {
         return;
     }
 

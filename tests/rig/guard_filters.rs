@@ -2,21 +2,21 @@
 //!
 //! What they do is in `guard_program`, and what is changed when in `guard_filters`; here a kernel is asked.
 
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use kube_relay::config::DEFAULT_ROUTE_PROTOCOL;
-use kube_relay::guard::{self, CHECK_INTERVAL, VipGuard};
+use kube_relay::guard::{self, VipGuard};
 use kube_relay::name::Family;
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
 
-use crate::guard::{Everywhere, WILDCARD_PORT, ask_unconnected, guard_and_remove, is_machine, of_the_node, trap};
-use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only, without_netfilter};
-use crate::stage::{
-    ClusterIp, ExternalIp, LoadBalancerIp, Outcome, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at, until,
+use crate::guard::{
+    Everywhere, Guarded, Means, WILDCARD_PORT, ask_unconnected, assert_is_as_it_was_made, guard_and_remove,
+    has_nf_tables, is_served_at_its_port, trap,
 };
+use crate::rig::{Case, FAMILIES, Namespace, Rig, skip, with_only, without_netfilter};
+use crate::stage::{ClusterIp, Outcome, Stage, Web, ask_tcp, expect_at, until};
 use crate::verdicts::{LOCAL, backends, local, rig};
 use crate::vips::SOON;
 
@@ -33,9 +33,21 @@ pub(crate) const CASES: &[Case] = cases![
 
 pub(crate) const MEASURING: &[Case] = cases![given_ten_thousand_addresses_when_required_then_filters_guard_them_soon];
 
-fn is_silent(outcome: &Outcome) -> bool {
-    *outcome == Outcome::Silence
-}
+/// Filters, although the kernel may have nf_tables.
+const FILTERS: Means = Means {
+    is_possible,
+    ask_for: |command| {
+        command.args(["--vip-guard", "tc"]);
+    },
+    remove: guard::remove_filters,
+    is_kept_away: is_silent,
+};
+
+/// Filters, as the kernel has no nf_tables.
+const FILTERS_FOR_WANT_OF_A_TABLE: Means = Means { ask_for: without_netfilter, ..FILTERS };
+
+/// Filters, where a table can follow them.
+const FILTERS_BEFORE_A_TABLE: Means = Means { is_possible: |rig| is_possible(rig) && has_nf_tables(rig), ..FILTERS };
 
 /// True where the kernel of this machine has what filters need. Leaves nothing behind.
 fn is_possible(rig: &Rig) -> bool {
@@ -52,54 +64,20 @@ fn is_possible(rig: &Rig) -> bool {
     can
 }
 
-fn start(rig: Rig, web: &Web) -> Stage {
-    let stage = Stage::start_bare(rig, web, by_filters);
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
-    stage
-}
-
-fn by_filters(command: &mut Command) {
-    command.args(["--vip-guard", "tc"]);
-}
-
-/// At each address of the Service, what listens on all addresses does not answer.
-fn expect_guarded(stage: &Stage, from: &Namespace) {
-    for (entry, family) in
-        [ClusterIp, ExternalIp, LoadBalancerIp].into_iter().flat_map(|entry| FAMILIES.map(|f| (entry, f)))
-    {
-        let to = trap(stage.at(entry, family));
-        expect_at(from, to, ask_tcp, "silent over TCP", is_silent);
-        expect_at(from, to, ask_udp, "silent over UDP", is_silent);
-    }
+fn is_silent(outcome: &Outcome) -> bool {
+    *outcome == Outcome::Silence
 }
 
 fn t236_given_no_nf_tables_when_an_address_of_a_service_is_asked_then_who_listens_on_all_addresses_does_not_answer() {
-    let rig = rig();
-    if !is_possible(&rig) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
     let of_a_pod = CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
-    let stage = Stage::start_bare(rig, &web, |command| {
-        with_only(of_a_pod, command);
-        without_netfilter(command);
-    });
-    let Stage { rig, .. } = &stage;
-    until("each address is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 6);
+    let started = Guarded::start(&FILTERS_FOR_WANT_OF_A_TABLE, |command| with_only(of_a_pod, command));
+    let Some(guarded) = started else { return };
+    let stage = &guarded.stage;
+    let Stage { rig, .. } = stage;
 
-    for from in [rig.client(), rig.pod(0, 1), rig.pod(1, 0), rig.node(0), rig.node(1)] {
-        expect_guarded(&stage, from);
-        for family in FAMILIES {
-            expect_at(from, of_the_node(rig, family), ask_tcp, "the node's own address", is_machine);
-        }
-        for entry in [ClusterIp, ExternalIp, LoadBalancerIp] {
-            stage.served(from, entry, &LOCAL);
-        }
-    }
+    guarded.keeps_them_apart();
+
     for family in FAMILIES {
-        expect_at(rig.client(), of_the_node(rig, family), ask_udp, "the node's own address", is_machine);
         for port in [0, 2_000, 61_001] {
             let ask = |to| ask_unconnected(port, to);
             let is_answer = |outcome: &Outcome| outcome.pod().is_some();
@@ -108,7 +86,7 @@ fn t236_given_no_nf_tables_when_an_address_of_a_service_is_asked_then_who_listen
         let closed = SocketAddr::new(stage.at(ClusterIp, family).ip(), WILDCARD_PORT + 1);
         expect_at(rig.client(), closed, ask_tcp, "where nobody listens", |outcome| *outcome == Outcome::Refused);
     }
-    assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
+    assert_is_as_it_was_made(stage);
 }
 
 fn t236_given_filters_when_something_begins_to_listen_or_ends_then_that_is_followed() {
@@ -118,20 +96,15 @@ fn t236_given_filters_when_something_begins_to_listen_or_ends_then_that_is_follo
     }
     let _running = backends(&rig);
     let web = Web::default().with(local(&rig));
-    let stage = start(rig, &web);
-    let from = stage.rig.client();
+    let stage = FILTERS.start(rig, &web, |_| ());
 
     let sshd = Everywhere::start(stage.rig.node(0));
-    expect_guarded(&stage, from);
-    expect_guarded(&stage, stage.rig.node(0));
+    FILTERS.guards(&stage, stage.rig.client());
+    FILTERS.guards(&stage, stage.rig.node(0));
 
     drop(sshd);
-    stage.write(&web.to_string().replace("{name: only, port: 81,", &format!("{{name: only, port: {WILDCARD_PORT},")));
-    for family in FAMILIES {
-        let to = trap(stage.at(ClusterIp, family));
-        expect_at(from, to, ask_tcp, "the Service", |outcome| outcome.pod().is_some_and(|pod| LOCAL.contains(&pod)));
-    }
-    assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
+    is_served_at_its_port(&stage);
+    assert_is_as_it_was_made(&stage);
 }
 
 fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
@@ -141,7 +114,7 @@ fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
     }
     let _sshd = Everywhere::start(rig.node(0));
     let web = Web::default().with(local(&rig));
-    let stage = start(rig, &web);
+    let stage = FILTERS.start(rig, &web, |_| ());
     let node = stage.rig.node(0);
     let told = || {
         let mut doctor = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
@@ -167,48 +140,14 @@ fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
 }
 
 fn given_filters_that_somebody_removes_when_looked_at_then_they_are_back_and_streams_go_on() {
-    let rig = rig();
-    if !is_possible(&rig) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = start(rig, &web);
-    let mut open = FAMILIES.map(|family| {
-        let to = stage.at(ClusterIp, family);
-        stage.rig.client().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).expect("it is served")
-    });
-    let mut goes_on = || {
-        for stream in &mut open {
-            let outcome = ask_on(stream).expect("the stream goes on");
-            assert!(outcome.pod().is_some(), "{outcome:?}");
-        }
-    };
-    goes_on();
+    let Some(guarded) = Guarded::start(&FILTERS, |_| ()) else { return };
 
-    let removed = stage.rig.node(0).run(|| guard::remove_filters(DEFAULT_ROUTE_PROTOCOL));
-    assert!(removed.expect("they may be removed"), "there are some");
-    let began = Instant::now();
-
-    until("that is told", || stage.log().contains("it is made again"));
-    assert!(began.elapsed() < CHECK_INTERVAL + Duration::from_secs(1), "{:?}", began.elapsed());
-    expect_guarded(&stage, stage.rig.client());
-    goes_on();
-    stage.write("apiVersion: v1\nkind: List\nitems: []\n");
-    until("only what the streams hold is guarded", || stage.metric("kuberelay_guarded_addresses", "") == 2);
-    goes_on();
+    guarded.comes_back_when_removed();
 }
 
 fn given_an_interface_that_is_new_when_somebody_asks_by_it_then_it_has_filters() {
-    let rig = rig();
-    if !is_possible(&rig) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let stage = start(rig, &web);
+    let Some(guarded) = Guarded::start(&FILTERS, |_| ()) else { return };
+    let stage = &guarded.stage;
     let pod = stage.rig.pod(0, 0);
 
     let to = trap(stage.at(ClusterIp, Family::V4));
@@ -220,65 +159,39 @@ fn given_an_interface_that_is_new_when_somebody_asks_by_it_then_it_has_filters()
 }
 
 fn given_a_relay_that_was_killed_when_its_routes_stay_then_so_do_filters_until_both_are_cleaned_up() {
-    let rig = rig();
-    if !is_possible(&rig) {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let mut stage = start(rig, &web);
+    let Some(mut guarded) = Guarded::start(&FILTERS, |_| ()) else { return };
 
-    for signal in [Signal::KILL, Signal::TERM] {
-        stage.end(signal);
-        expect_guarded(&stage, stage.rig.client());
-        stage.start_again(by_filters);
-        expect_guarded(&stage, stage.rig.client());
-        assert!(!stage.log().contains("it is made again"), "nobody has changed it: {}", stage.log());
-    }
+    guarded.outlives_its_relays();
 
-    stage.end(Signal::KILL);
     let mut cleanup = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
     cleanup.arg("cleanup");
     without_netfilter(&mut cleanup);
-    let output = stage.rig.node(0).run(|| cleanup.output()).expect("it starts");
+    let node = guarded.stage.rig.node(0);
+    let output = node.run(|| cleanup.output()).expect("it starts");
     assert!(output.status.success(), "{output:?}");
-    let node = stage.rig.node(0);
     assert_eq!(Rig::local_networks(node, DEFAULT_ROUTE_PROTOCOL).expect("routes are listed"), []);
-    assert!(
-        !node.run(|| guard::remove_filters(DEFAULT_ROUTE_PROTOCOL)).expect("they may be asked for"),
-        "none is left"
-    );
+    assert_no_filter_is_left(node);
     match node.run(|| Command::new("tc").args(["qdisc", "show"]).output()) {
         Ok(output) => assert!(!String::from_utf8_lossy(&output.stdout).contains("clsact"), "{output:?}"),
         Err(error) => skip("tc", &error.to_string()),
     }
 }
 
+fn assert_no_filter_is_left(node: &Namespace) {
+    let removed = node.run(|| guard::remove_filters(DEFAULT_ROUTE_PROTOCOL));
+    assert!(!removed.expect("they may be asked for"), "there are some");
+}
+
 fn given_filters_of_the_last_run_when_nf_tables_guards_then_they_go() {
-    let rig = rig();
-    if !is_possible(&rig) {
-        return;
-    }
-    let possible = rig.node(0).run(|| guard::remove(DEFAULT_ROUTE_PROTOCOL));
-    if possible.inspect_err(|error| skip("nf_tables", &error.to_string())).is_err() {
-        return;
-    }
-    let _running = backends(&rig);
-    let _sshd = Everywhere::start(rig.node(0));
-    let web = Web::default().with(local(&rig));
-    let mut stage = start(rig, &web);
+    let Some(mut guarded) = Guarded::start(&FILTERS_BEFORE_A_TABLE, |_| ()) else { return };
+    let stage = &mut guarded.stage;
     stage.end(Signal::KILL);
 
     stage.start_again(|_| ());
 
     let to = trap(stage.at(ClusterIp, Family::V4));
     expect_at(stage.rig.client(), to, ask_tcp, "by the table", |outcome| *outcome == Outcome::Refused);
-    let node = stage.rig.node(0);
-    assert!(
-        !node.run(|| guard::remove_filters(DEFAULT_ROUTE_PROTOCOL)).expect("they may be asked for"),
-        "none is left"
-    );
+    assert_no_filter_is_left(stage.rig.node(0));
 }
 
 fn given_a_filter_of_others_with_a_number_of_ours_when_guarded_and_cleaned_up_then_it_is_as_it_was() {
@@ -306,8 +219,8 @@ fn given_a_filter_of_others_with_a_number_of_ours_when_guarded_and_cleaned_up_th
     let _running = backends(&rig);
     let _sshd = Everywhere::start(rig.node(0));
     let web = Web::default().with(local(&rig));
-    let mut stage = start(rig, &web);
-    expect_guarded(&stage, stage.rig.node(0));
+    let mut stage = FILTERS.start(rig, &web, |_| ());
+    FILTERS.guards(&stage, stage.rig.node(0));
     let all: Vec<String> = show(&stage.rig);
     assert!(all.len() == theirs.len() + 2 && theirs.iter().all(|line| all.contains(line)), "{all:?}");
 
