@@ -3,8 +3,10 @@
 //! A test says which it covers by its name (`t029_given_…`, `f07_t161_given_…`), a scenario by its first comment
 //! (`(T029 T030)`). What has none yet stands in [`TO_COME`] or [`FAULTS_TO_COME`], with the issue that brings it and the
 //! reason.
+//!
+//! And that no two tests of a program take the same place on loopback.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -83,7 +85,11 @@ fn tested(kind: Kind) -> BTreeSet<u16> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let sources = ["src", "tests"].into_iter().flat_map(|folder| files(&root.join(folder)));
     // The names that are read below are examples.
-    sources.filter(|path| *path != root.join(file!())).flat_map(|path| cases_in(kind, &path)).collect()
+    sources.filter(|path| *path != this_file()).flat_map(|path| cases_in(kind, &path)).collect()
+}
+
+fn this_file() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(file!())
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
@@ -130,4 +136,54 @@ fn given_names_of_tests_and_comments_when_read_then_their_cases_are_found() {
     assert_eq!(faults("            \"f01_f2_given_a_server_that_is_away\","), [1, 2]);
     assert_eq!(cases("    fn given_nothing() {"), [] as [u16; 0]);
     assert_eq!(cases_of_comment(Kind::Case, "# It is so. (T086 T093)"), [86, 93]);
+}
+
+/// Who makes a place on loopback, before its number.
+const PLACE: &str = "Site::new(";
+
+/// Two tests of one program at one place meet on its ports, whenever both happen to run at once.
+#[test]
+fn given_all_places_on_loopback_when_compared_then_no_two_tests_of_a_program_have_the_same_one() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut taken = BTreeMap::<(String, String), Vec<String>>::new();
+    for path in files(&folder).into_iter().filter(|path| is_source(path) && *path != this_file()) {
+        let file = path.strip_prefix(&folder).expect("it was found there");
+        for (line, number) in places(&fs::read_to_string(&path).expect("a text file")) {
+            taken.entry((program(file), number)).or_default().push(format!("{}:{line}", file.display()));
+        }
+    }
+    assert!(!taken.is_empty(), "places are made otherwise now");
+
+    // Where it is no number, nobody sees which one it is.
+    let wrong = taken.into_iter().filter(|((_, number), uses)| uses.len() > 1 || number.parse::<u8>().is_err());
+    let wrong: Vec<_> = wrong.map(|((_, number), uses)| format!("{PLACE}{number}) at {}", uses.join(", "))).collect();
+    assert!(wrong.is_empty(), "each test needs a number of its own: {}", wrong.join("; "));
+}
+
+fn is_source(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "rs")
+}
+
+/// The test program that a file below `tests` belongs to: `relay` has `relay/tcp.rs`, and would have `relay.rs`.
+fn program(file: &Path) -> String {
+    let first = file.components().next().map(|first| Path::new(first.as_os_str()).with_extension(""));
+    first.unwrap_or_default().display().to_string()
+}
+
+/// What stands for the number of each place that is made, and in which line.
+fn places(text: &str) -> Vec<(usize, String)> {
+    let of_line = |(index, line): (usize, &str)| {
+        let after = line.split(PLACE).skip(1);
+        after.map(|rest| (index + 1, rest.split(')').next().unwrap_or(rest).to_owned())).collect::<Vec<_>>()
+    };
+    text.lines().enumerate().flat_map(of_line).collect()
+}
+
+#[test]
+fn given_sources_when_read_then_their_places_and_programs_are_found() {
+    let text = "use site::Site;\n\nlet (a, b) = (Site::new(7), Site::new(255));\nlet c = Site::new(number);\n";
+    let found = [(3, "7"), (3, "255"), (4, "number")].map(|(line, number)| (line, number.to_owned()));
+
+    assert_eq!(places(text), found);
+    assert_eq!(["relay.rs", "relay/tcp.rs", "relay/a/b.rs"].map(|file| program(Path::new(file))), ["relay"; 3]);
 }

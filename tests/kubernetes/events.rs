@@ -157,9 +157,9 @@ async fn given_ten_thousand_services_with_a_problem_when_planned_at_once_then_a_
 /// On one thread, so that all it logs is seen.
 #[tokio::test]
 async fn given_a_server_that_takes_no_events_when_there_is_news_then_one_line_says_so_and_serving_goes_on() {
-    for (number, code) in [(48, 403), (49, 404)] {
+    for (site, code) in [(Site::new(48), 403), (Site::new(49), 404)] {
         let (log, _logging) = Log::of_this_thread();
-        let stage = Stage::serving(Site::new(number)).await;
+        let stage = Stage::serving(site).await;
         match code {
             403 => stage.server.forbid("events"),
             _ => stage.server.unknown("events"),

@@ -220,7 +220,8 @@ const MANY: (usize, usize) = (200, 15);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t064_given_many_new_services_when_they_come_then_each_is_measured_once() {
-    let (stage, site) = (Stage::serving(Site::new(64)).await, Site::new(64));
+    let site = Site::new(64);
+    let stage = Stage::serving(site).await;
     let (before, count_before) = (measured(), PROCESS.network_programming.count());
 
     for first in (0..MANY.0).step_by(MANY.1) {
