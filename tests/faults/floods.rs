@@ -1,8 +1,7 @@
 //! More datagrams than a link takes, and from more sources than there is room for.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
 use kube_relay::serve::udp::flow_limit_of_host;
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::SockRef;
 
 use crate::rig::{Namespace, full, skip};
 use crate::seen;
+use crate::spoofed;
 use crate::stage::{PODS, Relay, Stage, until};
 
 const DATAGRAM_BYTES: usize = 1_200;
@@ -84,7 +84,10 @@ pub(crate) fn sources_are_spoofed() {
 
     let begin = Instant::now();
     let service = stage.service(Family::V4);
-    let flood = stage.client().thread(move || sweep(service, sources, a_millisecond)).expect("a thread starts");
+    let flood = stage
+        .client()
+        .thread(move || spoofed::flood(service, sources, a_millisecond, datagram))
+        .expect("a thread starts");
     let (mut most_flows, mut most_bytes) = (0, 0);
     while !flood.is_finished() {
         most_flows = most_flows.max(flows(&relay));
@@ -134,39 +137,17 @@ fn established(stage: &Stage, over: Arc<AtomicBool>) -> JoinHandle<(u64, u64)> {
     thread::spawn(asking)
 }
 
-/// Sends a datagram from each of so many addresses that are nobody's, at an even rate.
-fn sweep(service: SocketAddr, sources: u32, a_millisecond: u32) -> io::Result<()> {
-    const FIRST: u32 = u32::from_be_bytes([11, 0, 0, 1]);
-    let (IpAddr::V4(to), port) = (service.ip(), service.port()) else { return Err(io::ErrorKind::Unsupported.into()) };
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
-    let (address, begin) = (SockAddr::from(SocketAddr::new(to.into(), 0)), Instant::now());
-    for number in 0..sources {
-        if number % a_millisecond == 0 {
-            let due = begin + Duration::from_millis((number / a_millisecond).into());
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-        socket.send_to(&packet(Ipv4Addr::from(FIRST + number), to, port), &address)?;
-    }
-    Ok(())
-}
-
-/// An IPv4 packet with a UDP datagram of no bytes. The kernel fills in length and checksum of the outer one; the inner
-/// one has none, which is allowed.
-fn packet(source: Ipv4Addr, to: Ipv4Addr, port: u16) -> [u8; 28] {
-    const VERSION_AND_WORDS: u8 = 0x45;
-    const LIFETIME: u8 = 64;
+/// A UDP datagram of no bytes, and without the checksum that it need not have.
+fn datagram(source: Ipv4Addr, to: SocketAddrV4) -> [u8; 28] {
     const UDP: u8 = 17;
     const UDP_HEADER_BYTES: u16 = 8;
     const SOURCE_PORT: u16 = 5_353;
     let mut packet = [0; 28];
-    packet[0] = VERSION_AND_WORDS;
-    packet[8] = LIFETIME;
-    packet[9] = UDP;
-    packet[12..16].copy_from_slice(&source.octets());
-    packet[16..20].copy_from_slice(&to.octets());
-    packet[20..22].copy_from_slice(&SOURCE_PORT.to_be_bytes());
-    packet[22..24].copy_from_slice(&port.to_be_bytes());
-    packet[24..26].copy_from_slice(&UDP_HEADER_BYTES.to_be_bytes());
+    spoofed::header(&mut packet, UDP, source, *to.ip());
+    let datagram = &mut packet[spoofed::HEADER_BYTES..];
+    datagram[0..2].copy_from_slice(&SOURCE_PORT.to_be_bytes());
+    datagram[2..4].copy_from_slice(&to.port().to_be_bytes());
+    datagram[4..6].copy_from_slice(&UDP_HEADER_BYTES.to_be_bytes());
     packet
 }
 

@@ -17,6 +17,7 @@ mod restarts;
 mod rollout;
 mod scrapes;
 mod soak;
+mod spoofed;
 mod stage;
 mod storms;
 mod syns;

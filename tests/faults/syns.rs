@@ -1,17 +1,15 @@
 //! Connections that nobody means to open: SYNs from addresses of nobody, as many as a sender can make.
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::thread;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::bursts::{Burst, backends};
 use crate::many::Many;
 use crate::rig::full;
 use crate::seen;
+use crate::spoofed;
 use crate::stage::Stage;
 
 const A_SECOND: u32 = 200;
@@ -33,7 +31,8 @@ pub(crate) fn one_service_is_flooded() {
     let quiet = burst();
     let before = (seen::run_time(relay.pid()), Instant::now());
     let count = 1_000 * a_millisecond * seconds;
-    let flood = stage.client().thread(move || flood(service, count, a_millisecond)).expect("a thread starts");
+    let flood =
+        stage.client().thread(move || spoofed::flood(service, count, a_millisecond, syn)).expect("a thread starts");
     let beside = burst();
     let busy = (seen::run_time(relay.pid()) - before.0).as_secs_f64() / before.1.elapsed().as_secs_f64();
     let took = flood.join().expect("it does not panic").expect("all are sent");
@@ -54,50 +53,31 @@ pub(crate) fn one_service_is_flooded() {
     assert!(together < alone * 3 + Duration::from_millis(1), "p99 was {alone:?} and is {together:?}");
 }
 
-/// Sends SYNs at an even rate, each from an address that is nobody's: no answer ever comes. How long that took.
-fn flood(service: SocketAddr, count: u32, a_millisecond: u32) -> io::Result<Duration> {
-    const FIRST: u32 = u32::from_be_bytes([11, 0, 0, 1]);
-    let (IpAddr::V4(to), port) = (service.ip(), service.port()) else { return Err(io::ErrorKind::Unsupported.into()) };
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
-    let (address, begin) = (SockAddr::from(SocketAddr::new(to.into(), 0)), Instant::now());
-    for number in 0..count {
-        if number % a_millisecond == 0 {
-            let due = begin + Duration::from_millis((number / a_millisecond).into());
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-        socket.send_to(&syn(Ipv4Addr::from(FIRST + number), to, port), &address)?;
-    }
-    Ok(begin.elapsed())
-}
-
-/// An IPv4 packet with a SYN. The kernel fills in length and checksum of the outer header; that of the inner one is ours.
-fn syn(source: Ipv4Addr, to: Ipv4Addr, port: u16) -> [u8; 40] {
-    const VERSION_AND_WORDS: u8 = 0x45;
-    const LIFETIME: u8 = 64;
+/// A SYN, whose checksum is ours to write.
+fn syn(source: Ipv4Addr, to: SocketAddrV4) -> [u8; 40] {
     const TCP: u8 = 6;
     const SOURCE_PORT: u16 = 40_000;
     const WORDS: u8 = 5 << 4;
     const SYN: u8 = 2;
     const WINDOW: u16 = 64_240;
     let mut packet = [0; 40];
-    packet[0] = VERSION_AND_WORDS;
-    packet[8] = LIFETIME;
-    packet[9] = TCP;
-    packet[12..16].copy_from_slice(&source.octets());
-    packet[16..20].copy_from_slice(&to.octets());
-    packet[20..22].copy_from_slice(&SOURCE_PORT.to_be_bytes());
-    packet[22..24].copy_from_slice(&port.to_be_bytes());
-    packet[32] = WORDS;
-    packet[33] = SYN;
-    packet[34..36].copy_from_slice(&WINDOW.to_be_bytes());
-    let checksum = checksum(&packet[12..], TCP);
+    spoofed::header(&mut packet, TCP, source, *to.ip());
+    let segment = &mut packet[spoofed::HEADER_BYTES..];
+    segment[0..2].copy_from_slice(&SOURCE_PORT.to_be_bytes());
+    segment[2..4].copy_from_slice(&to.port().to_be_bytes());
+    segment[12] = WORDS;
+    segment[13] = SYN;
+    segment[14..16].copy_from_slice(&WINDOW.to_be_bytes());
+    let checksum = checksum(&packet[spoofed::HEADER_BYTES - ADDRESSES_BYTES..], TCP);
     packet[36..38].copy_from_slice(&checksum.to_be_bytes());
     packet
 }
 
+/// Both addresses, at the end of an IPv4 header.
+const ADDRESSES_BYTES: usize = 8;
+
 /// Of both addresses and the segment behind them, with the rest of the header that is summed up but not sent (RFC 9293).
 fn checksum(addresses_and_segment: &[u8], protocol: u8) -> u16 {
-    const ADDRESSES_BYTES: usize = 8;
     let segment_bytes = (addresses_and_segment.len() - ADDRESSES_BYTES) as u32;
     let words = addresses_and_segment.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
     let mut sum = words.sum::<u32>() + u32::from(protocol) + segment_bytes;
