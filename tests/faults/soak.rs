@@ -50,7 +50,8 @@ pub(crate) fn nothing_stays() {
     // Nobody waits for these; and where a question comes from the port of one before, it is a stream.
     let flags = ["unreplied", "answered", "stream"].map(|state| format!("--udp-timeout-{state}=1s"));
     let relay = stage.relay(&rollout.addresses(), &flags);
-    WORK.iter().for_each(|work| drop(Done::of(&stage, *work, Duration::ZERO))); // What is made once is made now.
+    // What is made once is made now.
+    thread::scope(|scope| drop(WORK.map(|work| scope.spawn(Done::by(&stage, work, Duration::ZERO)))));
     look_at_it(&relay);
     until_idle(&relay);
     let descriptors = seen::descriptors(relay.pid());
@@ -59,12 +60,7 @@ pub(crate) fn nothing_stays() {
     let (done, looks, sizes) = thread::scope(|scope| {
         let sizes = scope.spawn(|| sizes(&relay, time, &over));
         let looks = scope.spawn(|| looks(&relay, &over));
-        let clients = WORK.map(|work| {
-            scope.spawn({
-                let stage = &stage;
-                move || Done::of(stage, work, time)
-            })
-        });
+        let clients = WORK.map(|work| scope.spawn(Done::by(&stage, work, time)));
         rollout.go_on_while(STEPS_A_SECOND, || clients.iter().any(|client| !client.is_finished()));
         over.store(true, Ordering::Relaxed);
         let done = clients.map(|client| client.join().expect("clients do not panic"));
@@ -121,6 +117,11 @@ struct Done {
 }
 
 impl Done {
+    /// What to start one of them by.
+    fn by<'s>(stage: &'s Stage, work: (&'static str, u32, Deed), time: Duration) -> impl FnOnce() -> Self + Send + 's {
+        move || Self::of(stage, work, time)
+    }
+
     /// Second after second, at least one.
     fn of(stage: &Stage, (what, a_second, deed): (&'static str, u32, Deed), time: Duration) -> Self {
         let (begin, mut done) = (Instant::now(), Self { what, count: 0, failures: Vec::new() });
