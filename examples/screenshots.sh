@@ -16,7 +16,7 @@ readonly gone=127.244.1.9:8000
 readonly loaded=(cart checkout search web)
 readonly seconds=60
 # Of the terminal that `top` is in, and of a character in it.
-readonly columns=112 lines=20 character_width=8.43 line_height=18
+readonly columns=124 lines=20 character_width=8.43 line_height=18
 
 main() {
     local program
