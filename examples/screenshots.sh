@@ -2,14 +2,14 @@
 # Pictures of the status page and of `top`, as the README shows them: a shop under load whose pods are the three servers
 # of whoami.
 #
-#   examples/screenshots.sh [FOLDER]       # default: pictures/ of the project
+#   examples/screenshots.sh [FOLDER]       # default: examples/pictures/
 #
 # Needs chromium and tmux. All addresses are loopback: nothing here needs root, and nobody else is asked for anything. Takes a
 # minute, as the curves are those of that minute. PROFILE=dev takes a debug build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly server=127.0.0.1:10349 pictures=${1:-pictures} profile=${PROFILE:-release}
+readonly server=127.0.0.1:10349 pictures=${1:-examples/pictures} profile=${PROFILE:-release}
 readonly pods=(127.244.1.1:8000 127.244.1.2:8000 127.244.1.3:8000)
 # Nobody answers there.
 readonly gone=127.244.1.9:8000
