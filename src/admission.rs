@@ -9,39 +9,59 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::model::Slice;
+use crate::model::{Endpoint, Slice};
 use crate::name::Family;
+use crate::plan::PlanOptions;
 use crate::problem::Problem;
 
-/// The slices without the endpoints that are refused, and a problem for each slice and cause. Without `networks` they may be
-/// anywhere.
+/// What endpoints have to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Demands<'o> {
+    allow_loopback: bool,
+    /// Inside one of these; empty: anywhere.
+    networks: &'o [IpNet],
+    /// Those of a pod.
+    pods_only: bool,
+}
+
+impl<'o> Demands<'o> {
+    pub(crate) fn of(options: &'o PlanOptions) -> Self {
+        Self {
+            allow_loopback: options.allow_loopback_endpoints,
+            networks: &options.endpoint_cidrs,
+            pods_only: options.require_target_ref,
+        }
+    }
+}
+
+/// The slices without the endpoints that are refused, and a problem for each slice and cause.
 pub(crate) fn admit<'a>(
     slices: impl Iterator<Item = &'a Slice>,
-    allow_loopback: bool,
-    networks: &[IpNet],
+    demands: Demands<'_>,
 ) -> (Vec<Cow<'a, Slice>>, Vec<Problem>) {
     let mut problems = Vec::new();
     let admitted = slices
         .map(|slice| {
-            let refused = |address| Refusal::of(address, slice.family, allow_loopback, networks);
-            if slice.endpoints.iter().all(|endpoint| refused(endpoint.address).is_none()) {
+            let refused =
+                |endpoint: &Endpoint| Refusal::of(endpoint.address, endpoint.pod.is_some(), slice.family, demands);
+            if slice.endpoints.iter().all(|endpoint| refused(endpoint).is_none()) {
                 return Cow::Borrowed(slice);
             }
             problems.extend(report(slice, refused));
             let mut rest = slice.clone();
-            rest.endpoints.retain(|endpoint| refused(endpoint.address).is_none());
+            rest.endpoints.retain(|endpoint| refused(endpoint).is_none());
             Cow::Owned(rest)
         })
         .collect();
     (admitted, problems)
 }
 
-/// True where an address of a slice of that family cannot be an endpoint.
-pub(crate) fn refuses(address: IpAddr, family: Family, allow_loopback: bool, networks: &[IpNet]) -> bool {
-    Refusal::of(address, family, allow_loopback, networks).is_some()
+/// True where an address of a slice of that family cannot be an endpoint. `is_pod`: it names a pod.
+pub(crate) fn refuses(address: IpAddr, is_pod: bool, family: Family, demands: Demands<'_>) -> bool {
+    Refusal::of(address, is_pod, family, demands).is_some()
 }
 
-/// Why an address cannot be an endpoint.
+/// Why something cannot be an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
     Family,
@@ -51,10 +71,11 @@ enum Refusal {
     Multicast,
     Broadcast,
     Outside,
+    NoPod,
 }
 
 impl Refusal {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Family,
         Self::Unspecified,
         Self::Loopback,
@@ -62,9 +83,11 @@ impl Refusal {
         Self::Multicast,
         Self::Broadcast,
         Self::Outside,
+        Self::NoPod,
     ];
 
-    fn of(address: IpAddr, family: Family, allow_loopback: bool, networks: &[IpNet]) -> Option<Self> {
+    fn of(address: IpAddr, is_pod: bool, family: Family, demands: Demands<'_>) -> Option<Self> {
+        let Demands { allow_loopback, networks, pods_only } = demands;
         if Family::of(address) != family {
             return Some(Self::Family);
         }
@@ -82,6 +105,7 @@ impl Refusal {
             (address.is_multicast(), Self::Multicast),
             (broadcast, Self::Broadcast),
             (is_outside, Self::Outside),
+            (pods_only && !is_pod, Self::NoPod),
         ];
         causes.into_iter().find_map(|(applies, cause)| applies.then_some(cause))
     }
@@ -99,16 +123,17 @@ impl Refusal {
             Self::Multicast => "is a multicast address".into(),
             Self::Broadcast => "is the broadcast address".into(),
             Self::Outside => "is in none of --endpoint-cidrs".into(),
+            Self::NoPod => "has no targetRef to a pod, which --require-target-ref asks for".into(),
         }
     }
 }
 
 /// One problem for each cause, however many endpoints share it.
-fn report(slice: &Slice, refused: impl Fn(IpAddr) -> Option<Refusal>) -> Vec<Problem> {
+fn report(slice: &Slice, refused: impl Fn(&Endpoint) -> Option<Refusal>) -> Vec<Problem> {
     let problem = |cause: Refusal| {
-        let mut addresses = slice.endpoints.iter().map(|endpoint| endpoint.address);
-        let first = addresses.find(|address| refused(*address) == Some(cause))?;
-        let more = addresses.filter(|address| refused(*address) == Some(cause)).count();
+        let mut refused = slice.endpoints.iter().filter(|endpoint| refused(endpoint) == Some(cause));
+        let first = refused.next()?.address;
+        let more = refused.count();
         let others = if more == 0 { String::new() } else { format!(" ({more} more like it)") };
         let message = format!("endpoint {first} {}: not used{others}", cause.explain(slice.family));
         Some(Problem::error(&slice.name, cause.reason(), message))
@@ -119,7 +144,7 @@ fn report(slice: &Slice, refused: impl Fn(IpAddr) -> Option<Refusal>) -> Vec<Pro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, Service};
+    use crate::model::Service;
 
     fn slice(addresses: &[&str]) -> Slice {
         let endpoints = addresses.iter().map(|ip| Endpoint::new(ip.parse::<IpAddr>().expect("an address")));
@@ -127,7 +152,8 @@ mod tests {
     }
 
     fn admitted(slice: &Slice, allow_loopback: bool) -> (Vec<String>, Vec<Problem>) {
-        let (slices, problems) = admit([slice].into_iter(), allow_loopback, &[]);
+        let demands = Demands { allow_loopback, networks: &[], pods_only: false };
+        let (slices, problems) = admit([slice].into_iter(), demands);
         let addresses = slices.iter().flat_map(|slice| &slice.endpoints).map(|e| e.address.to_string()).collect();
         (addresses, problems)
     }
@@ -165,11 +191,26 @@ mod tests {
     }
 
     #[test]
+    fn given_that_endpoints_have_to_be_pods_when_one_names_none_then_it_is_refused_and_named() {
+        let mut slice = slice(&["10.0.0.1", "10.0.0.2"]);
+        slice.endpoints[0].pod = Some("web-0".into());
+
+        let demands = Demands { allow_loopback: false, networks: &[], pods_only: true };
+        let (slices, problems) = admit([&slice].into_iter(), demands);
+
+        let addresses: Vec<_> = slices[0].endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+        assert_eq!((addresses, problems.len()), (vec!["10.0.0.1".to_owned()], 1));
+        let refused = "endpoint 10.0.0.2 has no targetRef to a pod, which --require-target-ref asks for: not used";
+        assert_eq!((&*problems[0].reason, &*problems[0].message), ("denied_address", refused));
+    }
+
+    #[test]
     fn given_networks_of_endpoints_when_one_is_outside_then_it_is_refused_and_named() {
         let networks = ["10.0.0.0/24", "fd00::/64"].map(|network| network.parse().expect("a network"));
         let slice = slice(&["10.0.0.1", "10.0.1.1", "192.0.2.1"]);
 
-        let (slices, problems) = admit([&slice].into_iter(), false, &networks);
+        let demands = Demands { allow_loopback: false, networks: &networks, pods_only: false };
+        let (slices, problems) = admit([&slice].into_iter(), demands);
 
         let addresses: Vec<_> = slices[0].endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
         assert_eq!(addresses, ["10.0.0.1"]);

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::admission;
+use crate::admission::{self, Demands};
 use crate::endpoints::{Candidate, Topology, Usable, UsableEndpoint, merge};
 use crate::model::{Service, ServicePort, Slice};
 use crate::name::{BalancerKey, Family, Scope};
@@ -130,7 +130,7 @@ fn judge(
 ) -> (Rule, Vec<Judged>) {
     let in_scope = |candidate: &Candidate<'_>| scope == Scope::Cluster || candidate.local;
     let refused = |candidate: &mut Candidate<'_>| {
-        admission::refuses(candidate.address.ip(), family, options.allow_loopback_endpoints, &options.endpoint_cidrs)
+        admission::refuses(candidate.address.ip(), candidate.endpoint.pod.is_some(), family, Demands::of(options))
     };
     // What would serve and is not among those that do was taken out before anything was chosen: it is a loop.
     let looping = |candidate: &mut Candidate<'_>| {

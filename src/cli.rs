@@ -589,6 +589,12 @@ struct AddressFlags {
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ENDPOINT_CIDRS", value_delimiter = ',')]
     endpoint_cidrs: Vec<IpNet>,
 
+    /// Use endpoints alone whose targetRef is a pod: those that controllers make, and none that somebody wrote by hand
+    #[arg(long, value_name = "true|false", env = "KUBE_RELAY_REQUIRE_TARGET_REF")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
+    require_target_ref: bool,
+
     /// Who may reach Services from outside: networks and addresses. This node and its pods always may. A Service's annotation kube-relay.dev/allow-from narrows it [default: everybody]
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOW_FROM", value_delimiter = ',', value_parser = network)]
     allow_from: Vec<IpNet>,
@@ -1352,6 +1358,7 @@ impl PlanFlags {
             expose: addresses.expose,
             allowed_external_cidrs: addresses.allowed_external_cidrs,
             endpoint_cidrs: addresses.endpoint_cidrs,
+            require_target_ref: addresses.require_target_ref,
             allow_from: addresses.allow_from,
             service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
             service_node_port_range: addresses.service_node_port_range.0,

@@ -182,6 +182,8 @@ pub struct PlanConfig {
     pub allowed_external_cidrs: Vec<IpNet>,
     /// Where endpoints may be; empty: anywhere. From `--endpoint-cidrs`.
     pub endpoint_cidrs: Vec<IpNet>,
+    /// Whether endpoints have to name a pod. From `--require-target-ref`.
+    pub require_target_ref: bool,
     /// Who may come from outside, networks of both families; empty: everybody. From `--allow-from`.
     pub allow_from: Vec<IpNet>,
     /// Where the static source takes cluster IPs from; `None`: it gives none. From `--service-cluster-ip-range`.
@@ -238,6 +240,7 @@ impl PlanConfig {
             node_port_addresses: node_port_addresses(&self.node_port_addresses, host, &self.node_addresses),
             allowed_external_cidrs: self.allowed_external_cidrs.clone(),
             endpoint_cidrs: self.endpoint_cidrs.clone(),
+            require_target_ref: self.require_target_ref,
             allow_from: (!self.allow_from.is_empty()).then(|| AllowFrom::new(&self.allow_from)),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
@@ -289,6 +292,7 @@ mod tests {
             expose: vec![],
             allowed_external_cidrs: vec![],
             endpoint_cidrs: vec![],
+            require_target_ref: false,
             allow_from: vec![],
             service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
             service_node_port_range: DEFAULT_NODE_PORT_RANGE,

@@ -99,6 +99,7 @@ const RELAY: &[Field] = &[
     field("expose", Form::List, &["expose"]),
     field("allowedExternalCIDRs", Form::List, &["allowed_external_cidrs"]),
     field("endpointCIDRs", Form::List, &["endpoint_cidrs"]),
+    field("requireTargetRef", Form::Switch, &["require_target_ref"]),
     field("allowFrom", Form::Entries, &["allow_from"]),
     field("vipRoutes", Form::Text, &["vip_routes"]),
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),

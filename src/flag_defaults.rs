@@ -198,7 +198,7 @@ mod tests {
                 "metadata: {name: edge}\nsources: [x]\nmetricsBindAddress: none\nstatusBindAddress: 127.0.0.3\n\
                  healthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
-                 stateDir: /s\nendpointCIDRs: [10.244.0.0/16, fd00::/48]\n\
+                 stateDir: /s\nendpointCIDRs: [10.244.0.0/16, fd00::/48]\nrequireTargetRef: true\n\
                  allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
@@ -220,6 +220,7 @@ mod tests {
         assert_eq!((config.plan.service_cluster_ip_range, config.plan.service_node_port_range), (None, 1..=9));
         assert_eq!((config.plan.cluster_cidrs.len(), config.plan.node_addresses.len()), (2, 1));
         assert_eq!((config.plan.endpoint_cidrs.len(), config.state_dir), (2, Some("/s".into())));
+        assert!(config.plan.require_target_ref);
         assert_eq!(config.plan.proxy_name.as_deref(), Some("kube-relay"));
         assert_eq!((config.plan.node.name.as_deref(), config.plan.node.zone.as_deref()), (Some("worker-1"), Some("z")));
         assert_eq!(config.upstream.sources.len(), 1);

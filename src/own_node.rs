@@ -228,6 +228,7 @@ mod tests {
             expose: vec![],
             allowed_external_cidrs: vec![],
             endpoint_cidrs: vec![],
+            require_target_ref: false,
             allow_from: vec![],
             service_cluster_ip_range: None,
             service_node_port_range: 1..=2,

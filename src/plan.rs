@@ -50,6 +50,8 @@ pub struct PlanOptions {
     pub allowed_external_cidrs: Vec<IpNet>,
     /// Endpoints are used only inside these; empty: anywhere. From `--endpoint-cidrs`.
     pub endpoint_cidrs: Vec<IpNet>,
+    /// Only endpoints whose `targetRef` is a pod are used. From `--require-target-ref`. Default: false.
+    pub require_target_ref: bool,
     /// Who may come from outside; `None`: everybody. From `--allow-from`.
     pub allow_from: Option<AllowFrom>,
     /// Take exactly the Services that are labelled so; `None`: exactly those without the label. From `--proxy-name`.

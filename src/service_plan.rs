@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::admission;
+use crate::admission::{self, Demands};
 use crate::allow_from::AllowFrom;
 use crate::balancing::Balancing;
 use crate::claims::Claimant;
@@ -148,7 +148,7 @@ impl<'a> Asked<'a> {
         }
         plan.problems.extend(service.slices_hidden.then(|| hidden(service)));
         let slices = slices.filter(|_| !service.slices_hidden);
-        let (slices, refused) = admission::admit(slices, options.allow_loopback_endpoints, &options.endpoint_cidrs);
+        let (slices, refused) = admission::admit(slices, Demands::of(options));
         plan.problems.extend(refused);
         plan.health_port = entries.health_port.as_ref().map(|(number, addresses)| {
             let slices = slices.iter().map(AsRef::as_ref);

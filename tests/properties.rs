@@ -67,6 +67,7 @@ fn options() -> PlanOptions {
         node_addresses: own,
         allowed_external_cidrs: vec!["203.0.113.0/24".parse().expect("a net")],
         endpoint_cidrs: vec![],
+        require_target_ref: false,
         allow_from: Some(AllowFrom::new(&["10.0.0.0/8".parse().expect("a net")])),
         proxy_name: None,
         expose: vec![Expose { listen, service: ObjectName::parse("shop/a"), port: "80".into() }],
