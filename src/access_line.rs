@@ -30,6 +30,9 @@ pub(crate) fn encode(record: &AccessRecord, at: SystemTime, format: AccessFormat
     line.text("time", &rfc3339_millis(at));
     line.text("protocol", protocol.as_str());
     line.text("client", &record.client.to_string());
+    if let Some(peer) = record.peer {
+        line.text("peer", &peer.to_string());
+    }
     line.text("listen", &record.listen.address().to_string());
     line.text("entry", record.kind.as_label());
     line.text("namespace", &name.service.namespace);
@@ -153,6 +156,7 @@ mod tests {
         AccessRecord {
             at: Instant::now(),
             client: address("192.0.2.1:5000"),
+            peer: None,
             listen: ListenKey::at(address("10.96.0.10:80"), protocol),
             kind: ListenerKind::LoadBalancerIp,
             port: Arc::new(PortState::new(name)),
@@ -200,6 +204,16 @@ mod tests {
             let line = line(&refused, format);
             assert!(!line.contains("backend") && line.contains("ejected_all"), "{line}");
         }
+    }
+
+    #[test]
+    fn given_a_client_that_a_balancer_has_named_when_encoded_then_both_are_there() {
+        let named = AccessRecord { peer: Some(address("10.0.0.9:6000")), ..record(Protocol::Tcp) };
+
+        let (json, logfmt) = (line(&named, AccessFormat::Json), line(&named, AccessFormat::Logfmt));
+
+        assert!(json.contains("\"client\":\"192.0.2.1:5000\",\"peer\":\"10.0.0.9:6000\",\"listen\""), "{json}");
+        assert!(logfmt.contains(" client=192.0.2.1:5000 peer=10.0.0.9:6000 listen="), "{logfmt}");
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl AllowFrom {
         }
     }
 
+    /// The networks of both families, for where balancers in front tell who a client is: sorted, none within another.
+    pub(crate) fn of_both_families(&self) -> Arc<[IpNet]> {
+        self.v4.iter().chain(&*self.v6).copied().collect()
+    }
+
     fn is_nobody(&self) -> bool {
         self.v4.is_empty() && self.v6.is_empty()
     }

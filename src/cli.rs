@@ -599,6 +599,11 @@ struct AddressFlags {
     #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ALLOW_FROM", value_delimiter = ',', value_parser = network)]
     allow_from: Vec<IpNet>,
 
+    /// Balancers that are believed when a PROXY header of theirs says who a client is: networks and addresses. Asked where a Service has the annotation kube-relay.dev/accept-proxy [default: nobody]
+    #[arg(long, value_name = "CIDRS", env = "KUBE_RELAY_ACCEPT_PROXY_FROM")]
+    #[arg(value_delimiter = ',', value_parser = network)]
+    accept_proxy_from: Vec<IpNet>,
+
     /// Where Services without a clusterIP get theirs; `none` leaves them without
     #[arg(long, value_name = "CIDR", env = "KUBE_RELAY_SERVICE_CLUSTER_IP_RANGE")]
     #[arg(default_value_t = OrNone(Some(IpNet::V4(DEFAULT_SERVICE_RANGE))))]
@@ -1360,6 +1365,7 @@ impl PlanFlags {
             endpoint_cidrs: addresses.endpoint_cidrs,
             require_target_ref: addresses.require_target_ref,
             allow_from: addresses.allow_from,
+            accept_proxy_from: addresses.accept_proxy_from,
             service_cluster_ip_range: addresses.service_cluster_ip_range.0.map(|net| net.trunc()),
             service_node_port_range: addresses.service_node_port_range.0,
             cluster_cidrs: node.cluster_cidr,

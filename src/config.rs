@@ -186,6 +186,8 @@ pub struct PlanConfig {
     pub require_target_ref: bool,
     /// Who may come from outside, networks of both families; empty: everybody. From `--allow-from`.
     pub allow_from: Vec<IpNet>,
+    /// The balancers that are believed when they say who their clients are; empty: nobody. From `--accept-proxy-from`.
+    pub accept_proxy_from: Vec<IpNet>,
     /// Where the static source takes cluster IPs from; `None`: it gives none. From `--service-cluster-ip-range`.
     pub service_cluster_ip_range: Option<IpNet>,
     /// Where the static source takes node ports from. From `--service-node-port-range`.
@@ -242,6 +244,7 @@ impl PlanConfig {
             endpoint_cidrs: self.endpoint_cidrs.clone(),
             require_target_ref: self.require_target_ref,
             allow_from: (!self.allow_from.is_empty()).then(|| AllowFrom::new(&self.allow_from)),
+            accept_proxy_from: self.accept_proxy_from.clone(),
             proxy_name: self.proxy_name.clone(),
             expose: self.expose.clone(),
             // Each once: interfaces that have the same one come and go with pods, which is no reason to plan anew.
@@ -294,6 +297,7 @@ mod tests {
             endpoint_cidrs: vec![],
             require_target_ref: false,
             allow_from: vec![],
+            accept_proxy_from: vec![],
             service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
             service_node_port_range: DEFAULT_NODE_PORT_RANGE,
             cluster_cidrs: vec![],

@@ -101,6 +101,7 @@ const RELAY: &[Field] = &[
     field("endpointCIDRs", Form::List, &["endpoint_cidrs"]),
     field("requireTargetRef", Form::Switch, &["require_target_ref"]),
     field("allowFrom", Form::Entries, &["allow_from"]),
+    field("acceptProxyFrom", Form::List, &["accept_proxy_from"]),
     field("vipRoutes", Form::Text, &["vip_routes"]),
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),

@@ -41,7 +41,7 @@ pub(crate) const ANNOTATIONS: [&str; 16] = [
 ];
 
 /// Those of [`ANNOTATIONS`] that this version does not act on yet.
-const UNHEEDED: [&str; 3] = ["accept-proxy", "proxy-protocol", "source-address"];
+const UNHEEDED: [&str; 1] = ["source-address"];
 
 /// What [`ANNOTATIONS`] begin with.
 pub(crate) const PREFIX: &str = "kube-relay.dev/";

@@ -48,6 +48,12 @@ impl fmt::Display for ServiceReport {
         if let Some(nets) = self.allowed_networks() {
             write!(f, ", from outside {}", allowed(&nets))?;
         }
+        if let Some(nets) = self.balancers_in_front() {
+            write!(f, ", balancers in front {}", allowed(&nets))?;
+        }
+        if let Some(version) = self.header_to_backends() {
+            write!(f, ", PROXY {version} to backends")?;
+        }
         if let Some(word) = &self.skipped {
             return writeln!(f, "\n  not served: {word}, {}", meaning(word));
         }
@@ -278,6 +284,18 @@ mod tests {
         let both = "default/web  ClusterIP, from outside only 192.0.2.1/32, 203.0.113.0/24";
         assert_eq!(header("203.0.113.0/24, 192.0.2.1"), both);
         assert_eq!(header("2001:db8::/32"), "default/web  ClusterIP, from outside nobody");
+    }
+
+    #[test]
+    fn t126_given_headers_when_described_then_who_is_believed_and_what_backends_get_is_told() {
+        let web = Service::new("default/web").cluster_ip([127, 96, 0, 10]).port("http", 80);
+        let annotations = [("accept-proxy", "true"), ("proxy-protocol", "v2")];
+        let annotations = annotations.map(|(key, value)| (key.into(), value.into())).into();
+
+        let text = described(vec![Service { annotations, ..web }], vec![]);
+
+        let header = "default/web  ClusterIP, balancers in front nobody, PROXY v2 to backends\n";
+        assert!(text.starts_with(header), "{text}");
     }
 
     #[test]

@@ -113,6 +113,14 @@ fn listener(listener: &ListenerReport) -> String {
         Some(nets) => nets.iter().for_each(|net| text += &format!(", from outside {net}")),
         None => {}
     }
+    match listener.accept_proxy_from.as_deref() {
+        Some([]) => text += ", through no balancer",
+        Some(nets) => nets.iter().for_each(|net| text += &format!(", through the balancer {net}")),
+        None => {}
+    }
+    if let Some(version) = listener.proxy_protocol {
+        text += &format!(", PROXY {version} to backends");
+    }
     text
 }
 

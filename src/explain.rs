@@ -88,7 +88,7 @@ enum Fate {
     Rejected,
     /// No answer: the policy forbids the endpoints that there are.
     Dropped,
-    /// No answer: a list does not have the client.
+    /// No answer, or a reset where a balancer in front brings it: a list does not have the client.
     KeptOut(List),
     /// Nobody of ours: the listener is not bound.
     Unbound,
@@ -237,6 +237,12 @@ impl fmt::Display for Explanation<'_> {
         for (list, who) in lists(listener) {
             field(&mut text, list.label(), who);
         }
+        if let Some(balancers) = in_front(listener) {
+            field(&mut text, "In Front", balancers);
+        }
+        if let Some(version) = listener.proxy_protocol {
+            field(&mut text, "PROXY Header", format!("{version}, to backends"));
+        }
         for case in cases {
             field(&mut text, case.who.label(), self.outcome(case));
             let endpoints = case.choice.map(|choice| self.rows(choice, case.fate)).unwrap_or_default();
@@ -262,6 +268,7 @@ impl Explanation<'_> {
             Fate::Served => self.rule(case),
             Fate::Rejected => "refused: no endpoint can serve".into(),
             Fate::Dropped => format!("no answer: {} is Local, and no endpoint on this node can serve", self.policy()),
+            Fate::KeptOut(list) if in_front(self.listener).is_some() => format!("reset: not in {}", list.in_words()),
             Fate::KeptOut(list) => format!("no answer: not in {}", list.in_words()),
             Fate::Unbound => "not served by this relay: see the address above".into(),
         }
@@ -403,6 +410,18 @@ fn lists(listener: &ListenerReport) -> Vec<(List, String)> {
         None => {}
     }
     lists
+}
+
+/// Through whom clients come, where a balancer in front names each; all else here is about these clients.
+fn in_front(listener: &ListenerReport) -> Option<String> {
+    let balancers = listener.accept_proxy_from.as_ref()?;
+    Some(match balancers.as_slice() {
+        [] => "nobody is believed, so nobody is served: --accept-proxy-from".into(),
+        nets => {
+            let nets: Vec<_> = nets.iter().map(ToString::to_string).collect();
+            format!("clients are those that {} name in a PROXY header; others are reset", abridged(&nets))
+        }
+    })
 }
 
 #[cfg(test)]

@@ -199,7 +199,7 @@ mod tests {
                  healthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
                  stateDir: /s\nendpointCIDRs: [10.244.0.0/16, fd00::/48]\nrequireTargetRef: true\n\
-                 allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
+                 allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nacceptProxyFrom: [10.0.0.9, \"fd00::9\"]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  connectTimeout: 1s\nconnectTries: 2\nejectAfter: 3\nhalfCloseTimeout: 8s\nidleTimeout: 9s\n\
@@ -216,7 +216,7 @@ mod tests {
         assert_eq!(config.status_address, Some(([127, 0, 0, 3], 10249).into()));
         assert!(config.bind_address_hard_fail);
         assert_eq!((config.plan.expose.len(), config.plan.allowed_external_cidrs.len()), (2, 1));
-        assert_eq!(config.plan.allow_from.len(), 2);
+        assert_eq!((config.plan.allow_from.len(), config.plan.accept_proxy_from.len()), (2, 2));
         assert_eq!((config.plan.service_cluster_ip_range, config.plan.service_node_port_range), (None, 1..=9));
         assert_eq!((config.plan.cluster_cidrs.len(), config.plan.node_addresses.len()), (2, 1));
         assert_eq!((config.plan.endpoint_cidrs.len(), config.state_dir), (2, Some("/s".into())));

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::balancing::Balancing;
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
+use crate::proxy_protocol::ProxyProtocol;
 use crate::stats::Entry;
 use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
@@ -133,6 +134,11 @@ pub struct Listener {
     ///
     /// From the annotation `kube-relay.dev/allow-from` and `--allow-from`, of the listener's family.
     pub allow_from: Option<Arc<[IpNet]>>,
+    /// How its connections say who their clients are; `None`: not at all, as hardly any Service says otherwise.
+    ///
+    /// Where balancers in front tell who a client is, the lists above are judged by what they tell, and so have networks
+    /// of both families: a client may reach a balancer by another family than the balancer reaches us.
+    pub proxy_protocol: Option<Arc<ProxyProtocol>>,
     /// How its datagrams are served; `None`: as the flags say. Hardly any Service says otherwise.
     pub udp: Option<Arc<UdpSettings>>,
 }
@@ -343,8 +349,8 @@ mod tests {
                 let port = ServicePortName::new(service, "http", Protocol::Tcp);
                 let kind = ListenerKind::ClusterIp;
                 let target = Target { outside, inside };
-                let (source_ranges, allow_from, udp) = (Arc::default(), None, None);
-                (key, Listener { port, kind, allocated, target, source_ranges, allow_from, udp })
+                let (source_ranges, allow_from, proxy_protocol, udp) = (Arc::default(), None, None, None);
+                (key, Listener { port, kind, allocated, target, source_ranges, allow_from, proxy_protocol, udp })
             },
         )
     }

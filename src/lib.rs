@@ -23,7 +23,8 @@
 //!
 //! ```text
 //! client ─▶ accept ─▶ Balancer::pick ─▶ connect (next backend on failure) ─▶ relay ─▶ guard drop: counters, close reason
-//!                          ▲ what a try gave: who fails again and again is left out for a time (`serve::ejection`)
+//!                  │       ▲ what a try gave: who fails again and again is left out for a time (`serve::ejection`)
+//!                  └ or first a balancer's header that says who the client is (`serve::introduction`)
 //! client ─▶ receive a batch ─▶ FlowTable (pure) ─▶ pick, open, send, close ─▶ replies leave from the listener's own socket
 //! ```
 //!
@@ -199,6 +200,7 @@ pub mod plan;
 pub mod pod_environment;
 pub mod printable;
 mod problem;
+mod proxy_protocol;
 pub mod rare;
 mod reading;
 pub mod recent;

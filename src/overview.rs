@@ -217,6 +217,12 @@ fn describe_service(service: &ServiceReport) -> String {
     if let Some(nets) = service.allowed_networks() {
         field(&mut text, "From Outside", allowed(&nets));
     }
+    if let Some(nets) = service.balancers_in_front() {
+        field(&mut text, "In Front", allowed(&nets));
+    }
+    if let Some(version) = service.header_to_backends() {
+        field(&mut text, "PROXY Header", version);
+    }
     if let Some(health_port) = &service.health_port {
         describe_health_port(&mut text, health_port);
     }

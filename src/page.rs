@@ -56,7 +56,7 @@ mod tests {
     use crate::contact::ContactReport;
     use crate::live::sample;
     use crate::name::{Family, ObjectName, Protocol, Scope};
-    use crate::plan::{Balance, ListenerKind, Problem, Side, Verdict};
+    use crate::plan::{Balance, HeaderVersion, ListenerKind, Problem, Side, Verdict};
     use crate::recent::Happened;
     use crate::status::{
         BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, PortTraffic, ScopedBackends,
@@ -175,6 +175,8 @@ mod tests {
             inside: SIDE,
             source_ranges: vec!["10.0.0.0/8".parse().expect("a network")],
             allow_from: Some(vec![]),
+            proxy_protocol: Some(HeaderVersion::V2),
+            accept_proxy_from: Some(vec![]),
             state: Some(ListenerState::Serving),
         }
     }

@@ -56,6 +56,7 @@ mod tests {
             endpoint_cidrs: vec![],
             require_target_ref: false,
             allow_from: vec![],
+            accept_proxy_from: vec![],
             service_cluster_ip_range: None,
             service_node_port_range: 1..=2,
             cluster_cidrs: vec![],

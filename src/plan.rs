@@ -26,6 +26,7 @@ pub use crate::balancing::{Balance, Balancing};
 pub use crate::health_port::HealthPort;
 pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Target, Verdict, diff};
 pub use crate::problem::{Problem, Severity};
+pub use crate::proxy_protocol::{HeaderVersion, ProxyProtocol};
 pub use crate::service_plan::{ServicePlan, Wanted};
 pub use crate::tcp_settings::TcpSettings;
 pub use crate::udp_settings::UdpSettings;
@@ -54,6 +55,9 @@ pub struct PlanOptions {
     pub require_target_ref: bool,
     /// Who may come from outside; `None`: everybody. From `--allow-from`.
     pub allow_from: Option<AllowFrom>,
+    /// The balancers that are believed when they say who their clients are, networks of both families; empty: nobody. From
+    /// `--accept-proxy-from`. They are asked where a Service says so.
+    pub accept_proxy_from: Vec<IpNet>,
     /// Take exactly the Services that are labelled so; `None`: exactly those without the label. From `--proxy-name`.
     pub proxy_name: Option<String>,
     /// Extra listeners. From `--expose`.

@@ -20,6 +20,8 @@ pub(crate) mod few_lines;
 mod filter;
 pub mod flow;
 pub(crate) mod gate;
+mod header_decoder;
+mod introduction;
 pub mod lasting;
 pub mod limits;
 pub mod listeners;
@@ -30,6 +32,7 @@ mod outbound;
 mod pipe;
 mod pool;
 mod ports;
+mod proxy_header;
 mod reactor;
 mod relay;
 #[cfg(test)]
@@ -57,7 +60,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::entrance::{Entrance, Origin};
-use crate::plan::ListenerKind;
+use crate::plan::{HeaderVersion, ListenerKind, ProxyProtocol};
 use crate::serve::balancer::{Balancer, PortState};
 use crate::stats::DropReason;
 use crate::vips::Hold;
@@ -83,7 +86,7 @@ pub struct Target {
     pub port: Arc<PortState>,
     /// Why there is a listener.
     pub kind: ListenerKind,
-    /// For sources off this node.
+    /// For sources off this node. Sources are clients: where balancers in front name them, these.
     pub outside: Verdict,
     /// For this node and its pods.
     pub inside: Verdict,
@@ -94,6 +97,8 @@ pub struct Target {
     /// Who may come from outside; others get no answer. `None`: everybody, empty: nobody. As [`AllowFrom`](crate::plan::AllowFrom)
     /// has them: sorted, none within another.
     pub allow_from: Option<Arc<[IpNet]>>,
+    /// How connections say who their clients are, towards backends and towards us; `None`: not at all, as with UDP.
+    pub proxy_protocol: Option<Arc<ProxyProtocol>>,
     /// What keeps the listener's address local: for the listener, and for each connection that came there.
     pub address: Option<Hold>,
 }
@@ -114,6 +119,7 @@ impl Target {
             inside_of: Arc::default(),
             source_ranges: Arc::default(),
             allow_from: None,
+            proxy_protocol: None,
             address: None,
         }
     }
@@ -136,14 +142,25 @@ impl Target {
         }
     }
 
+    /// The balancers that begin each connection with a header; `None`: nobody is asked for one.
+    fn balancers_in_front(&self) -> Option<&[IpNet]> {
+        self.proxy_protocol.as_ref()?.accept_from.as_deref()
+    }
+
+    /// What backends get before a client's first byte; `None`: nothing.
+    fn header_to_backends(&self) -> Option<HeaderVersion> {
+        self.proxy_protocol.as_ref()?.send
+    }
+
     /// What the listener's filter drops for, as far as one word can tell.
     fn reason_of_silence(&self) -> DropReason {
         if self.is_guarded() { DropReason::DeniedAddress } else { DropReason::NoLocalEndpoints }
     }
 
-    /// True where it depends on its address whether a client may come at all.
+    /// True where it depends on the peer's address whether a client may come at all.
     fn is_guarded(&self) -> bool {
-        !self.source_ranges.is_empty() || self.allow_from.is_some()
+        let has_lists = !self.source_ranges.is_empty() || self.allow_from.is_some();
+        has_lists && self.balancers_in_front().is_none()
     }
 
     /// The verdict of the client's side; `None` where it may not come at all.

@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use crate::admission::{self, Demands};
 use crate::allow_from::AllowFrom;
 use crate::balancing::Balancing;
@@ -18,6 +20,7 @@ use crate::model::{ClusterIps, Service, ServiceKind, ServicePort, Slice, Traffic
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, Scope, ServicePortName};
 use crate::plan::PlanOptions;
 use crate::problem::Problem;
+use crate::proxy_protocol::{ProxyProtocol, Wish};
 use crate::rare::Rare;
 use crate::source_ranges::SourceRanges;
 use crate::tcp_settings::TcpSettings;
@@ -162,6 +165,10 @@ impl<'a> Asked<'a> {
             source_ranges: SourceRanges { service, node_addresses: &options.node_addresses },
             allow_from: AllowFrom::of(service, options.allow_from.as_ref(), &mut problems),
         };
+        let announcing = Announcing {
+            wish: Wish::of(service, &options.accept_proxy_from, &mut problems),
+            balancers: &options.accept_proxy_from,
+        };
         plan.problems.extend(problems);
         let mut loops = BTreeSet::new();
         let targets = choose_backends(&mut layout, service, &manner, &entries.list, |port, family, external| {
@@ -174,7 +181,7 @@ impl<'a> Asked<'a> {
             selection
         });
         plan.problems.extend(loops.iter().map(|key| looping(service, key)));
-        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &guards));
+        plan.problems.extend(listen(&mut layout, service, &entries.list, &targets, &guards, &announcing));
         plan.wanted = layout.into();
         plan
     }
@@ -252,6 +259,32 @@ struct Guards<'a> {
     allow_from: Option<AllowFrom>,
 }
 
+impl Guards<'_> {
+    /// Source ranges and who is allowed from outside, for a listener. `announced`: balancers in front tell who its clients
+    /// are.
+    fn at(&self, entry: &Entry, announced: bool) -> (Arc<[IpNet]>, Option<Arc<[IpNet]>>) {
+        let (listen, kind) = (entry.key.ip(), entry.kind);
+        let allow_from = self.allow_from.as_ref();
+        match announced {
+            true => (self.source_ranges.behind_balancers(listen, kind), allow_from.map(AllowFrom::of_both_families)),
+            false => (self.source_ranges.at(listen, kind), allow_from.map(|allowed| allowed.at(entry.family()))),
+        }
+    }
+}
+
+/// How the connections of a Service say who their clients are.
+struct Announcing<'a> {
+    wish: Wish,
+    /// From `--accept-proxy-from`.
+    balancers: &'a [IpNet],
+}
+
+impl Announcing<'_> {
+    fn at(&self, family: Family, protocol: Protocol) -> Option<Arc<ProxyProtocol>> {
+        (protocol == Protocol::Tcp).then(|| self.wish.at(family, self.balancers)).flatten()
+    }
+}
+
 /// Makes a listener of each entry; of two on one key the first is served, and the other is a problem.
 fn listen(
     layout: &mut Layout,
@@ -259,6 +292,7 @@ fn listen(
     entries: &[Entry],
     targets: &BTreeMap<(usize, Family), Targets>,
     guards: &Guards<'_>,
+    announcing: &Announcing<'_>,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
     let udp_settings = UdpSettings::of(service, &mut problems);
@@ -275,10 +309,11 @@ fn listen(
             None => {
                 let target = targets.of_kind(entry.kind);
                 let udp = udp_settings.clone().filter(|_| port.protocol == Protocol::Udp);
-                let source_ranges = guards.source_ranges.at(entry.key.ip(), entry.kind);
-                let allow_from = guards.allow_from.as_ref().map(|allow_from| allow_from.at(entry.family()));
+                let (source_ranges, allow_from) = guards.at(entry, announcing.wish.accepts(port.protocol));
+                let proxy_protocol = announcing.at(entry.family(), port.protocol);
                 let (port, kind, allocated) = (port.clone(), entry.kind, entry.allocated);
-                let listener = Listener { port, kind, allocated, target, source_ranges, allow_from, udp };
+                let listener =
+                    Listener { port, kind, allocated, target, source_ranges, allow_from, proxy_protocol, udp };
                 layout.listeners.insert(entry.key, listener);
             }
         }

@@ -104,6 +104,10 @@ words! {
         EjectedAll = "ejected_all",
         /// The source may not use this listener.
         DeniedAddress = "denied_address",
+        /// A balancer in front did not begin the connection with a PROXY header: it is missing, malformed, too long or late.
+        ProxyHeader = "proxy_header",
+        /// The listener is for balancers in front, and the source is none of them.
+        UnknownBalancer = "unknown_balancer",
         /// The table of flows is full and nothing in it may go.
         FlowLimit = "flow_limit",
         /// This process has no descriptor left.

@@ -15,7 +15,7 @@ use crate::contact::Contact;
 use crate::model::{Model, Service, ServicePort, Slice};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
 use crate::plan::{
-    Balance, HealthPort, Listener, ListenerKind, Plan, PlanOptions, Problem, ServicePlan, Severity, Side,
+    Balance, HeaderVersion, HealthPort, Listener, ListenerKind, Plan, PlanOptions, Problem, ServicePlan, Severity, Side,
 };
 use crate::recent::Recent;
 use crate::rejections::Rejections;
@@ -120,6 +120,20 @@ impl ServiceReport {
         let mut lists = listeners.filter_map(|listener| listener.allow_from.as_deref()).peekable();
         lists.peek()?;
         Some(lists.flatten().copied().collect())
+    }
+
+    /// The balancers in front that tell who its clients are, over all listeners; `None` where nobody is asked, empty where
+    /// nobody is believed.
+    pub(crate) fn balancers_in_front(&self) -> Option<BTreeSet<IpNet>> {
+        let listeners = self.ports.iter().flat_map(|port| &port.listeners);
+        let mut lists = listeners.filter_map(|listener| listener.accept_proxy_from.as_deref()).peekable();
+        lists.peek()?;
+        Some(lists.flatten().copied().collect())
+    }
+
+    /// The PROXY header that its backends get over TCP.
+    pub(crate) fn header_to_backends(&self) -> Option<HeaderVersion> {
+        self.ports.iter().flat_map(|port| &port.listeners).find_map(|listener| listener.proxy_protocol)
     }
 }
 
@@ -236,6 +250,12 @@ pub struct ListenerReport {
     /// Who may come from outside, this node and its pods apart; left out where everybody may, empty where nobody.
     #[serde(rename = "allowFrom", default, skip_serializing_if = "Option::is_none")]
     pub allow_from: Option<Vec<IpNet>>,
+    /// The PROXY header that backends get: `v1` or `v2`; left out where they get none.
+    #[serde(rename = "proxyProtocol", default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<HeaderVersion>,
+    /// The balancers in front whose PROXY headers tell who the clients are; left out where nobody is asked for one.
+    #[serde(rename = "acceptProxyFrom", default, skip_serializing_if = "Option::is_none")]
+    pub accept_proxy_from: Option<Vec<IpNet>>,
     /// Whether it is bound; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<ListenerState>,
@@ -243,6 +263,7 @@ pub struct ListenerReport {
 
 impl ListenerReport {
     fn of(key: &ListenKey, listener: &Listener) -> Self {
+        let proxy_protocol = listener.proxy_protocol.as_deref();
         Self {
             kind: listener.kind,
             address: key.address().to_string(),
@@ -251,6 +272,8 @@ impl ListenerReport {
             inside: listener.target.inside,
             source_ranges: listener.source_ranges.to_vec(),
             allow_from: listener.allow_from.as_ref().map(|nets| nets.to_vec()),
+            proxy_protocol: proxy_protocol.and_then(|protocol| protocol.send),
+            accept_proxy_from: proxy_protocol.and_then(|protocol| protocol.accept_from.as_deref()).map(<[_]>::to_vec),
             state: None,
         }
     }

@@ -69,6 +69,7 @@ fn options() -> PlanOptions {
         endpoint_cidrs: vec![],
         require_target_ref: false,
         allow_from: Some(AllowFrom::new(&["10.0.0.0/8".parse().expect("a net")])),
+        accept_proxy_from: vec!["10.0.0.9/32".parse().expect("a net")],
         proxy_name: None,
         expose: vec![Expose { listen, service: ObjectName::parse("shop/a"), port: "80".into() }],
         allow_loopback_endpoints: false,

@@ -46,6 +46,8 @@ pub(crate) struct AccessRecord {
     pub(crate) at: Instant,
     /// Who came.
     pub(crate) client: SocketAddr,
+    /// The balancer in front that has said so; `None` where the client has come itself.
+    pub(crate) peer: Option<SocketAddr>,
     /// Where it came to.
     pub(crate) listen: ListenKey,
     /// Why there is a listener.
@@ -71,6 +73,7 @@ pub(crate) struct AccessRecord {
 pub(crate) struct Draft {
     tap: AccessTap,
     client: SocketAddr,
+    peer: Option<SocketAddr>,
     listen: ListenKey,
     kind: ListenerKind,
     port: Arc<PortState>,
@@ -116,6 +119,7 @@ impl AccessTap {
         Box::new(Draft {
             tap: self.clone(),
             client,
+            peer: None,
             listen,
             kind,
             port: Arc::clone(port),
@@ -140,6 +144,11 @@ impl AccessTap {
 }
 
 impl Draft {
+    /// Who came is a balancer in front, and has said that it comes for this client.
+    pub(crate) fn introduce(&mut self, client: SocketAddr) {
+        self.peer = Some(std::mem::replace(&mut self.client, client));
+    }
+
     /// The way to a backend has ended.
     pub(crate) fn closed(&self, backend: SocketAddr, reason: CloseReason) {
         self.end(Some(backend), reason.as_str());
@@ -155,6 +164,7 @@ impl Draft {
         self.tap.send(AccessRecord {
             at,
             client: self.client,
+            peer: self.peer,
             listen: self.listen,
             kind: self.kind,
             port: Arc::clone(&self.port),

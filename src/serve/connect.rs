@@ -133,16 +133,6 @@ impl Sources {
     }
 }
 
-/// What a backend gets before the client's first byte. Not counted as payload.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Preface {
-    /// Nothing.
-    #[default]
-    None,
-    /// A header that tells who the client is.
-    Bytes(Box<[u8]>),
-}
-
 /// One try failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot reach {address}: {reason}")]
@@ -166,7 +156,7 @@ impl ConnectError {
 pub(crate) struct Reached {
     /// Who was reached.
     pub(crate) backend: Arc<Backend>,
-    /// The connection, with the preface written.
+    /// The connection; nothing was written.
     pub(crate) stream: Stream,
 }
 
@@ -174,9 +164,9 @@ pub(crate) struct Reached {
 ///
 /// # Errors
 /// [`ConnectError`], with a reason that tells the backend's fault from this host's.
-pub(crate) async fn connect(backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, ConnectError> {
+pub(crate) async fn connect(backend: &Backend, source: Source) -> Result<Stream, ConnectError> {
     let address = backend.address;
-    open(address, source, preface).await.map_err(|source| ConnectError::new(address, source))
+    open(address, source).await.map_err(|source| ConnectError::new(address, source))
 }
 
 /// Reaches a backend of the balancer for a client, by the ladder. Counts failures and retries, and in `tries` each backend
@@ -188,7 +178,6 @@ pub(crate) async fn dial(
     balancer: &Balancer,
     client: IpAddr,
     source: Source,
-    preface: &Preface,
     options: &ConnectOptions,
     tries: &mut u32,
 ) -> Result<Reached, DropReason> {
@@ -197,7 +186,7 @@ pub(crate) async fn dial(
         let backend = ladder.next_backend()?;
         ladder.count_attempt();
         *tries += 1;
-        match ladder.attempt(&backend, source, preface).await {
+        match ladder.attempt(&backend, source).await {
             Ok(stream) => {
                 balancer.note_success(&backend, Instant::now());
                 return Ok(Reached { backend, stream });
@@ -294,14 +283,14 @@ impl<'a> Ladder<'a> {
     }
 
     /// One try at a backend; one from each source, where the sources have no port left towards it.
-    async fn attempt(&self, backend: &Backend, source: Source, preface: &Preface) -> Result<Stream, Missed> {
+    async fn attempt(&self, backend: &Backend, source: Source) -> Result<Stream, Missed> {
         if source != Source::Any {
-            return self.attempt_from(source, backend, preface).await;
+            return self.attempt_from(source, backend).await;
         }
         let mut sources = self.sources.towards(backend.address, backend.stats.connections.get()).peekable();
         loop {
             let source = sources.next().unwrap_or_default();
-            match self.attempt_from(source, backend, preface).await {
+            match self.attempt_from(source, backend).await {
                 Err(Missed::Failed(error))
                     if error.reason == ConnectFailure::LocalPorts && sources.peek().is_some() =>
                 {
@@ -312,9 +301,9 @@ impl<'a> Ladder<'a> {
         }
     }
 
-    async fn attempt_from(&self, source: Source, backend: &Backend, preface: &Preface) -> Result<Stream, Missed> {
+    async fn attempt_from(&self, source: Source, backend: &Backend) -> Result<Stream, Missed> {
         let begin = Instant::now();
-        let mut connecting = pin!(connect(backend, source, preface));
+        let mut connecting = pin!(connect(backend, source));
         // A backend nearby answers that fast, and then no timer has to be set and cleared.
         let outcome = match within_a_turn(connecting.as_mut()).await {
             Some(outcome) => outcome,
@@ -393,7 +382,7 @@ impl<'a> Ladder<'a> {
 }
 
 /// Sets no option: those that a connection needs once it lasts are set in `lasting`, and TCP_NODELAY in `direction`.
-async fn open(address: SocketAddr, source: Source, preface: &Preface) -> io::Result<Stream> {
+async fn open(address: SocketAddr, source: Source) -> io::Result<Stream> {
     let socket = socket::open_tcp(Family::of(address.ip()))?;
     bind(&socket, source)?;
     socket::begin_connect(&socket, address)?;
@@ -401,10 +390,6 @@ async fn open(address: SocketAddr, source: Source, preface: &Preface) -> io::Res
     stream.connected().await?;
     if met_itself(&stream, address)? {
         return Err(io::ErrorKind::ConnectionRefused.into());
-    }
-    if let Preface::Bytes(bytes) = preface {
-        socket::send_small_at_once(&stream)?; // What follows is no first write any more.
-        stream.send_all(bytes).await?;
     }
     Ok(stream)
 }
@@ -474,7 +459,7 @@ mod tests {
     }
 
     async fn dial(balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
-        soon(super::dial(balancer, CLIENT, Source::Any, &Preface::None, options, &mut 0)).await
+        soon(super::dial(balancer, CLIENT, Source::Any, options, &mut 0)).await
     }
 
     fn failures(backend: &Backend, reason: ConnectFailure) -> u64 {
@@ -795,7 +780,7 @@ mod tests {
             let [web] = backends([address.await]);
             let source = IpAddr::from([127, 82, 0, 1]);
 
-            let stream = soon(connect(&web, Source::Address(source), &Preface::None)).await;
+            let stream = soon(connect(&web, Source::Address(source))).await;
 
             assert_eq!(own_address(&stream.expect("reached")), source);
             assert_eq!(soon(seen.recv()).await.expect("a connection").ip(), source);
@@ -868,32 +853,12 @@ mod tests {
             let [web] = backends([echo().await]);
             let client = SocketAddr::from(([127, 82, 0, 2], 40_000));
 
-            let outcome = soon(connect(&web, Source::Client(client), &Preface::None)).await;
+            let outcome = soon(connect(&web, Source::Client(client))).await;
 
             match outcome {
                 Ok(stream) => assert_eq!(own_address(&stream), client.ip()),
                 Err(error) => assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied),
             }
-        });
-    }
-
-    #[test]
-    fn given_a_preface_when_connected_then_it_comes_first() {
-        on_worker(async {
-            let [web] = backends([echo().await]);
-            let preface = Preface::Bytes(b"PROXY ".as_slice().into());
-
-            let stream = soon(connect(&web, Source::Any, &preface)).await;
-            let stream = stream.expect("reached");
-            stream.send_all(b"hello").await.expect("a connection");
-            stream.end().expect("a connection");
-
-            let mut answer = [0; 11];
-            let mut read = 0;
-            while read < answer.len() {
-                read += soon(poll_fn(|cx| stream.poll_receive(cx, &mut answer[read..]))).await.expect("an echo");
-            }
-            assert_eq!(&answer, b"PROXY hello");
         });
     }
 
@@ -910,7 +875,7 @@ mod tests {
             soon(stream.connected()).await.expect("itself");
 
             assert!(met_itself(&stream, address).expect("a connection"));
-            stream.send_all(b"x").await.expect("itself");
+            assert_eq!(stream.send(b"x").expect("itself"), 1);
             assert_eq!(soon(poll_fn(|cx| stream.poll_receive(cx, &mut [0]))).await.expect("itself"), 1);
         });
     }

@@ -6,6 +6,8 @@
 //! it holds only while something is on the way, filled on while the receiver is not ready. When [`THIN_SPLICES`] in a row
 //! moved little, it copies again: small messages cost two system calls less that way.
 //!
+//! What the receiver is to get before the sender's first byte, a preface, is the first load.
+//!
 //! So a direction that waits for its sender holds neither buffer nor pipe. What is in a pipe comes before the end of
 //! stream; a pipe that still holds bytes when the connection breaks is closed with them.
 //!
@@ -17,6 +19,7 @@ use std::task::{Context, Poll, ready};
 use rustix::io::Errno;
 
 use crate::serve::pipe::Pipe;
+use crate::serve::proxy_header::Preface;
 use crate::serve::socket;
 use crate::serve::stream::{Filled, Stream};
 use crate::stats::{CloseReason, PROCESS};
@@ -129,6 +132,8 @@ enum Phase {
 enum Load {
     #[default]
     Nothing,
+    /// What the receiver gets before the sender's first byte.
+    Preface(Box<Preface>),
     /// What is left of a read.
     Rest(Box<Rest>),
     /// A pipe, empty only within a poll.
@@ -155,6 +160,18 @@ impl Drop for Stalled {
 struct Rest {
     bytes: Box<[u8]>,
     sent: usize,
+    /// So many of the next bytes are a preface: no payload.
+    preface: usize,
+}
+
+impl Rest {
+    /// Notes what was sent, and tells how much of it was payload.
+    fn note(&mut self, sent: usize) -> usize {
+        let preface = sent.min(self.preface);
+        self.preface -= preface;
+        self.sent += sent;
+        sent - preface
+    }
 }
 
 /// Whether the receiver's socket holds small writes back until earlier ones are acknowledged (no TCP_NODELAY).
@@ -178,8 +195,12 @@ impl Direction {
     }
 
     /// To a socket that does not have it yet.
-    pub(crate) fn to_backend() -> Self {
-        Self { nagle: Nagle::Harmless, ..Self::default() }
+    ///
+    /// The preface goes before the first byte of the sender, together with what that has said by then. It counts as
+    /// nothing that was moved.
+    pub(crate) fn to_backend(preface: Option<Box<Preface>>) -> Self {
+        let load = preface.map_or(Load::Nothing, Load::Preface);
+        Self { nagle: Nagle::Harmless, load, ..Self::default() }
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -216,6 +237,7 @@ impl Direction {
         loop {
             let taken = ready!(match (self.phase, &self.load) {
                 (Phase::Done, _) => return Poll::Ready(Ok(())),
+                (_, Load::Preface(_)) => Poll::Ready(self.begin(cx, path, scratch, moved)),
                 (_, Load::Rest(_)) => self.flush(cx, path.to, moved),
                 (Phase::Ending, _) => Poll::Ready(self.end(path)),
                 _ if budget == 0 => {
@@ -227,6 +249,44 @@ impl Direction {
             })?;
             budget = budget.saturating_sub(taken);
         }
+    }
+
+    // ---- The first bytes ----
+
+    /// Sends the preface, and with it, in one write and so in one packet, what the sender has said by now. Where that is
+    /// nothing it goes alone, at once: some senders wait for the receiver to speak first. Returns how much was read.
+    fn begin(
+        &mut self,
+        cx: &mut Context<'_>,
+        Path { from, to, .. }: Path<'_>,
+        scratch: &mut [u8],
+        moved: &mut u64,
+    ) -> Result<usize, Broken> {
+        let Load::Preface(preface) = std::mem::take(&mut self.load) else { return Ok(0) };
+        let preface = preface.as_bytes();
+        let (head, room) = scratch.split_at_mut(preface.len());
+        head.copy_from_slice(preface);
+        let count = match from.stream.poll_receive(cx, room) {
+            Poll::Pending => 0, // The next read asks to be woken.
+            Poll::Ready(Ok(0)) => {
+                self.phase = Phase::Ending;
+                0
+            }
+            Poll::Ready(Ok(count)) => count,
+            Poll::Ready(Err(error)) => return Err(from.broken(error)),
+        };
+        let full = count == room.len();
+        let bytes = &scratch[..preface.len() + count];
+        let sent = self.send(to, bytes)?;
+        *moved += sent.saturating_sub(preface.len()) as u64;
+        if sent < bytes.len() {
+            let preface = preface.len().saturating_sub(sent);
+            self.load = Load::Rest(Box::new(Rest { bytes: bytes[sent..].into(), sent: 0, preface }));
+        }
+        if count > 0 {
+            self.note_read(full);
+        }
+        Ok(count)
     }
 
     // ---- Copying ----
@@ -245,9 +305,10 @@ impl Direction {
             return Poll::Ready(Ok(0));
         }
         let bytes = &scratch[..count];
-        let sent = self.send(to, bytes, moved)?;
+        let sent = self.send(to, bytes)?;
+        *moved += sent as u64;
         if sent < count {
-            self.load = Load::Rest(Box::new(Rest { bytes: bytes[sent..].into(), sent: 0 }));
+            self.load = Load::Rest(Box::new(Rest { bytes: bytes[sent..].into(), sent: 0, preface: 0 }));
         }
         self.note_read(count == scratch.len());
         Poll::Ready(Ok(count))
@@ -275,7 +336,8 @@ impl Direction {
                 self.load = Load::Rest(rest);
                 return Poll::Pending;
             }
-            rest.sent += self.send(to, &rest.bytes[rest.sent..], moved)?;
+            let sent = self.send(to, &rest.bytes[rest.sent..])?;
+            *moved += rest.note(sent) as u64;
             if rest.sent < rest.bytes.len() {
                 self.load = Load::Rest(rest);
             }
@@ -283,7 +345,8 @@ impl Direction {
         Poll::Ready(Ok(0))
     }
 
-    fn send(&mut self, to: End<'_>, bytes: &[u8], moved: &mut u64) -> Result<usize, Broken> {
+    /// Writes what the socket takes. Returns how much that was.
+    fn send(&mut self, to: End<'_>, bytes: &[u8]) -> Result<usize, Broken> {
         if self.nagle == Nagle::On {
             socket::send_small_at_once(to.stream).map_err(|error| to.broken(error))?;
             self.nagle = Nagle::Off;
@@ -292,7 +355,6 @@ impl Direction {
         if self.nagle == Nagle::Harmless && sent > 0 {
             self.nagle = Nagle::On;
         }
-        *moved += sent as u64;
         Ok(sent)
     }
 
@@ -417,6 +479,16 @@ impl Direction {
 mod tests {
     use super::*;
 
+    #[test]
+    fn t126_given_a_preface_that_goes_out_in_parts_when_noted_then_only_what_is_behind_it_is_payload() {
+        let mut rest = Rest { bytes: [0; 10].into(), sent: 0, preface: 4 };
+
+        let payload = [3, 0, 3, 4].map(|sent| rest.note(sent));
+
+        assert_eq!(payload, [0, 0, 2, 4]);
+        assert_eq!((rest.sent, rest.preface), (10, 0));
+    }
+
     fn after_reads(full: &[bool]) -> Direction {
         let mut direction = Direction::default();
         for full in full {
@@ -468,7 +540,7 @@ mod tests {
         direction.note_stall();
         assert!(direction.stalled.is_none());
 
-        direction.load = Load::Rest(Box::new(Rest { bytes: [1].into(), sent: 0 }));
+        direction.load = Load::Rest(Box::new(Rest { bytes: [1].into(), sent: 0, preface: 0 }));
         direction.note_stall();
         direction.note_stall();
         assert!(direction.stalled.is_some() && PROCESS.stalled.get() > 0);

@@ -157,6 +157,7 @@ mod tests {
             target: Target { outside: side, inside: side },
             source_ranges: Default::default(),
             allow_from: None,
+            proxy_protocol: None,
             udp: Default::default(),
         }
     }

@@ -39,6 +39,10 @@ impl Filter {
         if !target.is_guarded() && !outside && !inside {
             return Ok(None);
         }
+        if target.balancers_in_front().is_some() {
+            // Sides and lists are about clients, and who that is a balancer's header tells: the process judges, and resets.
+            return Self::of(&AddressSet::all_or_none(family, !(outside && inside)));
+        }
         let set = |nets: &[IpNet]| AddressSet::of(family, nets);
         let everybody = AddressSet::all_or_none(family, true);
         let allowed = target.allow_from.as_deref().map_or_else(|| everybody.clone(), set);
@@ -220,7 +224,7 @@ pub(super) mod tests {
     use super::*;
     use crate::allow_from::AllowFrom;
     use crate::name::{ObjectName, Protocol, ServicePortName};
-    use crate::plan::ListenerKind;
+    use crate::plan::{ListenerKind, ProxyProtocol};
     use crate::serve::address_set::tests::{nets, telling};
     use crate::serve::balancer::PortState;
 
@@ -288,7 +292,17 @@ pub(super) mod tests {
         let (port, [outside, inside]) = (Arc::new(PortState::new(name)), verdicts);
         let (inside_of, source_ranges) = (inside_of.into(), source_ranges.into());
         let kind = ListenerKind::ClusterIp;
-        Target { port, kind, outside, inside, inside_of, source_ranges, allow_from, address: None }
+        Target {
+            port,
+            kind,
+            outside,
+            inside,
+            inside_of,
+            source_ranges,
+            allow_from,
+            proxy_protocol: None,
+            address: None,
+        }
     }
 
     proptest! {
@@ -326,6 +340,22 @@ pub(super) mod tests {
         assert_eq!(heard(&[], &[]), [true, false, false], "a list of nobody");
         assert_eq!(heard(&[allowed, other], &[allowed]), [false, true, false], "both have to let a client in");
         assert_eq!(heard(&[inside, other], &[allowed]), [true, false, false]);
+    }
+
+    #[test]
+    fn given_balancers_in_front_when_a_filter_is_made_then_all_are_heard_unless_nobody_is() {
+        let net = |text: &str| text.parse::<IpNet>().expect("a net");
+        let filter = |verdicts| {
+            let protocol = ProxyProtocol { send: None, accept_from: Some([net("10.0.0.9/32")].into()) };
+            let target = target(verdicts, &[], &[net("203.0.113.0/24")], Some([net("203.0.113.0/24")].into()));
+            let target = Target { proxy_protocol: Some(Arc::new(protocol)), ..target };
+            Filter::of_target(&target, Family::V4).expect("short")
+        };
+
+        assert_eq!(filter([Verdict::Reject, Verdict::Reject]), None, "lists are not about who comes");
+        assert_eq!(filter([Verdict::Drop, Verdict::Reject]), None, "the client may be inside");
+        let nobody = filter([Verdict::Drop, Verdict::Drop]).expect("a filter");
+        assert!(!passes(&nobody, [10, 0, 0, 9].into()));
     }
 
     #[test]

@@ -392,6 +392,7 @@ impl Listeners {
             inside_of,
             source_ranges: Arc::clone(&wanted.source_ranges),
             allow_from: wanted.allow_from.clone(),
+            proxy_protocol: wanted.proxy_protocol.clone(),
             address: self.granted.hold(key.ip()),
         })
     }

@@ -22,6 +22,7 @@ use crate::serve::balancer::Backend;
 use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
 use crate::serve::limits::{LimitOptions, Limits, Silence};
 use crate::serve::mmsg::Tally;
+use crate::serve::proxy_header::Preface;
 use crate::serve::sleep::Sleep;
 use crate::serve::socket;
 use crate::serve::stream::Stream;
@@ -38,12 +39,20 @@ pub(crate) struct Connection {
     account: Account,
     /// Where its Service has some of its own; few have.
     limits: Option<Box<LimitOptions>>,
+    /// What the backend gets first. Until it is relayed; most have none.
+    preface: Option<Box<Preface>>,
 }
 
 impl Connection {
     /// Counts a new connection of the backend, from a client that came in there. The client's socket has TCP_NODELAY.
     pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>, entry: Entry) -> Self {
-        Self { pair: Pair { client, upstream, finished: false }, account: Account::open(backend, entry), limits: None }
+        let (pair, account) = (Pair { client, upstream, finished: false }, Account::open(backend, entry));
+        Self { pair, account, limits: None, preface: None }
+    }
+
+    /// Has the backend get this before the client's first byte. No payload.
+    pub(crate) fn begin_with(&mut self, preface: Option<Box<Preface>>) {
+        self.preface = preface;
     }
 
     /// Has it end by these limits, whatever [`Connection::relay`] is told.
@@ -58,8 +67,8 @@ impl Connection {
 
     /// Moves bytes until the end of the connection and tells why it ended.
     pub(crate) async fn relay(&mut self, limits: &LimitOptions) -> CloseReason {
-        let Self { pair, account, limits: own } = self;
-        let mut relay = Relay::new(pair, account, own.as_deref().unwrap_or(limits));
+        let Self { pair, account, limits: own, preface } = self;
+        let mut relay = Relay::new(pair, account, preface.take(), own.as_deref().unwrap_or(limits));
         let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
         let mute = relay.mute;
         drop(relay);
@@ -194,11 +203,11 @@ struct Relay<'s> {
 }
 
 impl<'s> Relay<'s> {
-    fn new(pair: &'s Pair, account: &'s mut Account, options: &'s LimitOptions) -> Self {
+    fn new(pair: &'s Pair, account: &'s mut Account, preface: Option<Box<Preface>>, options: &'s LimitOptions) -> Self {
         Self {
             pair,
             account,
-            up: Direction::to_backend(),
+            up: Direction::to_backend(preface),
             down: Direction::to_client(),
             options,
             limits: Limits::begin(options, rand::random),
@@ -326,11 +335,19 @@ mod tests {
             Self::limited(LimitOptions::default()).await
         }
 
+        async fn with_preface(preface: &[u8]) -> Self {
+            Self::start(LimitOptions::default(), Some(Box::new(Preface::any(preface)))).await
+        }
+
         async fn with_half_close_timeout(limit: Duration) -> Self {
             Self::limited(LimitOptions { half_close_timeout: limit, ..LimitOptions::default() }).await
         }
 
         async fn limited(limits: LimitOptions) -> Self {
+            Self::start(limits, None).await
+        }
+
+        async fn start(limits: LimitOptions, preface: Option<Box<Preface>>) -> Self {
             let (client, downstream) = pair().await;
             let (server, upstream) = pair().await;
             for stream in [&client, &downstream, &server] {
@@ -339,6 +356,7 @@ mod tests {
             let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
             let (downstream, upstream, entry) = (registered(downstream), registered(upstream), Entry::NodePort);
             let mut connection = Connection::open(downstream, upstream, Arc::clone(&backend), entry);
+            connection.begin_with(preface);
             let relay = spawn(async move {
                 let reason = connection.relay(&limits).await;
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
@@ -415,6 +433,54 @@ mod tests {
     fn t152_given_100_mib_each_way_when_relayed_then_they_are_the_same() {
         on_worker(async {
             both_ways(100 * 1024 * 1024).await;
+        });
+    }
+
+    #[test]
+    fn t126_given_a_preface_when_a_client_speaks_then_it_comes_before_the_clients_bytes_and_they_alone_count() {
+        on_worker(async {
+            let Line { mut client, mut server, backend, relay } = Line::with_preface(b"PROXY ").await;
+            client.write_all(b"hello").await.expect("a connection");
+            client.shutdown().await.expect("a connection");
+
+            let (received, outcome) = read_all(&mut server).await;
+
+            outcome.expect("an end of stream");
+            assert_eq!(received, b"PROXY hello");
+            drop((client, server));
+            let ended = Line::ended(relay, &backend).await;
+            assert_eq!((ended.upstream_bytes, ended.downstream_bytes), (5, 0));
+        });
+    }
+
+    #[test]
+    fn t126_given_a_preface_when_the_client_waits_for_the_backend_to_speak_then_the_backend_gets_it_alone() {
+        on_worker(async {
+            let Line { client, mut server, backend, relay } = Line::with_preface(b"PROXY ").await;
+
+            let mut preface = [0; 6];
+            soon(server.read_exact(&mut preface)).await.expect("a preface");
+
+            assert_eq!(&preface, b"PROXY ");
+            drop(client);
+            read_all(&mut server).await.1.expect("an end of stream");
+            drop(server);
+            let ended = Line::ended(relay, &backend).await;
+            assert_eq!((ended.upstream_bytes, ended.reason), (0, CloseReason::ClientAbort), "it said nothing");
+        });
+    }
+
+    #[test]
+    fn t152_given_a_preface_when_100_mib_follow_then_it_comes_before_all_of_them_and_they_alone_count() {
+        on_worker(async {
+            let Line { client, server, backend, relay } = Line::with_preface(&pattern(107, 5)).await;
+            let (up, down) = (pattern(100 * 1024 * 1024, 1), pattern(1, 2));
+
+            let (_, at_server) = tokio::join!(exchange(client, &up), exchange(server, &down));
+
+            let (preface, payload) = at_server.split_at(107);
+            assert!(preface == pattern(107, 5) && payload == up, "what the server got");
+            assert_eq!(Line::ended(relay, &backend).await.upstream_bytes, up.len() as u64);
         });
     }
 

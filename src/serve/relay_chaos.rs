@@ -1,7 +1,8 @@
 //! Seeded peers that write, read, pause, half-close and reset as they please, on both sides of a relay.
 //!
 //! The law that each connection is held to: what arrives is what was sent, in order; a clean end comes after all of
-//! it; and where nobody reset, all of it comes. `KUBE_RELAY_SEED=n` replays one connection, as far as the kernel's timing
+//! it; and where nobody reset, all of it comes. Where the relay has something to say before the client, that comes first.
+//! `KUBE_RELAY_SEED=n` replays one connection, as far as the kernel's timing
 //! lets it; `KUBE_RELAY_TEST=full` has five times as many.
 
 use std::net::SocketAddr;
@@ -12,12 +13,14 @@ use std::time::Duration;
 use futures_util::{FutureExt, StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::serve::balancer::Backend;
 use crate::serve::limits::LimitOptions;
+use crate::serve::proxy_header::Preface;
 use crate::serve::relay::Connection;
 use crate::serve::scripted::{LOOPBACK, on_worker, pair, registered, reset, soon, spawn};
 use crate::stats::{CloseReason, Entry};
@@ -84,6 +87,11 @@ impl Part {
         (self.from, self.length)
     }
 
+    /// What arrives where so many bytes of the noise come before it.
+    fn said_after(&self, before: usize) -> (usize, usize) {
+        ((self.from + NOISE_PERIOD - before) % NOISE_PERIOD, before + self.length)
+    }
+
     /// Plays the part against a peer that has so much to say.
     async fn play(mut self, mut stream: TcpStream, expected: (usize, usize)) -> Outcome {
         let mut reader = Self { random: StdRng::seed_from_u64(self.random.random()), ..self };
@@ -148,13 +156,18 @@ async fn exchange(seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let [client, server] = [Part::new(random.random()), Part::new(random.random())];
     let cancelled = random.random_bool(0.03).then(|| Duration::from_micros(random.random_range(0..5_000)));
-    let (said, answered) = (client.said(), server.said());
+    let before = if random.random_bool(0.5) { random.random_range(1..=107) } else { 0 };
+    let (said, answered) = (client.said_after(before), server.said());
     let (at_client, downstream) = pair().await;
     let (at_server, upstream) = pair().await;
     let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
 
+    if random.random_bool(0.2) {
+        let _ = SockRef::from(&upstream).set_send_buffer_size(4_096); // First bytes that go out in parts.
+    }
     let (downstream, upstream) = (registered(downstream), registered(upstream));
     let mut connection = Connection::open(downstream, upstream, backend, Entry::ClusterIp);
+    connection.begin_with((before > 0).then(|| Box::new(Preface::any(noise(said.0, before)))));
     let relay = spawn(async move {
         let limits = LimitOptions { half_close_timeout: HALF_CLOSE_TIMEOUT, ..LimitOptions::default() };
         let relayed = connection.relay(&limits);

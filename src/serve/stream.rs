@@ -79,18 +79,6 @@ impl Stream {
         }
     }
 
-    /// Writes all of it.
-    ///
-    /// # Errors
-    /// The connection is gone.
-    pub(crate) async fn send_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            poll_fn(|cx| self.poll_writable(cx)).await;
-            bytes = &bytes[self.send(bytes)?..];
-        }
-        Ok(())
-    }
-
     /// Ready where a read may give something, an error or the end included.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket.poll_ready(cx, READABLE).map(drop)
@@ -109,6 +97,34 @@ impl Stream {
                 return Poll::Ready(Ok(count));
             }
         }
+    }
+
+    /// Looks at what is there and leaves it where it is; 0 is the end of stream.
+    pub(crate) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.poll_readable(cx));
+            let shown = self.socket.attempt(READABLE, |socket| {
+                let (_, count) = retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::PEEK))?;
+                Ok(count)
+            })?;
+            if let Some(count) = shown {
+                return Poll::Ready(Ok(count));
+            }
+        }
+    }
+
+    /// Takes what a peek has shown, into the place where it stands.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub(crate) fn take_shown(&self, mut shown: &mut [u8]) -> io::Result<()> {
+        while !shown.is_empty() {
+            match self.receive(shown)? {
+                Some(count) if count > 0 => shown = &mut shown[count..],
+                _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+            }
+        }
+        Ok(())
     }
 
     /// One read; `None` where nothing was there after all. A short one has emptied the socket.

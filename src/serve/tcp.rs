@@ -4,8 +4,8 @@
 //! outlives the server when it is parked. Connections outlive both; they are tasks of the `worker` threads, known to
 //! [`TcpShared`], which waits for them or ends them when the process stops.
 //!
-//! The life of a connection: accepted here, a backend reached in `connect`, bytes moved in `relay`. A client
-//! that is turned away gets a reset, never a clean end of stream, and is counted with the reason. Where this host lacks
+//! The life of a connection: accepted here, its client known by `introduction` (mostly at once, by its address), a backend
+//! reached in `connect`, bytes moved in `relay`. A client that is turned away gets a reset, never a clean end of stream, and is counted with the reason. Where this host lacks
 //! something, or a limit is reached (`gate`), nobody is turned away: who accepts rests, and clients wait in the kernel.
 //!
 //! # The system calls of a short connection
@@ -47,16 +47,18 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Level, debug, enabled, warn};
 
-use crate::name::ListenKey;
+use crate::name::{ListenKey, ServicePortName};
 use crate::serve::access::{AccessTap, Draft};
 use crate::serve::balancer::{Balancer, Counted, PortState};
-use crate::serve::connect::{ConnectOptions, Preface, Reached, Source, dial};
+use crate::serve::connect::{ConnectOptions, Reached, Source, dial};
 use crate::serve::gate::{Allowance, Gate, remedy};
+use crate::serve::introduction::{Admission, Introduced};
 use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_last};
 use crate::serve::limits::LimitOptions;
 use crate::serve::mailbox::Seat;
 use crate::serve::moment::Moment;
 use crate::serve::pool::{Listening, Pool};
+use crate::serve::proxy_header::Parties;
 use crate::serve::reactor::{Foreign, Unwatched};
 use crate::serve::relay::Connection;
 use crate::serve::stream::Stream;
@@ -74,6 +76,9 @@ pub struct TcpOptions {
     pub lasting: LastingOptions,
     /// How long connections may last.
     pub limits: LimitOptions,
+    /// How long a balancer in front may take for the header that says who its client is. Default 5 s, as a packet that is
+    /// lost comes again after one to three.
+    pub header_timeout: Duration,
     /// Silence after which a client is asked whether it is still there. Whole seconds. Default 60 s.
     pub keepalive_idle: Duration,
     /// How often it is asked, a third of `keepalive_idle` apart, before it is given up (1..=127). Default 3.
@@ -91,6 +96,7 @@ impl Default for TcpOptions {
             connect: ConnectOptions::default(),
             lasting: LastingOptions::default(),
             limits: LimitOptions::default(),
+            header_timeout: Duration::from_secs(5),
             keepalive_idle: Duration::from_secs(60),
             keepalive_probes: 3,
             max_connections: None,
@@ -117,6 +123,7 @@ pub struct TcpShared {
     lack_of_ports: News,
     /// That the gate is closed: for all listeners at once.
     lack_of_room: News,
+    lack_of_headers: News,
     access_log: Option<AccessTap>,
 }
 
@@ -128,9 +135,19 @@ impl TcpShared {
     pub fn new(options: TcpOptions) -> io::Result<Self> {
         let workers = Pool::start(options.workers.get())?;
         let gate = Gate::new(options.max_connections);
-        let [lack_of_ports, lack_of_room] = [(); 2].map(|()| News::since(Instant::now()));
+        let [lack_of_ports, lack_of_room, lack_of_headers] = [(); 3].map(|()| News::since(Instant::now()));
         let (connections, aborting) = (TaskTracker::new(), AtomicBool::new(false));
-        Ok(Self { options, workers, connections, aborting, gate, lack_of_ports, lack_of_room, access_log: None })
+        Ok(Self {
+            options,
+            workers,
+            connections,
+            aborting,
+            gate,
+            lack_of_ports,
+            lack_of_room,
+            lack_of_headers,
+            access_log: None,
+        })
     }
 
     /// Says how many connections there may be from now on.
@@ -168,6 +185,22 @@ impl TcpShared {
     /// Has every connection look whether its backend [has left](crate::serve::balancer::Backend::leave).
     pub(crate) fn look_at_backends(&self) {
         self.workers.wake_all();
+    }
+
+    /// Tells an operator of what turns clients away and only he can change.
+    fn complain(&self, reason: DropReason, service: &ServicePortName) {
+        let now = Instant::now();
+        match reason {
+            DropReason::LocalPorts if self.lack_of_ports.is_news(now) => {
+                let remedy = "another --upstream-source, or a wider net.ipv4.ip_local_port_range";
+                warn!(%service, %reason, remedy, "no source port is left towards any backend: clients are reset");
+            }
+            DropReason::ProxyHeader if self.lack_of_headers.is_news(now) => {
+                let remedy = "have it send one (send-proxy, send-proxy-v2), or take it out of --accept-proxy-from";
+                warn!(%service, %reason, remedy, "a balancer in front begins without a PROXY header: its clients are reset");
+            }
+            _ => {}
+        }
     }
 
     /// Runs a connection until its end or until all are aborted, whichever comes first.
@@ -388,17 +421,17 @@ impl Server {
         let access_log = self.shared.access_log.as_ref();
         let told = access_log.filter(|tap| tap.takes_next());
         let draft = told.map(|tap| tap.draft(peer, self.key, target.kind, port));
-        let balancer = match target.balancer_for(peer.ip()) {
-            Ok(balancer) => Arc::clone(balancer),
+        let admission = match Admission::of(&self.target, &target, peer) {
+            Ok(admission) => admission,
             Err(reason) => return turn_away(&socket, peer, port, reason, draft.as_deref()),
         };
-        let mut guest = Guest::new(socket, peer, &balancer.port, target.kind.entry());
+        let mut guest = Guest::new(socket, peer, port, target.kind.entry());
         guest.draft = draft;
         let (listen, shared, open) = (self.key, Arc::clone(&self.shared), self.shared.connections.token());
         let address = target.address.clone();
         self.shared.workers.place(worker, move |seat| {
             let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: address };
-            serve(guest, listen, balancer, shared, stay)
+            serve(guest, listen, admission, shared, stay)
         });
     }
 }
@@ -406,6 +439,7 @@ impl Server {
 /// A client that was let in and has no backend yet, be it on its way to its worker. Dropped, it is turned away.
 struct Guest<S: AsFd> {
     client: Option<S>,
+    /// Who it is, as far as is known: a balancer in front, until its header was read.
     peer: SocketAddr,
     port: Arc<PortState>,
     /// Where it came in.
@@ -566,16 +600,15 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
 fn serve(
     guest: Guest<OwnedFd>,
     listen: ListenKey,
-    balancer: Arc<Balancer>,
+    admission: Admission,
     shared: Arc<TcpShared>,
     stay: Stay,
 ) -> impl Future<Output = ()> {
-    let named = enabled!(Level::DEBUG).then(|| Box::new((Arc::clone(&guest.port), listen, guest.peer))); // For the log.
-    let reaching = Box::pin(reach(guest, balancer, Arc::clone(&shared)));
+    let reaching = Box::pin(reach(guest, listen, admission, Arc::clone(&shared)));
     async move {
         let _stay = stay;
         let carry = pin!(async {
-            let Some(mut connection) = reaching.await else { return };
+            let Some((mut connection, named)) = reaching.await else { return };
             let reason = connection.relay(&shared.options.limits).await;
             let Some((port, listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
@@ -588,35 +621,83 @@ fn serve(
     }
 }
 
-/// Reaches a backend, unless the client goes away meanwhile.
-async fn reach(guest: Guest<OwnedFd>, balancer: Arc<Balancer>, shared: Arc<TcpShared>) -> Option<Connection> {
+/// What the log is told of a connection at its end; `None` where it is told nothing.
+type Named = Option<Box<(Arc<PortState>, ListenKey, SocketAddr)>>;
+
+/// Finds out who the client is and reaches a backend.
+async fn reach(
+    guest: Guest<OwnedFd>,
+    listen: ListenKey,
+    admission: Admission,
+    shared: Arc<TcpShared>,
+) -> Option<(Connection, Named)> {
     let mut guest = guest.register()?;
-    let (client, source) = (guest.client.as_ref()?, guest.peer.ip());
-    let reached = select! {
-        biased;
-        reached = dial(&balancer, source, Source::Any, &Preface::None, &shared.options.connect, &mut guest.tries) => reached,
-        _ = client.broken() => Err(DropReason::ClientAbort),
-    };
-    match reached {
-        Ok(Reached { backend, stream }) => {
-            let client = guest.client.take()?;
-            set_if_they_last(&client, &stream, shared.options.if_lasting());
-            let mut connection = Connection::open(client, stream, backend, guest.entry);
-            connection.tell(guest.take_draft());
-            let limits = shared.options.limits;
-            let own = balancer.tcp_settings().map(|settings| limits.of_service(&settings));
-            Some(match own.filter(|own| *own != limits) {
-                Some(own) => connection.limited(own),
-                None => connection,
-            })
+    match guest.reach(listen, admission, &shared).await {
+        Ok(connection) => {
+            let named = enabled!(Level::DEBUG).then(|| Box::new((Arc::clone(&guest.port), listen, guest.peer)));
+            Some((connection, named))
         }
         Err(reason) => {
-            if reason == DropReason::LocalPorts && shared.lack_of_ports.is_news(Instant::now()) {
-                let remedy = "another --upstream-source, or a wider net.ipv4.ip_local_port_range";
-                warn!(service = %guest.port.name, %reason, remedy, "no source port is left towards any backend: clients are reset");
-            }
+            shared.complain(reason, &guest.port.name);
             guest.reason = reason;
             None
+        }
+    }
+}
+
+impl Guest<Stream> {
+    async fn reach(
+        &mut self,
+        listen: ListenKey,
+        admission: Admission,
+        shared: &TcpShared,
+    ) -> Result<Connection, DropReason> {
+        let TcpOptions { connect, limits, header_timeout, .. } = &shared.options;
+        let introduced = self.introduce(listen, admission, *header_timeout).await?;
+        let Reached { backend, stream } = self.dial(&introduced.balancer, connect).await?;
+        let client = self.client.take().ok_or(self.reason)?;
+        set_if_they_last(&client, &stream, shared.options.if_lasting());
+        let mut connection = Connection::open(client, stream, backend, self.entry);
+        connection.begin_with(introduced.preface());
+        connection.tell(self.take_draft());
+        let own = introduced.balancer.tcp_settings().map(|settings| limits.of_service(&settings));
+        Ok(match own.filter(|own| own != limits) {
+            Some(own) => connection.limited(own),
+            None => connection,
+        })
+    }
+
+    /// Finds out who it is, and whether it may come.
+    async fn introduce(
+        &mut self,
+        listen: ListenKey,
+        admission: Admission,
+        header_timeout: Duration,
+    ) -> Result<Introduced, DropReason> {
+        let stream = self.client.as_ref().ok_or(self.reason)?;
+        let parties = Parties { client: self.peer, destination: listen.address() };
+        let parties = admission.parties(stream, parties, header_timeout).await?;
+        self.note_client(parties.client);
+        admission.judge(parties)
+    }
+
+    /// It is whom a balancer in front says, not that balancer.
+    fn note_client(&mut self, client: SocketAddr) {
+        if client != self.peer
+            && let Some(draft) = &mut self.draft
+        {
+            draft.introduce(client);
+        }
+        self.peer = client;
+    }
+
+    /// Reaches a backend, unless the client goes away meanwhile.
+    async fn dial(&mut self, balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
+        let (client, source) = (self.client.as_ref().ok_or(self.reason)?, self.peer.ip());
+        select! {
+            biased;
+            reached = dial(balancer, source, Source::Any, options, &mut self.tries) => reached,
+            _ = client.broken() => Err(DropReason::ClientAbort),
         }
     }
 }
@@ -1031,7 +1112,8 @@ mod tests {
             on_worker(async move {
                 let guest =
                     Guest::new(unwatchable(), SocketAddr::from((LOOPBACK, 9)), &balancer.port, Entry::ClusterIp);
-                reach(guest, balancer, shared).await.is_none()
+                let listen = ListenKey::new(LOOPBACK, 80, Protocol::Tcp);
+                reach(guest, listen, Admission::Granted { balancer, send: None }, shared).await.is_none()
             })
         });
 
@@ -1167,7 +1249,8 @@ mod tests {
                 let guest = Guest::new(socket, peer, &balancer.port, Entry::ClusterIp);
                 let counted = Counted::begin(&balancer.port).expect("no limit");
                 let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: None };
-                let connection = serve(guest, listen, balancer, options, stay);
+                let admission = Admission::Granted { balancer, send: None };
+                let connection = serve(guest, listen, admission, options, stay);
                 told.send(size_of_val(&connection)).expect("the test");
                 connection
             });

@@ -11,6 +11,7 @@ mod limits;
 mod listeners;
 mod manifests;
 mod page;
+mod proxy_protocol;
 mod rollout;
 mod spread;
 mod tcp;

@@ -1,0 +1,197 @@
+//! What a Service says about the PROXY protocol: the annotations `kube-relay.dev/proxy-protocol` and
+//! `kube-relay.dev/accept-proxy`; and whom this process believes: `--accept-proxy-from`.
+//!
+//! How a header looks is `serve::proxy_header` and `serve::header_decoder`; who is asked for one is `serve::introduction`.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::model::Service;
+use crate::name::{Family, Protocol};
+use crate::problem::Problem;
+
+const SEND: &str = "proxy-protocol";
+const ACCEPT: &str = "accept-proxy";
+
+/// A version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HeaderVersion {
+    /// A line of text.
+    V1,
+    /// 28 bytes with IPv4, 52 with IPv6.
+    V2,
+}
+
+impl HeaderVersion {
+    /// The word of the annotation: `v1` or `v2`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::V1, Self::V2].into_iter().find(|version| version.as_str() == text)
+    }
+}
+
+impl fmt::Display for HeaderVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How the TCP connections of a listener say who their clients are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProxyProtocol {
+    /// The header that backends get before the client's first byte; `None`: none. From `kube-relay.dev/proxy-protocol`.
+    pub send: Option<HeaderVersion>,
+    /// The balancers in front, which begin each connection with a header; `None`: nobody is asked for one. The addresses
+    /// of the listener's family, sorted, none within another. From `kube-relay.dev/accept-proxy` and `--accept-proxy-from`.
+    ///
+    /// Where it is `Some`, nobody else is served: who would come by himself could be kept apart from a balancer that forgot
+    /// its header only by guessing.
+    pub accept_from: Option<Arc<[IpNet]>>,
+}
+
+/// What a Service wants of its TCP listeners, before they are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wish {
+    send: Option<HeaderVersion>,
+    accept: bool,
+}
+
+impl Wish {
+    /// Reads a Service's annotations. One that cannot be read is a problem, and as if it were not there.
+    ///
+    /// `balancers`: whom this process believes, networks of both families. A Service never adds to them: who may edit one
+    /// could otherwise say that any client is any other.
+    pub(crate) fn of(service: &Service, balancers: &[IpNet], problems: &mut Vec<Problem>) -> Self {
+        let mut wish = Self::default();
+        let mut complain = |text: String| {
+            problems.push(Problem::error(format_args!("Service {}", service.name), "annotation", text));
+        };
+        if let Some(value) = service.annotations.get(SEND) {
+            wish.send = HeaderVersion::parse(value);
+            if wish.send.is_none() {
+                complain(format!("annotation kube-relay.dev/{SEND}: {value:?} is not used: write v1 or v2"));
+            }
+        }
+        match service.annotations.get(ACCEPT).map(|value| &**value) {
+            None | Some("false") => {}
+            Some("true") => wish.accept = true,
+            Some(value) => {
+                complain(format!("annotation kube-relay.dev/{ACCEPT}: {value:?} is not used: write true or false"));
+            }
+        }
+        if wish.accept && balancers.is_empty() {
+            let text = "--accept-proxy-from names nobody, so nobody is served over TCP";
+            complain(format!("annotation kube-relay.dev/{ACCEPT}: {text}"));
+        }
+        if wish != Self::default() && service.ports.iter().all(|port| port.protocol != Protocol::Tcp) {
+            let text =
+                format!("annotations kube-relay.dev/{SEND} and kube-relay.dev/{ACCEPT} are for TCP: no port has it");
+            problems.push(Problem::note(format_args!("Service {}", service.name), "annotation", text));
+        }
+        wish
+    }
+
+    /// True where clients of a protocol are announced by balancers.
+    pub(crate) fn accepts(self, protocol: Protocol) -> bool {
+        self.accept && protocol == Protocol::Tcp
+    }
+
+    /// What that means for the listeners of a family; `None` where it means nothing, as for hardly any it does not.
+    pub(crate) fn at(self, family: Family, balancers: &[IpNet]) -> Option<Arc<ProxyProtocol>> {
+        if self == Self::default() {
+            return None;
+        }
+        let accept_from = self.accept.then(|| {
+            let of_family: Vec<_> = balancers.iter().filter(|net| Family::of(net.addr()) == family).copied().collect();
+            IpNet::aggregate(&of_family).into()
+        });
+        Some(Arc::new(ProxyProtocol { send: self.send, accept_from }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn balancers() -> Vec<IpNet> {
+        ["10.0.1.0/24", "2001:db8::/64", "10.0.0.0/24"].map(|net| net.parse().expect("a network")).into()
+    }
+
+    fn read(annotations: &[(&str, &str)], balancers: &[IpNet]) -> (Wish, Vec<String>) {
+        let mut service = Service::new("default/web").port("http", 80);
+        service.annotations.extend(annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())));
+        let mut problems = Vec::new();
+        let wish = Wish::of(&service, balancers, &mut problems);
+        (wish, problems.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn given_a_version_when_read_then_it_is_sent_and_another_word_is_told() {
+        for (text, version) in [("v1", HeaderVersion::V1), ("v2", HeaderVersion::V2)] {
+            let (wish, problems) = read(&[(SEND, text)], &[]);
+            assert_eq!((wish.send, problems.len()), (Some(version), 0));
+        }
+        let said = "Service default/web: annotation kube-relay.dev/proxy-protocol: \"V2\" is not used: write v1 or v2";
+        assert_eq!(read(&[(SEND, "V2")], &[]), (Wish::default(), vec![said.into()]));
+    }
+
+    #[test]
+    fn given_a_service_without_a_word_when_asked_then_its_listeners_have_nothing() {
+        assert_eq!(read(&[(ACCEPT, "false")], &[]), (Wish::default(), vec![]));
+        assert_eq!(Wish::default().at(Family::V4, &balancers()), None);
+    }
+
+    #[test]
+    fn given_balancers_when_accepted_then_each_listener_has_those_of_its_family() {
+        let (wish, problems) = read(&[(ACCEPT, "true")], &balancers());
+
+        assert_eq!(problems, [] as [&str; 0]);
+        let shown = |family| {
+            let protocol = wish.at(family, &balancers()).expect("it accepts");
+            let nets = protocol.accept_from.as_ref().expect("balancers");
+            nets.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(Family::V4), ["10.0.0.0/23"]);
+        assert_eq!(shown(Family::V6), ["2001:db8::/64"]);
+        assert!(wish.accepts(Protocol::Tcp) && !wish.accepts(Protocol::Udp));
+    }
+
+    #[test]
+    fn given_nobody_to_believe_when_accepted_then_nobody_is_let_in_and_that_is_said() {
+        let (wish, problems) = read(&[(ACCEPT, "true")], &[]);
+
+        let protocol = wish.at(Family::V4, &[]).expect("it accepts");
+        assert!(protocol.accept_from.as_deref().is_some_and(<[IpNet]>::is_empty));
+        assert!(problems[0].contains("--accept-proxy-from names nobody"), "{problems:?}");
+    }
+
+    #[test]
+    fn given_a_service_without_a_port_of_tcp_when_read_then_that_it_changes_nothing_is_told() {
+        let mut service = Service::new("default/dns");
+        service.annotations.insert(SEND.into(), "v2".into());
+        let mut problems = Vec::new();
+
+        Wish::of(&service, &[], &mut problems);
+
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].to_string().ends_with("are for TCP: no port has it"), "{problems:?}");
+    }
+
+    #[test]
+    fn given_another_word_when_read_then_nobody_is_asked_for_a_header_and_it_is_told() {
+        let (wish, problems) = read(&[(ACCEPT, "yes")], &balancers());
+
+        assert_eq!(wish, Wish::default());
+        assert!(problems[0].ends_with("\"yes\" is not used: write true or false"), "{problems:?}");
+    }
+}
