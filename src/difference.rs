@@ -271,6 +271,11 @@ mod tests {
                 "+     nodePort 127.0.0.1:30080, outside: backends on this node, inside: every backend",
             ]
         );
+        let headers =
+            [("accept-proxy", "true"), ("proxy-protocol", "v1")].map(|(key, value)| (key.into(), value.into()));
+        let told = lines(web.clone(), Service { annotations: headers.into(), ..web.clone() }).join("\n");
+        let line = "+     nodePort 127.0.0.1:30080, through no balancer, PROXY v1 to backends";
+        assert!(told.contains(line), "{told}");
         assert_eq!(
             lines(balancer(&[]), balancer(&["203.0.113.0/24"])),
             [

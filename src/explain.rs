@@ -619,6 +619,26 @@ mod tests {
     }
 
     #[test]
+    fn t126_given_balancers_in_front_and_a_header_when_told_then_both_are_and_lists_are_about_clients() {
+        let annotations = [("accept-proxy", "true"), ("proxy-protocol", "v2")];
+        let web = Service { annotations: annotations.map(|(key, value)| (key.into(), value.into())).into(), ..web() };
+        let allow_from = Some(AllowFrom::new(&[net("198.18.0.0/16")]));
+        let options = PlanOptions { allow_from, accept_proxy_from: vec![net("10.0.0.9/32")], ..options() };
+
+        let report = planned(&web, vec![on(1, "there")], &options);
+
+        insta::assert_snapshot!(told(&report, "10.96.0.10:80", Some(STRANGER)), @r"
+        Service:           default/web:http, NodePort
+        Address:           10.96.0.10:80/TCP, cluster IP, planned
+        Port:              80 → nodePort 30080 → targetPort web (8000)
+        Allow From:        from outside only 198.18.0.0/16
+        In Front:          clients are those that 10.0.0.9/32 name in a PROXY header; others are reset
+        PROXY Header:      v2, to backends
+        Client Outside:    reset: not in kube-relay.dev/allow-from or --allow-from
+        ");
+    }
+
+    #[test]
     fn given_a_running_relay_when_told_then_the_backend_that_is_next_is_named() {
         let text = told(&sample::status().report(), "127.96.0.10:80/TCP", Some(STRANGER));
 

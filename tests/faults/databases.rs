@@ -5,7 +5,7 @@
 //! MariaDB is not installed.
 
 use std::fs::{self, File};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -87,14 +87,14 @@ fn pointed(example: &str, primary: Ipv4Addr) -> String {
 }
 
 /// MariaDB's, where all of them are installed.
-struct Programs {
-    install: PathBuf,
-    server: PathBuf,
-    client: PathBuf,
+pub(crate) struct Programs {
+    pub(crate) install: PathBuf,
+    pub(crate) server: PathBuf,
+    pub(crate) client: PathBuf,
 }
 
 impl Programs {
-    fn find() -> Option<Self> {
+    pub(crate) fn find() -> Option<Self> {
         let [install, server, client] = ["mariadb-install-db", "mariadbd", "mariadb"].map(find);
         Some(Self { install: install?, server: server?, client: client? })
     }
@@ -114,7 +114,8 @@ impl<'p> Site<'p> {
         let folder = TempDir::new().expect("a folder can be made");
         install(&programs.install, folder.path());
         let servers = [(1, PRIMARY), (2, STANDBY)]
-            .map(|(number, address)| serve(&programs.server, rig.node(0), folder.path(), number, address));
+            .map(|(number, address)| (number, SocketAddr::from((address, 3306))))
+            .map(|(number, address)| serve(&programs.server, rig.node(0), folder.path(), number, address, &[]));
         let site = Self { rig, folder, client: &programs.client, _servers: servers };
         for (number, address) in [(1, PRIMARY), (2, STANDBY)] {
             until("a database to serve", || (site.session_at(address).server() == Some(number)).then_some(()));
@@ -205,7 +206,7 @@ impl Session {
 }
 
 /// Makes two equal databases, small ones.
-fn install(program: &Path, folder: &Path) {
+pub(crate) fn install(program: &Path, folder: &Path) {
     let first = folder.join("1");
     let mut command = Command::new(program);
     command.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"]);
@@ -222,12 +223,21 @@ fn install(program: &Path, folder: &Path) {
 const SMALL: [&str; 4] =
     ["--skip-name-resolve", "--innodb-log-file-size=4M", "--innodb-buffer-pool-size=8M", "--performance-schema=OFF"];
 
-fn serve(program: &Path, inside: &Namespace, folder: &Path, number: u8, address: Ipv4Addr) -> Process {
+/// Starts one of them, with options of its own.
+pub(crate) fn serve(
+    program: &Path,
+    inside: &Namespace,
+    folder: &Path,
+    number: u8,
+    address: SocketAddr,
+    more: &[String],
+) -> Process {
     let place = |name: &str| folder.join(name).display().to_string();
     let mut command = Command::new(program);
-    command.args(["--no-defaults", "--user=root", "--port=3306"]).args(SMALL); // Root, as there may be nobody else.
+    command.args(["--no-defaults", "--user=root"]).args(SMALL).args(more); // Root, as there may be nobody else.
     command.args([
-        format!("--bind-address={address}"),
+        format!("--bind-address={}", address.ip()),
+        format!("--port={}", address.port()),
         format!("--server-id={number}"),
         format!("--datadir={}", place(&number.to_string())),
         format!("--socket={}", place(&format!("{number}.sock"))),

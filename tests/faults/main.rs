@@ -9,6 +9,7 @@ mod databases;
 mod families;
 mod floods;
 mod front;
+mod headers;
 mod many;
 mod memory;
 mod programs;
@@ -144,4 +145,13 @@ const SIDE_BY_SIDE: &[rig::Case] = &[
         rollout::a_sticky_client_stays,
     ),
     ("f23_given_a_relay_that_is_asked_to_end_when_it_is_asked_again_then_it_does_so_now", restarts::asked_twice),
+    ("t126_given_nginx_behind_the_relay_when_it_gets_headers_then_it_logs_the_client", headers::nginx_logs_the_client),
+    (
+        "t126_given_mariadb_behind_the_relay_when_it_gets_headers_then_it_logs_the_client",
+        headers::mariadb_logs_the_client,
+    ),
+    (
+        "t126_given_haproxy_in_front_when_it_sends_headers_then_its_clients_are_known_and_nobody_else_is_believed",
+        headers::haproxy_in_front_names_the_client,
+    ),
 ];
