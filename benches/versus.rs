@@ -114,7 +114,10 @@ impl Arguments {
     }
 
     fn peers(&self, suite: Suite) -> Vec<PeerKind> {
-        let named = |peer: &PeerKind| self.peers.is_empty() || self.peers.contains(peer);
+        let named = |peer: &PeerKind| match self.peers.as_slice() {
+            [] => peer.is_invited(),
+            named => named.contains(peer),
+        };
         PeerKind::ALL.into_iter().filter(|peer| named(peer) && peer.speaks(suite.protocol())).collect()
     }
 

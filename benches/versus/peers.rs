@@ -40,12 +40,31 @@ pub(crate) enum PeerKind {
     Nginx,
     /// nginx stream with `reuseport` and larger buffers: of its own for TCP, of its listening socket for UDP.
     NginxBest,
+    /// Ours, with a PROXY header for backends. Takes part only where it is named.
+    KubeRelayHeader,
 }
 
 impl PeerKind {
     /// Everybody, in the order of the table.
-    pub(crate) const ALL: [Self; 7] =
-        [Self::Direct, Self::Nft, Self::KubeRelay, Self::Haproxy, Self::HaproxyBest, Self::Nginx, Self::NginxBest];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Direct,
+        Self::Nft,
+        Self::KubeRelay,
+        Self::KubeRelayHeader,
+        Self::Haproxy,
+        Self::HaproxyBest,
+        Self::Nginx,
+        Self::NginxBest,
+    ];
+
+    /// False for one that is compared with ourselves, and so is no peer.
+    pub(crate) fn is_invited(self) -> bool {
+        self != Self::KubeRelayHeader
+    }
+
+    fn is_ours(self) -> bool {
+        matches!(self, Self::KubeRelay | Self::KubeRelayHeader)
+    }
 
     /// False where nothing but the kernel forwards.
     pub(crate) fn is_proxy(self) -> bool {
@@ -54,7 +73,7 @@ impl PeerKind {
 
     /// False where it knows nothing of a protocol.
     pub(crate) fn speaks(self, protocol: Protocol) -> bool {
-        protocol == Protocol::Tcp || !matches!(self, Self::Haproxy | Self::HaproxyBest)
+        protocol == Protocol::Tcp || !matches!(self, Self::Haproxy | Self::HaproxyBest | Self::KubeRelayHeader)
     }
 
     /// The number of its virtual address.
@@ -83,6 +102,7 @@ impl fmt::Display for PeerKind {
             Self::HaproxyBest => "haproxy-best",
             Self::Nginx => "nginx",
             Self::NginxBest => "nginx-best",
+            Self::KubeRelayHeader => "kube-relay-header",
         })
     }
 }
@@ -157,6 +177,7 @@ impl Peer {
             PeerKind::Direct => "client to pods, forwarded by the node".into(),
             PeerKind::Nft => format!("{}, numgen inc dnat, own node", of("nft")),
             PeerKind::KubeRelay => version(Path::new(KUBE_RELAY), "--version"),
+            PeerKind::KubeRelayHeader => "the same, with kube-relay.dev/proxy-protocol: v2".into(),
             PeerKind::Haproxy => format!("{}; mode tcp, splice-auto", of("haproxy")),
             PeerKind::HaproxyBest => "splice-request, splice-response, tune.pipesize 1048576".into(),
             PeerKind::Nginx if self.protocol == Protocol::Udp => format!("{}; stream, reuseport", of("nginx")),
@@ -193,14 +214,14 @@ impl<'a> Setting<'a> {
             PeerKind::Nft => (find("nft")?, vec!["-f"], self.nft()),
             PeerKind::Haproxy | PeerKind::HaproxyBest => (find("haproxy")?, vec!["-db", "-f"], self.haproxy()),
             PeerKind::Nginx | PeerKind::NginxBest => (find("nginx")?, vec!["-e", "stderr", "-c"], self.nginx()),
-            PeerKind::KubeRelay => (KUBE_RELAY.into(), vec!["run", "-f"], self.manifest()),
+            PeerKind::KubeRelay | PeerKind::KubeRelayHeader => (KUBE_RELAY.into(), vec!["run", "-f"], self.manifest()),
             PeerKind::Direct => unreachable!("nothing is started for it"),
         };
-        let file = self.files.with_extension(if self.kind == PeerKind::KubeRelay { "json" } else { "conf" });
+        let file = self.files.with_extension(if self.kind.is_ours() { "json" } else { "conf" });
         fs::write(&file, configuration).map_err(Absence::Failed)?;
         let mut command = Command::new(program);
         command.args(arguments).arg(&file);
-        if self.kind == PeerKind::KubeRelay {
+        if self.kind.is_ours() {
             command.args(RELAY_FLAGS);
         }
         let log = self.files.with_extension("log");
@@ -298,7 +319,11 @@ impl<'a> Setting<'a> {
     fn manifest(&self) -> String {
         let ips: Vec<_> = self.families().iter().map(|&family| self.vip.of(family)).collect();
         let ports: Vec<_> = self.ports().iter().map(|&port| (self.protocol, port)).collect();
-        let mut items = vec![service("versus", &ips, &ports)];
+        let mut service = service("versus", &ips, &ports);
+        if self.kind == PeerKind::KubeRelayHeader {
+            service["metadata"]["annotations"] = serde_json::json!({ "kube-relay.dev/proxy-protocol": "v2" });
+        }
+        let mut items = vec![service];
         items.extend(self.families().iter().map(|&family| slice("versus", &self.pods(family), &ports)));
         list(items)
     }

@@ -242,19 +242,20 @@ impl Connection {
         const BATCH_BYTES: usize = 16 * MESSAGE_BYTES;
         const ANSWERS: [u8; BATCH_BYTES + MESSAGE_BYTES] = [Ask::Answer as u8; BATCH_BYTES + MESSAGE_BYTES];
         let mut came = [0; BATCH_BYTES];
-        let came_bytes = match rustix::net::recv(&self.socket, &mut came, RecvFlags::empty()) {
+        let came = match rustix::net::recv(&self.socket, &mut came, RecvFlags::empty()) {
             Ok((0, _)) => return Next::Close,
-            Ok((bytes, _)) => bytes,
+            Ok((bytes, _)) => behind_header(&came[..bytes]),
             Err(Errno::AGAIN | Errno::INTR) => return Next::Keep,
             Err(_) => return Next::Close,
         };
         if self.partial_bytes == 0 {
-            match Ask::read(came[0]) {
-                Some(Ask::Answer) => {}
-                Some(ask) => return Next::Bulk(ask),
-                None => return Next::Close,
+            match came.first().map(|first| Ask::read(*first)) {
+                None | Some(Some(Ask::Answer)) => {}
+                Some(Some(ask)) => return Next::Bulk(ask),
+                Some(None) => return Next::Close,
             }
         }
+        let came_bytes = came.len();
         let pending_bytes = self.partial_bytes + came_bytes;
         self.partial_bytes = pending_bytes % MESSAGE_BYTES;
         let answer_bytes = pending_bytes - self.partial_bytes;
@@ -265,6 +266,17 @@ impl Connection {
             Ok(sent) if sent == answer_bytes => Next::Keep,
             _ => Next::Close, // nobody who asks here leaves a window full of answers unread
         }
+    }
+}
+
+/// What comes behind a PROXY header of version 2, where there is one. It comes whole: nobody sends it in parts.
+fn behind_header(came: &[u8]) -> &[u8] {
+    const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+    match came {
+        [_, _, _, _, _, _, _, _, _, _, _, _, _, _, high, low, rest @ ..] if came.starts_with(SIGNATURE) => {
+            rest.get(usize::from(u16::from_be_bytes([*high, *low]))..).unwrap_or_default()
+        }
+        _ => came,
     }
 }
 
