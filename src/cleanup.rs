@@ -1,6 +1,8 @@
-//! Takes back what a relay has left on this machine: the routes that make addresses of Services local, and their guard.
+//! Takes back what a relay has left on this machine: the routes that make addresses of Services local, and their guard; and
+//! what leads answers to clients' addresses to it.
 //!
-//! Which ones they are is told by their number; what is done about them while a relay runs is in `vips` and `guard`.
+//! Which ones they are is told by their number; what is done about them while a relay runs is in `vips`,
+//! `guard` and `reply_path`.
 
 use std::io;
 use std::net::IpAddr;
@@ -8,6 +10,7 @@ use std::net::IpAddr;
 use rustix::io::Errno;
 
 use crate::guard;
+use crate::reply_path;
 use crate::route_claim::{Claim, ClaimError, name_of};
 use crate::route_socket::{BATCH, NotMade, RouteSocket, removals};
 
@@ -40,6 +43,9 @@ pub enum CleanupError {
     /// The same, where filters of tc are the guard.
     #[error("tc: cannot remove the filters that guard these routes")]
     Filters(#[source] io::Error),
+    /// The kernel would not remove what leads answers to clients' addresses here.
+    #[error("cannot remove what leads answers to clients' addresses to a relay")]
+    ReplyPath(#[source] io::Error),
     /// The kernel would not remove one.
     #[error("{address}: cannot remove its route")]
     Remove {
@@ -59,17 +65,26 @@ impl From<ClaimError> for CleanupError {
     }
 }
 
-/// Removes all routes that a relay has made with this number and their guard, and says how many routes that were. None is
-/// no error.
+/// What was there, and is no more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// How many routes that made addresses of Services local.
+    pub routes: usize,
+    /// True where answers to clients' addresses were led to a relay.
+    pub reply_path: bool,
+}
+
+/// Removes all routes that a relay has made with this number and their guard, and what has led answers to clients' addresses
+/// to it. Nothing is no error.
 ///
 /// # Errors
 /// Where a relay runs, or the kernel refuses; those that it does not refuse are removed all the same.
-pub async fn remove_routes(protocol: u8) -> Result<usize, CleanupError> {
+pub async fn remove_routes(protocol: u8) -> Result<Removed, CleanupError> {
     remove_claimed(&name_of(protocol), protocol).await
 }
 
 /// The same, where this name says who removes routes.
-async fn remove_claimed(name: &str, protocol: u8) -> Result<usize, CleanupError> {
+async fn remove_claimed(name: &str, protocol: u8) -> Result<Removed, CleanupError> {
     let _claim = Claim::take_named(name, protocol, "kube-relay cleanup".into()).await?;
     let mut socket = RouteSocket::open(protocol).map_err(CleanupError::Open)?;
     let routes = socket.look().map_err(CleanupError::Look)?;
@@ -90,7 +105,12 @@ async fn remove_claimed(name: &str, protocol: u8) -> Result<usize, CleanupError>
         return Err(error); // What is still local is still guarded.
     }
     remove_guard(protocol)?;
-    Ok(removed)
+    let reply_path = match reply_path::remove(protocol) {
+        // Who may not remove it could not have made it, and the routes were not there, either.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::PERM) => false,
+        outcome => outcome.map_err(CleanupError::ReplyPath)?,
+    };
+    Ok(Removed { routes: removed, reply_path })
 }
 
 fn remove_guard(protocol: u8) -> Result<(), CleanupError> {

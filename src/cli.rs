@@ -256,7 +256,8 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
 
     /// Remove the routes that a kube-relay has left on this machine
     #[command(
-        long_about = "Removes the routes that make addresses of Services local to this machine, by their protocol number.\n\n\
+        long_about = "Removes the routes that make addresses of Services local to this machine, by their protocol number, and what \
+                      leads answers to clients' addresses to a relay (kube-relay.dev/source-address: preserve).\n\n\
                       They outlive the process, so that clients are refused at once while another one starts. \
                       One that still runs is named, and nothing is removed: it would set them again. Needs CAP_NET_ADMIN.",
         after_long_help = "Examples:
@@ -265,6 +266,7 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
 
   What would be removed:
     ip route show table local proto 107; ip -6 route show table local proto 107
+    ip rule show table 107107; ip -6 rule show table 107107; nft list table inet kube-relay-107-replies
 
   Where `run` had another number:
     kube-relay cleanup --route-protocol 207"

@@ -60,6 +60,12 @@ const EXPRESSION_NAME: u16 = 1;
 const EXPRESSION_DATA: u16 = 2;
 const META_TO: u16 = 1;
 const META_KEY: u16 = 2;
+const META_FROM: u16 = 3;
+const BITWISE_FROM: u16 = 1;
+const BITWISE_TO: u16 = 2;
+const BITWISE_LENGTH: u16 = 3;
+const BITWISE_MASK: u16 = 4;
+const BITWISE_XOR: u16 = 5;
 const PAYLOAD_TO: u16 = 1;
 const PAYLOAD_BASE: u16 = 2;
 const PAYLOAD_OFFSET: u16 = 3;
@@ -76,13 +82,22 @@ const REJECT_CODE: u16 = 2;
 const IMMEDIATE_TO: u16 = 1;
 const IMMEDIATE_VALUE: u16 = 2;
 /// Whether the socket that a packet is for takes those to addresses of others, too (`NFT_SOCKET_TRANSPARENT`, Linux 4.19),
-const SOCKET_TRANSPARENT: u32 = 0;
+pub(crate) const SOCKET_TRANSPARENT: u32 = 0;
 /// and whether it is bound to no address (`NFT_SOCKET_WILDCARD`, Linux 5.10).
-const SOCKET_WILDCARD: u32 = 2;
+pub(crate) const SOCKET_WILDCARD: u32 = 2;
 /// What `nft` writes and reads a rule's comment as, in the part of it that the kernel only keeps.
 const COMMENT: u8 = 0;
 
-/// A rule of the guard.
+/// Where a chain sees packets, and after whom.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hook {
+    /// As `linux/netfilter.h` numbers them.
+    pub(crate) number: libc::c_int,
+    /// Lower ones come first.
+    pub(crate) priority: i32,
+}
+
+/// A rule of the guard, or of another table of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     chain: &'static str,
@@ -100,6 +115,11 @@ pub(crate) struct RuleName {
 }
 
 impl Rule {
+    /// Of a chain. The comment is what it is known by again.
+    pub(crate) fn new(chain: &'static str, comment: impl Into<String>, expressions: Expressions) -> Self {
+        Self { chain, comment: comment.into(), expressions: expressions.0 }
+    }
+
     pub(crate) fn name(&self) -> RuleName {
         RuleName { chain: self.chain.into(), userdata: self.userdata() }
     }
@@ -146,11 +166,11 @@ pub(crate) fn rules(clients: &RangeInclusive<u16>) -> Vec<Rule> {
         Rule { chain: JUDGE, comment, expressions: rule.0 }
     };
     let mut transparent = Expressions::default();
-    transparent.socket(SOCKET_TRANSPARENT).accept();
+    transparent.socket(SOCKET_TRANSPARENT, true).accept();
     let mut refuse_tcp = Expressions::default();
-    refuse_tcp.protocol(libc::IPPROTO_TCP).socket(SOCKET_WILDCARD).reject(libc::NFT_REJECT_TCP_RST, 0);
+    refuse_tcp.protocol(libc::IPPROTO_TCP).socket(SOCKET_WILDCARD, true).reject(libc::NFT_REJECT_TCP_RST, 0);
     let mut refuse_udp = Expressions::default();
-    refuse_udp.protocol(libc::IPPROTO_UDP).socket(SOCKET_WILDCARD);
+    refuse_udp.protocol(libc::IPPROTO_UDP).socket(SOCKET_WILDCARD, true);
     refuse_udp.reject(libc::NFT_REJECT_ICMPX_UNREACH, libc::NFT_REJECT_ICMPX_PORT_UNREACH);
     vec![
         to(Family::V4),
@@ -185,7 +205,7 @@ fn set_name(family: Family) -> &'static str {
 
 /// Expressions of a rule, in the order in which the kernel takes them. All but the last go by one register.
 #[derive(Default)]
-struct Expressions(Vec<u8>);
+pub(crate) struct Expressions(Vec<u8>);
 
 impl Expressions {
     fn add(&mut self, name: &str, data: impl FnOnce(&mut Vec<u8>)) -> &mut Self {
@@ -233,13 +253,29 @@ impl Expressions {
         })
     }
 
-    /// Goes on where there is a socket, and it is so.
-    fn socket(&mut self, key: u32) -> &mut Self {
+    /// Goes on where there is a socket, and it is so or not.
+    pub(crate) fn socket(&mut self, key: u32, is_so: bool) -> &mut Self {
         self.add("socket", |data| {
             number(data, SOCKET_KEY, key);
             number(data, SOCKET_TO, libc::NFT_REG_1 as u32);
         });
-        self.compare(libc::NFT_CMP_EQ, &[1])
+        self.compare(libc::NFT_CMP_EQ, &[u8::from(is_so)])
+    }
+
+    /// Sets this bit in the mark of the packet, and leaves the others as they are.
+    pub(crate) fn set_mark_bit(&mut self, bit: u32) -> &mut Self {
+        self.meta(libc::NFT_META_MARK);
+        self.add("bitwise", |data| {
+            number(data, BITWISE_FROM, libc::NFT_REG_1 as u32);
+            number(data, BITWISE_TO, libc::NFT_REG_1 as u32);
+            number(data, BITWISE_LENGTH, size_of_val(&bit) as u32);
+            nest(data, BITWISE_MASK, |value| attribute(value, VALUE, &(!bit).to_ne_bytes()));
+            nest(data, BITWISE_XOR, |value| attribute(value, VALUE, &bit.to_ne_bytes()));
+        });
+        self.add("meta", |data| {
+            number(data, META_KEY, libc::NFT_META_MARK as u32);
+            number(data, META_FROM, libc::NFT_REG_1 as u32);
+        })
     }
 
     fn reject(&mut self, kind: libc::c_int, code: libc::c_int) -> &mut Self {
@@ -294,8 +330,17 @@ impl<'a> Batch<'a> {
         self.table(libc::NFT_MSG_NEWTABLE);
         self.set(Family::V4);
         self.set(Family::V6);
-        self.chain(JUDGE, false);
-        self.chain(INPUT, true);
+        self.chain(JUDGE, None);
+        self.chain(INPUT, Some(Hook { number: libc::NF_INET_LOCAL_IN, priority: PRIORITY }));
+        rules.iter().for_each(|rule| self.rule(rule));
+    }
+
+    /// The table anew with one chain and these rules in it, and no sets; one of that name goes.
+    pub(crate) fn build_chain(&mut self, chain: &str, hook: Hook, rules: &[Rule]) {
+        self.table(libc::NFT_MSG_NEWTABLE); // As above.
+        self.remove();
+        self.table(libc::NFT_MSG_NEWTABLE);
+        self.chain(chain, Some(hook));
         rules.iter().for_each(|rule| self.rule(rule));
     }
 
@@ -359,15 +404,15 @@ impl<'a> Batch<'a> {
         });
     }
 
-    fn chain(&mut self, name: &str, is_hooked: bool) {
+    fn chain(&mut self, name: &str, hook: Option<Hook>) {
         let table = self.table;
         self.change(libc::NFT_MSG_NEWCHAIN, NLM_F_CREATE, |buffer| {
             text(buffer, CHAIN_TABLE, table);
             text(buffer, CHAIN_NAME, name);
-            if is_hooked {
+            if let Some(Hook { number: place, priority }) = hook {
                 nest(buffer, CHAIN_HOOK, |hook| {
-                    number(hook, HOOK_NUMBER, libc::NF_INET_LOCAL_IN as u32);
-                    number(hook, HOOK_PRIORITY, PRIORITY.cast_unsigned());
+                    number(hook, HOOK_NUMBER, place as u32);
+                    number(hook, HOOK_PRIORITY, priority.cast_unsigned());
                 });
                 number(buffer, CHAIN_POLICY, libc::NF_ACCEPT as u32);
                 text(buffer, CHAIN_TYPE, "filter");

@@ -1,4 +1,4 @@
-//! The socket to nf_tables about the guard. Messages are in `guard_message`, what to ask for is decided in `guard`.
+//! The socket to nf_tables about tables of ours. Messages are in `guard_message`, what to ask for is decided in `guard`.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,7 +8,7 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
 use rustix::io::Errno;
 
-use crate::guard_message::{Batch, Heard, Rule, RuleName, ask_addresses, ask_generation, ask_rules, read};
+use crate::guard_message::{Batch, Heard, Hook, Rule, RuleName, ask_addresses, ask_generation, ask_rules, read};
 use crate::name::Family;
 
 /// Addresses that are sent at once: of IPv6, they fill half of what an attribute may hold.
@@ -41,13 +41,18 @@ pub(crate) enum There {
 }
 
 impl GuardSocket {
-    /// Opens it. Changes nothing.
+    /// Opens it, for the table of the guard. Changes nothing.
     pub(crate) fn open(protocol: u8) -> io::Result<Self> {
+        Self::open_for(table_name(protocol))
+    }
+
+    /// Opens it, for another table of ours.
+    pub(crate) fn open_for(table: String) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.connect(&SocketAddr::new(0, 0))?;
         let _ = socket.set_cap_ack(true); // Answers without the question, where the kernel knows how.
-        Ok(Self { socket, table: table_name(protocol), next: 1, buffer: vec![0; DATAGRAM].into() })
+        Ok(Self { socket, table, next: 1, buffer: vec![0; DATAGRAM].into() })
     }
 
     /// How often rules have changed, those of everybody.
@@ -104,6 +109,16 @@ impl GuardSocket {
         }
     }
 
+    /// True where the table is there with these rules, and no others.
+    pub(crate) fn has(&mut self, rules: &[Rule]) -> Result<bool, Errno> {
+        let wanted: Vec<RuleName> = rules.iter().map(Rule::name).collect();
+        match self.rules() {
+            Ok(found) => Ok(same(&found, &wanted)),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn rules(&mut self) -> Result<Vec<RuleName>, Errno> {
         let request = self.number();
         let mut rules = Vec::new();
@@ -120,6 +135,11 @@ impl GuardSocket {
     /// Makes the table anew, with nobody guarded.
     pub(crate) fn build(&mut self, rules: &[Rule]) -> Result<(), Errno> {
         self.change(|batch| batch.build(rules))
+    }
+
+    /// Makes the table anew, with one chain.
+    pub(crate) fn build_chain(&mut self, chain: &str, hook: Hook, rules: &[Rule]) -> Result<(), Errno> {
+        self.change(|batch| batch.build_chain(chain, hook, rules))
     }
 
     /// Takes the table away. False where there was none.

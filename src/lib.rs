@@ -49,6 +49,7 @@
 //! | source ports of flows | each its flow's UDP shard, in a table of atomics | one load a new flow: our own sockets are no clients |
 //! | routes that make addresses of Services local | the keeper of [`vips`], by value: [`vip_routes::Routes`] | a [`vips::Hold`] for each listener and each connection |
 //! | which of these addresses are guarded | the task of [`guard`], by value | a table of nf_tables, or filters of tc |
+//! | by which way answers to clients' addresses come here | the task of [`reply_path`], by value | an atomic |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
@@ -206,6 +207,8 @@ mod reading;
 pub mod recent;
 pub mod rejections;
 pub mod remedy;
+pub mod reply_message;
+pub mod reply_path;
 mod report_pieces;
 pub mod route_claim;
 mod route_message;

@@ -19,7 +19,7 @@ use kube_relay::access_log::AccessLog;
 use kube_relay::admin::{self, AdminOptions, Unbound};
 #[cfg(feature = "kubernetes")]
 use kube_relay::api_client::Api;
-use kube_relay::cleanup::remove_routes;
+use kube_relay::cleanup::{Removed, remove_routes};
 use kube_relay::cli::{
     CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
     EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, RunArgs,
@@ -579,12 +579,16 @@ fn seconds_since_1970() -> u32 {
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<u8> {
     let protocol = args.route_protocol();
-    let outcome = on(small_runtime()?, remove_routes(protocol));
-    print(&match outcome? {
+    let Removed { routes, reply_path } = on(small_runtime()?, remove_routes(protocol))?;
+    print(&match routes {
+        0 if reply_path => String::new(),
         0 => format!("nothing to remove: no local route has protocol {protocol}\n"),
         1 => format!("removed 1 route (protocol {protocol})\n"),
         count => format!("removed {count} routes (protocol {protocol})\n"),
     })?;
+    if reply_path {
+        print("removed what led answers to clients' addresses to a relay: rules, routes and a table of nf_tables\n")?;
+    }
     Ok(EXIT_FINE)
 }
 

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kube_relay::cleanup::remove_routes;
+use kube_relay::cleanup::{Removed, remove_routes};
 use kube_relay::config::{DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER};
 use kube_relay::vips::{AtExit, VipOptions, Vips, Wanted};
 use rustix::process::Signal;
@@ -102,7 +102,7 @@ fn f28_given_loopback_that_was_never_up_when_addresses_are_required_then_they_ar
     let node = Namespace::create("node", nowhere).expect("namespaces can be made");
 
     let removed = in_runtime(&node, remove_routes(DEFAULT_ROUTE_PROTOCOL));
-    assert_eq!(removed.expect("there is nothing to remove"), 0);
+    assert_eq!(removed.expect("there is nothing to remove"), Removed::default());
     let granted = in_runtime(&node, async {
         let (protocol, linger) = (DEFAULT_ROUTE_PROTOCOL, DEFAULT_VIP_ROUTES_LINGER);
         let vips = Vips::start(VipOptions { protocol, linger, at_exit: AtExit::Keep, tune_sysctls: false });
