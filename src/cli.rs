@@ -40,6 +40,7 @@ use crate::manifest::Input;
 use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
+use crate::reply_path::ReplyPathOptions;
 use crate::scaffold::{NewNodePort, NewService};
 use crate::serve::connect::Steps;
 use crate::serve::limits::LimitOptions;
@@ -1182,6 +1183,7 @@ impl RunFlags {
             bind_address_hard_fail: admin.bind_address_hard_fail,
             vips: vips.options(),
             vip_guard: vips.vip_guard,
+            reply_path: vips.reply_path(),
             upstream: upstream.checked()?,
             limits: times.limits()?,
             max_connections: process.max_connections.0,
@@ -1338,6 +1340,12 @@ impl AccessLogFlags {
 }
 
 impl VipFlags {
+    /// Whoever makes addresses of Services local.
+    fn reply_path(&self) -> ReplyPathOptions {
+        let removed_at_exit = self.vip_routes_at_exit == AtExit::Remove;
+        ReplyPathOptions { protocol: self.protocol.route_protocol, removed_at_exit }
+    }
+
     fn options(&self) -> Option<VipOptions> {
         match self.vip_routes {
             VipRoutes::Auto => Some(VipOptions {

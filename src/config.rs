@@ -23,6 +23,7 @@ use crate::lifecycle::ShutdownTimes;
 use crate::logs::LogOptions;
 use crate::manifest::Input;
 use crate::plan::{AllowFrom, Expose, PlanOptions};
+use crate::reply_path::ReplyPathOptions;
 use crate::serve::connect::{ConnectOptions, Sources, Steps};
 use crate::serve::flow::IdleTimes;
 use crate::serve::limits::LimitOptions;
@@ -94,6 +95,8 @@ pub struct RunConfig {
     pub vips: Option<VipOptions>,
     /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
     pub vip_guard: VipGuard,
+    /// How answers to clients' addresses are led here. From `--route-protocol` and `--vip-routes-at-exit`.
+    pub reply_path: ReplyPathOptions,
     /// How TCP backends are reached.
     pub upstream: UpstreamConfig,
     /// How long TCP connections may last.
@@ -229,6 +232,7 @@ impl RunConfig {
             awaits_node: self.source.is_cluster(),
             vips: self.vips.clone(),
             vip_guard: self.vip_guard,
+            reply_path: Some(self.reply_path),
             access_log: None,
         }
     }

@@ -30,6 +30,7 @@ use crate::plan::{Plan, PlanOptions, Problem, ServicePlan, Step};
 use crate::recent;
 use crate::rejections::Rejections;
 use crate::remedy::{BindFailure, explain, remedy};
+use crate::reply_path::{ReplyPath, ReplyPathOptions};
 use crate::serve::Listeners;
 use crate::serve::access::AccessTap;
 use crate::serve::listeners::BindError;
@@ -104,6 +105,8 @@ pub struct RelayOptions {
     pub vips: Option<VipOptions>,
     /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
     pub vip_guard: VipGuard,
+    /// How answers to clients' addresses are led here, where a Service wants these preserved; `None`: they are not.
+    pub reply_path: Option<ReplyPathOptions>,
     /// Told of each connection's and flow's end; `None`: nobody is. From [`AccessLog::tap`](crate::access_log::AccessLog::tap).
     pub access_log: Option<AccessTap>,
 }
@@ -119,6 +122,7 @@ pub struct Relay {
     contact: Arc<Contact>,
     vips: Vips,
     guard: Guard,
+    reply_path: ReplyPath,
     /// Looks how many connections and flows there is room for.
     _headroom: AbortOnDropHandle<()>,
 }
@@ -156,7 +160,9 @@ impl Relay {
         let guard =
             options.vips.as_ref().map(|vips| Guard::start(options.vip_guard, vips.protocol)).unwrap_or_default();
         let vips = options.vips.map(Vips::start).unwrap_or_default();
+        let reply_path = options.reply_path.map(ReplyPath::start).unwrap_or_default();
         let listeners = Listeners::new(options.inside.into(), Arc::clone(&tcp), udp).with_vips(vips.clone());
+        let listeners = listeners.with_reply_path(reply_path.clone());
         let control = Control {
             options: options.plan,
             health: health.clone(),
@@ -176,7 +182,7 @@ impl Relay {
             publish,
         };
         tokio::spawn(control.run(inbox, order_inbox));
-        Ok(Self { messages, orders, status, health, tcp, contact, vips, guard, _headroom: headroom })
+        Ok(Self { messages, orders, status, health, tcp, contact, vips, guard, reply_path, _headroom: headroom })
     }
 
     /// Where an API source says how it does; it is in each snapshot, too.
@@ -231,10 +237,11 @@ impl Relay {
     }
 
     /// The last thing to be called, after [`drain`](Self::drain): removes the routes to addresses of Services, where they
-    /// are to go at exit, and their guard with them.
+    /// are to go at exit, and with them their guard and what leads answers to clients' addresses here.
     pub async fn leave_addresses(&self) {
         self.vips.end().await;
         self.guard.end().await;
+        self.reply_path.end().await;
     }
 }
 

@@ -40,9 +40,6 @@ pub(crate) const ANNOTATIONS: [&str; 16] = [
     "udp-timeout",
 ];
 
-/// Those of [`ANNOTATIONS`] that this version does not act on yet.
-const UNHEEDED: [&str; 1] = ["source-address"];
-
 /// What [`ANNOTATIONS`] begin with.
 pub(crate) const PREFIX: &str = "kube-relay.dev/";
 
@@ -187,9 +184,6 @@ fn annotations(found: &mut Findings, at: At<'_>, identity: &Identity) -> BTreeMa
             continue;
         }
         if let Some(value) = found.text(at.key(key), value) {
-            if UNHEEDED.contains(&known) {
-                found.note(at.key(key), "unsupported", "this version does not act on it yet");
-            }
             ours.insert(known.into(), value);
         }
     }

@@ -13,6 +13,7 @@ use crate::balancing::Balancing;
 use crate::endpoints::Usable;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::proxy_protocol::ProxyProtocol;
+use crate::source_address::SourceAddress;
 use crate::stats::Entry;
 use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
@@ -174,6 +175,8 @@ pub struct Backends {
     pub affinity_timeout: Option<Duration>,
     /// How it chooses.
     pub balancing: Balancing,
+    /// Whose address its backends see.
+    pub source: SourceAddress,
     /// How its connections are served; `None`: as the flags say. Hardly any Service says otherwise.
     pub tcp: Option<Arc<TcpSettings>>,
     /// Its endpoints.

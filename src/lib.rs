@@ -50,6 +50,7 @@
 //! | routes that make addresses of Services local | the keeper of [`vips`], by value: [`vip_routes::Routes`] | a [`vips::Hold`] for each listener and each connection |
 //! | which of these addresses are guarded | the task of [`guard`], by value | a table of nf_tables, or filters of tc |
 //! | by which way answers to clients' addresses come here | the task of [`reply_path`], by value | an atomic |
+//! | whether answers of a backend come by this node at all | [`serve::balancer::Backend`], as its connections find out | atomics |
 //! | since when work waits, and whether the node may get traffic | [`health::Health`], told by control and the source | a `watch` value |
 //! | last good objects of each file | the manifest source | [`control::Message`] |
 //! | what the cluster is told in Events | the API source (`events`, `event_ledger`) | counts in [`contact::Contact`] |
@@ -218,6 +219,7 @@ mod saved_object;
 pub mod scaffold;
 pub mod serve;
 mod service_plan;
+pub mod source_address;
 mod source_ranges;
 pub mod state_lock;
 pub mod stats;

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -20,10 +20,12 @@ use crate::recent::Happened;
 use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::gate::remedy;
 use crate::serve::moment::Moment;
-use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, Tally, WallTime};
+use crate::stats::{
+    BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, SourceFallback, Tally, WallTime,
+};
 use crate::status::{
     BackendTraffic, ListenerState, PortCounters, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
-    Status,
+    SourceTraffic, Status,
 };
 
 /// What `/status` answers: a report with its live parts, and who answers.
@@ -228,12 +230,16 @@ impl PortCounters {
 
 impl PortTraffic {
     fn of(state: &PortState, sticky: bool) -> Self {
-        let stats = state.stats.so_far();
+        let (stats, sources) = (state.stats.so_far(), state.preserve.stats.so_far());
         Self {
             accepted: stats.accepted.get(),
             retries: stats.retries.get(),
             dropped: counted(&stats.dropped, DropReason::ALL, DropReason::as_str),
             affinity_pins: sticky.then(|| state.affinity.remembered()),
+            sources: SourceTraffic {
+                preserved: sources.preserved.get(),
+                fallbacks: counted(&sources.fallbacks, SourceFallback::ALL, SourceFallback::as_str),
+            },
         }
     }
 }
@@ -267,6 +273,7 @@ impl BackendTraffic {
             upstream_datagrams: upstream_datagrams.get(),
             downstream_datagrams: downstream_datagrams.get(),
             ejected_seconds: ejected_seconds(backend, Instant::now()),
+            no_way_back_seconds: backend.no_way_back_for(Instant::now()).map(whole_seconds),
             ejections: ejections.get(),
             connect_failures: counted(connect_failures, ConnectFailure::ALL, ConnectFailure::as_str),
             closed: counted(closed, CloseReason::ALL, CloseReason::as_str),
@@ -276,7 +283,12 @@ impl BackendTraffic {
 
 /// For how long nobody will try a backend; `None` where it gets its share.
 fn ejected_seconds(backend: &Backend, now: Instant) -> Option<u64> {
-    backend.out_for(now).map(|time| time.as_secs_f64().ceil() as u64)
+    backend.out_for(now).map(whole_seconds)
+}
+
+/// No less than it is.
+fn whole_seconds(time: Duration) -> u64 {
+    time.as_secs_f64().ceil() as u64
 }
 
 /// The words of a tally that were counted at all.

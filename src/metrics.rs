@@ -24,7 +24,7 @@ use crate::plan::{Listener, ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
 use crate::stats::{
     BackendStats, CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason,
-    VipAddresses,
+    SourceFallback, VipAddresses,
 };
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
@@ -101,6 +101,8 @@ metrics! {
     ServiceAccepted = Counter "kuberelay_service_accepted_total" ["namespace", "service", "port", "protocol"] "Connections accepted from clients, or UDP flows begun.";
     ServiceDropped = Counter "kuberelay_service_dropped_total" ["namespace", "service", "port", "protocol", "reason"] "Connections or datagrams turned away before they reached a backend, by reason.";
     ServiceRetries = Counter "kuberelay_service_retries_total" ["namespace", "service", "port", "protocol"] "Tries to reach a backend after a first failed one.";
+    SourcePreserved = Counter "kuberelay_source_preserved_total" ["namespace", "service", "port", "protocol"] "Connections and flows that were begun from the client's own address; only where the Service wants that.";
+    SourceFallbacks = Counter "kuberelay_source_fallbacks_total" ["namespace", "service", "port", "protocol", "reason"] "Connections and flows that were begun from the node's address though the Service wants the client's, by reason.";
     AffinityPins = Gauge "kuberelay_affinity_pins" ["namespace", "service", "port", "protocol"] "Clients whose backend session affinity remembers; one whose time is over counts until another takes its place.";
     AffinityEvictions = Counter "kuberelay_affinity_evictions_total" ["namespace", "service", "port", "protocol"] "Clients that lost their backend before their time, as more came than session affinity remembers.";
     ServiceConnections = Counter "kuberelay_service_connections_total" ["namespace", "service", "port", "protocol", "entry"] "TCP connections established to all backends, those that left among them, by where clients came in.";
@@ -375,6 +377,13 @@ impl Page {
             let stats = state.stats.so_far();
             self.sample(Id::ServiceAccepted, &labels, stats.accepted.get());
             self.sample(Id::ServiceRetries, &labels, stats.retries.get());
+            let sources = state.preserve.stats.so_far();
+            if service.plan.source().is_preserved() || sources.preserved.get() > 0 {
+                self.sample(Id::SourcePreserved, &labels, sources.preserved.get());
+            }
+            for reason in SourceFallback::ALL {
+                self.event(Id::SourceFallbacks, &labels, reason.as_str(), sources.fallbacks.get(*reason));
+            }
             if service.service.affinity_timeout.is_some() {
                 self.sample(Id::AffinityPins, &labels, state.affinity.remembered());
             }

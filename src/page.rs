@@ -56,11 +56,11 @@ mod tests {
     use crate::contact::ContactReport;
     use crate::live::sample;
     use crate::name::{Family, ObjectName, Protocol, Scope};
-    use crate::plan::{Balance, HeaderVersion, ListenerKind, Problem, Side, Verdict};
+    use crate::plan::{Balance, HeaderVersion, ListenerKind, Problem, Side, SourceAddress, Verdict};
     use crate::recent::Happened;
     use crate::status::{
         BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, PortTraffic, ScopedBackends,
-        ServiceReport,
+        ServiceReport, SourceTraffic,
     };
     use crate::summary::{Closeup, ServiceSummary, Summary};
 
@@ -100,7 +100,8 @@ mod tests {
             ("ListenerReport", fields(listener())),
             ("Side", fields(SIDE)),
             ("ListenerState", fields(failed)),
-            ("PortTraffic", fields(PortTraffic { affinity_pins: Some(1), ..PortTraffic::default() })),
+            ("PortTraffic", fields(traffic())),
+            ("SourceTraffic", fields(traffic().sources)),
             ("LimitReport", fields(LimitReport { most: Some(1), ..LimitReport::default() })),
             ("BackendTraffic", fields(backend())),
             ("Choice", fields(choice())),
@@ -144,6 +145,7 @@ mod tests {
             affinity_seconds: None,
             health_port: Some(health_port()),
             balance: Balance::Random,
+            source_address: SourceAddress::Preserve,
             ports: vec![],
         }
     }
@@ -161,9 +163,14 @@ mod tests {
             listeners: vec![],
             backends: ScopedBackends::default(),
             choices: vec![choice()],
-            traffic: Some(PortTraffic::default()),
+            traffic: Some(traffic()),
             backend_traffic: vec![backend()],
         }
+    }
+
+    fn traffic() -> PortTraffic {
+        let sources = SourceTraffic { preserved: 1, ..SourceTraffic::default() };
+        PortTraffic { affinity_pins: Some(1), sources, ..PortTraffic::default() }
     }
 
     fn listener() -> ListenerReport {

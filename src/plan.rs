@@ -28,6 +28,7 @@ pub use crate::layout::{Backends, Layout, Listener, ListenerKind, Side, Step, Ta
 pub use crate::problem::{Problem, Severity};
 pub use crate::proxy_protocol::{HeaderVersion, ProxyProtocol};
 pub use crate::service_plan::{ServicePlan, Wanted};
+pub use crate::source_address::SourceAddress;
 pub use crate::tcp_settings::TcpSettings;
 pub use crate::udp_settings::UdpSettings;
 

@@ -73,6 +73,12 @@ impl ReplyPath {
         Self { leads_here, orders: Some(orders) }
     }
 
+    /// One that leads here without a task, for tests of who uses it.
+    #[cfg(test)]
+    pub(crate) fn assumed() -> Self {
+        Self { leads_here: Arc::new(true.into()), orders: None }
+    }
+
     /// True while answers to clients' addresses come here, if they come by this node at all.
     pub fn leads_here(&self) -> bool {
         self.leads_here.load(Ordering::Relaxed) // What it speaks of was done in the kernel, by system calls.

@@ -32,6 +32,7 @@ mod outbound;
 mod pipe;
 mod pool;
 mod ports;
+pub mod preserve;
 mod proxy_header;
 mod reactor;
 mod relay;
@@ -50,6 +51,7 @@ pub mod tcp;
 mod train;
 pub mod udp;
 mod upstream;
+mod way;
 mod wheel;
 mod worker;
 

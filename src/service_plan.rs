@@ -22,6 +22,7 @@ use crate::plan::PlanOptions;
 use crate::problem::Problem;
 use crate::proxy_protocol::{ProxyProtocol, Wish};
 use crate::rare::Rare;
+use crate::source_address::SourceAddress;
 use crate::source_ranges::SourceRanges;
 use crate::tcp_settings::TcpSettings;
 use crate::udp_settings::UdpSettings;
@@ -82,6 +83,11 @@ impl ServicePlan {
     /// How the clients of its balancers are spread.
     pub fn balancing(&self) -> Balancing {
         self.wanted.balancers.values().next().map(|backends| backends.balancing).unwrap_or_default()
+    }
+
+    /// Whose address its backends see.
+    pub fn source(&self) -> SourceAddress {
+        self.wanted.balancers.values().next().map(|backends| backends.source).unwrap_or_default()
     }
 
     /// The backends of one of its ports, for each family and scope that is asked for.
@@ -201,13 +207,15 @@ fn looping(service: &Service, key: &ListenKey) -> Problem {
 /// What a Service says about all its balancers by annotations.
 struct Manner {
     balancing: Balancing,
+    source: SourceAddress,
     tcp: Option<Arc<TcpSettings>>,
 }
 
 impl Manner {
     fn of(service: &Service, problems: &mut Vec<Problem>) -> Self {
         let (balancing, tcp) = (Balancing::of(service, problems), TcpSettings::of(service, problems));
-        Self { balancing, tcp: (tcp != TcpSettings::default()).then(|| Arc::new(tcp)) }
+        let source = SourceAddress::of(service, problems);
+        Self { balancing, source, tcp: (tcp != TcpSettings::default()).then(|| Arc::new(tcp)) }
     }
 }
 
@@ -247,7 +255,7 @@ fn add_balancers(
             let usable = known.cloned().unwrap_or(usable);
             let tcp = manner.tcp.clone().filter(|_| key.port.protocol == Protocol::Tcp);
             let (affinity_timeout, balancing) = (service.affinity_timeout, manner.balancing);
-            let backends = Backends { affinity_timeout, balancing, tcp, usable };
+            let backends = Backends { affinity_timeout, balancing, source: manner.source, tcp, usable };
             layout.balancers.insert(key, backends);
         }
     }

@@ -160,6 +160,24 @@ words! {
 }
 
 words! {
+    /// Why a backend of a Service that wants clients' addresses preserved sees the node's in place of one.
+    SourceFallback {
+        /// The client is on this node itself: its address is one of the node's.
+        NodeLocal = "node_local",
+        /// The client is on the link by which the backend is reached: the backend would answer it past this node.
+        SameLink = "same_link",
+        /// The backend is this node itself, as a pod with `hostNetwork` is: it would answer the client by another way.
+        HostBackend = "host_backend",
+        /// An answer to a client's address did not come back here: the backend has another way to it.
+        NoWayBack = "no_way_back",
+        /// Nothing leads answers to clients' addresses to this process: the kernel has refused that.
+        ReplyPath = "reply_path",
+        /// The kernel gave no socket at the client's address.
+        LocalPorts = "local_ports",
+    }
+}
+
+words! {
     /// A kind of objects that is asked for at an API server.
     WatchedKind {
         /// `Service`, v1.
@@ -510,6 +528,23 @@ pub struct ServiceStats {
     pub dropped: DropTally,
     /// Tries after a first failed one.
     pub retries: Counter,
+}
+
+/// What backends of a ServicePort saw that wants clients' addresses preserved.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct SourceStats {
+    /// Connections and flows that were begun from the client's own address.
+    pub preserved: Counter,
+    /// Those that were begun from the node's, by reason.
+    pub fallbacks: Tally<{ SourceFallback::ALL.len() }>,
+}
+
+impl Zeros for SourceStats {
+    fn zeros() -> &'static Self {
+        static ZEROS: SourceStats = SourceStats { preserved: Counter::new(), fallbacks: Tally::new() };
+        &ZEROS
+    }
 }
 
 impl Zeros for ServiceStats {

@@ -15,7 +15,8 @@ use crate::contact::Contact;
 use crate::model::{Model, Service, ServicePort, Slice};
 use crate::name::{ListenKey, ObjectName, Protocol, Scope, ServicePortName};
 use crate::plan::{
-    Balance, HeaderVersion, HealthPort, Listener, ListenerKind, Plan, PlanOptions, Problem, ServicePlan, Severity, Side,
+    Balance, HeaderVersion, HealthPort, Listener, ListenerKind, Plan, PlanOptions, Problem, ServicePlan, Severity,
+    Side, SourceAddress,
 };
 use crate::recent::Recent;
 use crate::rejections::Rejections;
@@ -92,6 +93,9 @@ pub struct ServiceReport {
     /// From the annotation `kube-relay.dev/balance`; left out where it is by turns.
     #[serde(default, skip_serializing_if = "Balance::is_default")]
     pub balance: Balance,
+    /// From the annotation `kube-relay.dev/source-address`; left out where backends see the node's.
+    #[serde(rename = "sourceAddress", default, skip_serializing_if = "SourceAddress::is_default")]
+    pub source_address: SourceAddress,
     /// One for each entry of `spec.ports`.
     pub ports: Vec<PortReport>,
 }
@@ -110,6 +114,7 @@ impl ServiceReport {
             affinity_seconds: service.affinity_timeout.map(|timeout| timeout.as_secs()),
             health_port: planned.and_then(HealthPortReport::of),
             balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),
+            source_address: planned.map(ServicePlan::source).unwrap_or_default(),
             ports: ports.collect(),
         }
     }
@@ -310,6 +315,26 @@ pub struct PortTraffic {
     /// Clients whose backend session affinity remembers; left out without session affinity.
     #[serde(rename = "affinityPins", default, skip_serializing_if = "Option::is_none")]
     pub affinity_pins: Option<u64>,
+    /// Whom backends saw; left out where nobody has asked for clients' addresses.
+    #[serde(default, skip_serializing_if = "SourceTraffic::is_empty")]
+    pub sources: SourceTraffic,
+}
+
+/// Whom the backends of a ServicePort saw that wants its clients' addresses preserved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceTraffic {
+    /// Connections and flows that were begun from the client's address.
+    pub preserved: u64,
+    /// Those that were begun from the node's, by reason; reasons at 0 are left out.
+    #[serde(default)]
+    pub fallbacks: BTreeMap<Cow<'static, str>, u64>,
+}
+
+impl SourceTraffic {
+    /// True where there was none.
+    pub fn is_empty(&self) -> bool {
+        self.preserved == 0 && self.fallbacks.is_empty()
+    }
 }
 
 /// Counters of one backend.
@@ -341,6 +366,10 @@ pub struct BackendTraffic {
     /// where it gets its share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_seconds: Option<u64>,
+    /// Seconds until a client's address is tried again, as its answers to those do not come by this node; 0: the next
+    /// connection tries it. Left out where they do, or nobody has asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_way_back_seconds: Option<u64>,
     /// How often it was ejected.
     #[serde(default)]
     pub ejections: u64,

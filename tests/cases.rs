@@ -19,7 +19,6 @@ const FAULTS: RangeInclusive<u16> = 1..=36;
 
 /// Cases without a test, the issue that brings it, and why it is not here.
 const TO_COME: &[(u16, u16, &str)] = &[
-    (126, 11, "what the backend sees as its client belongs to the ways to keep it"),
     (150, 12, "state that is handed over belongs to the upgrade"),
     (234, 12, "sockets that change hands are the upgrade"),
 ];

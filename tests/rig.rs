@@ -1,5 +1,5 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on
+//! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, clients whose addresses it is to `preserve`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on
 //! the `stage` that they share, and in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of
 //! its `nodes`, among `strangers`, and among neighbours (`arp`), in the `cluster` that these share.
 //!
@@ -43,6 +43,8 @@ mod nodes;
 #[cfg(feature = "kubernetes")]
 #[path = "rig/own_node.rs"]
 mod own_node;
+#[path = "rig/preserve.rs"]
+mod preserve;
 #[path = "rig/registry.rs"]
 mod registry;
 #[path = "rig/repairs.rs"]
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         doctor::CASES,
         addresses::CASES,
         registry::CASES,
+        preserve::CASES,
     ]
     .concat();
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
@@ -104,6 +107,7 @@ fn main() -> ExitCode {
         vips::MEASURING,
         guard::MEASURING,
         guard_filters::MEASURING,
+        preserve::MEASURING,
         floods::CASES,
     ]
     .concat();

@@ -19,6 +19,7 @@ use crate::serve::affinity::Affinity;
 use crate::serve::ejection::Ejection;
 use crate::serve::gate::Cap;
 use crate::serve::moment::Moment;
+use crate::serve::preserve::{Preserve, WaysBack};
 pub use crate::serve::table::{Table, Tried};
 use crate::stats::{BackendStats, ConnectFailure, OnDemand, ServiceStats};
 
@@ -37,6 +38,8 @@ pub struct Backend {
     pub(super) ejection: Ejection,
     /// When connections to it end, as a [`Moment`]; 0: when they are over.
     leaving: AtomicU64,
+    /// Whether its answers to clients' addresses come here; nothing where nobody has asked.
+    pub(super) ways_back: OnDemand<WaysBack>,
 }
 
 impl Backend {
@@ -49,7 +52,13 @@ impl Backend {
             own: AtomicBool::new(false),
             ejection: Ejection::default(),
             leaving: AtomicU64::new(0),
+            ways_back: OnDemand::default(),
         }
+    }
+
+    /// How soon a client's address is tried again, where its answers to those do not come by this node.
+    pub fn no_way_back_for(&self, now: Instant) -> Option<Duration> {
+        self.ways_back.so_far().missing_for(now)
     }
 
     /// True while this process itself listens there: it is not picked, as each connection would make another one,
@@ -104,12 +113,20 @@ pub struct PortState {
     pub affinity: Affinity,
     /// How many TCP connections there may be.
     pub(crate) cap: Cap,
+    /// Whether its backends are to see clients' addresses.
+    pub preserve: Preserve,
 }
 
 impl PortState {
     /// Fresh state for a ServicePort.
     pub fn new(name: ServicePortName) -> Self {
-        Self { name, stats: OnDemand::default(), affinity: Affinity::default(), cap: Cap::default() }
+        Self {
+            name,
+            stats: OnDemand::default(),
+            affinity: Affinity::default(),
+            cap: Cap::default(),
+            preserve: Preserve::default(),
+        }
     }
 
     /// True where it has as many TCP connections as the Service allows.

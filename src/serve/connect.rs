@@ -8,6 +8,9 @@
 //! Those that said no are not asked again. Whatever happens, the ladder ends after the sum of its steps.
 //! What a try gave is told to the balancer, which leaves out for a time who fails again and again (`ejection`).
 //!
+//! Where clients' addresses are to be preserved, a try begins from the client's own, and goes on from this node's where no
+//! answer comes (`preserve`).
+//!
 //! A try also ends when its endpoint is removed meanwhile. Who gives up is reset in `tcp`, not here.
 
 use std::io;
@@ -27,9 +30,10 @@ use crate::plan::TcpSettings;
 use crate::serve::balancer::{Backend, Balancer, Tried};
 use crate::serve::deadline::{before, within_a_turn};
 use crate::serve::ejection::PROBE;
+use crate::serve::preserve::{PROOF, Side};
 use crate::serve::socket;
 use crate::serve::stream::Stream;
-use crate::stats::{ConnectFailure, DropReason};
+use crate::stats::{ConnectFailure, DropReason, SourceFallback};
 
 /// How backends are connected to.
 #[derive(Clone, Debug)]
@@ -97,7 +101,8 @@ pub enum Source {
     Any,
     /// One of this node's addresses; the port is chosen per destination.
     Address(IpAddr),
-    /// The client's own address. Needs CAP_NET_ADMIN, and replies that come back through this node.
+    /// The client's own address and port. Needs CAP_NET_ADMIN, and answers that come back through this node: where they do
+    /// not, it is as `Any`.
     Client(SocketAddr),
 }
 
@@ -282,15 +287,75 @@ impl<'a> Ladder<'a> {
         self.attempts += 1;
     }
 
-    /// One try at a backend; one from each source, where the sources have no port left towards it.
+    /// One try at a backend.
     async fn attempt(&self, backend: &Backend, source: Source) -> Result<Stream, Missed> {
-        if source != Source::Any {
-            return self.attempt_from(source, backend).await;
+        match source {
+            Source::Any => self.attempt_from_node(backend).await,
+            Source::Address(_) => self.attempt_from(source, backend, self.patience(backend)).await,
+            Source::Client(client) => self.attempt_as(client, backend).await,
         }
+    }
+
+    /// From the client's own address, and from this node's where no answer to that one comes.
+    async fn attempt_as(&self, client: SocketAddr, backend: &Backend) -> Result<Stream, Missed> {
+        let port = &self.balancer.port;
+        let now = Instant::now();
+        let side = port.preserve.side(client.ip(), backend, now);
+        let side = match side {
+            Ok(side) if backend.may_have_way_back(side, now) => side,
+            other => {
+                let reason = other.err().unwrap_or(SourceFallback::NoWayBack);
+                port.preserve.stats.fallbacks.count(reason);
+                return self.attempt_from_node(backend).await;
+            }
+        };
+        let patience = self.patience_for_proof(backend);
+        match self.attempt_from(Source::Client(client), backend, patience).await {
+            Ok(stream) => {
+                backend.note_way_back(side, Instant::now());
+                port.preserve.stats.preserved.increment();
+                Ok(stream)
+            }
+            Err(Missed::Failed(error)) => match error.reason {
+                ConnectFailure::Timeout => self.attempt_past_proof(side, patience, backend).await,
+                // No port of the client's address is left towards this backend, or it has a kind of address of its own.
+                ConnectFailure::LocalPorts | ConnectFailure::Unreachable => {
+                    port.preserve.stats.fallbacks.count(SourceFallback::LocalPorts);
+                    self.attempt_from_node(backend).await
+                }
+                // It said no, and that came here, too.
+                ConnectFailure::Refused | ConnectFailure::Reset => {
+                    backend.note_way_back(side, Instant::now());
+                    Err(Missed::Failed(error))
+                }
+                ConnectFailure::FdLimit | ConnectFailure::Memory => Err(Missed::Failed(error)),
+            },
+            Err(Missed::Left) => Err(Missed::Left),
+        }
+    }
+
+    /// No answer to the client's address has come. Where the backend answers this node, and in less time, that is why.
+    async fn attempt_past_proof(&self, side: Side, waited: Duration, backend: &Backend) -> Result<Stream, Missed> {
+        let (port, begin) = (&self.balancer.port, Instant::now());
+        let outcome = self.attempt_from_node(backend).await;
+        let answers = match &outcome {
+            Ok(_) => true,
+            Err(Missed::Failed(error)) => error.reason == ConnectFailure::Refused,
+            Err(Missed::Left) => false,
+        };
+        if answers && begin.elapsed() < waited / 2 {
+            backend.note_no_way_back(side, &port.name, Instant::now());
+        }
+        port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
+        outcome
+    }
+
+    /// From this node; one try from each of its sources, where these have no port left towards the backend.
+    async fn attempt_from_node(&self, backend: &Backend) -> Result<Stream, Missed> {
         let mut sources = self.sources.towards(backend.address, backend.stats.connections.get()).peekable();
         loop {
             let source = sources.next().unwrap_or_default();
-            match self.attempt_from(source, backend).await {
+            match self.attempt_from(source, backend, self.patience(backend)).await {
                 Err(Missed::Failed(error))
                     if error.reason == ConnectFailure::LocalPorts && sources.peek().is_some() =>
                 {
@@ -301,13 +366,13 @@ impl<'a> Ladder<'a> {
         }
     }
 
-    async fn attempt_from(&self, source: Source, backend: &Backend) -> Result<Stream, Missed> {
+    async fn attempt_from(&self, source: Source, backend: &Backend, patience: Duration) -> Result<Stream, Missed> {
         let begin = Instant::now();
         let mut connecting = pin!(connect(backend, source));
         // A backend nearby answers that fast, and then no timer has to be set and cleared.
         let outcome = match within_a_turn(connecting.as_mut()).await {
             Some(outcome) => outcome,
-            None => self.outlast(connecting, backend, begin).await?,
+            None => self.outlast(connecting, backend, begin, patience).await?,
         };
         if !self.balancer.serves(backend) {
             return Err(Missed::Left);
@@ -326,8 +391,9 @@ impl<'a> Ladder<'a> {
         mut connecting: Pin<&mut impl Future<Output = Result<T, ConnectError>>>,
         backend: &Backend,
         begin: Instant,
+        patience: Duration,
     ) -> Result<Result<T, ConnectError>, Missed> {
-        let until = (begin + self.patience(backend)).min(self.end);
+        let until = (begin + patience).min(self.end);
         loop {
             let look = (Instant::now() + Self::LOOK).min(until);
             match before(look, connecting.as_mut()).await {
@@ -347,6 +413,12 @@ impl<'a> Ladder<'a> {
         let last = Duration::from_micros(backend.stats.connect_us.get());
         let step = self.steps.after(self.silent).unwrap_or_default().max(last.saturating_mul(Self::PATIENCE));
         if backend.is_ejected() { step.min(PROBE) } else { step }
+    }
+
+    /// How long an answer to a client's address may take: no longer than one to this node.
+    fn patience_for_proof(&self, backend: &Backend) -> Duration {
+        let last = Duration::from_micros(backend.stats.connect_us.get());
+        PROOF.max(last.saturating_mul(Self::PATIENCE)).min(self.patience(backend))
     }
 
     /// Draws the conclusions from a missed try; an error where another try would be useless.
@@ -383,10 +455,7 @@ impl<'a> Ladder<'a> {
 
 /// Sets no option: those that a connection needs once it lasts are set in `lasting`, and TCP_NODELAY in `direction`.
 async fn open(address: SocketAddr, source: Source) -> io::Result<Stream> {
-    let socket = socket::open_tcp(Family::of(address.ip()))?;
-    bind(&socket, source)?;
-    socket::begin_connect(&socket, address)?;
-    let stream = Stream::new(socket)?;
+    let stream = Stream::new(begin(address, source)?)?;
     stream.connected().await?;
     if met_itself(&stream, address)? {
         return Err(io::ErrorKind::ConnectionRefused.into());
@@ -394,15 +463,43 @@ async fn open(address: SocketAddr, source: Source) -> io::Result<Stream> {
     Ok(stream)
 }
 
-fn bind(socket: &OwnedFd, source: Source) -> io::Result<()> {
+/// Opens a socket that is connecting.
+fn begin(address: SocketAddr, source: Source) -> io::Result<OwnedFd> {
     match source {
-        Source::Any => Ok(()),
-        Source::Address(address) => socket::bind_source(socket, SocketAddr::new(address, 0)),
-        Source::Client(client) => {
-            socket::allow_foreign_source(socket, Family::of(client.ip()))?;
-            socket::bind_source(socket, SocketAddr::new(client.ip(), 0))
+        Source::Client(client) => match begin_as(client, address) {
+            // Another connection from there has that port, or it is one of the first 1,024 and not for us.
+            Err(error) if is_port_denied(&error) => begin_as(SocketAddr::new(client.ip(), 0), address),
+            outcome => outcome,
+        },
+        Source::Address(own) => {
+            let socket = socket::open_tcp(Family::of(address.ip()))?;
+            socket::bind_source(&socket, SocketAddr::new(own, 0))?;
+            connecting(socket, address)
         }
+        Source::Any => connecting(socket::open_tcp(Family::of(address.ip()))?, address),
     }
+}
+
+/// From an address of somebody else: from its own port, so that the backend sees both, or with 0 from any.
+fn begin_as(client: SocketAddr, address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = Family::of(address.ip());
+    let socket = socket::open_tcp(family)?;
+    socket::allow_foreign_source(&socket, family)?;
+    let from = SocketAddr::new(client.ip(), client.port());
+    match client.port() {
+        0 => socket::bind_source(&socket, from)?,
+        _ => socket::bind_shared_source(&socket, from)?,
+    }
+    connecting(socket, address)
+}
+
+fn connecting(socket: OwnedFd, address: SocketAddr) -> io::Result<OwnedFd> {
+    socket::begin_connect(&socket, address)?;
+    Ok(socket)
+}
+
+fn is_port_denied(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::ADDRINUSE | Errno::ADDRNOTAVAIL | Errno::ACCESS))
 }
 
 /// True where nobody listened and the kernel, choosing a source port, connected the socket to itself.

@@ -22,6 +22,7 @@ use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::parts::in_parts;
 use crate::plan::{self, Backends, Listener, ListenerKind, Side, Step};
+use crate::reply_path::ReplyPath;
 use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::departed::Departed;
@@ -62,6 +63,9 @@ pub struct Listeners {
     /// How many threads may open listeners at once.
     binders: usize,
     vips: Vips,
+    reply_path: ReplyPath,
+    /// True once a Service has wanted its clients' addresses preserved.
+    is_reply_path_required: bool,
     /// What keeps addresses local that this batch of steps binds.
     granted: Granted,
 }
@@ -97,6 +101,8 @@ impl Listeners {
             servers: Servers::new(tcp, udp),
             binders: available_parallelism().map_or(1, usize::from).min(MOST_BINDERS),
             vips: Vips::default(),
+            reply_path: ReplyPath::default(),
+            is_reply_path_required: false,
             granted: Granted::default(),
         }
     }
@@ -104,6 +110,11 @@ impl Listeners {
     /// Has somebody make the addresses of Services local before they are bound.
     pub fn with_vips(self, vips: Vips) -> Self {
         Self { vips, ..self }
+    }
+
+    /// Has answers to clients' addresses led here where a Service needs that.
+    pub fn with_reply_path(self, reply_path: ReplyPath) -> Self {
+        Self { reply_path, ..self }
     }
 
     /// Sets what counts as this node and its pods, for targets made from now on. True where it is something else.
@@ -121,6 +132,11 @@ impl Listeners {
             _ => None,
         });
         self.require(vips.collect()).await;
+        let preserves = |step: &Step| matches!(step, Step::Swap(_, backends) if backends.source.is_preserved());
+        if !self.is_reply_path_required && steps.iter().any(preserves) {
+            self.reply_path.require().await;
+            self.is_reply_path_required = true;
+        }
         self.ports.expect(steps.iter().filter_map(|step| match step {
             Step::Swap(key, _) => Some(&key.port),
             _ => None,
@@ -240,6 +256,9 @@ impl Listeners {
     /// To be called once the first state of all Services is carried out: addresses that nobody of it needs may go.
     pub fn all_required(&self) {
         self.vips.all_known();
+        if !self.is_reply_path_required {
+            self.reply_path.clear();
+        }
     }
 
     /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
@@ -265,7 +284,7 @@ impl Listeners {
         let protocol = key.port.protocol;
         let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey::at(endpoint.address, protocol));
         let own: Vec<_> = keys.filter(|key| self.listeners.contains_key(key)).collect();
-        self.ports.swap(key.clone(), wanted);
+        self.ports.swap(key.clone(), wanted, &self.reply_path);
         if !own.is_empty() {
             // Not only at the end of the batch: until then each connection would come back here again and again.
             self.turned.extend(own);

@@ -17,7 +17,8 @@ use rustix::net::SendFlags;
 use socket2::{Domain, SockRef, Socket, Type};
 use tracing::info;
 
-use crate::serve::socket::bind_here;
+use crate::name::Family;
+use crate::serve::socket::{allow_foreign_source, bind_here};
 use crate::serve::train::{Joining, Load, Train};
 
 /// Slots in one batch. Larger batches gained nothing when measured.
@@ -82,6 +83,21 @@ pub fn connect_udp(backend: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(backend), Type::DGRAM.nonblocking().cloexec(), None)?;
     let _ = socket.set_recv_buffer_size(UPSTREAM_BUFFER_BYTES);
     report_ecn(&socket, backend)?;
+    socket.connect(&backend.into())?;
+    Ok(socket.into())
+}
+
+/// As [`connect_udp`], from a client's own address: from its port too, unless another flow of the client has that. Needs
+/// CAP_NET_ADMIN.
+///
+/// Here, too, two sockets never share a port of one address.
+pub fn connect_udp_as(client: SocketAddr, backend: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(backend), Type::DGRAM.nonblocking().cloexec(), None)?;
+    let _ = socket.set_recv_buffer_size(UPSTREAM_BUFFER_BYTES);
+    report_ecn(&socket, backend)?;
+    allow_foreign_source(&socket, Family::of(backend.ip()))?;
+    let bind = |port| socket.bind(&SocketAddr::new(client.ip(), port).into());
+    bind(client.port()).or_else(|_| bind(0))?;
     socket.connect(&backend.into())?;
     Ok(socket.into())
 }

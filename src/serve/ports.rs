@@ -14,6 +14,7 @@ use crate::endpoints::{Usable, UsableEndpoint};
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Scope, ServicePortName};
 use crate::plan::{Backends, TcpSettings};
+use crate::reply_path::ReplyPath;
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::serve::departed::Departed;
 use crate::stats::DropReason;
@@ -54,10 +55,11 @@ impl Ports {
     }
 
     /// Stores a balancer's table; makes the balancer where it is new.
-    pub(super) fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
+    pub(super) fn swap(&mut self, key: BalancerKey, wanted: &Backends, reply_path: &ReplyPath) {
         let port = self.0.entry(key.port.clone()).or_insert_with(|| Port::new(key.port.clone()));
         port.state.affinity.set_timeout(wanted.affinity_timeout);
         port.state.affinity.set_ipv6_prefix(wanted.balancing.ipv6_prefix.get());
+        port.state.preserve.set(wanted.source.is_preserved(), reply_path);
         port.state.cap.set(wanted.tcp.as_ref().and_then(|tcp| tcp.max_connections));
         let table = port.table(wanted);
         match port.balancer(key.family, key.scope) {

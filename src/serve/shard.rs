@@ -1,7 +1,7 @@
 //! One UDP shard as it runs: an epoll loop of its own that moves datagrams in batches.
 //!
 //! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, what their errors mean is in `fault`,
-//! flows' sockets are kept in `upstream`, and the control side's handle is `udp`. No task, no lock and no allocation
+//! flows' sockets are kept in `upstream`, whose address they have is judged in `preserve`, and the control side's handle is `udp`. No task, no lock and no allocation
 //! per datagram; nothing here needs a tokio runtime.
 
 use std::collections::HashMap;
@@ -27,13 +27,14 @@ use crate::serve::balancer::Tried;
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
 use crate::serve::flow::{self, Choice, Fate, FlowId, FlowTable, IdleTimes, ListenerId};
-use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, equip, receive_trains};
+use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, connect_udp_as, equip, receive_trains};
 use crate::serve::outbound::send_all;
+use crate::serve::preserve::{DOUBT, Turn};
 use crate::serve::room::FlowLimits;
 use crate::serve::socket::dropped_packets;
-use crate::serve::upstream::{OwnSources, Upstreams};
+use crate::serve::upstream::{Doubt, OwnSources, Owner, Upstreams};
 use crate::serve::{Target, TargetCell, Verdict};
-use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats};
+use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats, SourceFallback};
 
 /// What the control side asks of a shard. Obeyed in the order of sending.
 #[derive(Debug)]
@@ -246,7 +247,12 @@ impl Shard {
             choose(&visit.target, client.ip(), tried, visit.now)
         };
         match self.table.on_datagram(visit.listener, client, visit.now, pick) {
-            flow::Verdict::Forward(flow) => Some(flow),
+            flow::Verdict::Forward(flow) => {
+                if self.upstreams.has_doubts() {
+                    self.go_on_in_doubt(visit, flow, client);
+                }
+                Some(flow)
+            }
             flow::Verdict::Open { flow, evicted } => {
                 if let Some(evicted) = evicted {
                     self.upstreams.close(evicted);
@@ -265,7 +271,7 @@ impl Shard {
     fn open(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr, datagrams: u64) -> Option<FlowId> {
         let choice = self.table.choice(flow)?.clone();
         self.upstreams.close(flow); // To a backend that it has parted with.
-        match self.connect(flow, choice.backend.address) {
+        match self.connect(flow, client, &choice, visit.now) {
             Ok(()) => {
                 let begins = self.table.opened(flow);
                 if let Some(tap) = &self.access_log {
@@ -287,12 +293,86 @@ impl Shard {
         }
     }
 
-    fn connect(&mut self, flow: FlowId, backend: SocketAddr) -> io::Result<()> {
-        let socket = connect_udp(backend)?;
+    fn connect(&mut self, flow: FlowId, client: SocketAddr, choice: &Choice, now: Instant) -> io::Result<()> {
+        let backend = &choice.backend;
+        let doubt = match choice.port.preserve.is_wanted() {
+            true => match self.connect_as(flow, client, choice, now) {
+                Ok(()) => return Ok(()),
+                Err((reason, doubt)) => {
+                    choice.port.preserve.stats.fallbacks.count(reason);
+                    doubt
+                }
+            },
+            false => None,
+        };
+        self.keep(flow, connect_udp(backend.address)?, Owner::Node, doubt)
+    }
+
+    /// From the client's own address; or why not, and what an answer to this node would tell.
+    fn connect_as(
+        &mut self,
+        flow: FlowId,
+        client: SocketAddr,
+        choice: &Choice,
+        now: Instant,
+    ) -> Result<(), (SourceFallback, Option<Doubt>)> {
+        let (backend, preserve) = (&choice.backend, &choice.port.preserve);
+        let side = preserve.side(client.ip(), backend, now).map_err(|reason| (reason, None))?;
+        let doubt = |as_client| Doubt { side, as_client, since: now };
+        let doubt = match backend.turn(side, now) {
+            Turn::Client(tells) => tells.then(|| doubt(true)),
+            Turn::Node(tells) => return Err((SourceFallback::NoWayBack, tells.then(|| doubt(false)))),
+        };
+        let socket = connect_udp_as(client, backend.address);
+        socket.and_then(|socket| self.keep(flow, socket, Owner::Client, doubt)).map_err(|error| {
+            debug!(service = %choice.port.name, %client, %error, "no socket at the client's address");
+            (SourceFallback::LocalPorts, None)
+        })?;
+        preserve.stats.preserved.increment();
+        Ok(())
+    }
+
+    /// The client sends again, and an answer would have told something that is not known yet: none has come.
+    fn go_on_in_doubt(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr) {
+        let waited = |doubt: &Doubt| visit.now.saturating_duration_since(doubt.since) >= DOUBT;
+        let Some(doubt) = self.upstreams.doubt(flow).filter(waited) else { return };
+        let Some(choice) = self.table.choice(flow).cloned() else { return };
+        let backend = &choice.backend;
+        if backend.has_way_back(doubt.side, visit.now) {
+            self.upstreams.settle(flow); // Another flow has found out.
+            return;
+        }
+        let reopened = if doubt.as_client {
+            let doubt = Doubt { as_client: false, since: visit.now, ..doubt };
+            backend.note_asked_as_node(doubt.side, visit.now);
+            choice.port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
+            connect_udp(backend.address).and_then(|socket| self.keep(flow, socket, Owner::Node, Some(doubt)))
+        } else {
+            backend.note_way_back(doubt.side, visit.now); // It answers nobody: let it see who asks.
+            let socket = connect_udp_as(client, backend.address);
+            socket.and_then(|socket| self.keep(flow, socket, Owner::Client, None))
+        };
+        if let Err(error) = reopened {
+            debug!(service = %choice.port.name, %client, %error, "the flow stays as it is");
+        }
+    }
+
+    /// Something has come back over a flow's socket, be it a refusal.
+    fn settle_doubt(&mut self, flow: FlowId, now: Instant) {
+        let (Some(doubt), Some(choice)) = (self.upstreams.settle(flow), self.table.choice(flow)) else { return };
+        if doubt.as_client {
+            choice.backend.note_way_back(doubt.side, now);
+        } else {
+            choice.backend.note_no_way_back(doubt.side, &choice.port.name, now);
+        }
+    }
+
+    /// Waits for what comes over a flow's socket, in the place of the one that it may have.
+    fn keep(&mut self, flow: FlowId, socket: UdpSocket, owner: Owner, doubt: Option<Doubt>) -> io::Result<()> {
         let data = epoll::EventData::new_u64(flow.to_bits());
         epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN)?;
         self.prefer_trains(&socket);
-        self.upstreams.insert(flow, socket)
+        self.upstreams.insert(flow, socket, owner, doubt)
     }
 
     /// Sends a run of one flow's datagrams. If it turns out that earlier ones were refused, the rest goes to another
@@ -355,6 +435,9 @@ impl Shard {
             ask = ask.min(self.batch.room());
             match self.batch.receive(socket.as_fd(), ask) {
                 Ok(received) => {
+                    if self.upstreams.has_doubts() {
+                        self.settle_doubt(flow, now);
+                    }
                     self.address(flow, received, now);
                     if received < ask {
                         break;
@@ -435,6 +518,9 @@ impl Shard {
 
     /// The network says that the flow's backend is not there.
     fn refuse(&mut self, flow: FlowId, reason: CloseReason, now: Instant) {
+        if self.upstreams.has_doubts() && reason == CloseReason::Refused {
+            self.settle_doubt(flow, now); // That came from the backend.
+        }
         self.table.on_refused(flow, reason, now);
         self.upstreams.close(flow);
     }

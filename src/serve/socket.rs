@@ -174,6 +174,15 @@ pub fn bind_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
     SockRef::from(&socket).bind(&from.into())
 }
 
+/// Gives a TCP socket its source address and port before it connects. Others may have the same: to which destination each
+/// connects tells them apart.
+pub fn bind_shared_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
+    let socket = socket.as_fd();
+    let socket = SockRef::from(&socket);
+    socket.set_reuse_address(true)?;
+    socket.bind(&from.into())
+}
+
 /// Lets a socket be bound to an address that is not this host's. Needs CAP_NET_ADMIN.
 pub fn allow_foreign_source(socket: impl AsFd, family: Family) -> io::Result<()> {
     let socket = socket.as_fd();

@@ -50,7 +50,7 @@ use tracing::{Level, debug, enabled, warn};
 use crate::name::{ListenKey, ServicePortName};
 use crate::serve::access::{AccessTap, Draft};
 use crate::serve::balancer::{Balancer, Counted, PortState};
-use crate::serve::connect::{ConnectOptions, Reached, Source, dial};
+use crate::serve::connect::{ConnectOptions, Reached, dial};
 use crate::serve::gate::{Allowance, Gate, remedy};
 use crate::serve::introduction::{Admission, Introduced};
 use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_last};
@@ -693,10 +693,11 @@ impl Guest<Stream> {
 
     /// Reaches a backend, unless the client goes away meanwhile.
     async fn dial(&mut self, balancer: &Balancer, options: &ConnectOptions) -> Result<Reached, DropReason> {
-        let (client, source) = (self.client.as_ref().ok_or(self.reason)?, self.peer.ip());
+        let (client, peer) = (self.client.as_ref().ok_or(self.reason)?, self.peer);
+        let source = balancer.port.preserve.source_for(peer);
         select! {
             biased;
-            reached = dial(balancer, source, Source::Any, options, &mut self.tries) => reached,
+            reached = dial(balancer, peer.ip(), source, options, &mut self.tries) => reached,
             _ = client.broken() => Err(DropReason::ClientAbort),
         }
     }

@@ -6,38 +6,92 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use crate::serve::flow::FlowId;
+use crate::serve::preserve::Side;
 
 /// The sockets to backends of one shard, by [`FlowId::index`]. Owned by its thread.
 #[derive(Debug)]
 pub(super) struct Upstreams {
     sockets: Vec<Option<Upstream>>,
     sources: Arc<OwnSources>,
+    /// How many of them are in [`Doubt`].
+    doubts: usize,
 }
 
 #[derive(Debug)]
 struct Upstream {
     socket: UdpSocket,
-    /// Its source port: noted in [`OwnSources`].
-    port: u16,
+    /// Its source port, noted in [`OwnSources`]; `None` where its source is a client's.
+    port: Option<u16>,
+    doubt: Option<Doubt>,
+}
+
+/// What the first answer over a socket will tell, of a flow whose client's address is to be preserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Doubt {
+    /// On which side the client is.
+    pub(super) side: Side,
+    /// True where the backend sees the client's address: an answer says that there is a way back. Otherwise an answer says
+    /// that there is none, as one to the client did not come.
+    pub(super) as_client: bool,
+    /// When the socket was opened.
+    pub(super) since: Instant,
+}
+
+/// Whose source address a socket has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// This node.
+    Node,
+    /// The flow's client.
+    Client,
 }
 
 impl Upstreams {
     pub(super) fn new(sources: Arc<OwnSources>) -> Self {
-        Self { sockets: Vec::new(), sources }
+        Self { sockets: Vec::new(), sources, doubts: 0 }
     }
 
     /// Keeps a connected socket until its flow closes.
-    pub(super) fn insert(&mut self, flow: FlowId, socket: UdpSocket) -> io::Result<()> {
+    pub(super) fn insert(
+        &mut self,
+        flow: FlowId,
+        socket: UdpSocket,
+        owner: Owner,
+        doubt: Option<Doubt>,
+    ) -> io::Result<()> {
         let source = socket.local_addr()?;
         if self.sockets.len() <= flow.index() {
             self.sockets.resize_with(flow.index() + 1, || None);
         }
         self.close(flow);
-        self.sources.note(source);
-        self.sockets[flow.index()] = Some(Upstream { socket, port: source.port() });
+        // A client may have the port of one of our own, at its own address.
+        let port = (owner == Owner::Node).then(|| source.port());
+        if port.is_some() {
+            self.sources.note(source);
+        }
+        self.doubts += usize::from(doubt.is_some());
+        self.sockets[flow.index()] = Some(Upstream { socket, port, doubt });
         Ok(())
+    }
+
+    /// True where some socket's first answer is awaited for what it tells.
+    pub(super) fn has_doubts(&self) -> bool {
+        self.doubts > 0
+    }
+
+    /// What the first answer over a flow's socket would tell.
+    pub(super) fn doubt(&self, flow: FlowId) -> Option<Doubt> {
+        self.sockets.get(flow.index())?.as_ref()?.doubt
+    }
+
+    /// The same, as it has come.
+    pub(super) fn settle(&mut self, flow: FlowId) -> Option<Doubt> {
+        let doubt = self.sockets.get_mut(flow.index())?.as_mut()?.doubt.take();
+        self.doubts -= usize::from(doubt.is_some());
+        doubt
     }
 
     pub(super) fn get(&self, flow: FlowId) -> Option<&UdpSocket> {
@@ -47,7 +101,8 @@ impl Upstreams {
     /// Closes a flow's socket, which takes it out of the epoll instance, too.
     pub(super) fn close(&mut self, flow: FlowId) {
         if let Some(upstream) = self.sockets.get_mut(flow.index()).and_then(Option::take) {
-            self.sources.forget(upstream.port); // before another process can have the port
+            self.doubts -= usize::from(upstream.doubt.is_some());
+            upstream.port.into_iter().for_each(|port| self.sources.forget(port)); // before another process can have the port
         }
     }
 
@@ -58,9 +113,12 @@ impl Upstreams {
 
     /// Closes all sockets.
     pub(super) fn clear(&mut self) {
-        for upstream in self.sockets.drain(..).flatten() {
-            self.sources.forget(upstream.port);
-        }
+        self.sockets
+            .drain(..)
+            .flatten()
+            .filter_map(|upstream| upstream.port)
+            .for_each(|port| self.sources.forget(port));
+        self.doubts = 0;
     }
 }
 
@@ -70,8 +128,8 @@ impl Drop for Upstreams {
     }
 }
 
-/// The source addresses of all flows of this process: an entry for each port, as the kernel gives a port of a connected
-/// UDP socket to nobody else on the host. Written by the shard that holds the port, read by all.
+/// The source addresses of all flows of this process that are this node's: an entry for each port, as the kernel gives a port
+/// of a connected UDP socket to nobody else on the host. Written by the shard that holds the port, read by all.
 ///
 /// An entry is the address in 32 bits: an IPv4 address as it is, an IPv6 address folded. Of 2³² foreign IPv6 clients
 /// with the same port, one is taken for ours while that port is in use.
@@ -132,5 +190,29 @@ mod tests {
         }
         sources.forget(40000);
         assert!(!sources.contains(address("10.0.0.1:40000")));
+    }
+
+    #[test]
+    fn given_sockets_of_clients_and_of_ours_when_kept_then_ours_alone_are_noted_and_doubts_are_counted() {
+        let sources = Arc::<OwnSources>::default();
+        let mut upstreams = Upstreams::new(Arc::clone(&sources));
+        let socket = || UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        let (ours, clients) = (socket(), socket());
+        let [of_ours, of_client] = [&ours, &clients].map(|socket| socket.local_addr().expect("bound"));
+        let doubt = Doubt { side: Side::Link, as_client: true, since: Instant::now() };
+        let [one, two] = [0, 1].map(FlowId::from_bits);
+
+        upstreams.insert(one, ours, Owner::Node, None).expect("kept");
+        upstreams.insert(two, clients, Owner::Client, Some(doubt)).expect("kept");
+
+        assert!(sources.contains(of_ours) && !sources.contains(of_client));
+        assert_eq!((upstreams.has_doubts(), upstreams.doubt(one), upstreams.doubt(two)), (true, None, Some(doubt)));
+        assert_eq!((upstreams.settle(two), upstreams.settle(two)), (Some(doubt), None), "once");
+        assert!(!upstreams.has_doubts());
+        upstreams.insert(two, socket(), Owner::Client, Some(doubt)).expect("kept");
+        upstreams.close(two);
+        assert!(!upstreams.has_doubts() && sources.contains(of_ours));
+        upstreams.clear();
+        assert!(!sources.contains(of_ours));
     }
 }

@@ -449,10 +449,21 @@ impl Backends {
         backends
     }
 
+    /// Starts them on one machine, at these addresses of it.
+    pub(crate) fn start_at(machine: &Namespace, addresses: DualAddress) -> Self {
+        let mut backends = Self { stop: Arc::default(), threads: Vec::new() };
+        backends.start_on(machine, addresses);
+        backends
+    }
+
     fn start_in(&mut self, pod: &Namespace) {
+        self.start_on(pod, DualAddress { v4: pod.address(Family::V4), v6: pod.address(Family::V6) });
+    }
+
+    fn start_on(&mut self, pod: &Namespace, addresses: DualAddress) {
         for family in FAMILIES {
             let [tcp, udp] =
-                [TCP_BACKEND_PORT, UDP_BACKEND_PORT].map(|port| SocketAddr::new(pod.address(family), port));
+                [TCP_BACKEND_PORT, UDP_BACKEND_PORT].map(|port| SocketAddr::new(addresses.of(family), port));
             let listener = pod.run(|| TcpListener::bind(tcp)).expect("the pod's address is free");
             let socket = pod.run(|| UdpSocket::bind(udp)).expect("the pod's address is free");
             let (name, stop) = (pod.name().to_owned(), Arc::clone(&self.stop));
@@ -523,6 +534,8 @@ pub(crate) struct Web {
     pub(crate) source_ranges: Vec<String>,
     /// From the annotation `kube-relay.dev/allow-from`.
     pub(crate) allow_from: Option<String>,
+    /// True with the annotation `kube-relay.dev/source-address: preserve`.
+    pub(crate) preserves: bool,
     /// In the order of the rig.
     pub(crate) pods: Vec<Pod>,
     /// More documents.
@@ -543,6 +556,11 @@ impl Pod {
         let pod = rig.pod(i, j);
         let addresses = DualAddress { v4: pod.address(Family::V4), v6: pod.address(Family::V6) };
         Self { addresses, node: format!("node{i}"), conditions: "ready: true" }
+    }
+
+    /// A ready one that is a machine of its own.
+    pub(crate) fn at(addresses: DualAddress, node: &str) -> Self {
+        Self { addresses, node: node.to_owned(), conditions: "ready: true" }
     }
 
     /// Ends, and still serves.
@@ -574,8 +592,11 @@ impl fmt::Display for Web {
         if !self.proxy_name.is_empty() {
             writeln!(f, "  labels: {{service.kubernetes.io/service-proxy-name: {}}}", self.proxy_name)?;
         }
-        if let Some(list) = &self.allow_from {
-            writeln!(f, "  annotations: {{kube-relay.dev/allow-from: '{list}'}}")?;
+        let allowed = self.allow_from.iter().map(|list| format!("kube-relay.dev/allow-from: '{list}'"));
+        let preserves = self.preserves.then(|| "kube-relay.dev/source-address: preserve".to_owned());
+        let annotations: Vec<String> = allowed.chain(preserves).collect();
+        if !annotations.is_empty() {
+            writeln!(f, "  annotations: {{{}}}", annotations.join(", "))?;
         }
         f.write_str("spec:\n  type: LoadBalancer\n")?;
         f.write_str("  clusterIPs: [10.96.0.1, 'fd96::1']\n  clusterIP: 10.96.0.1\n")?;

@@ -10,7 +10,8 @@ use futures_util::TryStreamExt;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType};
-use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use netlink_packet_route::rule::RuleAttribute;
+use rtnetlink::{Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::namespace::Namespace;
 
@@ -230,6 +231,21 @@ fn destination(attribute: &RouteAttribute) -> Option<IpAddr> {
         RouteAttribute::Destination(RouteAddress::Inet6(v6)) => Some((*v6).into()),
         _ => None,
     }
+}
+
+/// How many rules, of both families, lead into a table of routes.
+pub(crate) fn rules_into(namespace: &Namespace, table: u32) -> io::Result<usize> {
+    let mut count = 0;
+    ask(namespace, "list rules", async |handle| {
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let mut rules = std::pin::pin!(handle.rule().get(version).execute());
+            while let Some(rule) = rules.try_next().await? {
+                count += usize::from(rule.attributes.contains(&RuleAttribute::Table(table)));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(count)
 }
 
 /// The devices of a namespace, loopback among them.

@@ -282,6 +282,11 @@ impl Rig {
         links::local_routes(part, protocol)
     }
 
+    /// How many rules of a part, of both families, lead into a table of routes.
+    pub(crate) fn rules_into(part: &Namespace, table: u32) -> io::Result<usize> {
+        links::rules_into(part, table)
+    }
+
     /// Sets a part's loopback device down, and up again.
     pub(crate) fn flap_loopback(part: &Namespace) -> io::Result<()> {
         links::loopback_down(part)?;

@@ -1,0 +1,360 @@
+//! Whom backends see of a Service that wants its clients' addresses preserved: from everywhere, at every entry, and where that
+//! cannot be; and what is left of it when the relay has ended.
+//!
+//! What is judged how is in `serve::preserve`; here a kernel and its routes are asked.
+
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube_relay::cleanup::{Removed, remove_routes};
+use kube_relay::config::DEFAULT_ROUTE_PROTOCOL;
+use kube_relay::name::Family;
+use kube_relay::reply_message::route_table;
+use kube_relay::reply_path::{self, CHECK_INTERVAL};
+use rustix::process::Signal;
+use rustix::thread::CapabilitySet;
+
+use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, skip, with_only};
+use crate::stage::{
+    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, Outcome, Pod, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at,
+    until,
+};
+use crate::verdicts::{backends, local, rig};
+use crate::vips::in_runtime;
+
+pub(crate) const CASES: &[Case] = cases![
+    t126_t113_given_backends_here_when_clients_ask_at_every_entry_then_backends_see_them_and_the_node_itself_never,
+    t126_given_no_annotation_when_clients_ask_then_backends_see_the_node_and_nothing_is_changed_on_it,
+    t126_given_a_backend_elsewhere_when_it_answers_past_this_node_then_it_sees_the_node_soon_and_the_reason_is_told,
+    t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node,
+    t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node,
+    t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told,
+    t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
+    f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
+    given_a_relay_that_was_killed_when_another_runs_then_rules_are_there_once_and_cleanup_takes_them_away,
+    given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answers_here,
+];
+
+pub(crate) const MEASURING: &[Case] =
+    cases![given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served_and_seen_again,];
+
+/// What a client may notice of a way back that is not there: far less than a retry of its own.
+const BOUND: Duration = Duration::from_millis(1_000);
+
+fn preserving() -> Web {
+    Web { preserves: true, ..Web::default() }
+}
+
+/// True where the kernel of this machine can lead answers anywhere at all.
+fn is_possible(node: &Namespace) -> bool {
+    let probe = node.run(|| reply_path::remove(DEFAULT_ROUTE_PROTOCOL));
+    probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
+}
+
+/// Asks at an entry in both families, over TCP and UDP, until backends see this address of a part.
+fn sees(stage: &Stage, from: &Namespace, entry: Entry, seen: &Namespace) {
+    thread::scope(|scope| {
+        for family in FAMILIES {
+            let to = stage.at(entry, family);
+            let right = move |outcome: &Outcome| is_from(outcome, seen.address(family));
+            let what = format!("{entry:?}: the backend sees {seen:?}");
+            let of_udp = what.clone();
+            scope.spawn(move || expect_at(from, to, ask_tcp, &what, right));
+            scope.spawn(move || expect_at(from, to, ask_udp, &of_udp, right));
+        }
+    });
+}
+
+/// The same, where the node that the relay is on is seen: by any of its addresses.
+fn sees_node(stage: &Stage, from: &Namespace, entry: Entry) {
+    let rig = &stage.rig;
+    let strangers: Vec<IpAddr> = rig
+        .parts()
+        .filter(|part| part.name() != rig.node(0).name())
+        .flat_map(|part| FAMILIES.map(|family| part.address(family)))
+        .collect();
+    let right = |outcome: &Outcome| match outcome {
+        Outcome::Answer { source, .. } => !strangers.contains(source),
+        _ => false,
+    };
+    stage.expect(from, entry, "the backend sees the node", right);
+}
+
+fn is_from(outcome: &Outcome, address: IpAddr) -> bool {
+    matches!(outcome, Outcome::Answer { source, .. } if *source == address)
+}
+
+fn t126_t113_given_backends_here_when_clients_ask_at_every_entry_then_backends_see_them_and_the_node_itself_never() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let one = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(one.clone()));
+    let Stage { rig, .. } = &stage;
+
+    for external_policy in ["", "Local"] {
+        stage.change_if_other(&Web { external_policy, ..preserving().with(one.clone()) });
+        for entry in ENTRIES {
+            for client in [rig.client(), rig.pod(0, 1), rig.pod(1, 1), rig.node(1)] {
+                sees(&stage, client, entry, client);
+            }
+            sees_node(&stage, rig.node(0), entry);
+        }
+    }
+
+    assert!(stage.metric("kuberelay_source_preserved_total", "") > 0);
+    assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"node_local\"") > 0);
+    assert_eq!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"no_way_back\""), 0);
+}
+
+fn t126_given_no_annotation_when_clients_ask_then_backends_see_the_node_and_nothing_is_changed_on_it() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = Web::default().with(local(&rig));
+    let stage = Stage::start(rig, &web);
+    let Stage { rig, .. } = &stage;
+
+    for entry in ENTRIES {
+        for client in [rig.client(), rig.pod(0, 1), rig.node(0)] {
+            sees_node(&stage, client, entry);
+        }
+    }
+
+    assert_eq!(rules(rig.node(0)), 0);
+    assert_eq!(stage.metric("kuberelay_source_", ""), 0);
+}
+
+fn t126_given_a_backend_elsewhere_when_it_answers_past_this_node_then_it_sees_the_node_soon_and_the_reason_is_told() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let far = [Pod::of(&rig, 1, 0)];
+    let stage = Stage::start(rig, &preserving().with(far));
+    let Stage { rig, .. } = &stage;
+
+    for family in FAMILIES {
+        let (to, begin) = (stage.at(ClusterIp, family), Instant::now());
+        let outcome = rig.client().run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+        assert!(is_from(&outcome, rig.node(0).address(family)), "{outcome:?}");
+        assert!(begin.elapsed() < BOUND, "the very first connection has waited for {:?}", begin.elapsed());
+    }
+    sees_node(&stage, rig.client(), ClusterIp);
+    sees_node(&stage, rig.pod(1, 1), ExternalIp);
+    // A pod of this node has no other way.
+    for entry in ENTRIES {
+        sees(&stage, rig.pod(0, 0), entry, rig.pod(0, 0));
+    }
+
+    let of = |labels: &str| stage.metric("kuberelay_source_fallbacks_total", labels);
+    assert!(of("protocol=\"TCP\",reason=\"no_way_back\"") > 0 && of("protocol=\"UDP\",reason=\"no_way_back\"") > 0);
+    assert_eq!(stage.metric("kuberelay_connect_failures_total", ""), 0, "that is no fault of the backend");
+    assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
+    assert!(stage.log().contains("no_way_back"), "it is said why");
+}
+
+fn t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node() {
+    let rig = Rig::build(Shape { nodes: 2, pods_per_node: 1, router: true }).expect("the rig builds");
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let lan = match Lan::lay(&rig) {
+        Ok(lan) => lan,
+        Err(error) => return skip("bridge", &error.to_string()),
+    };
+    let _running = Backends::start_at(rig.node(1), Lan::node(1));
+    let stage = Stage::start(rig, &preserving().with([Pod::at(Lan::node(1), "node1")]));
+    let Stage { rig, .. } = &stage;
+    for family in FAMILIES {
+        lan.lead(rig.client(), stage.at(ClusterIp, family).ip(), 0).expect("a route can be added");
+    }
+
+    for family in FAMILIES {
+        let (to, node) = (stage.at(ClusterIp, family), Lan::node(0).of(family));
+        for ask in [ask_tcp, ask_udp] {
+            let begin = Instant::now();
+            expect_at(rig.client(), to, ask, "the node is seen", |outcome| is_from(outcome, node));
+            assert!(begin.elapsed() < BOUND, "nobody had to find that out");
+        }
+    }
+
+    assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"same_link\"") >= 4);
+    assert_eq!(stage.metric("kuberelay_source_preserved_total", ""), 0);
+}
+
+fn t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let own = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(own));
+
+    for entry in ENTRIES {
+        sees_node(&stage, stage.rig.pod(0, 0), entry);
+    }
+    assert_eq!(stage.metric("kuberelay_source_preserved_total", ""), 0);
+}
+
+fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told() {
+    let rig = rig();
+    let _running = backends(&rig);
+    let web = preserving().with(local(&rig));
+
+    let stage = {
+        for number in [1, 3] {
+            rig.vip(0, number).expect("an address can be added");
+        }
+        rig.routed_vip(0, 2).expect("a route can be added");
+        Stage::start_bare(rig, &web, |command: &mut Command| with_only(CapabilitySet::NET_BIND_SERVICE, command))
+    };
+
+    sees_node(&stage, stage.rig.client(), ClusterIp);
+    assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"reply_path\"") > 0);
+    let is_said = |log: &str| log.lines().any(|line| line.contains("preserved") && line.contains("CAP_NET_ADMIN"));
+    assert!(is_said(&stage.log()), "it is said, with the remedy");
+}
+
+fn t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &Web::default().with(pods.clone()));
+    let client = stage.rig.client();
+    let to = stage.at(ClusterIp, Family::V4);
+    let is_seen = |stream: &mut TcpStream| {
+        let outcome = ask_on(stream).expect("it answers");
+        assert!(outcome.pod().is_some(), "{outcome:?}");
+        is_from(&outcome, client.address(Family::V4))
+    };
+    let mut open = client.run(|| TcpStream::connect(to)).expect("it is served");
+    assert!(!is_seen(&mut open));
+
+    stage.change(&preserving().with(pods.clone()));
+
+    sees(&stage, client, ClusterIp, client);
+    assert!(!is_seen(&mut open), "it goes on as it was");
+    let mut preserved = client.run(|| TcpStream::connect(to)).expect("it is served");
+    assert!(is_seen(&mut preserved));
+
+    stage.change(&Web::default().with(pods));
+
+    sees_node(&stage, client, ClusterIp);
+    assert!(is_seen(&mut preserved), "it goes on as it was");
+}
+
+fn f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port() {
+    const CONNECTIONS: usize = 16;
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    rig.node(0).sysctl("net/ipv4/ip_local_port_range", "61000 61001").expect("it is ours");
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let client = stage.rig.client();
+
+    for family in FAMILIES {
+        let to: SocketAddr = stage.at(ClusterIp, family);
+        let mut open = client
+            .run(|| (0..CONNECTIONS).map(|_| TcpStream::connect(to)).collect::<Result<Vec<_>, _>>())
+            .expect("it listens");
+        for stream in &mut open {
+            assert!(is_from(&ask_on(stream).expect("it answers"), client.address(family)));
+        }
+    }
+    assert_eq!(stage.metric("kuberelay_source_preserved_total", "protocol=\"TCP\""), 2 * CONNECTIONS as u64);
+    assert_eq!(stage.metric("kuberelay_source_fallbacks_total", ""), 0);
+}
+
+/// How many rules lead answers here, of both families.
+fn rules(node: &Namespace) -> usize {
+    Rig::rules_into(node, route_table(DEFAULT_ROUTE_PROTOCOL)).expect("rules are listed")
+}
+
+fn given_a_relay_that_was_killed_when_another_runs_then_rules_are_there_once_and_cleanup_takes_them_away() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let mut stage = Stage::start_bare(rig, &preserving().with(pods), |_| ());
+    assert_eq!(rules(stage.rig.node(0)), 2, "one for each family");
+
+    for _ in 0..2 {
+        stage.end(Signal::KILL);
+        assert_eq!(rules(stage.rig.node(0)), 2, "they stay");
+        stage.start_again(|_| ());
+        sees(&stage, stage.rig.client(), ClusterIp, stage.rig.client());
+        assert_eq!(rules(stage.rig.node(0)), 2, "and are there once");
+    }
+    stage.end(Signal::KILL);
+
+    let removed = in_runtime(stage.rig.node(0), remove_routes(DEFAULT_ROUTE_PROTOCOL)).expect("nobody runs");
+    assert!(removed.reply_path && removed.routes > 0, "{removed:?}");
+    assert_eq!(rules(stage.rig.node(0)), 0);
+    let again = in_runtime(stage.rig.node(0), remove_routes(DEFAULT_ROUTE_PROTOCOL)).expect("nobody runs");
+    assert_eq!(again, Removed::default());
+}
+
+fn given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answers_here() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let web = preserving().with(pods);
+    let mut stage = Stage::start_bare(rig, &web, |_| ());
+    stage.end(Signal::TERM);
+    assert_eq!(rules(stage.rig.node(0)), 2, "they stay where routes do");
+
+    stage.write(&Web { preserves: false, ..web.clone() }.to_string());
+    stage.start_again(|_| ());
+    until("a relay that needs none takes them back", || rules(stage.rig.node(0)) == 0);
+    stage.end(Signal::TERM);
+
+    stage.write(&web.to_string());
+    stage.start_again(|command| {
+        command.args(["--vip-routes-at-exit", "remove"]);
+    });
+    assert_eq!(rules(stage.rig.node(0)), 2);
+    stage.end(Signal::TERM);
+    assert_eq!(rules(stage.rig.node(0)), 0);
+    let left = stage.rig.node(0).run(|| reply_path::remove(DEFAULT_ROUTE_PROTOCOL));
+    assert!(!left.expect("it may"), "nothing is left");
+}
+
+fn given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served_and_seen_again() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let (client, to) = (stage.rig.client(), stage.at(ClusterIp, Family::V4));
+    sees(&stage, client, ClusterIp, client);
+
+    assert!(stage.rig.node(0).run(|| reply_path::remove(DEFAULT_ROUTE_PROTOCOL)).expect("it may"));
+    let begin = Instant::now();
+    let outcome = client.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+
+    assert!(outcome.pod().is_some(), "{outcome:?}");
+    assert!(begin.elapsed() < BOUND, "{:?}", begin.elapsed());
+    until("the rules are back", || rules(stage.rig.node(0)) == 2);
+    assert!(begin.elapsed() < CHECK_INTERVAL + BOUND, "{:?}", begin.elapsed());
+    sees(&stage, client, ClusterIp, client);
+    assert!(stage.log().contains("somebody has changed"), "it is said");
+}
