@@ -220,6 +220,7 @@ pub mod scaffold;
 pub mod serve;
 mod service_plan;
 pub mod source_address;
+pub mod source_matrix;
 mod source_ranges;
 pub mod state_lock;
 pub mod stats;

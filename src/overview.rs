@@ -9,10 +9,11 @@ use std::fmt::{Display, Write};
 use crate::describe::{allowed, counted, meaning};
 use crate::live::{LiveReport, PauseReport};
 use crate::name::Scope;
-use crate::plan::{ListenerKind, Problem, Side, Verdict};
+use crate::plan::{ListenerKind, Problem, Side, SourceAddress, Verdict};
 use crate::printable::Printable;
 use crate::problem::Listed;
 use crate::recent::Happened;
+use crate::source_matrix::{Row, rows, seen};
 use crate::status::{
     BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
 };
@@ -214,6 +215,9 @@ fn describe_service(service: &ServiceReport) -> String {
     if !service.balance.is_default() {
         field(&mut text, "Balance", service.balance);
     }
+    if service.source_address.is_preserved() {
+        field(&mut text, "Source Address", "preserve");
+    }
     if let Some(nets) = service.allowed_networks() {
         field(&mut text, "From Outside", allowed(&nets));
     }
@@ -223,6 +227,7 @@ fn describe_service(service: &ServiceReport) -> String {
     if let Some(version) = service.header_to_backends() {
         field(&mut text, "PROXY Header", version);
     }
+    describe_sources(&mut text, service);
     if let Some(health_port) = &service.health_port {
         describe_health_port(&mut text, health_port);
     }
@@ -242,6 +247,26 @@ fn local_policies(service: &ServiceReport) -> Option<String> {
     let policies = [("external Local", is_local(false)), ("internal Local", is_local(true))];
     let policies: Vec<_> = policies.into_iter().filter_map(|(words, applies)| applies.then_some(words)).collect();
     (!policies.is_empty()).then(|| policies.join(", "))
+}
+
+/// Whom backends see, as it is and as it could be.
+fn describe_sources(text: &mut String, service: &ServiceReport) {
+    let (other, choice) = match service.source_address {
+        SourceAddress::Node => (SourceAddress::Preserve, "WITH source-address: preserve"),
+        SourceAddress::Preserve => (SourceAddress::Node, "WITHOUT source-address: preserve"),
+    };
+    let row = |row: Row| -> Vec<Cow<'static, str>> {
+        let seen = |source| seen(row.client, row.scope, source).to_string().into();
+        let entries = join(row.entries.iter().map(|kind| kind.as_str()), ",");
+        let backends = if row.scope == Scope::Local { "on this node" } else { "every" };
+        let [now, otherwise] = [service.source_address, other].map(seen);
+        vec![row.client.to_string().into(), entries.into(), backends.into(), now, otherwise]
+    };
+    let rows = rows(service);
+    if !rows.is_empty() {
+        let header = ["CLIENT", "AT", "BACKENDS", "NOW", choice];
+        field(text, "Backends See", table_of(header, rows.into_iter().map(row)).trim_start());
+    }
 }
 
 fn describe_health_port(text: &mut String, health_port: &HealthPortReport) {
@@ -271,6 +296,10 @@ fn describe_port(text: &mut String, port: &PortReport) {
         field(text, "Accepted", traffic.accepted);
         field(text, "Retries", traffic.retries);
         field(text, "Dropped", reasons(&traffic.dropped));
+        if !traffic.sources.is_empty() {
+            field(text, "Clients Seen", traffic.sources.preserved);
+            field(text, "Node Seen", reasons(&traffic.sources.fallbacks));
+        }
     }
     let listeners = table_of(["ADDRESS", "KIND", "STATE"], port.listeners.iter().map(listener_row));
     field(text, "Listeners", listeners.trim_start());
@@ -328,6 +357,14 @@ fn backend_row(port: &PortReport, backend: &BackendTraffic) -> Vec<Cow<'static, 
 }
 
 fn backend_state(port: &PortReport, backend: &BackendTraffic) -> Cow<'static, str> {
+    let state = use_of(port, backend);
+    match backend.no_way_back_seconds {
+        None => state,
+        Some(seconds) => format!("{state}; no way back to clients, tried again in {seconds} s").into(),
+    }
+}
+
+fn use_of(port: &PortReport, backend: &BackendTraffic) -> Cow<'static, str> {
     match (picks(port).contains(backend.address.as_str()), backend.ejected_seconds) {
         (false, _) => "draining".into(),
         (true, None) => "ready".into(),
@@ -455,6 +492,10 @@ mod tests {
         Type:              NodePort
         IP:                127.96.0.10
         Session Affinity:  None
+        Backends See:      CLIENT                 AT                   BACKENDS   NOW         WITH source-address: preserve
+                           pod of this node       clusterIP,nodePort   every      this node   client; this node on a shared bridge
+                           outside, other nodes   clusterIP,nodePort   every      this node   client if the backend is here; else this node
+                           this node              clusterIP,nodePort   every      this node   this node
 
         Port:              http  80/TCP
         TargetPort:        8000/TCP
