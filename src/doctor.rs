@@ -26,6 +26,7 @@ mod proxies;
 mod queues;
 mod rights;
 mod routes;
+mod source_address;
 mod wildcards;
 
 use std::collections::BTreeSet;
@@ -102,7 +103,7 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
         Some(why) => Err(why),
         None => rights::read(&duty.process_folder()).rights.map(|rights| rights.routes),
     };
-    let routes = routes::read(duty.routes, may_change);
+    let routes = routes::read(duty.routes, may_change.clone());
     let ports = ports::read();
     let mut findings = routes::judge(&routes, duty, &neighbours.conflicts(duty));
     findings.extend(neighbours::judge(neighbours, duty, &routes));
@@ -115,9 +116,14 @@ fn of_addresses(duty: &Duty, neighbours: &neighbours::Facts, interfaces: &Fact<V
         sources: ports.sources(),
     };
     findings.extend(wildcards::judge(&wildcards::read(), duty, &circumstances));
+    findings.push(source_address::judge(&source_address::read(has_nftables(&proxies), may_change), duty));
     findings.extend(proxies::judge(&proxies, duty));
     findings.extend(ports::judge(&ports, duty));
     findings
+}
+
+fn has_nftables(proxies: &proxies::Facts) -> Fact<bool> {
+    proxies.rules.as_ref().map(Option::is_some).map_err(Clone::clone)
 }
 
 /// Addresses at which what listens on all addresses is refused, or will be once a relay has begun.

@@ -142,6 +142,7 @@ fn given_a_machine_when_the_doctor_looks_then_each_subject_is_told_worst_first_a
         "open-files",
         "other-proxies",
         "queues",
+        "source-address",
         "source-ports",
         "vip-routes",
         "wildcard-listeners",

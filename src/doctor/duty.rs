@@ -45,6 +45,8 @@ pub(super) struct Duty {
     pub(super) proxy_name: Option<String>,
     /// True where it serves a whole cluster.
     pub(super) is_cluster: bool,
+    /// Services that ask for their clients' addresses, as far as Services are known.
+    pub(super) preserving: Vec<String>,
     /// The one that is at it already.
     pub(super) running: Option<Running>,
 }
@@ -59,6 +61,7 @@ impl Duty {
             tunes: config.vips.as_ref().is_some_and(|vips| vips.tune_sysctls),
             proxy_name: config.plan.proxy_name.clone(),
             is_cluster: config.source.is_cluster(),
+            preserving: services.map(preserving).unwrap_or_default(),
             running,
         }
     }
@@ -130,6 +133,11 @@ impl Duty {
     }
 }
 
+fn preserving(report: &Report) -> Vec<String> {
+    let preserving = report.services.iter().filter(|service| service.source_address.is_preserved());
+    preserving.map(|service| format!("{}/{}", service.namespace, service.name)).collect()
+}
+
 fn listeners(report: &Report) -> Vec<(ListenKey, ListenerKind)> {
     let of_service = report.services.iter().flat_map(|service| {
         let ports = service.ports.iter().flat_map(|port| {
@@ -163,6 +171,7 @@ pub(super) mod sample {
             tunes: false,
             proxy_name: None,
             is_cluster: false,
+            preserving: Vec::new(),
             running: None,
         }
     }

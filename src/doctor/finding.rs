@@ -50,6 +50,8 @@ pub enum Subject {
     Arp,
     /// Programs that listen on all addresses, those of Services among them.
     WildcardListeners,
+    /// Whether clients' addresses can be preserved.
+    SourceAddress,
     /// Rules of other proxies, which come before any socket.
     OtherProxies,
     /// Networks of pods that may pass by the node's own tables.
@@ -80,6 +82,7 @@ impl Subject {
             Self::VipRoutes => "vip-routes",
             Self::Arp => "arp",
             Self::WildcardListeners => "wildcard-listeners",
+            Self::SourceAddress => "source-address",
             Self::OtherProxies => "other-proxies",
             Self::Cni => "cni",
             Self::NetworkPolicies => "network-policies",
