@@ -1,7 +1,8 @@
-//! Who may come to a listener, and whether from this node and its pods or from outside.
+//! Who may come to a listener, and whether from this node and its pods or from outside; and who has to say first for whom it
+//! comes.
 //!
-//! The rule for one client: the data plane asks for each, and `explain` tells of it. The same for the kernel, as a program, is
-//! `serve::filter`; what a side gets then is the plan's to say.
+//! The rules for one client: the data plane asks for each, and `explain` tells of them. The same for the kernel, as a program,
+//! is `serve::filter`; what a side gets then is the plan's to say.
 
 use std::net::IpAddr;
 
@@ -9,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::allow_from;
 
-/// What a listener knows of its clients. All networks are of its family.
+/// What a listener knows of its clients. All networks are of its family, or of both where balancers in front name the clients.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entrance<'a> {
     /// Who may come at all, on either side; empty: everybody.
@@ -36,6 +37,28 @@ pub(crate) enum List {
     SourceRanges,
     /// The annotation `kube-relay.dev/allow-from`, and `--allow-from`.
     AllowFrom,
+}
+
+/// Whom a connection is of, as far as its peer's address tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    /// The peer is the client.
+    InPerson,
+    /// The peer is a balancer in front: the PROXY header that it begins with tells who the client is.
+    Announced,
+    /// Balancers in front tell who a client is, and the peer is none of them: what it says is not even heard.
+    Unannounced,
+}
+
+impl Arrival {
+    /// `balancers`: those in front of the listener, sorted, none within another; `None`: nobody is asked who a client is.
+    pub(crate) fn of(peer: IpAddr, balancers: Option<&[IpNet]>) -> Self {
+        match balancers {
+            None => Self::InPerson,
+            Some(balancers) if allow_from::within(balancers, peer) => Self::Announced,
+            Some(_) => Self::Unannounced,
+        }
+    }
 }
 
 impl Entrance<'_> {
@@ -101,6 +124,28 @@ mod tests {
         let nobody = Entrance { source_ranges: &[], allow_from: Some(&[]), ..entrance };
         assert_eq!(nobody.admit(ip("10.244.0.7")), Ok(Origin::Inside));
         assert_eq!(nobody.admit(ip("203.0.113.9")), Err(List::AllowFrom));
+    }
+
+    #[test]
+    fn given_peers_when_they_arrive_then_only_balancers_in_front_are_asked_for_whom() {
+        let (balancer, other) = (ip("10.0.0.9"), ip("10.244.0.7"));
+        let in_front = nets(["10.0.0.8/30"]);
+
+        let arrivals = |balancers: Option<&[IpNet]>| [balancer, other].map(|peer| Arrival::of(peer, balancers));
+
+        assert_eq!(arrivals(None), [Arrival::InPerson; 2]);
+        assert_eq!(arrivals(Some(&in_front)), [Arrival::Announced, Arrival::Unannounced]);
+        assert_eq!(arrivals(Some(&[])), [Arrival::Unannounced; 2], "nobody is believed");
+    }
+
+    #[test]
+    fn given_clients_of_both_families_when_a_balancer_names_them_then_each_is_judged_by_networks_of_its_own() {
+        let (inside, allowed) = (nets(["10.244.0.0/16", "fd00:244::/64"]), nets(["203.0.113.0/24", "2001:db8::/64"]));
+        let entrance = Entrance { source_ranges: &[], inside_of: &inside, allow_from: Some(&allowed) };
+
+        assert_eq!(entrance.admit(ip("fd00:244::7")), Ok(Origin::Inside));
+        assert_eq!(entrance.admit(ip("2001:db8::9")), Ok(Origin::Outside));
+        assert_eq!(entrance.admit(ip("2001:db8:1::9")), Err(List::AllowFrom));
     }
 
     #[test]

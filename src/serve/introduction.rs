@@ -19,7 +19,7 @@
 //! A balancer that waits with its header holds what any connection holds, a place among those that are open included, and
 //! for [`TcpOptions::header_timeout`](crate::serve::tcp::TcpOptions) at most.
 //!
-//! How a header is taken apart is `header_decoder`.
+//! Which peer is which is the rule of `entrance`; how a header is taken apart is `header_decoder`.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use crate::allow_from;
+use crate::entrance::Arrival;
 use crate::plan::HeaderVersion;
 use crate::serve::balancer::Balancer;
 use crate::serve::deadline::{before, within_a_turn};
@@ -79,10 +79,10 @@ impl Admission {
     /// # Errors
     /// Why it has to be turned away.
     pub(super) fn of(cell: &TargetCell, target: &Target, peer: SocketAddr) -> Result<Self, DropReason> {
-        match target.balancers_in_front() {
-            Some(balancers) if allow_from::within(balancers, peer.ip()) => Ok(Self::Announced(Arc::clone(cell))),
-            Some(_) => Err(DropReason::UnknownBalancer),
-            None => {
+        match Arrival::of(peer.ip(), target.balancers_in_front()) {
+            Arrival::Announced => Ok(Self::Announced(Arc::clone(cell))),
+            Arrival::Unannounced => Err(DropReason::UnknownBalancer),
+            Arrival::InPerson => {
                 let balancer = Arc::clone(target.balancer_for(peer.ip())?);
                 Ok(Self::Granted { balancer, send: target.header_to_backends() })
             }
