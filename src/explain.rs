@@ -13,11 +13,12 @@ use ipnet::IpNet;
 
 use crate::choice::{Choice, Judged, Rule};
 use crate::describe::{abridged, counted};
-use crate::entrance::{Entrance, List, Origin, inside_at};
+use crate::entrance::{Arrival, Entrance, List, Origin, inside_at};
 use crate::name::{Family, Scope};
 use crate::overview::{columns, field, node_port};
 use crate::plan::{ListenerKind, Side, Target, Verdict};
 use crate::printable::Printable;
+use crate::source_matrix::{self, ClientPlace};
 use crate::status::{ListenerReport, ListenerState, PortReport, Report, ServiceReport};
 use crate::value::Destination;
 
@@ -26,7 +27,7 @@ use crate::value::Destination;
 pub struct Question {
     /// Where the client connects to.
     pub destination: Destination,
-    /// Its address; `None`: whoever it is.
+    /// Its address, as a balancer in front would name it, too; `None`: whoever it is.
     pub from: Option<IpAddr>,
 }
 
@@ -86,8 +87,10 @@ enum Fate {
     Served,
     /// Connection refused, port unreachable.
     Rejected,
-    /// No answer: the policy forbids the endpoints that there are.
+    /// No answer, or a reset where a balancer in front brings it: the policy forbids the endpoints that there are.
     Dropped,
+    /// A reset: balancers in front are to name each client, and none is believed.
+    Unannounced,
     /// No answer, or a reset where a balancer in front brings it: a list does not have the client.
     KeptOut(List),
     /// Nobody of ours: the listener is not bound.
@@ -107,24 +110,29 @@ pub fn explain<'a>(
 ) -> Result<Vec<Explanation<'a>>, Unexplained> {
     let Destination { address, protocol } = question.destination;
     let from = question.from.map(|client| client.to_canonical());
-    if let Some(client) = from
-        && Family::of(client) != Family::of(address.ip())
-    {
-        return Err(Unexplained::Family { client, address });
-    }
     let (text, family) = (address.to_string(), Family::of(address.ip()));
     let asked_for = |(_, port, listener): &Place<'_>| {
         listener.address == text && protocol.is_none_or(|protocol| protocol == port.protocol)
     };
+    let mut places: Vec<_> = places(report).filter(asked_for).collect();
+    if places.is_empty() {
+        return Err(nobody(report, question.destination));
+    }
+    if let Some(client) = from.filter(|client| Family::of(*client) != family) {
+        // It can reach a balancer in front, which reaches us by the other family.
+        places.retain(|(_, _, listener)| listener.accept_proxy_from.is_some());
+        if places.is_empty() {
+            return Err(Unexplained::Family { client, address });
+        }
+    }
     let inside_of: Vec<_> = inside_at(inside, address.ip()).collect();
-    let explained = places(report).filter(asked_for).map(|(service, port, listener)| Explanation {
+    let explain = |(service, port, listener): Place<'a>| Explanation {
         service,
         port,
         listener,
         cases: cases(port, listener, family, &inside_of, from),
-    });
-    let explained: Vec<_> = explained.collect();
-    if explained.is_empty() { Err(nobody(report, question.destination)) } else { Ok(explained) }
+    };
+    Ok(places.into_iter().map(explain).collect())
 }
 
 /// A listener, and whose it is.
@@ -165,6 +173,7 @@ fn fate(who: Who, listener: &ListenerReport, entrance: &Entrance<'_>) -> Fate {
         Some(ListenerState::Failed { .. } | ListenerState::Closed) => return Fate::Unbound,
         // Nobody listens on a parked socket: the kernel refuses without a look at any list.
         _ if target.parked() => return Fate::Rejected,
+        _ if listener.accept_proxy_from.as_ref().is_some_and(Vec::is_empty) => return Fate::Unannounced,
         _ => {}
     }
     let kept_out = match who {
@@ -237,17 +246,20 @@ impl fmt::Display for Explanation<'_> {
         for (list, who) in lists(listener) {
             field(&mut text, list.label(), who);
         }
-        if let Some(balancers) = in_front(listener) {
+        if let Some(balancers) = self.in_front() {
             field(&mut text, "In Front", balancers);
         }
         if let Some(version) = listener.proxy_protocol {
-            field(&mut text, "PROXY Header", format!("{version}, to backends"));
+            field(&mut text, "PROXY Header", format!("{version}, to backends: it names the client"));
         }
         for case in cases {
             field(&mut text, case.who.label(), self.outcome(case));
             let endpoints = case.choice.map(|choice| self.rows(choice, case.fate)).unwrap_or_default();
             if !endpoints.is_empty() {
                 field(&mut text, "Endpoints", columns(&endpoints));
+            }
+            if case.fate == Fate::Served {
+                field(&mut text, "Backends See", self.seen(case));
             }
         }
         if cases.iter().any(|case| case.fate == Fate::Served) {
@@ -267,10 +279,49 @@ impl Explanation<'_> {
         match case.fate {
             Fate::Served => self.rule(case),
             Fate::Rejected => "refused: no endpoint can serve".into(),
-            Fate::Dropped => format!("no answer: {} is Local, and no endpoint on this node can serve", self.policy()),
-            Fate::KeptOut(list) if in_front(self.listener).is_some() => format!("reset: not in {}", list.in_words()),
-            Fate::KeptOut(list) => format!("no answer: not in {}", list.in_words()),
+            Fate::Dropped => {
+                let how = self.how_kept_out();
+                format!("{how}: {} is Local, and no endpoint on this node can serve", self.policy())
+            }
+            Fate::KeptOut(list) => format!("{}: not in {}", self.how_kept_out(), list.in_words()),
+            Fate::Unannounced => "reset: no balancer is there that may name it".into(),
             Fate::Unbound => "not served by this relay: see the address above".into(),
+        }
+    }
+
+    /// What becomes of clients that are not even refused. The kernel can keep out a peer, not whom it names.
+    fn how_kept_out(&self) -> &'static str {
+        let ListenerReport { accept_proxy_from, outside, inside, .. } = self.listener;
+        let is_silent = accept_proxy_from.is_none() || [outside.verdict, inside.verdict] == [Verdict::Drop; 2];
+        if is_silent { "no answer" } else { "reset" }
+    }
+
+    /// Through whom clients come, where a balancer in front names each; all else here is about these clients.
+    fn in_front(&self) -> Option<String> {
+        let balancers = self.listener.accept_proxy_from.as_ref()?;
+        if balancers.is_empty() {
+            return Some("nobody is believed, so nobody is served: --accept-proxy-from".into());
+        }
+        let nets: Vec<_> = balancers.iter().map(ToString::to_string).collect();
+        let text = format!("clients are those that {} name in a PROXY header; others are reset", abridged(&nets));
+        let Some(client) = self.cases.iter().find_map(|case| case.who.client()) else { return Some(text) };
+        Some(match Arrival::of(client, Some(balancers)) {
+            Arrival::Announced => format!("{text}; {client} is one of these balancers"),
+            Arrival::InPerson | Arrival::Unannounced => format!("{text}, so is {client} where none of them names it"),
+        })
+    }
+
+    /// Whose address the backends of such clients see.
+    fn seen(&self, case: &Case<'_>) -> String {
+        let (source, scope) = (self.service.source_address, case.who.side(self.listener).scope);
+        let seen = |place: ClientPlace| source_matrix::seen(place, scope, source);
+        let places = case.who.places();
+        match places {
+            [first, others @ ..] if others.iter().all(|place| seen(*place) == seen(*first)) => seen(*first).to_string(),
+            _ => {
+                let lines: Vec<_> = places.iter().map(|place| format!("{place}: {}", seen(*place))).collect();
+                lines.join("\n")
+            }
         }
     }
 
@@ -310,7 +361,7 @@ impl Explanation<'_> {
 
     /// Address, pod and what becomes of it: those that are used first.
     fn rows(&self, choice: &Choice, fate: Fate) -> Vec<Vec<Cow<'static, str>>> {
-        if matches!(fate, Fate::KeptOut(_) | Fate::Unbound) {
+        if matches!(fate, Fate::KeptOut(_) | Fate::Unannounced | Fate::Unbound) {
             return Vec::new();
         }
         let row = |one: &Judged| {
@@ -351,6 +402,15 @@ impl Who {
             Self::Inside(None) => "From This Node",
             Self::Outside(Some(_)) => "Client Outside",
             Self::Inside(Some(_)) => "Client Inside",
+        }
+    }
+
+    /// Where such a client may be. By its address alone, this node and its pods are not told apart.
+    fn places(self) -> &'static [ClientPlace] {
+        match self {
+            Self::Anybody => &ClientPlace::ALL,
+            Self::Outside(_) => &[ClientPlace::Elsewhere],
+            Self::Inside(_) => &[ClientPlace::PodHere, ClientPlace::Node],
         }
     }
 }
@@ -410,18 +470,6 @@ fn lists(listener: &ListenerReport) -> Vec<(List, String)> {
         None => {}
     }
     lists
-}
-
-/// Through whom clients come, where a balancer in front names each; all else here is about these clients.
-fn in_front(listener: &ListenerReport) -> Option<String> {
-    let balancers = listener.accept_proxy_from.as_ref()?;
-    Some(match balancers.as_slice() {
-        [] => "nobody is believed, so nobody is served: --accept-proxy-from".into(),
-        nets => {
-            let nets: Vec<_> = nets.iter().map(ToString::to_string).collect();
-            format!("clients are those that {} name in a PROXY header; others are reset", abridged(&nets))
-        }
-    })
 }
 
 #[cfg(test)]
@@ -610,10 +658,12 @@ mod tests {
         Endpoints:         10.0.0.1:8000   web-1   used
                            10.0.0.2:8000   web-2   not used: on another node, and the policy is Local
                            10.0.0.3:8000   web-3   not used: terminating, and others are ready
+        Backends See:      this node
         From This Node:    every ready endpoint: externalTrafficPolicy Local does not bind this node and its pods (2 of 3 endpoints)
         Endpoints:         10.0.0.1:8000   web-1   used
                            10.0.0.2:8000   web-2   used
                            10.0.0.3:8000   web-3   not used: terminating, and others are ready
+        Backends See:      this node
         Balance:           round-robin
         ");
     }
@@ -632,10 +682,57 @@ mod tests {
         Address:           10.96.0.10:80/TCP, cluster IP, planned
         Port:              80 → nodePort 30080 → targetPort web (8000)
         Allow From:        from outside only 198.18.0.0/16
-        In Front:          clients are those that 10.0.0.9/32 name in a PROXY header; others are reset
-        PROXY Header:      v2, to backends
+        In Front:          clients are those that 10.0.0.9/32 name in a PROXY header; others are reset, so is 203.0.113.9 where none of them names it
+        PROXY Header:      v2, to backends: it names the client
         Client Outside:    reset: not in kube-relay.dev/allow-from or --allow-from
         ");
+        assert!(told(&report, "10.96.0.10:80", Some("10.0.0.9")).contains("; 10.0.0.9 is one of these balancers\n"));
+        assert!(told(&report, "10.96.0.10:80", None).contains("; others are reset\n"));
+        let v6 = told(&report, "10.96.0.10:80", Some("fd00::1"));
+        assert!(v6.contains("\nClient Outside:    reset: not in kube-relay.dev/allow-from"), "named by one: {v6}");
+    }
+
+    #[test]
+    fn t126_given_balancers_of_whom_none_is_believed_when_asked_then_nobody_is_served() {
+        let annotations = [("accept-proxy".into(), "true".into())].into();
+        let report = planned(&Service { annotations, ..web() }, vec![on(1, "there")], &options());
+
+        assert_eq!(fates(&report, "10.96.0.10:80", Some(STRANGER)), [Fate::Unannounced]);
+        let text = told(&report, "10.96.0.10:80", Some(POD));
+        assert!(text.contains("\nClient Inside:     reset: ") && !text.contains("Endpoints:"), "{text}");
+    }
+
+    #[test]
+    fn t126_given_a_balancer_in_front_and_policy_local_when_nobody_here_can_serve_then_whom_it_names_is_reset() {
+        let annotations = [("accept-proxy".into(), "true".into())].into();
+        let local = Service { annotations, external_policy: TrafficPolicy::Local, ..web() };
+        let options = PlanOptions { accept_proxy_from: vec![net("10.0.0.9/32")], ..options() };
+
+        let text = told(&planned(&local, vec![on(1, "there")], &options), "192.0.2.1:30080", Some(STRANGER));
+
+        assert!(text.contains("\nClient Outside:    reset: externalTrafficPolicy is Local, "), "{text}");
+    }
+
+    #[test]
+    fn t126_given_a_service_that_preserves_when_told_then_whom_backends_see_depends_on_where_the_client_is() {
+        let annotations = [("source-address".into(), "preserve".into())].into();
+        let local = Service { annotations, external_policy: TrafficPolicy::Local, ..web() };
+        let report = planned(&local, vec![on(1, "here")], &options());
+        let seen = |to, from| {
+            let text = told(&report, to, from);
+            let lines = text.lines().skip_while(|line| !line.starts_with("Backends See:")).map(str::trim);
+            lines.take_while(|line| !line.starts_with("Balance:")).collect::<Vec<_>>().join(" | ")
+        };
+
+        assert_eq!(seen("192.0.2.1:30080", Some(STRANGER)), "Backends See:      client");
+        assert_eq!(
+            seen("10.96.0.10:80", Some(STRANGER)),
+            "Backends See:      client if the backend is here; else this node"
+        );
+        assert_eq!(
+            seen("10.96.0.10:80", Some(POD)),
+            "Backends See:      pod of this node: client; this node on a shared bridge | this node: this node"
+        );
     }
 
     #[test]
@@ -649,6 +746,7 @@ mod tests {
         Client Outside:    every ready endpoint (2 of 2 endpoints)
         Endpoints:         10.244.0.2:8000   web-1   next
                            10.244.0.3:8000   -       used
+        Backends See:      this node
         Balance:           round-robin
         ");
     }

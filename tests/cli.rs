@@ -534,6 +534,7 @@ mod ask {
         Endpoints:         127.244.1.1:8000   whoami-1   used
                            127.244.1.2:8000   whoami-2   used
                            127.244.1.3:8000   whoami-3   used
+        Backends See:      this node
         Balance:           round-robin
         ");
         assert_eq!(said.code, Some(0));
