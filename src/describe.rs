@@ -45,6 +45,9 @@ impl fmt::Display for ServiceReport {
         if !self.balance.is_default() {
             write!(f, ", {}", self.balance)?;
         }
+        if self.source_address.is_preserved() {
+            f.write_str(", clients' addresses preserved")?;
+        }
         if let Some(nets) = self.allowed_networks() {
             write!(f, ", from outside {}", allowed(&nets))?;
         }
@@ -287,15 +290,15 @@ mod tests {
     }
 
     #[test]
-    fn t126_given_headers_when_described_then_who_is_believed_and_what_backends_get_is_told() {
+    fn t126_given_headers_and_preserve_when_described_then_who_is_believed_and_what_backends_get_is_told() {
         let web = Service::new("default/web").cluster_ip([127, 96, 0, 10]).port("http", 80);
-        let annotations = [("accept-proxy", "true"), ("proxy-protocol", "v2")];
+        let annotations = [("accept-proxy", "true"), ("proxy-protocol", "v2"), ("source-address", "preserve")];
         let annotations = annotations.map(|(key, value)| (key.into(), value.into())).into();
 
         let text = described(vec![Service { annotations, ..web }], vec![]);
 
-        let header = "default/web  ClusterIP, balancers in front nobody, PROXY v2 to backends\n";
-        assert!(text.starts_with(header), "{text}");
+        let said = "clients' addresses preserved, balancers in front nobody, PROXY v2 to backends";
+        assert!(text.starts_with(&format!("default/web  ClusterIP, {said}\n")), "{text}");
     }
 
     #[test]

@@ -77,6 +77,7 @@ fn facts(service: &ServiceReport) -> Facts {
     own.extend(service.skipped.iter().map(|word| format!("not served: {word}")));
     own.extend(service.affinity_seconds.map(|seconds| format!("ClientIP affinity {seconds} s")));
     own.extend((!service.balance.is_default()).then(|| format!("balance {}", service.balance)));
+    own.extend(service.source_address.is_preserved().then(|| "clients' addresses preserved".to_owned()));
     own.extend(service.health_port.iter().map(|health| format!("health port {}", health.port)));
     let mut facts = Facts::from([(String::new(), own)]);
     for port in &service.ports {
@@ -246,6 +247,17 @@ mod tests {
 
         assert!(same.is_empty());
         assert_eq!(same.to_string(), "");
+    }
+
+    #[test]
+    fn t126_given_a_service_that_comes_to_preserve_when_compared_then_it_is_told() {
+        let web = web("web", 10);
+        let annotations = [("source-address".into(), "preserve".into())].into();
+        let preserving = Service { annotations, ..web.clone() };
+
+        let text = difference(&report(vec![web], vec![]), &report(vec![preserving], vec![])).to_string();
+
+        assert!(text.contains("\n+   clients' addresses preserved\n"), "{text}");
     }
 
     #[test]

@@ -725,13 +725,10 @@ mod tests {
         };
 
         assert_eq!(seen("192.0.2.1:30080", Some(STRANGER)), "Backends See:      client");
-        assert_eq!(
-            seen("10.96.0.10:80", Some(STRANGER)),
-            "Backends See:      client if the backend is here; else this node"
-        );
+        assert_eq!(seen("10.96.0.10:80", Some(STRANGER)), "Backends See:      client if the backend is here");
         assert_eq!(
             seen("10.96.0.10:80", Some(POD)),
-            "Backends See:      pod of this node: client; this node on a shared bridge | this node: this node"
+            "Backends See:      pod of this node: client unless on one bridge | this node: this node"
         );
     }
 

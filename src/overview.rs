@@ -8,12 +8,12 @@ use std::fmt::{Display, Write};
 
 use crate::describe::{allowed, counted, meaning};
 use crate::live::{LiveReport, PauseReport};
-use crate::name::Scope;
+use crate::name::{Protocol, Scope};
 use crate::plan::{ListenerKind, Problem, Side, SourceAddress, Verdict};
 use crate::printable::Printable;
 use crate::problem::Listed;
 use crate::recent::Happened;
-use crate::source_matrix::{Row, rows, seen};
+use crate::source_matrix::{self, Row};
 use crate::status::{
     BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
 };
@@ -251,22 +251,29 @@ fn local_policies(service: &ServiceReport) -> Option<String> {
 
 /// Whom backends see, as it is and as it could be.
 fn describe_sources(text: &mut String, service: &ServiceReport) {
+    let rows = source_matrix::rows(service);
+    if rows.is_empty() {
+        return;
+    }
     let (other, choice) = match service.source_address {
-        SourceAddress::Node => (SourceAddress::Preserve, "WITH source-address: preserve"),
-        SourceAddress::Preserve => (SourceAddress::Node, "WITHOUT source-address: preserve"),
+        SourceAddress::Node => (SourceAddress::Preserve, "WITH preserve"),
+        SourceAddress::Preserve => (SourceAddress::Node, "WITHOUT preserve"),
     };
-    let row = |row: Row| -> Vec<Cow<'static, str>> {
-        let seen = |source| seen(row.client, row.scope, source).to_string().into();
+    let has_header = service.header_to_backends().is_some();
+    let header = if has_header { "IN THE PROXY HEADER" } else { "WITH proxy-protocol" };
+    let header = service.ports.iter().any(|port| port.protocol == Protocol::Tcp).then_some(header);
+    let cells = |row: Row| -> Vec<Cow<'static, str>> {
         let entries = join(row.entries.iter().map(|kind| kind.as_str()), ",");
         let backends = if row.scope == Scope::Local { "on this node" } else { "every" };
-        let [now, otherwise] = [service.source_address, other].map(seen);
-        vec![row.client.to_string().into(), entries.into(), backends.into(), now, otherwise]
+        let seen = [service.source_address, other].map(|source| source_matrix::seen(row.client, row.scope, source));
+        let named = header.map(|_| source_matrix::named(row.client));
+        let seen = seen.into_iter().chain(named).map(|seen| seen.to_string());
+        [row.client.to_string(), entries, backends.to_owned()].into_iter().chain(seen).map(Into::into).collect()
     };
-    let rows = rows(service);
-    if !rows.is_empty() {
-        let header = ["CLIENT", "AT", "BACKENDS", "NOW", choice];
-        field(text, "Backends See", table_of(header, rows.into_iter().map(row)).trim_start());
-    }
+    let titles = ["CLIENT", "AT", "BACKENDS", "NOW", choice].into_iter().chain(header);
+    let titles: Vec<Cow<'static, str>> = titles.map(Cow::Borrowed).collect();
+    let table: Vec<_> = std::iter::once(titles).chain(rows.into_iter().map(cells)).collect();
+    field(text, "Backends See", columns(&table));
 }
 
 fn describe_health_port(text: &mut String, health_port: &HealthPortReport) {
@@ -449,6 +456,7 @@ mod tests {
     use super::*;
     use crate::live::sample;
     use crate::name::ObjectName;
+    use crate::plan::HeaderVersion;
     use crate::status::Status;
 
     #[test]
@@ -492,10 +500,10 @@ mod tests {
         Type:              NodePort
         IP:                127.96.0.10
         Session Affinity:  None
-        Backends See:      CLIENT                 AT                   BACKENDS   NOW         WITH source-address: preserve
-                           pod of this node       clusterIP,nodePort   every      this node   client; this node on a shared bridge
-                           outside, other nodes   clusterIP,nodePort   every      this node   client if the backend is here; else this node
-                           this node              clusterIP,nodePort   every      this node   this node
+        Backends See:      CLIENT                 AT                   BACKENDS   NOW         WITH preserve                   WITH proxy-protocol
+                           pod of this node       clusterIP,nodePort   every      this node   client unless on one bridge     client
+                           outside, other nodes   clusterIP,nodePort   every      this node   client if the backend is here   client
+                           this node              clusterIP,nodePort   every      this node   this node                       this node, or the VIP
 
         Port:              http  80/TCP
         TargetPort:        8000/TCP
@@ -542,6 +550,27 @@ mod tests {
 
         assert!(described(&["203.0.113.0/24"]).contains("\nFrom Outside:      only 203.0.113.0/24\n"));
         assert!(described(&[]).contains("\nFrom Outside:      nobody\n"));
+    }
+
+    #[test]
+    fn t126_given_choices_that_are_made_when_described_then_the_table_tells_what_is_and_what_the_other_would_be() {
+        let described = |change: fn(&mut ServiceReport)| {
+            let mut report = sample::status().report().only(&ObjectName::parse("web")).expect("web is there");
+            change(&mut report.services[0]);
+            describe(&report)
+        };
+        let titles = |text: &str| -> Vec<String> {
+            let line = text.lines().find(|line| line.starts_with("Backends See:")).expect("a table");
+            line.split("   ").map(str::trim).filter(|title| !title.is_empty()).skip(5).map(str::to_owned).collect()
+        };
+
+        let made = titles(&described(|web| {
+            web.source_address = SourceAddress::Preserve;
+            web.ports[0].listeners[0].proxy_protocol = Some(HeaderVersion::V2);
+        }));
+        assert_eq!(made, ["WITHOUT preserve", "IN THE PROXY HEADER"]);
+        let over_udp = titles(&described(|web| web.ports[0].protocol = Protocol::Udp));
+        assert_eq!(over_udp, ["WITH preserve"], "no header over UDP");
     }
 
     #[test]

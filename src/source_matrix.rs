@@ -1,6 +1,7 @@
 //! Whom the backends of a Service see, by who its client is and where that comes in: as it is, and with each choice.
 //!
-//! Pure; made from a report, so that `status` says it of a running relay. Why it is so is in `serve::preserve`.
+//! Pure; made from a report, so that `status` and `explain` say it of a running relay. Why it is so is in `serve::preserve`
+//! and, for headers, in `serve::introduction`. Where balancers in front name clients, the clients are those.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -46,6 +47,9 @@ pub enum Seen {
     ClientOffLink,
     /// The client's, where the backend is on this node or has its way back by it.
     ClientIfWayBack,
+    /// One of this node, or the address that its program connects to: the program's own source where that address is local by
+    /// a route alone.
+    NodeOrVip,
 }
 
 impl fmt::Display for Seen {
@@ -53,8 +57,9 @@ impl fmt::Display for Seen {
         f.write_str(match self {
             Self::Node => "this node",
             Self::Client => "client",
-            Self::ClientOffLink => "client; this node on a shared bridge",
-            Self::ClientIfWayBack => "client if the backend is here; else this node",
+            Self::ClientOffLink => "client unless on one bridge",
+            Self::ClientIfWayBack => "client if the backend is here",
+            Self::NodeOrVip => "this node, or the VIP",
         })
     }
 }
@@ -66,6 +71,14 @@ pub fn seen(client: ClientPlace, scope: Scope, source: SourceAddress) -> Seen {
         (SourceAddress::Preserve, ClientPlace::PodHere, _) => Seen::ClientOffLink,
         (SourceAddress::Preserve, ClientPlace::Elsewhere, Scope::Local) => Seen::Client,
         (SourceAddress::Preserve, ClientPlace::Elsewhere, Scope::Cluster) => Seen::ClientIfWayBack,
+    }
+}
+
+/// Whom a PROXY header names, over TCP: the source of the client's own connection, wherever backends are.
+pub fn named(client: ClientPlace) -> Seen {
+    match client {
+        ClientPlace::PodHere | ClientPlace::Elsewhere => Seen::Client,
+        ClientPlace::Node => Seen::NodeOrVip,
     }
 }
 
@@ -126,6 +139,11 @@ mod tests {
         assert_eq!(seen(ClientPlace::Elsewhere, Scope::Local), Seen::Client);
         assert_eq!(seen(ClientPlace::Elsewhere, Scope::Cluster), Seen::ClientIfWayBack);
         assert_eq!(seen(ClientPlace::PodHere, Scope::Cluster), Seen::ClientOffLink);
+    }
+
+    #[test]
+    fn given_a_header_when_looked_up_then_it_names_the_client_and_a_program_of_the_node_by_its_source() {
+        assert_eq!(ClientPlace::ALL.map(named), [Seen::Client, Seen::Client, Seen::NodeOrVip]);
     }
 
     #[test]
