@@ -173,6 +173,8 @@ fn fate(who: Who, listener: &ListenerReport, entrance: &Entrance<'_>) -> Fate {
         Some(ListenerState::Failed { .. } | ListenerState::Closed) => return Fate::Unbound,
         // Nobody listens on a parked socket: the kernel refuses without a look at any list.
         _ if target.parked() => return Fate::Rejected,
+        // Balancers get none either, so that nobody comes by them.
+        _ if listener.accept_proxy_from.is_some() && listener.outside.verdict == Verdict::Drop => return Fate::Dropped,
         _ if listener.accept_proxy_from.as_ref().is_some_and(Vec::is_empty) => return Fate::Unannounced,
         _ => {}
     }
@@ -291,9 +293,8 @@ impl Explanation<'_> {
 
     /// What becomes of clients that are not even refused. The kernel can keep out a peer, not whom it names.
     fn how_kept_out(&self) -> &'static str {
-        let ListenerReport { accept_proxy_from, outside, inside, .. } = self.listener;
-        let is_silent = accept_proxy_from.is_none() || [outside.verdict, inside.verdict] == [Verdict::Drop; 2];
-        if is_silent { "no answer" } else { "reset" }
+        let ListenerReport { accept_proxy_from, outside, .. } = self.listener;
+        if accept_proxy_from.is_none() || outside.verdict == Verdict::Drop { "no answer" } else { "reset" }
     }
 
     /// Through whom clients come, where a balancer in front names each; all else here is about these clients.
@@ -703,14 +704,16 @@ mod tests {
     }
 
     #[test]
-    fn t126_given_a_balancer_in_front_and_policy_local_when_nobody_here_can_serve_then_whom_it_names_is_reset() {
+    fn t126_given_a_balancer_in_front_and_policy_local_when_nobody_here_can_serve_then_nobody_gets_an_answer() {
         let annotations = [("accept-proxy".into(), "true".into())].into();
         let local = Service { annotations, external_policy: TrafficPolicy::Local, ..web() };
         let options = PlanOptions { accept_proxy_from: vec![net("10.0.0.9/32")], ..options() };
 
-        let text = told(&planned(&local, vec![on(1, "there")], &options), "192.0.2.1:30080", Some(STRANGER));
+        let report = planned(&local, vec![on(1, "there")], &options);
 
-        assert!(text.contains("\nClient Outside:    reset: externalTrafficPolicy is Local, "), "{text}");
+        assert_eq!(fates(&report, "192.0.2.1:30080", None), [Fate::Dropped; 2]);
+        let text = told(&report, "192.0.2.1:30080", Some(POD));
+        assert!(text.contains("\nClient Inside:     no answer: externalTrafficPolicy is Local, "), "{text}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! How a header looks is `serve::proxy_header` and `serve::header_decoder`; who is asked for one is `serve::introduction`.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -15,6 +16,12 @@ use crate::problem::Problem;
 
 const SEND: &str = "proxy-protocol";
 const ACCEPT: &str = "accept-proxy";
+
+/// What becomes of a Service that lets nobody be believed.
+const CLOSED: &str = "so nobody is served over TCP";
+
+/// Every program of this machine can have these as its source.
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// A version of the PROXY protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,34 +71,43 @@ pub struct ProxyProtocol {
 pub(crate) struct Wish {
     send: Option<HeaderVersion>,
     accept: bool,
+    /// An annotation cannot be read, so nobody is served: as if it were not there, clients could write headers themselves, and
+    /// a backend that expects ours would believe them.
+    is_wrong: bool,
 }
 
 impl Wish {
-    /// Reads a Service's annotations. One that cannot be read is a problem, and as if it were not there.
+    /// Reads a Service's annotations. One that cannot be read is a problem, and closes: nobody is served over TCP then.
     ///
     /// `balancers`: whom this process believes, networks of both families. A Service never adds to them: who may edit one
-    /// could otherwise say that any client is any other.
-    pub(crate) fn of(service: &Service, balancers: &[IpNet], problems: &mut Vec<Problem>) -> Self {
+    /// could otherwise say that any client is any other. `own`: addresses of this node, which no balancer in front has.
+    pub(crate) fn of(service: &Service, balancers: &[IpNet], own: &[IpAddr], problems: &mut Vec<Problem>) -> Self {
         let mut wish = Self::default();
         let mut complain = |text: String| {
             problems.push(Problem::error(format_args!("Service {}", service.name), "annotation", text));
         };
         if let Some(value) = service.annotations.get(SEND) {
-            wish.send = HeaderVersion::parse(value);
+            wish.send = HeaderVersion::parse(value.trim());
             if wish.send.is_none() {
-                complain(format!("annotation kube-relay.dev/{SEND}: {value:?} is not used: write v1 or v2"));
+                wish.is_wrong = true;
+                complain(format!("annotation kube-relay.dev/{SEND}: {value:?} is neither v1 nor v2, {CLOSED}"));
             }
         }
-        match service.annotations.get(ACCEPT).map(|value| &**value) {
+        match service.annotations.get(ACCEPT).map(|value| value.trim()) {
             None | Some("false") => {}
             Some("true") => wish.accept = true,
             Some(value) => {
-                complain(format!("annotation kube-relay.dev/{ACCEPT}: {value:?} is not used: write true or false"));
+                wish.is_wrong = true;
+                complain(format!("annotation kube-relay.dev/{ACCEPT}: {value:?} is neither true nor false, {CLOSED}"));
             }
         }
         if wish.accept && balancers.is_empty() {
-            let text = "--accept-proxy-from names nobody, so nobody is served over TCP";
-            complain(format!("annotation kube-relay.dev/{ACCEPT}: {text}"));
+            complain(format!("annotation kube-relay.dev/{ACCEPT}: --accept-proxy-from names nobody, {CLOSED}"));
+        }
+        if wish.accept && balancers.iter().any(|net| own.iter().chain(&LOOPBACK).any(|ip| net.contains(ip))) {
+            let text = "--accept-proxy-from has addresses of this node, whose programs can say that they are anybody";
+            let text = format!("annotation kube-relay.dev/{ACCEPT}: {text}");
+            problems.push(Problem::note(format_args!("Service {}", service.name), "annotation", text));
         }
         if wish != Self::default() && service.ports.iter().all(|port| port.protocol != Protocol::Tcp) {
             let text =
@@ -103,7 +119,16 @@ impl Wish {
 
     /// True where clients of a protocol are announced by balancers.
     pub(crate) fn accepts(self, protocol: Protocol) -> bool {
-        self.accept && protocol == Protocol::Tcp
+        self.asks() && protocol == Protocol::Tcp
+    }
+
+    /// True where backends get a header.
+    pub(crate) fn sends(self) -> bool {
+        self.send.is_some()
+    }
+
+    fn asks(self) -> bool {
+        self.accept || self.is_wrong
     }
 
     /// What that means for the listeners of a family; `None` where it means nothing, as for hardly any it does not.
@@ -111,8 +136,9 @@ impl Wish {
         if self == Self::default() {
             return None;
         }
-        let accept_from = self.accept.then(|| {
-            let of_family: Vec<_> = balancers.iter().filter(|net| Family::of(net.addr()) == family).copied().collect();
+        let accept_from = self.asks().then(|| {
+            let believed: &[IpNet] = if self.is_wrong { &[] } else { balancers };
+            let of_family: Vec<_> = believed.iter().filter(|net| Family::of(net.addr()) == family).copied().collect();
             IpNet::aggregate(&of_family).into()
         });
         Some(Arc::new(ProxyProtocol { send: self.send, accept_from }))
@@ -131,18 +157,16 @@ mod tests {
         let mut service = Service::new("default/web").port("http", 80);
         service.annotations.extend(annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())));
         let mut problems = Vec::new();
-        let wish = Wish::of(&service, balancers, &mut problems);
+        let wish = Wish::of(&service, balancers, &[[192, 0, 2, 1].into()], &mut problems);
         (wish, problems.iter().map(ToString::to_string).collect())
     }
 
     #[test]
-    fn given_a_version_when_read_then_it_is_sent_and_another_word_is_told() {
-        for (text, version) in [("v1", HeaderVersion::V1), ("v2", HeaderVersion::V2)] {
+    fn given_a_version_when_read_then_it_is_sent() {
+        for (text, version) in [("v1", HeaderVersion::V1), (" v2 ", HeaderVersion::V2)] {
             let (wish, problems) = read(&[(SEND, text)], &[]);
             assert_eq!((wish.send, problems.len()), (Some(version), 0));
         }
-        let said = "Service default/web: annotation kube-relay.dev/proxy-protocol: \"V2\" is not used: write v1 or v2";
-        assert_eq!(read(&[(SEND, "V2")], &[]), (Wish::default(), vec![said.into()]));
     }
 
     #[test]
@@ -181,17 +205,31 @@ mod tests {
         service.annotations.insert(SEND.into(), "v2".into());
         let mut problems = Vec::new();
 
-        Wish::of(&service, &[], &mut problems);
+        Wish::of(&service, &[], &[], &mut problems);
 
         assert_eq!(problems.len(), 1);
         assert!(problems[0].to_string().ends_with("are for TCP: no port has it"), "{problems:?}");
     }
 
     #[test]
-    fn given_another_word_when_read_then_nobody_is_asked_for_a_header_and_it_is_told() {
-        let (wish, problems) = read(&[(ACCEPT, "yes")], &balancers());
+    fn given_another_word_when_read_then_nobody_is_served_and_it_is_told() {
+        let cases = [
+            (SEND, "V2", "proxy-protocol: \"V2\" is neither v1 nor v2, so nobody is served over TCP"),
+            (ACCEPT, "yes", "accept-proxy: \"yes\" is neither true nor false, so nobody is served over TCP"),
+        ];
+        for (annotation, value, said) in cases {
+            let (wish, problems) = read(&[(annotation, value)], &balancers());
 
-        assert_eq!(wish, Wish::default());
-        assert!(problems[0].ends_with("\"yes\" is not used: write true or false"), "{problems:?}");
+            let protocol = wish.at(Family::V4, &balancers()).expect("it closes");
+            assert!(protocol.accept_from.as_deref().is_some_and(<[IpNet]>::is_empty), "{annotation}");
+            assert_eq!(problems, [format!("Service default/web: annotation kube-relay.dev/{said}")]);
+        }
+    }
+
+    #[test]
+    fn given_balancers_that_have_addresses_of_this_node_when_read_then_that_is_told() {
+        let told = |net: &str| read(&[(ACCEPT, "true")], &[net.parse().expect("a network")]).1.len();
+
+        assert_eq!(["10.0.0.9/32", "192.0.2.0/24", "127.0.0.1/32", "0.0.0.0/0", "::/0"].map(told), [0, 1, 1, 1, 1]);
     }
 }

@@ -172,9 +172,10 @@ impl<'a> Asked<'a> {
             allow_from: AllowFrom::of(service, options.allow_from.as_ref(), &mut problems),
         };
         let announcing = Announcing {
-            wish: Wish::of(service, &options.accept_proxy_from, &mut problems),
+            wish: Wish::of(service, &options.accept_proxy_from, &options.node_addresses, &mut problems),
             balancers: &options.accept_proxy_from,
         };
+        problems.extend((announcing.wish.sends() && manner.source.is_preserved()).then(|| told_twice(service)));
         plan.problems.extend(problems);
         let mut loops = BTreeSet::new();
         let targets = choose_backends(&mut layout, service, &manner, &entries.list, |port, family, external| {
@@ -191,6 +192,12 @@ impl<'a> Asked<'a> {
         plan.wanted = layout.into();
         plan
     }
+}
+
+fn told_twice(service: &Service) -> Problem {
+    let text = "annotations kube-relay.dev/proxy-protocol and kube-relay.dev/source-address: PROXY headers come from the \
+                addresses of clients; a backend that believes this node's alone takes them for what the client says";
+    Problem::note(format_args!("Service {}", service.name), "annotation", text)
 }
 
 fn hidden(service: &Service) -> Problem {

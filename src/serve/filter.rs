@@ -40,8 +40,9 @@ impl Filter {
             return Ok(None);
         }
         if target.balancers_in_front().is_some() {
-            // Sides and lists are about clients, and who that is a balancer's header tells: the process judges, and resets.
-            return Self::of(&AddressSet::all_or_none(family, !(outside && inside)));
+            // Lists are about clients, and who that is a balancer's header tells: the process judges, and resets. But where
+            // clients from outside get no answer, balancers get none: one that is heard would send clients here.
+            return Self::of(&AddressSet::all_or_none(family, !outside));
         }
         let set = |nets: &[IpNet]| AddressSet::of(family, nets);
         let everybody = AddressSet::all_or_none(family, true);
@@ -343,7 +344,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn given_balancers_in_front_when_a_filter_is_made_then_all_are_heard_unless_nobody_is() {
+    fn given_balancers_in_front_when_a_filter_is_made_then_all_are_heard_unless_clients_from_outside_get_no_answer() {
         let net = |text: &str| text.parse::<IpNet>().expect("a net");
         let filter = |verdicts| {
             let protocol = ProxyProtocol { send: None, accept_from: Some([net("10.0.0.9/32")].into()) };
@@ -353,9 +354,11 @@ pub(super) mod tests {
         };
 
         assert_eq!(filter([Verdict::Reject, Verdict::Reject]), None, "lists are not about who comes");
-        assert_eq!(filter([Verdict::Drop, Verdict::Reject]), None, "the client may be inside");
-        let nobody = filter([Verdict::Drop, Verdict::Drop]).expect("a filter");
-        assert!(!passes(&nobody, [10, 0, 0, 9].into()));
+        assert_eq!(filter([Verdict::Reject, Verdict::Drop]), None, "the client may be outside");
+        for inside in [Verdict::Reject, Verdict::Drop] {
+            let nobody = filter([Verdict::Drop, inside]).expect("a filter");
+            assert!(!passes(&nobody, [10, 0, 0, 9].into()));
+        }
     }
 
     #[test]

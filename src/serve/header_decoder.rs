@@ -14,6 +14,8 @@ use crate::serve::proxy_header::{Parties, V1_LONGEST, V1_START, V2_LOCAL, V2_PRO
 /// The longest header that is read. By its length field one could have 64 KiB; a certificate's names fit into this.
 pub(super) const LONGEST: usize = 4096;
 
+/// In place of a family in version 1: the sender does not say.
+const V1_UNKNOWN: &[u8] = b"UNKNOWN";
 /// Signature, command, family and length of version 2.
 const V2_FIXED: usize = 16;
 const V2_UNSPECIFIED: u8 = 0x00;
@@ -109,16 +111,18 @@ fn parse_v1(bytes: &[u8]) -> Result<Option<(Header, usize)>, Malformed> {
         return if line.len() < V1_LONGEST { Ok(None) } else { Err(Malformed::TooLong) };
     };
     // The line end cannot be within the start, which has none.
-    let text = line.get(V1_START.len()..end).and_then(|text| std::str::from_utf8(text).ok());
-    let header = read_line(text.ok_or(Malformed::Addresses)?)?;
+    let header = read_line(line.get(V1_START.len()..end).ok_or(Malformed::Addresses)?)?;
     Ok(Some((header, end + 2)))
 }
 
 /// What follows `PROXY `, without the line end.
-fn read_line(text: &str) -> Result<Header, Malformed> {
+fn read_line(line: &[u8]) -> Result<Header, Malformed> {
+    if line == V1_UNKNOWN || line.strip_prefix(V1_UNKNOWN).is_some_and(|rest| rest.starts_with(b" ")) {
+        return Ok(Header::Own); // Whatever follows is to be ignored.
+    }
+    let text = std::str::from_utf8(line).map_err(|_| Malformed::Addresses)?;
     let mut fields = text.split(' ');
     match fields.next() {
-        Some("UNKNOWN") => Ok(Header::Own), // Whatever follows is to be ignored.
         Some("TCP4") => read_addresses::<Ipv4Addr>(fields),
         Some("TCP6") => read_addresses::<Ipv6Addr>(fields),
         _ => Err(Malformed::Family),
@@ -142,10 +146,10 @@ fn read_ip<A: FromStr + Into<IpAddr>>(text: &str) -> Result<IpAddr, Malformed> {
     text.parse::<A>().map(Into::into).map_err(|_| Malformed::Addresses)
 }
 
-/// Digits alone: `+80` is a number for Rust.
+/// Digits alone, and none that says nothing: `+80` and `080` are numbers for Rust.
 fn read_port(text: &str) -> Result<u16, Malformed> {
-    let number = text.parse::<u16>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-    number.ok_or(Malformed::Addresses)
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit()) && (text.len() == 1 || !text.starts_with('0'));
+    text.parse().ok().filter(|_| is_plain).ok_or(Malformed::Addresses)
 }
 
 fn parse_v2(bytes: &[u8]) -> Result<Option<(Header, usize)>, Malformed> {
@@ -229,6 +233,7 @@ mod tests {
         let nobody = [
             b"PROXY UNKNOWN\r\n".to_vec(),
             b"PROXY UNKNOWN ffff::1 ffff::2 65535 65535\r\n".to_vec(),
+            b"PROXY UNKNOWN \xff\r\n".to_vec(),
             binary(0x20, 0x00, &[]),
             binary(0x20, 0x11, &[203, 0, 113, 7, 10, 96, 0, 10, 0, 1, 0, 80]),
             binary(0x20, 0xff, &[4, 0, 1, 0]),
@@ -242,7 +247,7 @@ mod tests {
 
     #[test]
     fn given_what_is_no_header_when_read_then_the_first_byte_that_shows_it_ends_it() {
-        let wrong: [(&[u8], Malformed); 20] = [
+        let wrong: [(&[u8], Malformed); 22] = [
             (b"G", Malformed::Missing),
             (b"PROXI", Malformed::Missing),
             (b"PROXY\r", Malformed::Missing),
@@ -261,7 +266,9 @@ mod tests {
             (b"PROXY TCP4  1.2.3.4 1.2.3.4 1 2\r\n", Malformed::Addresses),
             (b"PROXY TCP4 1.2.3.4 1.2.3.4 1 65536\r\n", Malformed::Addresses),
             (b"PROXY TCP4 1.2.3.4 1.2.3.4 +1 2\r\n", Malformed::Addresses),
+            (b"PROXY TCP4 1.2.3.4 1.2.3.4 1 02\r\n", Malformed::Addresses),
             (b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2 3\r\n", Malformed::Addresses),
+            (b"PROXY UNKNOWNS\r\n", Malformed::Family),
             (b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n\r\n", Malformed::Addresses),
         ];
         for (bytes, malformed) in wrong {
@@ -279,6 +286,14 @@ mod tests {
         assert_eq!(whole(&line[..107]), Err(Malformed::TooLong));
         let longest = [&line[..105], b"\r\n"].concat();
         assert_eq!(read([&*longest]), Ok(Some((Header::Own, 107))));
+    }
+
+    #[test]
+    fn given_a_header_as_long_as_there_may_be_when_read_then_it_is_taken_and_a_longer_one_is_not() {
+        let header = |length: usize| binary(V2_LOCAL, V2_UNSPECIFIED, &vec![0; length - V2_FIXED]);
+
+        assert_eq!(read(header(LONGEST).chunks(512)), Ok(Some((Header::Own, LONGEST))));
+        assert_eq!(whole(&header(LONGEST + 1)[..V2_FIXED]), Err(Malformed::TooLong));
     }
 
     #[test]

@@ -11,10 +11,12 @@
 //! From the header on, its client is *the* client: for source ranges and allow-lists, inside or outside, session affinity,
 //! logs, and the header towards the backend. A balancer that names nobody (its health check, `LOCAL`, `UNKNOWN`) is the client
 //! itself, and has to be in the lists as one. A client cannot forge its address: the header of a stranger is never read, and
-//! what follows a balancer's header is payload.
+//! what follows a balancer's header is payload. That is as good as the balancer's address: who can send from it is believed.
 //!
-//! The lists are asked when the header is there, as they are then. The kernel's `filter` knows the balancer's address alone,
-//! so whom the lists do not have is reset here, where others get no answer.
+//! The lists are asked when the header is there, as they are then, and so is whether the balancer is one still and the listener
+//! the same Service's. The kernel's `filter` knows the balancer's address alone, so whom the lists do not have is reset here,
+//! where others get no answer. But where clients from outside get none (`externalTrafficPolicy: Local` without an endpoint
+//! here), balancers get none either: one that is let in takes this node for one that serves.
 //!
 //! A balancer that waits with its header holds what any connection holds, a place among those that are open included, and
 //! for [`TcpOptions::header_timeout`](crate::serve::tcp::TcpOptions) at most.
@@ -22,7 +24,7 @@
 //! Which peer is which is the rule of `entrance`; how a header is taken apart is `header_decoder`.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -32,12 +34,12 @@ use tracing::debug;
 
 use crate::entrance::Arrival;
 use crate::plan::HeaderVersion;
-use crate::serve::balancer::Balancer;
+use crate::serve::balancer::{Balancer, PortState};
 use crate::serve::deadline::{before, within_a_turn};
 use crate::serve::header_decoder::{Decoder, Header};
 use crate::serve::proxy_header::{Parties, Preface};
 use crate::serve::stream::Stream;
-use crate::serve::{Target, TargetCell};
+use crate::serve::{Target, TargetCell, Verdict};
 use crate::stats::DropReason;
 
 /// How much is looked at in one go: more than a header has that names no certificates.
@@ -62,14 +64,13 @@ pub(super) enum Admission {
 pub(super) struct Introduced {
     /// Who chooses its backend.
     pub(super) balancer: Arc<Balancer>,
-    parties: Parties,
-    send: Option<HeaderVersion>,
+    /// What its backend gets before its first byte.
+    pub(super) preface: Option<Box<Preface>>,
 }
 
 impl Introduced {
-    /// What its backend gets before its first byte.
-    pub(super) fn preface(&self) -> Option<Box<Preface>> {
-        self.send.map(|version| Box::new(Preface::of(version, &self.parties)))
+    fn new(balancer: Arc<Balancer>, send: Option<HeaderVersion>, parties: &Parties) -> Self {
+        Self { balancer, preface: send.map(|version| Box::new(Preface::of(version, parties))) }
     }
 }
 
@@ -80,6 +81,7 @@ impl Admission {
     /// Why it has to be turned away.
     pub(super) fn of(cell: &TargetCell, target: &Target, peer: SocketAddr) -> Result<Self, DropReason> {
         match Arrival::of(peer.ip(), target.balancers_in_front()) {
+            Arrival::Announced if matches!(target.outside, Verdict::Drop) => Err(DropReason::NoLocalEndpoints),
             Arrival::Announced => Ok(Self::Announced(Arc::clone(cell))),
             Arrival::Unannounced => Err(DropReason::UnknownBalancer),
             Arrival::InPerson => {
@@ -110,17 +112,28 @@ impl Admission {
         }
     }
 
-    /// Judges the client by what is known of it now.
+    /// Judges the client by what is known of it now. `peer` and `port`: whose connection it is, and to which ServicePort it
+    /// came.
     ///
     /// # Errors
     /// Why it has to be turned away.
-    pub(super) fn judge(self, parties: Parties) -> Result<Introduced, DropReason> {
+    pub(super) fn judge(
+        self,
+        peer: IpAddr,
+        port: &Arc<PortState>,
+        parties: &Parties,
+    ) -> Result<Introduced, DropReason> {
         match self {
-            Self::Granted { balancer, send } => Ok(Introduced { balancer, parties, send }),
+            Self::Granted { balancer, send } => Ok(Introduced::new(balancer, send, parties)),
             Self::Announced(cell) => {
                 let target = cell.load();
+                let asks = Arrival::of(peer, target.balancers_in_front()) == Arrival::Announced;
+                if !asks || !Arc::ptr_eq(&target.port, port) {
+                    // Since it came, the listener has become another Service's, or asks nobody any more.
+                    return Err(DropReason::UnknownBalancer);
+                }
                 let balancer = Arc::clone(target.balancer_for(parties.client.ip())?);
-                Ok(Introduced { balancer, parties, send: target.header_to_backends() })
+                Ok(Introduced::new(balancer, target.header_to_backends(), parties))
             }
         }
     }
@@ -165,6 +178,7 @@ fn poll_header(
                 return Poll::Ready(Err(DropReason::ProxyHeader));
             }
         };
+        debug_assert!(decoded.header.is_some() || decoded.taken > 0, "else this would never end");
         if stream.take_shown(&mut shown[..decoded.taken]).is_err() {
             return Poll::Ready(Err(DropReason::ClientAbort));
         }
@@ -176,8 +190,6 @@ fn poll_header(
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use arc_swap::ArcSwap;
     use ipnet::IpNet;
     use tokio::io::AsyncWriteExt;
@@ -223,22 +235,28 @@ mod tests {
     async fn introduced(
         limit: Duration,
         script: impl AsyncFnOnce(&mut TcpStream),
-    ) -> (Result<Introduced, DropReason>, TcpStream, Stream) {
+    ) -> (Result<(Introduced, Parties), DropReason>, TcpStream, Stream) {
         let (mut far, near) = pair().await;
         near.set_nodelay(true).expect("an option");
-        let stream = registered(near);
-        let admission = admission(&cell(), BALANCER).expect("a balancer");
-        let parties = Parties { client: at(BALANCER, 40_000), destination: at([10, 96, 0, 10], 80) };
-        let hearing = admission.parties(&stream, parties, limit);
+        let (stream, cell) = (registered(near), cell());
+        let port = Arc::clone(&cell.load().port);
+        let admission = admission(&cell, BALANCER).expect("a balancer");
+        let hearing = admission.parties(&stream, ends(), limit);
         let (heard, ()) = soon(async { tokio::join!(hearing, script(&mut far)) }).await;
-        (heard.and_then(|parties| admission.judge(parties)), far, stream)
+        let judged = heard.and_then(|parties| Ok((admission.judge(BALANCER.into(), &port, &parties)?, parties)));
+        (judged, far, stream)
+    }
+
+    /// The ends of a balancer's connection.
+    fn ends() -> Parties {
+        Parties { client: at(BALANCER, 40_000), destination: at([10, 96, 0, 10], 80) }
     }
 
     const LONG: Duration = Duration::from_secs(3_600);
 
     async fn judged(bytes: &[u8]) -> Result<SocketAddr, DropReason> {
         let sent = async |far: &mut TcpStream| far.write_all(bytes).await.expect("a connection");
-        introduced(LONG, sent).await.0.map(|introduced| introduced.parties.client)
+        introduced(LONG, sent).await.0.map(|(_, parties)| parties.client)
     }
 
     #[test]
@@ -265,19 +283,36 @@ mod tests {
     }
 
     #[test]
-    fn given_lists_that_change_when_the_header_comes_then_they_are_asked_as_they_are_now() {
-        on_worker(async {
-            let (mut far, near) = pair().await;
-            let (stream, cell) = (registered(near), cell());
+    fn given_a_node_that_may_not_serve_those_outside_when_balancers_come_then_they_are_not_let_in() {
+        let cell = Arc::new(ArcSwap::from_pointee(Target { outside: Verdict::Drop, ..target() }));
+
+        assert_eq!(admission(&cell, BALANCER).expect_err("no endpoint here"), DropReason::NoLocalEndpoints);
+    }
+
+    #[test]
+    fn given_a_listener_that_changes_when_the_header_comes_then_it_is_judged_as_it_is_now() {
+        let (before, client) = (target(), at([203, 0, 113, 7], 40_000));
+        let port = Arc::clone(&before.port);
+        let other_list = Some([net("192.0.2.0/24")].into());
+        let changes = [
+            (Target { port: Arc::clone(&port), ..target() }, None),
+            (Target { port: Arc::clone(&port), allow_from: other_list, ..target() }, Some(DropReason::DeniedAddress)),
+            (
+                Target { port: Arc::clone(&port), proxy_protocol: None, ..target() },
+                Some(DropReason::UnknownBalancer), // It asks nobody any more.
+            ),
+            (target(), Some(DropReason::UnknownBalancer)), // Another ServicePort's.
+        ];
+        let cell = Arc::new(ArcSwap::from_pointee(before));
+        for (after, expected) in changes {
             let admission = admission(&cell, BALANCER).expect("a balancer");
-            let parties = Parties { client: at(BALANCER, 40_000), destination: at([10, 96, 0, 10], 80) };
 
-            cell.store(Arc::new(Target { allow_from: Some([net("192.0.2.0/24")].into()), ..target() }));
-            far.write_all(b"PROXY TCP4 203.0.113.7 192.0.2.80 40000 80\r\n").await.expect("a connection");
+            let before = cell.swap(Arc::new(after));
+            let judged = admission.judge(BALANCER.into(), &port, &Parties { client, ..ends() });
 
-            let heard = soon(admission.parties(&stream, parties, LONG)).await.expect("a header");
-            assert_eq!(admission.judge(heard).expect_err("in no list any more"), DropReason::DeniedAddress);
-        });
+            assert_eq!(judged.err(), expected);
+            cell.store(before);
+        }
     }
 
     #[test]
@@ -342,9 +377,9 @@ mod tests {
 
             let (outcome, far, stream) = introduced(LONG, sent).await;
 
-            let introduced = outcome.expect("a client");
-            assert_eq!(introduced.parties.destination, at([192, 0, 2, 80], 80), "where the client wanted to go");
-            let preface = introduced.preface().expect("backends want one");
+            let (introduced, parties) = outcome.expect("a client");
+            assert_eq!(parties.destination, at([192, 0, 2, 80], 80), "where the client wanted to go");
+            let preface = introduced.preface.expect("backends want one");
             assert_eq!(preface.as_bytes(), b"PROXY TCP4 203.0.113.7 192.0.2.80 40000 80\r\n", "onwards");
             let mut payload = [0; 13];
             let mut read = 0;
@@ -362,10 +397,9 @@ mod tests {
             let (far, near) = pair().await;
             let stream = registered(near);
             let admission = admission(&cell(), BALANCER).expect("a balancer");
-            let parties = Parties { client: at(BALANCER, 40_000), destination: at([10, 96, 0, 10], 80) };
             reset(far);
 
-            let heard = soon(admission.parties(&stream, parties, LONG)).await;
+            let heard = soon(admission.parties(&stream, ends(), LONG)).await;
 
             assert_eq!(heard.expect_err("a reset"), DropReason::ClientAbort);
         });

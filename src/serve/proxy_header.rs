@@ -57,7 +57,7 @@ fn in_ipv6(ip: IpAddr) -> Ipv6Addr {
 }
 
 /// What a backend gets before a client's first byte. Not counted as payload.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Preface {
     bytes: [u8; V1_LONGEST],
     length: u8,

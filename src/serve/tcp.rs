@@ -5,8 +5,9 @@
 //! [`TcpShared`], which waits for them or ends them when the process stops.
 //!
 //! The life of a connection: accepted here, its client known by `introduction` (mostly at once, by its address), a backend
-//! reached in `connect`, bytes moved in `relay`. A client that is turned away gets a reset, never a clean end of stream, and is counted with the reason. Where this host lacks
-//! something, or a limit is reached (`gate`), nobody is turned away: who accepts rests, and clients wait in the kernel.
+//! reached in `connect`, bytes moved in `relay`. A client that is turned away gets a reset, never a clean end of stream, and is
+//! counted with the reason. Where this host lacks something, or a limit is reached (`gate`), nobody is turned away: who accepts
+//! rests, and clients wait in the kernel.
 //!
 //! # The system calls of a short connection
 //! Open, a request, a response, close; 14 calls, and a share of those that serve many connections under load (of
@@ -16,6 +17,7 @@
 //! |---|---|
 //! | `accept4` | the client; not blocking at once, TCP_NODELAY inherited from the listener; keep-alive after five seconds (`lasting`) |
 //! | `epoll_ctl` add | its only registration |
+//! | `recvfrom`, twice | where balancers in front say who comes: a look at the header, and the header |
 //! | `socket`, `connect` | the backend; no option before the second write (`direction`) or the fifth second (`lasting`) |
 //! | `epoll_ctl` add | its only registration; the loop tells of success, so SO_ERROR is read after failures alone |
 //! | `recvfrom`, `sendto` | the request; a short read says that the socket is empty |
@@ -188,7 +190,7 @@ impl TcpShared {
     }
 
     /// Tells an operator of what turns clients away and only he can change.
-    fn complain(&self, reason: DropReason, service: &ServicePortName) {
+    fn complain(&self, reason: DropReason, service: &ServicePortName, client: SocketAddr) {
         let now = Instant::now();
         match reason {
             DropReason::LocalPorts if self.lack_of_ports.is_news(now) => {
@@ -197,7 +199,8 @@ impl TcpShared {
             }
             DropReason::ProxyHeader if self.lack_of_headers.is_news(now) => {
                 let remedy = "have it send one (send-proxy, send-proxy-v2), or take it out of --accept-proxy-from";
-                warn!(%service, %reason, remedy, "a balancer in front begins without a PROXY header: its clients are reset");
+                let balancer = client.ip();
+                warn!(%service, client = %balancer, %reason, remedy, "a balancer in front does not begin with a PROXY header in time: its clients are reset");
             }
             _ => {}
         }
@@ -638,7 +641,7 @@ async fn reach(
             Some((connection, named))
         }
         Err(reason) => {
-            shared.complain(reason, &guest.port.name);
+            shared.complain(reason, &guest.port.name, guest.peer);
             guest.reason = reason;
             None
         }
@@ -658,7 +661,7 @@ impl Guest<Stream> {
         let client = self.client.take().ok_or(self.reason)?;
         set_if_they_last(&client, &stream, shared.options.if_lasting());
         let mut connection = Connection::open(client, stream, backend, self.entry);
-        connection.begin_with(introduced.preface());
+        connection.begin_with(introduced.preface);
         connection.tell(self.take_draft());
         let own = introduced.balancer.tcp_settings().map(|settings| limits.of_service(&settings));
         Ok(match own.filter(|own| own != limits) {
@@ -674,11 +677,11 @@ impl Guest<Stream> {
         admission: Admission,
         header_timeout: Duration,
     ) -> Result<Introduced, DropReason> {
-        let stream = self.client.as_ref().ok_or(self.reason)?;
-        let parties = Parties { client: self.peer, destination: listen.address() };
+        let (stream, peer) = (self.client.as_ref().ok_or(self.reason)?, self.peer);
+        let parties = Parties { client: peer, destination: listen.address() };
         let parties = admission.parties(stream, parties, header_timeout).await?;
         self.note_client(parties.client);
-        admission.judge(parties)
+        admission.judge(peer.ip(), &self.port, &parties)
     }
 
     /// It is whom a balancer in front says, not that balancer.
