@@ -17,7 +17,6 @@
 //! operator): it needs to be told nothing. Where neither is to be had, nothing guards, and the log says so.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::future::pending;
 use std::io;
 use std::net::IpAddr;
@@ -34,6 +33,7 @@ use crate::guard_filters::GuardFilters;
 use crate::guard_socket::table_name;
 use crate::guard_table::{self, GuardTable};
 use crate::host_news::HostNews;
+use crate::local_ports;
 use crate::route_socket::{RouteNews, RouteSocket};
 use crate::stats::PROCESS;
 use crate::wildcard::wildcard_ports;
@@ -52,8 +52,6 @@ const BUSY_RETRY: Duration = Duration::from_secs(1);
 const QUIET: Duration = Duration::from_secs(60);
 /// What guards without nf_tables, as the log calls it.
 const FILTERS: &str = "filters of tc";
-/// The ports of clients, where the kernel does not tell: its default.
-const CLIENTS: RangeInclusive<u16> = 32_768..=60_999;
 
 /// What keeps sockets of all addresses from answering at addresses of Services. From `--vip-guard`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -128,7 +126,7 @@ pub fn remove_filters(protocol: u8) -> io::Result<bool> {
 /// # Errors
 /// Where the kernel does not tell.
 pub(crate) fn has_filters(protocol: u8, addresses: &BTreeSet<IpAddr>) -> io::Result<bool> {
-    GuardFilters::open(protocol)?.is_settled(addresses, &clients())
+    GuardFilters::open(protocol)?.is_settled(addresses, &local_ports::range())
 }
 
 /// The task that follows routes. Owns what it knows by value.
@@ -190,7 +188,7 @@ impl Watcher {
         let routes = RouteSocket::open(protocol)?;
         let filters = (guard == VipGuard::Tc).then(|| Filters::open(protocol)).transpose()?;
         let news = RouteNews::open(protocol).ok(); // Before the first look, so that nothing is missed in between.
-        let clients = clients();
+        let clients = local_ports::range();
         Ok(Self {
             protocol,
             routes,
@@ -282,7 +280,7 @@ impl Watcher {
         self.check_due = now + CHECK_INTERVAL;
         self.is_pending = true;
         self.is_stale |= self.news.is_none();
-        let clients = clients();
+        let clients = local_ports::range();
         if clients != self.clients {
             self.table.note_clients(&clients);
             self.clients = clients;
@@ -454,17 +452,6 @@ fn tell_lost(last: &mut Option<Instant>, by: &str) {
     }
 }
 
-/// The ports that the kernel gives to clients of this network namespace.
-fn clients() -> RangeInclusive<u16> {
-    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok();
-    range.and_then(|text| read_range(&text)).unwrap_or(CLIENTS)
-}
-
-fn read_range(text: &str) -> Option<RangeInclusive<u16>> {
-    let mut ends = text.split_ascii_whitespace().map(|end| end.parse().ok());
-    Some(ends.next()??..=ends.next()??)
-}
-
 async fn readable(news: Option<&RouteNews>) {
     match news {
         Some(news) => news.readable().await,
@@ -493,14 +480,6 @@ fn errno(error: &io::Error) -> Errno {
 mod tests {
     use super::*;
     use crate::vip_routes::{LocalRoute, News};
-
-    #[test]
-    fn given_a_range_of_ports_when_read_then_both_ends_count_and_nonsense_is_none() {
-        assert_eq!(read_range("32768\t60999\n"), Some(32_768..=60_999));
-        for wrong in ["", "1024", "a b", "1 70000"] {
-            assert_eq!(read_range(wrong), None, "{wrong}");
-        }
-    }
 
     /// Of a number that nobody uses. It has asked nothing of nf_tables yet.
     fn watcher() -> Option<Watcher> {

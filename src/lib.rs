@@ -172,6 +172,7 @@ pub mod lifecycle;
 mod listen_overflows;
 mod listener_set;
 pub mod live;
+mod local_ports;
 mod locate;
 mod log_queue;
 #[cfg(feature = "kubernetes")]

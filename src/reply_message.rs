@@ -19,9 +19,11 @@ use crate::name::Family;
 pub const MARK: u32 = 0x2000;
 /// Where the rule stands among others: behind that of what is local, before those of networks of pods, which begin at 512.
 pub const RULE_PRIORITY: u32 = 107;
-/// The chain, and when it sees packets: before the kernel looks for their way, where marks for that are set (`mangle`).
+/// The chain, and when it sees packets: before the kernel looks for their way, and after all that others do there. What restores
+/// marks of connections would take ours away, and firewalld asks for the way back of packets with their marks: by ours, it
+/// is this machine.
 pub(crate) const CHAIN: &str = "prerouting";
-pub(crate) const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: -150 };
+pub(crate) const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: 200 };
 
 /// Attributes of rules, as `linux/fib_rules.h` numbers them,
 const RULE_PRIORITY_ATTRIBUTE: u16 = 6;

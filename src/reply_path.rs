@@ -147,7 +147,9 @@ impl Keeper {
                         self.settle();
                         let _ = done.send(()); // Who asked may have gone.
                     }
-                    Some(Order::Clear) if !self.is_required => self.clear("the last run has led answers here: that is taken back"),
+                    Some(Order::Clear) if !self.is_required => {
+                        self.clear("the last run has led answers here: that is taken back");
+                    }
                     Some(Order::Clear) => {}
                     Some(Order::End(done)) => {
                         if self.options.removed_at_exit {
@@ -303,9 +305,11 @@ impl Kernel {
     }
 }
 
-/// True where this machine does not speak IPv6, or is not to: then it has no clients, either.
+/// True where this machine does not speak IPv6, or is not to: then it has no clients, either. `ACCESS`: it is switched off on
+/// loopback (`disable_ipv6`); who has no right is told `PERM`.
 fn is_missing_family(family: Family, error: Errno) -> bool {
-    family == Family::V6 && matches!(error, Errno::AFNOSUPPORT | Errno::OPNOTSUPP)
+    let is_off = matches!(error, Errno::AFNOSUPPORT | Errno::OPNOTSUPP | Errno::ACCESS | Errno::NODEV);
+    family == Family::V6 && is_off
 }
 
 /// True where others were changing rules meanwhile: that is no fault of the kernel.
@@ -337,6 +341,12 @@ mod tests {
         path.end().await;
 
         assert!(!path.leads_here());
+    }
+
+    #[test]
+    fn given_a_machine_without_ipv6_when_the_kernel_says_so_then_ipv4_goes_on_and_a_missing_right_is_told() {
+        assert!([Errno::AFNOSUPPORT, Errno::ACCESS].into_iter().all(|error| is_missing_family(Family::V6, error)));
+        assert!(!is_missing_family(Family::V6, Errno::PERM) && !is_missing_family(Family::V4, Errno::ACCESS));
     }
 
     #[tokio::test]

@@ -166,6 +166,8 @@ words! {
         NodeLocal = "node_local",
         /// The client is on the link by which the backend is reached: the backend would answer it past this node.
         SameLink = "same_link",
+        /// The client is of the other family than the backend, as a balancer in front may name it.
+        OtherFamily = "other_family",
         /// The backend is this node itself, as a pod with `hostNetwork` is: it would answer the client by another way.
         HostBackend = "host_backend",
         /// An answer to a client's address did not come back here: the backend has another way to it.

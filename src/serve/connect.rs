@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use socket2::SockRef;
 use tracing::debug;
 
+use crate::local_ports::may_be_chosen;
 use crate::name::Family;
 use crate::plan::TcpSettings;
 use crate::serve::balancer::{Backend, Balancer, Tried};
@@ -102,7 +103,7 @@ pub enum Source {
     /// One of this node's addresses; the port is chosen per destination.
     Address(IpAddr),
     /// The client's own address and port. Needs CAP_NET_ADMIN, and answers that come back through this node: where they do
-    /// not, it is as `Any`.
+    /// not, the ladder goes on as with `Any`.
     Client(SocketAddr),
 }
 
@@ -206,6 +207,9 @@ pub(crate) async fn dial(
 enum Missed {
     /// It failed.
     Failed(ConnectError),
+    /// The backend, or a policy before it, said no to the client's own address: that may concern this client alone, so it is no
+    /// failure of the backend.
+    Denied(ConnectError),
     /// The endpoint was removed while it was being tried: not its fault, and no use either.
     Left,
 }
@@ -302,7 +306,7 @@ impl<'a> Ladder<'a> {
         let now = Instant::now();
         let side = port.preserve.side(client.ip(), backend, now);
         let side = match side {
-            Ok(side) if backend.may_have_way_back(side, now) => side,
+            Ok(side) if backend.may_have_way_back(side, client.ip(), now) => side,
             other => {
                 let reason = other.err().unwrap_or(SourceFallback::NoWayBack);
                 port.preserve.stats.fallbacks.count(reason);
@@ -317,34 +321,41 @@ impl<'a> Ladder<'a> {
                 Ok(stream)
             }
             Err(Missed::Failed(error)) => match error.reason {
-                ConnectFailure::Timeout => self.attempt_past_proof(side, patience, backend).await,
-                // No port of the client's address is left towards this backend, or it has a kind of address of its own.
+                ConnectFailure::Timeout => self.attempt_past_proof(side, client.ip(), patience, backend).await,
+                // No port of the client's address is left towards this backend, or no way leads there from that address. Where
+                // there is none from this node's either, the backend is unreachable and nothing else.
                 ConnectFailure::LocalPorts | ConnectFailure::Unreachable => {
-                    port.preserve.stats.fallbacks.count(SourceFallback::LocalPorts);
-                    self.attempt_from_node(backend).await
+                    let outcome = self.attempt_from_node(backend).await;
+                    if outcome.is_ok() {
+                        port.preserve.stats.fallbacks.count(SourceFallback::LocalPorts);
+                    }
+                    outcome
                 }
-                // It said no, and that came here, too.
-                ConnectFailure::Refused | ConnectFailure::Reset => {
-                    backend.note_way_back(side, Instant::now());
-                    Err(Missed::Failed(error))
-                }
+                // By whom is not known: nothing follows for the way back.
+                ConnectFailure::Refused | ConnectFailure::Reset => Err(Missed::Denied(error)),
                 ConnectFailure::FdLimit | ConnectFailure::Memory => Err(Missed::Failed(error)),
             },
-            Err(Missed::Left) => Err(Missed::Left),
+            Err(missed) => Err(missed),
         }
     }
 
     /// No answer to the client's address has come. Where the backend answers this node, and in less time, that is why.
-    async fn attempt_past_proof(&self, side: Side, waited: Duration, backend: &Backend) -> Result<Stream, Missed> {
+    async fn attempt_past_proof(
+        &self,
+        side: Side,
+        client: IpAddr,
+        waited: Duration,
+        backend: &Backend,
+    ) -> Result<Stream, Missed> {
         let (port, begin) = (&self.balancer.port, Instant::now());
         let outcome = self.attempt_from_node(backend).await;
         let answers = match &outcome {
             Ok(_) => true,
             Err(Missed::Failed(error)) => error.reason == ConnectFailure::Refused,
-            Err(Missed::Left) => false,
+            Err(Missed::Denied(_) | Missed::Left) => false,
         };
         if answers && begin.elapsed() < waited / 2 {
-            backend.note_no_way_back(side, &port.name, Instant::now());
+            backend.note_no_way_back(side, client, &port.name, Instant::now());
         }
         port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
         outcome
@@ -415,18 +426,23 @@ impl<'a> Ladder<'a> {
         if backend.is_ejected() { step.min(PROBE) } else { step }
     }
 
-    /// How long an answer to a client's address may take: no longer than one to this node.
+    /// How long an answer to a client's address may take: no longer than leaves as much for one to this node.
     fn patience_for_proof(&self, backend: &Backend) -> Duration {
         let last = Duration::from_micros(backend.stats.connect_us.get());
-        PROOF.max(last.saturating_mul(Self::PATIENCE)).min(self.patience(backend))
+        let left = self.patience(backend).min(self.end.saturating_duration_since(Instant::now()));
+        PROOF.max(last.saturating_mul(Self::PATIENCE)).min(left / 2)
     }
 
     /// Draws the conclusions from a missed try; an error where another try would be useless.
     fn note(&mut self, backend: &Backend, missed: &Missed) -> Result<(), DropReason> {
         self.tried.add(backend);
-        let Missed::Failed(error) = missed else {
-            self.denied.add(backend);
-            return Ok(());
+        let (error, is_failure) = match missed {
+            Missed::Failed(error) => (error, true),
+            Missed::Denied(error) => (error, false),
+            Missed::Left => {
+                self.denied.add(backend);
+                return Ok(());
+            }
         };
         debug!(
             service = %self.balancer.port.name, backend = %backend.address, client = %self.client,
@@ -441,6 +457,7 @@ impl<'a> Ladder<'a> {
             _ => self.denied.add(backend),
         }
         if let Some(eject_after) = self.eject_after
+            && is_failure
             && error.reason != ConnectFailure::LocalPorts
         {
             self.balancer.note_failure(backend, error.reason, eject_after, Instant::now());
@@ -467,7 +484,8 @@ async fn open(address: SocketAddr, source: Source) -> io::Result<Stream> {
 fn begin(address: SocketAddr, source: Source) -> io::Result<OwnedFd> {
     match source {
         Source::Client(client) => match begin_as(client, address) {
-            // Another connection from there has that port, or it is one of the first 1,024 and not for us.
+            // Another connection from there has that port, it is one of the first 1,024 and not for us, or the kernel (before
+            // 6.3) cannot take a port of its own range without taking it from everybody.
             Err(error) if is_port_denied(&error) => begin_as(SocketAddr::new(client.ip(), 0), address),
             outcome => outcome,
         },
@@ -488,6 +506,7 @@ fn begin_as(client: SocketAddr, address: SocketAddr) -> io::Result<OwnedFd> {
     let from = SocketAddr::new(client.ip(), client.port());
     match client.port() {
         0 => socket::bind_source(&socket, from)?,
+        port if may_be_chosen(port) => socket::choose_source(&socket, from)?,
         _ => socket::bind_shared_source(&socket, from)?,
     }
     connecting(socket, address)
@@ -499,7 +518,8 @@ fn connecting(socket: OwnedFd, address: SocketAddr) -> io::Result<OwnedFd> {
 }
 
 fn is_port_denied(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::ADDRINUSE | Errno::ADDRNOTAVAIL | Errno::ACCESS))
+    let denied = [Errno::ADDRINUSE, Errno::ADDRNOTAVAIL, Errno::ACCESS, Errno::NOPROTOOPT];
+    Errno::from_io_error(error).is_some_and(|errno| denied.contains(&errno))
 }
 
 /// True where nobody listened and the kernel, choosing a source port, connected the socket to itself.
@@ -988,6 +1008,31 @@ mod tests {
         assert_eq!(word(Errno::MFILE), ConnectFailure::FdLimit);
         assert_eq!(word(Errno::NOBUFS), ConnectFailure::Memory);
         assert_eq!(word(Errno::NOSPC), ConnectFailure::Memory);
+    }
+
+    #[test]
+    fn given_a_backend_that_says_no_to_clients_addresses_when_noted_then_it_is_counted_and_ejects_nobody() {
+        let all = backends([SocketAddr::from((LOOPBACK, 1)), SocketAddr::from((LOOPBACK, 2))]);
+        let web = balancer(&all);
+        let options = ConnectOptions::default();
+
+        for _ in 0..20 {
+            let mut ladder = Ladder::new(&web, CLIENT, &options);
+            let error = ConnectError::new(all[0].address, Errno::CONNREFUSED.into());
+            ladder.note(&all[0], &Missed::Denied(error)).expect("another try is of use");
+        }
+
+        assert_eq!(failures(&all[0], ConnectFailure::Refused), 20);
+        assert!(!all[0].is_ejected(), "a policy may keep that client out alone");
+    }
+
+    #[test]
+    fn given_short_steps_when_a_client_is_to_be_seen_then_as_much_time_is_left_for_the_node() {
+        let [web] = backends([SocketAddr::from((LOOPBACK, 1))]);
+        let (of_one, options) = (balancer(std::slice::from_ref(&web)), steps(Duration::from_millis(100), 1));
+        let ladder = Ladder::new(&of_one, CLIENT, &options);
+
+        assert!(ladder.patience_for_proof(&web) <= Duration::from_millis(50));
     }
 
     /// T168: one backend after the other without a source port is no fault of theirs, and is told as it is.

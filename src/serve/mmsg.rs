@@ -17,6 +17,7 @@ use rustix::net::SendFlags;
 use socket2::{Domain, SockRef, Socket, Type};
 use tracing::info;
 
+use crate::local_ports::may_be_chosen;
 use crate::name::Family;
 use crate::serve::socket::{allow_foreign_source, bind_here};
 use crate::serve::train::{Joining, Load, Train};
@@ -87,19 +88,29 @@ pub fn connect_udp(backend: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// As [`connect_udp`], from a client's own address: from its port too, unless another flow of the client has that. Needs
-/// CAP_NET_ADMIN.
+/// As [`connect_udp`], from a client's own address: from its port too, if the kernel might have chosen that one for us, and
+/// no other flow of the client has it. Needs CAP_NET_ADMIN.
 ///
-/// Here, too, two sockets never share a port of one address.
+/// Here, too, two sockets never share a port of one address. A port that somebody here may want to serve is not taken: nobody
+/// can bind it at all addresses then, and clients' ports are theirs to choose.
 pub fn connect_udp_as(client: SocketAddr, backend: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(backend), Type::DGRAM.nonblocking().cloexec(), None)?;
     let _ = socket.set_recv_buffer_size(UPSTREAM_BUFFER_BYTES);
     report_ecn(&socket, backend)?;
     allow_foreign_source(&socket, Family::of(backend.ip()))?;
     let bind = |port| socket.bind(&SocketAddr::new(client.ip(), port).into());
-    bind(client.port()).or_else(|_| bind(0))?;
+    let port = if may_be_chosen(client.port()) { client.port() } else { 0 };
+    bind(port).or_else(|_| bind(0))?;
     socket.connect(&backend.into())?;
-    Ok(socket.into())
+    let socket = UdpSocket::from(socket);
+    forget_received(&socket);
+    Ok(socket)
+}
+
+/// Forgets what came before the socket was connected, be it from whom it may: the backend was asked nothing yet.
+fn forget_received(socket: &UdpSocket) {
+    const MOST: usize = 1_000; // What comes faster than this is of the backend's own address.
+    let _ = (0..MOST).take_while(|_| socket.recv(&mut [0]).is_ok()).count();
 }
 
 /// Opens the sockets of a listener that several shards serve: the kernel spreads senders over them evenly, and each
@@ -942,5 +953,21 @@ mod tests {
         for number in 0..3 {
             assert_eq!((receiver.recv(&mut buffer).expect("a datagram"), buffer[0]), (64, number));
         }
+    }
+
+    #[test]
+    fn given_what_came_before_when_it_is_forgotten_then_what_comes_later_is_received() {
+        let [socket, other] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a free port"));
+        socket.set_nonblocking(true).expect("an option");
+        let to = socket.local_addr().expect("it is bound");
+        let send = |byte: u8| other.send_to(&[byte], to).expect("it is there");
+        (1..=3).for_each(|byte| assert_eq!(send(byte), 1));
+
+        forget_received(&socket);
+        send(4);
+
+        let mut received = [0; 2];
+        assert_eq!(socket.recv(&mut received).expect("a datagram"), 1);
+        assert_eq!(received[0], 4);
     }
 }

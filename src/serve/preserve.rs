@@ -7,10 +7,13 @@
 //!
 //! Over TCP, a connection waits `PROOF` for an answer, and is made from the node's address then: the client notices nothing
 //! else. Over UDP nobody knows whether an answer is to come, so that the client's next datagram tells: sent `DOUBT` after one
-//! that was not answered, it goes from the node's address. Where that is not answered, either, the backend does not speak, or
-//! answers nothing: its way back is not to blame, and it sees the client again.
+//! that was not answered, it goes from the node's address. Only where that is answered sooner, there is no way back. Where it is
+//! not answered, either, nothing is known: a way back that was missing is missing still, and else the backend sees the client
+//! again, and each of its flows may tell. While nothing is known, one flow finds out, and all others begin at the node.
 //!
-//! A way back that was not found is tried again after a while by one connection, longer each time.
+//! A way back that was found is not given up for one connection, which may have lost a packet, have met a full queue, or be of a
+//! client that is kept out: it takes `STRIKES` in a row. One that was not found is tried again after a while by one
+//! connection, longer each time, and not by the client that failed last.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::OnceLock;
@@ -19,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use tracing::info;
 
-use crate::name::ServicePortName;
+use crate::name::{Family, ServicePortName};
 use crate::reply_path::ReplyPath;
 use crate::serve::balancer::Backend;
 use crate::serve::connect::Source;
@@ -31,11 +34,17 @@ use crate::stats::{OnDemand, SourceFallback, SourceStats, Zeros};
 pub(super) const PROOF: Duration = Duration::from_millis(100);
 /// The same for a datagram, when the client sends again.
 pub(super) const DOUBT: Duration = Duration::from_millis(300);
-/// How long a way back that was found is taken for one.
-const TRUST: Duration = Duration::from_secs(600);
+/// How long a way back that was found is taken for one, without another answer.
+const TRUST: Duration = Duration::from_secs(60);
 /// When one that was not found is tried again: twice as long each time, up to some ten minutes.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 const MOST_DOUBLINGS: u64 = 7;
+/// How often in a row, and over how long at least, a way back that was found has to fail to be there no more.
+const STRIKES: u64 = 3;
+const STRIKES_LAST: Duration = Duration::from_secs(1);
+/// How long a backend that answers nobody sees clients before it is asked again: as long as [`FIRST_RETRY`], and twice as long
+/// each time, so often.
+const MOST_SILENT_DOUBLINGS: u64 = 3;
 
 /// Whether a ServicePort wants its clients' addresses preserved, and what came of it.
 #[derive(Debug, Default)]
@@ -86,8 +95,13 @@ pub(super) enum Side {
 }
 
 fn side(client: IpAddr, backend: IpAddr, way_to: impl Fn(IpAddr) -> Option<Way>) -> Result<Side, SourceFallback> {
-    if client.to_canonical() == backend.to_canonical() {
-        return Err(SourceFallback::SameLink); // A pod that is its own Service's client would hear from itself.
+    let (client, backend) = (client.to_canonical(), backend.to_canonical());
+    if Family::of(client) != Family::of(backend) {
+        return Err(SourceFallback::OtherFamily); // A balancer in front has named it.
+    }
+    // A pod that is its own Service's client would hear from itself; and nobody answers to another link's own addresses.
+    if client == backend || matches!(client, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
+        return Err(SourceFallback::SameLink);
     }
     let of_client = way_to(client).ok_or(SourceFallback::NoWayBack)?;
     if of_client == Way::Here {
@@ -136,8 +150,12 @@ impl WaysBack {
 #[derive(Debug, Default)]
 pub(super) struct WayBack {
     /// 0 while nothing is known; else until when something is, as a [`Moment`], how often it was tried in vain, and whether it
-    /// was found.
+    /// was found. Found after tries in vain: it is only assumed, as the backend answers nobody.
     known: AtomicU64,
+    /// 0 while the last connection had an answer; else when the first one had none, as a [`Moment`], and how many had none.
+    strikes: AtomicU64,
+    /// The [`key`] of the client that had no answer last; 0: nobody.
+    striker: AtomicU64,
     /// 0 while no datagram waits for the answer that would tell; else since when one does, as a [`Moment`], and whether the
     /// backend saw this node.
     asked: AtomicU64,
@@ -152,25 +170,43 @@ pub(super) enum Turn {
     Node(bool),
 }
 
+/// Tells clients apart: an address, or of IPv6 the network that one host may have.
+fn key(client: IpAddr) -> u64 {
+    match client.to_canonical() {
+        IpAddr::V4(ip) => ip.to_bits().into(),
+        IpAddr::V6(ip) => (ip.to_bits() >> 64) as u64,
+    }
+}
+
 const FOUND: u64 = 1;
 const AS_NODE: u64 = 1;
 const SINCE_SHIFT: u32 = 1;
 const TRIED_SHIFT: u32 = 1;
 const TRIED_MASK: u64 = 0b111;
 const UNTIL_SHIFT: u32 = 4;
+const FIRST_SHIFT: u32 = 8;
+const COUNT_MASK: u64 = 0xff;
 
 impl WayBack {
     const fn new() -> Self {
-        Self { known: AtomicU64::new(0), asked: AtomicU64::new(0) }
+        Self {
+            known: AtomicU64::new(0),
+            strikes: AtomicU64::new(0),
+            striker: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
+        }
     }
 
     /// False where it is known to be missing. After a while, one who asks is told to try again.
-    pub(super) fn may_try(&self, now: Moment) -> bool {
+    pub(super) fn may_try(&self, client: IpAddr, now: Moment) -> bool {
         let known = self.known.load(Ordering::Relaxed);
         if known == 0 || known & FOUND != 0 {
             return true;
         }
-        if now.0 < known >> UNTIL_SHIFT {
+        let until = Moment(known >> UNTIL_SHIFT);
+        // Who failed last waits longer: it may be kept out itself, and then would find out nothing for others.
+        let has_failed = self.striker.load(Ordering::Relaxed) == key(client);
+        if now.0 < until.0 || has_failed && now.0 < until.after(FIRST_RETRY).0 {
             return false;
         }
         // Until it is known how that one fared, the others do without.
@@ -180,31 +216,45 @@ impl WayBack {
 
     /// True where it was found not long ago.
     fn is_found(&self, now: Moment) -> bool {
+        self.holds(now) && self.tried() == 0
+    }
+
+    /// True where nothing is known, as the backend answers nobody.
+    fn is_assumed(&self, now: Moment) -> bool {
+        self.holds(now) && self.tried() != 0
+    }
+
+    fn holds(&self, now: Moment) -> bool {
         let known = self.known.load(Ordering::Relaxed);
         known & FOUND != 0 && now.0 < known >> UNTIL_SHIFT
     }
 
+    fn tried(&self) -> u64 {
+        self.known.load(Ordering::Relaxed) >> TRIED_SHIFT & TRIED_MASK
+    }
+
     /// Whose address a flow is to have that begins now. Clients that ask again may do so from another port, and then that is
     /// another flow: so it is not left to each by itself.
-    pub(super) fn turn(&self, now: Moment) -> Turn {
+    pub(super) fn turn(&self, client: IpAddr, now: Moment) -> Turn {
         if self.is_found(now) {
             return Turn::Client(false);
+        }
+        if self.is_assumed(now) {
+            return Turn::Client(true);
         }
         let known = self.known.load(Ordering::Relaxed);
         let asked = self.asked.load(Ordering::Relaxed);
         let is_young = now.since(Moment(asked >> SINCE_SHIFT)) < DOUBT;
         match (asked, asked & AS_NODE != 0) {
-            (0, _) if self.may_try(now) => {
+            (0, _) if self.may_try(client, now) => {
                 self.ask(now, 0);
                 Turn::Client(true)
             }
             (0, _) => Turn::Node(false),
             (_, true) if is_young => Turn::Node(true),
-            (_, true) => {
-                self.found(now); // It answers nobody: let it see who asks.
-                Turn::Client(false)
-            }
-            (_, false) if is_young && known & FOUND == 0 && known != 0 => Turn::Node(false),
+            (_, true) => self.silent(now),
+            // One finds out, and no other one pays for it.
+            (_, false) if is_young && known & FOUND == 0 => Turn::Node(false),
             (_, false) if is_young => Turn::Client(true),
             (_, false) => {
                 self.ask(now, AS_NODE);
@@ -217,8 +267,33 @@ impl WayBack {
         self.asked.store(now.0 << SINCE_SHIFT | as_node, Ordering::Relaxed);
     }
 
+    /// Who was to find out at this moment could not.
+    fn forget_asked(&self, since: Moment) {
+        let asked = since.0 << SINCE_SHIFT;
+        // Refused where another one asks by now.
+        let _ = self.asked.compare_exchange(asked, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// It has answered neither the client nor this node, which proves nothing. Whose address a flow is to have then.
+    fn silent(&self, now: Moment) -> Turn {
+        let known = self.known.load(Ordering::Relaxed);
+        if known != 0 && known & FOUND == 0 {
+            self.postpone(now);
+            return Turn::Node(false);
+        }
+        // Where it was found once, and nothing has been heard since, it begins anew.
+        let tried = self.tried();
+        let pause = FIRST_RETRY.saturating_mul(1 << tried);
+        self.known.store(word(now.after(pause), (tried + 1).min(MOST_SILENT_DOUBLINGS), FOUND), Ordering::Relaxed);
+        self.asked.store(0, Ordering::Relaxed);
+        Turn::Client(true)
+    }
+
     /// An answer came. Written now and then only, as each connection of a busy backend tells this.
     fn found(&self, now: Moment) {
+        if self.strikes.load(Ordering::Relaxed) != 0 {
+            self.strikes.store(0, Ordering::Relaxed);
+        }
         let known = self.known.load(Ordering::Relaxed);
         if known & FOUND == 0 || now.after(TRUST / 2).0 > known >> UNTIL_SHIFT {
             self.known.store(word(now.after(TRUST), 0, FOUND), Ordering::Relaxed);
@@ -226,13 +301,35 @@ impl WayBack {
         }
     }
 
-    /// None came, though the backend answers. How long it is not tried again.
-    fn missing(&self, now: Moment) -> Duration {
+    /// None came to a client, though the backend answers. How long it is not tried again; `None` where nothing follows from
+    /// that yet.
+    fn missing(&self, client: IpAddr, now: Moment) -> Option<Duration> {
+        self.striker.store(key(client), Ordering::Relaxed);
+        if self.is_found(now) && !self.is_out(now) {
+            return None;
+        }
+        Some(self.postpone(now))
+    }
+
+    /// Counts a connection that had no answer. True where there were enough in a row.
+    fn is_out(&self, now: Moment) -> bool {
+        let strikes = self.strikes.load(Ordering::Relaxed);
+        let (first, count) = match strikes {
+            0 => (now, 1),
+            _ => (Moment(strikes >> FIRST_SHIFT), (strikes & COUNT_MASK) + 1),
+        };
+        self.strikes.store(first.0 << FIRST_SHIFT | count.min(COUNT_MASK), Ordering::Relaxed);
+        count >= STRIKES && now.since(first) >= STRIKES_LAST
+    }
+
+    /// It is taken for missing, for the time that is told: twice as long each time.
+    fn postpone(&self, now: Moment) -> Duration {
         let known = self.known.load(Ordering::Relaxed);
         let tried = if known & FOUND == 0 { known >> TRIED_SHIFT & TRIED_MASK } else { 0 };
         let pause = FIRST_RETRY.saturating_mul(1 << tried);
         self.known.store(word(now.after(pause), (tried + 1).min(MOST_DOUBLINGS), 0), Ordering::Relaxed);
         self.asked.store(0, Ordering::Relaxed);
+        self.strikes.store(0, Ordering::Relaxed);
         pause
     }
 
@@ -248,8 +345,8 @@ fn word(until: Moment, tried: u64, found: u64) -> u64 {
 
 impl Backend {
     /// Whether a connection from the address of a client on that side is to be tried.
-    pub(super) fn may_have_way_back(&self, side: Side, now: Instant) -> bool {
-        self.ways_back.of(side).may_try(Moment::of(now))
+    pub(super) fn may_have_way_back(&self, side: Side, client: IpAddr, now: Instant) -> bool {
+        self.ways_back.of(side).may_try(client, Moment::of(now))
     }
 
     /// True where answers to clients on that side came by this node not long ago.
@@ -258,8 +355,18 @@ impl Backend {
     }
 
     /// Whose address a flow of a client on that side is to have.
-    pub(super) fn turn(&self, side: Side, now: Instant) -> Turn {
-        self.ways_back.of(side).turn(Moment::of(now))
+    pub(super) fn turn(&self, side: Side, client: IpAddr, now: Instant) -> Turn {
+        self.ways_back.of(side).turn(client, Moment::of(now))
+    }
+
+    /// The flow that was to find out at this moment could not begin at its client's address.
+    pub(super) fn note_not_asked(&self, side: Side, since: Instant) {
+        self.ways_back.of(side).forget_asked(Moment::of(since));
+    }
+
+    /// A flow had no answer at its client's address, and none at this node's. True where it may see the client again.
+    pub(super) fn note_silence(&self, side: Side, now: Instant) -> bool {
+        matches!(self.ways_back.of(side).silent(Moment::of(now)), Turn::Client(_))
     }
 
     /// A flow that had no answer at its client's address goes on from this node's.
@@ -272,11 +379,11 @@ impl Backend {
         self.ways_back.of(side).found(Moment::of(now));
     }
 
-    /// None came, though the backend answers this node.
-    pub(super) fn note_no_way_back(&self, side: Side, service: &ServicePortName, now: Instant) {
-        let pause = self.ways_back.of(side).missing(Moment::of(now)).as_secs();
+    /// None came to this client, though the backend answers this node.
+    pub(super) fn note_no_way_back(&self, side: Side, client: IpAddr, service: &ServicePortName, now: Instant) {
+        let Some(pause) = self.ways_back.of(side).missing(client, Moment::of(now)) else { return };
         info!(
-            %service, backend = %self.address, reason = %SourceFallback::NoWayBack, again_in_seconds = pause,
+            %service, backend = %self.address, reason = %SourceFallback::NoWayBack, again_in_seconds = pause.as_secs(),
             "its answers to clients' addresses do not come by this node: it sees the node's"
         );
     }
@@ -284,9 +391,13 @@ impl Backend {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     const START: Moment = Moment(1_000_000);
+    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7));
+    const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 8));
 
     fn sides(client: Option<Way>, backend: Option<Way>) -> Result<Side, SourceFallback> {
         let [of_client, of_backend] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
@@ -320,35 +431,82 @@ mod tests {
     }
 
     #[test]
+    fn given_a_client_that_backends_cannot_answer_when_judged_then_no_route_is_asked_for() {
+        let judged = |client: &str, backend: &str| {
+            let [client, backend] = [client, backend].map(|ip| ip.parse().expect("an address"));
+            side(client, backend, |_| panic!("that is known"))
+        };
+
+        assert_eq!(judged("2001:db8::7", "10.0.0.1"), Err(SourceFallback::OtherFamily), "named by a balancer in front");
+        assert_eq!(judged("fe80::7", "fd00::1"), Err(SourceFallback::SameLink));
+    }
+
+    #[test]
     fn given_a_way_back_that_is_missing_when_time_passes_then_one_tries_again_and_later_each_time() {
         let way = WayBack::new();
-        assert!(way.may_try(START) && way.may_try(START), "everybody, as long as nothing is known");
+        assert!(way.may_try(CLIENT, START) && way.may_try(CLIENT, START), "everybody, as long as nothing is known");
         let mut now = START;
 
         for doublings in 0..10_u32 {
-            let pause = way.missing(now);
+            let pause = FIRST_RETRY * 2_u32.pow(doublings.min(7));
 
-            assert_eq!(pause, FIRST_RETRY * 2_u32.pow(doublings.min(7)));
+            assert_eq!(way.missing(CLIENT, now), Some(pause));
             assert_eq!(way.missing_for(now), Some(pause));
-            assert!(!way.may_try(now) && !way.may_try(Moment(now.after(pause).0 - 1)));
+            assert!(!way.may_try(OTHER, now) && !way.may_try(OTHER, Moment(now.after(pause).0 - 1)));
             now = now.after(pause);
-            assert!(way.may_try(now), "one tries");
-            assert!(!way.may_try(now), "and nobody else, meanwhile");
+            assert!(!way.may_try(CLIENT, now), "not the one that has failed");
+            assert!(way.may_try(OTHER, now), "one tries");
+            assert!(!way.may_try(OTHER, now), "and nobody else, meanwhile");
         }
+    }
+
+    #[test]
+    fn given_a_client_that_failed_when_nobody_else_comes_then_it_tries_again_somewhat_later() {
+        let way = WayBack::new();
+        let pause = way.missing(CLIENT, START).expect("nothing was known");
+
+        let again = START.after(pause + FIRST_RETRY);
+
+        assert!(!way.may_try(CLIENT, Moment(again.0 - 1)) && way.may_try(CLIENT, again));
     }
 
     #[test]
     fn given_a_way_back_that_is_found_when_it_is_missing_later_then_it_is_tried_again_soon() {
         let way = WayBack::new();
         for _ in 0..5 {
-            way.missing(START);
+            way.missing(CLIENT, START);
         }
         way.found(START);
 
-        assert!(way.may_try(START) && way.turn(START) == Turn::Client(false) && way.missing_for(START).is_none());
+        assert!(way.may_try(CLIENT, START) && way.turn(CLIENT, START) == Turn::Client(false));
+        assert_eq!(way.missing_for(START), None);
         let later = START.after(TRUST);
-        assert!(way.may_try(later) && way.turn(later) == Turn::Client(true), "known no more, and not missing");
-        assert_eq!(way.missing(START), FIRST_RETRY);
+        assert_eq!(way.turn(CLIENT, later), Turn::Client(true), "known no more, and not missing");
+        assert_eq!(way.missing(CLIENT, later), Some(FIRST_RETRY));
+    }
+
+    #[test]
+    fn given_a_way_back_that_is_found_when_one_connection_has_no_answer_then_others_are_not_taken_their_address() {
+        let way = WayBack::new();
+        way.found(START);
+
+        for number in 0..10 {
+            let now = START.after(STRIKES_LAST * number);
+            assert_eq!(way.missing(CLIENT, now), None, "a client that is kept out");
+            way.found(now); // Another one is answered.
+        }
+        assert_eq!(way.turn(OTHER, START.after(STRIKES_LAST * 10)), Turn::Client(false));
+    }
+
+    #[test]
+    fn given_a_way_back_that_is_found_when_several_in_a_row_have_no_answer_for_a_while_then_it_is_missing() {
+        let way = WayBack::new();
+        way.found(START);
+
+        for _ in 0..2 * STRIKES {
+            assert_eq!(way.missing(CLIENT, START), None, "at one moment, as when a queue was full");
+        }
+        assert_eq!(way.missing(CLIENT, START.after(STRIKES_LAST)), Some(FIRST_RETRY));
     }
 
     #[test]
@@ -360,30 +518,52 @@ mod tests {
         way.found(START.after(TRUST / 4));
         assert_eq!(way.known.load(Ordering::Relaxed), first);
         way.found(START.after(TRUST));
-        assert_eq!(way.turn(START.after(TRUST)), Turn::Client(false));
+        assert_eq!(way.turn(CLIENT, START.after(TRUST)), Turn::Client(false));
     }
 
     #[test]
-    fn given_flows_that_are_not_answered_when_others_follow_then_they_ask_as_the_client_and_as_the_node_by_turns() {
+    fn given_flows_that_nobody_answers_when_others_follow_then_clients_are_seen_and_each_flow_may_still_tell() {
         let (way, soon, later) = (WayBack::new(), START.after(DOUBT / 2), START.after(DOUBT));
+        let turn = |now| way.turn(CLIENT, now);
 
-        assert_eq!([START, soon].map(|now| way.turn(now)), [Turn::Client(true); 2]);
-        assert_eq!([later, later.after(DOUBT / 2)].map(|now| way.turn(now)), [Turn::Node(true); 2]);
-        assert_eq!(way.turn(later.after(DOUBT)), Turn::Client(false), "it answers nobody");
+        assert_eq!([START, soon].map(turn), [Turn::Client(true), Turn::Node(false)], "one finds out");
+        assert_eq!([later, later.after(DOUBT / 2)].map(turn), [Turn::Node(true); 2]);
+        let mut now = later.after(DOUBT);
+        for seconds in [5, 10, 20, 40, 40] {
+            assert_eq!(turn(now), Turn::Client(true), "it answers nobody");
+            let assumed = Duration::from_secs(seconds);
+            assert!(way.is_assumed(Moment(now.after(assumed).0 - 1)) && !way.is_assumed(now.after(assumed)));
+            now = now.after(assumed);
+            assert_eq!([now, now.after(DOUBT)].map(turn), [Turn::Client(true), Turn::Node(true)], "it is asked again");
+            now = now.after(DOUBT * 2);
+        }
+        assert_eq!(way.missing(CLIENT, now), Some(FIRST_RETRY), "it begins to answer this node");
     }
 
     #[test]
     fn given_an_answer_to_the_node_alone_when_flows_follow_then_one_tries_again_after_a_while() {
         let way = WayBack::new();
-        assert_eq!([START, START.after(DOUBT)].map(|now| way.turn(now)), [Turn::Client(true), Turn::Node(true)]);
-        let pause = way.missing(START);
+        let turn = |client, now| way.turn(client, now);
+        assert_eq!([START, START.after(DOUBT)].map(|now| turn(CLIENT, now)), [Turn::Client(true), Turn::Node(true)]);
+        let pause = way.missing(CLIENT, START).expect("nothing was known");
 
-        assert_eq!(way.turn(START), Turn::Node(false));
+        assert_eq!(turn(OTHER, START), Turn::Node(false));
         let again = START.after(pause);
-        assert_eq!([again, again].map(|now| way.turn(now)), [Turn::Client(true), Turn::Node(false)]);
+        assert_eq!([again, again].map(|now| turn(OTHER, now)), [Turn::Client(true), Turn::Node(false)]);
         let not_answered = again.after(DOUBT);
-        assert_eq!(way.turn(not_answered), Turn::Node(true), "it is found out whether the backend is there at all");
-        assert_eq!(way.missing(not_answered), FIRST_RETRY * 2);
+        assert_eq!(turn(OTHER, not_answered), Turn::Node(true), "it is found out whether the backend is there at all");
+        assert_eq!(turn(OTHER, not_answered.after(DOUBT)), Turn::Node(false), "silence does not make it found");
+        assert_eq!(way.missing_for(not_answered.after(DOUBT)), Some(FIRST_RETRY * 2));
+    }
+
+    #[test]
+    fn given_a_flow_that_could_not_ask_when_others_follow_then_one_of_them_does() {
+        let way = WayBack::new();
+        assert_eq!(way.turn(CLIENT, START), Turn::Client(true));
+
+        way.forget_asked(START);
+
+        assert_eq!(way.turn(OTHER, START.after(DOUBT)), Turn::Client(true));
     }
 
     #[test]

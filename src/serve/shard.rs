@@ -1,8 +1,8 @@
 //! One UDP shard as it runs: an epoll loop of its own that moves datagrams in batches.
 //!
 //! What becomes of a datagram is decided in `flow`, system calls are in `mmsg`, what their errors mean is in `fault`,
-//! flows' sockets are kept in `upstream`, whose address they have is judged in `preserve`, and the control side's handle is `udp`. No task, no lock and no allocation
-//! per datagram; nothing here needs a tokio runtime.
+//! flows' sockets are kept in `upstream`, whose address they have is judged in `preserve`, and the control side's handle is
+//! `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
 
 use std::collections::HashMap;
 use std::io;
@@ -295,16 +295,16 @@ impl Shard {
 
     fn connect(&mut self, flow: FlowId, client: SocketAddr, choice: &Choice, now: Instant) -> io::Result<()> {
         let backend = &choice.backend;
-        let doubt = match choice.port.preserve.is_wanted() {
-            true => match self.connect_as(flow, client, choice, now) {
+        let mut doubt = None;
+        if choice.port.preserve.is_wanted() {
+            match self.connect_as(flow, client, choice, now) {
                 Ok(()) => return Ok(()),
-                Err((reason, doubt)) => {
+                Err((reason, of_node)) => {
                     choice.port.preserve.stats.fallbacks.count(reason);
-                    doubt
+                    doubt = of_node;
                 }
-            },
-            false => None,
-        };
+            }
+        }
         self.keep(flow, connect_udp(backend.address)?, Owner::Node, doubt)
     }
 
@@ -318,14 +318,15 @@ impl Shard {
     ) -> Result<(), (SourceFallback, Option<Doubt>)> {
         let (backend, preserve) = (&choice.backend, &choice.port.preserve);
         let side = preserve.side(client.ip(), backend, now).map_err(|reason| (reason, None))?;
-        let doubt = |as_client| Doubt { side, as_client, since: now };
-        let doubt = match backend.turn(side, now) {
+        let doubt = |as_client| Doubt { side, as_client, client: client.ip(), since: now };
+        let doubt = match backend.turn(side, client.ip(), now) {
             Turn::Client(tells) => tells.then(|| doubt(true)),
             Turn::Node(tells) => return Err((SourceFallback::NoWayBack, tells.then(|| doubt(false)))),
         };
         let socket = connect_udp_as(client, backend.address);
         socket.and_then(|socket| self.keep(flow, socket, Owner::Client, doubt)).map_err(|error| {
             debug!(service = %choice.port.name, %client, %error, "no socket at the client's address");
+            backend.note_not_asked(side, now);
             (SourceFallback::LocalPorts, None)
         })?;
         preserve.stats.preserved.increment();
@@ -344,13 +345,18 @@ impl Shard {
         }
         let reopened = if doubt.as_client {
             let doubt = Doubt { as_client: false, since: visit.now, ..doubt };
-            backend.note_asked_as_node(doubt.side, visit.now);
-            choice.port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
-            connect_udp(backend.address).and_then(|socket| self.keep(flow, socket, Owner::Node, Some(doubt)))
-        } else {
-            backend.note_way_back(doubt.side, visit.now); // It answers nobody: let it see who asks.
+            let socket = connect_udp(backend.address);
+            socket.and_then(|socket| self.keep(flow, socket, Owner::Node, Some(doubt))).map(|()| {
+                backend.note_asked_as_node(doubt.side, visit.now);
+                choice.port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
+            })
+        } else if backend.note_silence(doubt.side, visit.now) {
+            let doubt = Doubt { as_client: true, since: visit.now, ..doubt };
             let socket = connect_udp_as(client, backend.address);
-            socket.and_then(|socket| self.keep(flow, socket, Owner::Client, None))
+            socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(doubt)))
+        } else {
+            self.upstreams.settle(flow); // It was missing, and that holds.
+            Ok(())
         };
         if let Err(error) = reopened {
             debug!(service = %choice.port.name, %client, %error, "the flow stays as it is");
@@ -362,8 +368,9 @@ impl Shard {
         let (Some(doubt), Some(choice)) = (self.upstreams.settle(flow), self.table.choice(flow)) else { return };
         if doubt.as_client {
             choice.backend.note_way_back(doubt.side, now);
-        } else {
-            choice.backend.note_no_way_back(doubt.side, &choice.port.name, now);
+        } else if now.saturating_duration_since(doubt.since) < DOUBT / 2 {
+            // The client's address was silent for `DOUBT`. Where this node is so for long, too, it is the backend that is slow.
+            choice.backend.note_no_way_back(doubt.side, doubt.client, &choice.port.name, now);
         }
     }
 

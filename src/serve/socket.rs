@@ -174,8 +174,25 @@ pub fn bind_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
     SockRef::from(&socket).bind(&from.into())
 }
 
-/// Gives a TCP socket its source address and port before it connects. Others may have the same: to which destination each
-/// connects tells them apart.
+/// Gives a TCP socket its source address and port before it connects, the port being one that the kernel may choose
+/// (`net.ipv4.ip_local_port_range`). Others may have the same: to which destination each connects tells them apart.
+///
+/// A port that is bound by number is taken from whoever else connects from this host, wherever to, and for a minute longer. So
+/// it is made the only one that there is to choose from.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 6.3; the port may turn out to be in use when it connects.
+pub fn choose_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
+    let socket = socket.as_fd();
+    let port = u32::from(from.port());
+    set_option(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, (port << 16 | port).cast_signed())?;
+    bind_source(socket, SocketAddr::new(from.ip(), 0))
+}
+
+/// The lowest and, in the upper half, the highest port to choose from: `linux/in.h`.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+
+/// The same for a port that the kernel chooses for nobody.
 pub fn bind_shared_source(socket: impl AsFd, from: SocketAddr) -> io::Result<()> {
     let socket = socket.as_fd();
     let socket = SockRef::from(&socket);
@@ -192,18 +209,22 @@ pub fn allow_foreign_source(socket: impl AsFd, family: Family) -> io::Result<()>
     }
 }
 
-/// Sets a socket option whose value is 1.
-#[allow(unsafe_code)]
+/// Sets a socket option to 1.
 fn set_flag(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
+    set_option(socket, level, option, 1)
+}
+
+/// Sets a socket option whose value is a number.
+#[allow(unsafe_code)]
+fn set_option(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the descriptor is open while it is borrowed; the pointer is to a live `c_int` and the length is its size.
     let outcome = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             level,
             option,
-            std::ptr::from_ref(&on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            std::ptr::from_ref(&value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -365,5 +386,32 @@ mod tests {
         let flags = flags.lines().find_map(|line| line.strip_prefix("flags:")).expect("flags").trim();
         let flags = i32::from_str_radix(flags, 8).expect("an octal number");
         assert_ne!(flags & libc::O_CLOEXEC, 0);
+    }
+
+    /// One that is bound by number has the port for itself.
+    #[test]
+    fn f15_given_a_port_that_is_the_only_choice_when_connected_to_two_then_both_are_from_it() {
+        let listeners = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port"));
+        let from = SocketAddr::from(([127, 83, 9, 9], *crate::local_ports::range().end()));
+
+        let connected = listeners.each_ref().map(|listener| {
+            let socket = open_tcp(Family::V4)?;
+            choose_source(&socket, from)?;
+            begin_connect(&socket, listener.local_addr()?)?;
+            Ok::<_, io::Error>(socket)
+        });
+
+        for outcome in connected {
+            match outcome {
+                Ok(socket) => {
+                    let own = SockRef::from(&socket).local_addr().expect("it is bound");
+                    assert_eq!(own.as_socket(), Some(from));
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                    eprintln!("skipped, that needs Linux 6.3: {error}");
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 }

@@ -17,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit};
 use tokio::sync::oneshot;
 
+use crate::local_ports;
 use crate::name::ListenKey;
 use crate::plan::UdpSettings;
 use crate::serve::TargetCell;
@@ -72,17 +73,9 @@ impl UdpOptions {
 /// 65,536, half of `net.ipv4.ip_local_port_range` for each source address, or a quarter of the limit of open files,
 /// whichever is least. Ports count for the whole host, whatever the number of backends.
 pub fn flow_limit_of_host(sources: usize) -> usize {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok();
-    let ports = range.and_then(|text| port_count(&text)).unwrap_or(28_232);
+    let ports = local_ports::range().len();
     let files = getrlimit(Resource::Nofile).current.map_or(usize::MAX, |files| files as usize);
     65_536.min(ports / 2 * sources).min(files / 4).max(1)
-}
-
-/// `32768 60999` → 28,232.
-fn port_count(range: &str) -> Option<usize> {
-    let mut ends = range.split_whitespace().map(|end| end.parse::<usize>().ok());
-    let (first, last) = (ends.next()??, ends.next()??);
-    Some((last + 1).saturating_sub(first))
 }
 
 /// The UDP listeners of this process. Owned by `control`; dropping it ends all shards.
@@ -1030,9 +1023,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn given_the_port_range_of_the_kernel_when_read_then_both_ends_count() {
-        assert_eq!(port_count("32768\t60999\n"), Some(28_232));
-        assert_eq!(port_count("nonsense"), None);
+    fn given_this_host_when_asked_how_many_flows_it_bears_then_it_is_some_and_bounded() {
         assert!((1..=65_536).contains(&flow_limit_of_host(1)));
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Doubt {
     /// True where the backend sees the client's address: an answer says that there is a way back. Otherwise an answer says
     /// that there is none, as one to the client did not come.
     pub(super) as_client: bool,
+    /// Whose flow it is.
+    pub(super) client: IpAddr,
     /// When the socket was opened.
     pub(super) since: Instant,
 }
@@ -199,7 +201,8 @@ mod tests {
         let socket = || UdpSocket::bind("127.0.0.1:0").expect("a free port");
         let (ours, clients) = (socket(), socket());
         let [of_ours, of_client] = [&ours, &clients].map(|socket| socket.local_addr().expect("bound"));
-        let doubt = Doubt { side: Side::Link, as_client: true, since: Instant::now() };
+        let client = of_client.ip();
+        let doubt = Doubt { side: Side::Link, as_client: true, client, since: Instant::now() };
         let [one, two] = [0, 1].map(FlowId::from_bits);
 
         upstreams.insert(one, ours, Owner::Node, None).expect("kept");

@@ -33,6 +33,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told,
     t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
     f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
+    f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_connects_then_it_has_a_port,
     given_a_relay_that_was_killed_when_another_runs_then_rules_are_there_once_and_cleanup_takes_them_away,
     given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answers_here,
 ];
@@ -275,6 +276,31 @@ fn f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has
     }
     assert_eq!(stage.metric("kuberelay_source_preserved_total", "protocol=\"TCP\""), 2 * CONNECTIONS as u64);
     assert_eq!(stage.metric("kuberelay_source_fallbacks_total", ""), 0);
+}
+
+fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_connects_then_it_has_a_port() {
+    const PORTS: usize = 10;
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    for part in [rig.node(0), rig.client()] {
+        part.sysctl("net/ipv4/ip_local_port_range", "61000 61009").expect("it is ours");
+    }
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let (client, to) = (stage.rig.client(), stage.at(ClusterIp, Family::V4));
+    let mut open = client
+        .run(|| (0..PORTS).map(|_| TcpStream::connect(to)).collect::<Result<Vec<_>, _>>())
+        .expect("it has so many ports");
+    for stream in &mut open {
+        assert!(is_from(&ask_on(stream).expect("it answers"), client.address(Family::V4)));
+    }
+
+    let outcome = stage.rig.node(0).run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+
+    assert!(outcome.pod().is_some(), "{outcome:?}");
 }
 
 /// How many rules lead answers here, of both families.
