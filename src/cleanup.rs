@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use rustix::io::Errno;
 
 use crate::guard;
-use crate::reply_path;
+use crate::reply_path::{self, claim_name};
 use crate::route_claim::{Claim, ClaimError, name_of};
 use crate::route_socket::{BATCH, NotMade, RouteSocket, removals};
 
@@ -86,6 +86,7 @@ pub async fn remove_routes(protocol: u8) -> Result<Removed, CleanupError> {
 /// The same, where this name says who removes routes.
 async fn remove_claimed(name: &str, protocol: u8) -> Result<Removed, CleanupError> {
     let _claim = Claim::take_named(name, protocol, "kube-relay cleanup".into()).await?;
+    let _replies = Claim::take_named(&claim_name(name), protocol, "kube-relay cleanup".into()).await?;
     let mut socket = RouteSocket::open(protocol).map_err(CleanupError::Open)?;
     let routes = socket.look().map_err(CleanupError::Look)?;
     let addresses: Vec<IpAddr> = routes.iter().filter_map(|route| route.own_address()).collect();

@@ -5,7 +5,8 @@
 //! such a Service changes nothing), and are looked at every [`CHECK_INTERVAL`], as others may flush what is not theirs.
 //! Without a connection from a client's address they match nothing. They stay when the process ends, or is killed: the next
 //! one finds them, and has them once and not twice. `cleanup` takes them away, and so does a relay that begins without such a
-//! Service; one whose routes go at exit takes them along.
+//! Service; one whose routes go at exit takes them along. None of these does where another relay with the same number leads
+//! answers here: who needs them holds a claim, as with routes (`route_claim`).
 //!
 //! Where the kernel refuses, backends see the node's address: the log says why, and each Service counts it (`reply_path`).
 
@@ -24,6 +25,7 @@ use crate::guard_message::Rule;
 use crate::guard_socket::GuardSocket;
 use crate::name::Family;
 use crate::reply_message::{CHAIN, HOOK, Request, filter_table, mark_replies, write};
+use crate::route_claim::{Claim, name_of};
 use crate::route_message::{messages, result};
 
 /// How often it is looked at whether all is as we left it.
@@ -126,6 +128,8 @@ struct Keeper {
     options: ReplyPathOptions,
     leads_here: Arc<AtomicBool>,
     is_required: bool,
+    /// That nobody else takes it away; `None` where it is not required, or another process has it.
+    claim: Option<Claim>,
     kernel: Option<Kernel>,
     check_due: Instant,
     /// What the log says already.
@@ -134,7 +138,8 @@ struct Keeper {
 
 impl Keeper {
     fn new(options: ReplyPathOptions, leads_here: Arc<AtomicBool>) -> Self {
-        Self { options, leads_here, is_required: false, kernel: None, check_due: Instant::now(), told: None }
+        let check_due = Instant::now();
+        Self { options, leads_here, is_required: false, claim: None, kernel: None, check_due, told: None }
     }
 
     async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
@@ -144,16 +149,18 @@ impl Keeper {
                 order = orders.recv() => match order {
                     Some(Order::Require(done)) => {
                         self.is_required = true;
+                        self.claim().await;
                         self.settle();
                         let _ = done.send(()); // Who asked may have gone.
                     }
                     Some(Order::Clear) if !self.is_required => {
-                        self.clear("the last run has led answers here: that is taken back");
+                        self.clear("the last run has led answers here: that is taken back").await;
+                        self.claim = None;
                     }
                     Some(Order::Clear) => {}
                     Some(Order::End(done)) => {
                         if self.options.removed_at_exit {
-                            self.clear("answers to clients' addresses are led here no more");
+                            self.clear("answers to clients' addresses are led here no more").await;
                         }
                         let _ = done.send(());
                         return;
@@ -207,8 +214,22 @@ impl Keeper {
         }
     }
 
-    fn clear(&mut self, news: &str) {
+    /// True where nobody else leads answers here by the same number.
+    async fn claim(&mut self) -> bool {
+        if self.claim.is_none() {
+            let protocol = self.options.protocol;
+            let says = format!("kube-relay, which leads answers to clients' addresses here, pid {}", std::process::id());
+            let taken = Claim::take_named(&claim_name(&name_of(protocol)), protocol, says).await;
+            self.claim = taken.inspect_err(|error| tracing::debug!(%error, "answers are led here for others, too")).ok();
+        }
+        self.claim.is_some()
+    }
+
+    async fn clear(&mut self, news: &str) {
         self.leads_here.store(false, Ordering::Relaxed);
+        if !self.claim().await {
+            return; // Another process needs it.
+        }
         match remove(self.options.protocol) {
             Ok(true) => tracing::info!("{news}"),
             Ok(false) => {}
@@ -216,6 +237,11 @@ impl Keeper {
             Err(error) => tracing::debug!(%error, "nothing led answers here, or it is not ours to remove"),
         }
     }
+}
+
+/// The name of the claim to what leads answers here, beside that to routes.
+pub(crate) fn claim_name(of_routes: &str) -> String {
+    format!("{of_routes}/replies")
 }
 
 /// The sockets to the kernel. Each call is over in as long as that works: it answers before a call to send returns.
@@ -341,6 +367,18 @@ mod tests {
         path.end().await;
 
         assert!(!path.leads_here());
+    }
+
+    #[tokio::test]
+    async fn given_another_relay_that_needs_it_when_one_clears_or_ends_then_it_has_no_claim_to_do_so() {
+        let options = ReplyPathOptions { protocol: 253, removed_at_exit: true };
+        let mut other = Keeper::new(options, Arc::default());
+        let mut keeper = Keeper::new(options, Arc::default());
+        assert!(other.claim().await && other.claim().await, "the first, and it keeps that");
+
+        assert!(!keeper.claim().await);
+        drop(other);
+        assert!(keeper.claim().await);
     }
 
     #[test]

@@ -278,8 +278,8 @@ impl WayBack {
     fn silent(&self, now: Moment) -> Turn {
         let known = self.known.load(Ordering::Relaxed);
         if known != 0 && known & FOUND == 0 {
-            self.postpone(now);
-            return Turn::Node(false);
+            self.asked.store(0, Ordering::Relaxed);
+            return Turn::Node(false); // What was known of it holds.
         }
         // Where it was found once, and nothing has been heard since, it begins anew.
         let tried = self.tried();
@@ -553,7 +553,7 @@ mod tests {
         let not_answered = again.after(DOUBT);
         assert_eq!(turn(OTHER, not_answered), Turn::Node(true), "it is found out whether the backend is there at all");
         assert_eq!(turn(OTHER, not_answered.after(DOUBT)), Turn::Node(false), "silence does not make it found");
-        assert_eq!(way.missing_for(not_answered.after(DOUBT)), Some(FIRST_RETRY * 2));
+        assert_eq!(way.missing_for(not_answered.after(DOUBT)), Some(FIRST_RETRY - DOUBT * 2));
     }
 
     #[test]
