@@ -218,9 +218,9 @@ impl Keeper {
     async fn claim(&mut self) -> bool {
         if self.claim.is_none() {
             let protocol = self.options.protocol;
-            let says = format!("kube-relay, which leads answers to clients' addresses here, pid {}", std::process::id());
+            let says = format!("kube-relay with pid {}, for clients' addresses", std::process::id());
             let taken = Claim::take_named(&claim_name(&name_of(protocol)), protocol, says).await;
-            self.claim = taken.inspect_err(|error| tracing::debug!(%error, "answers are led here for others, too")).ok();
+            self.claim = taken.inspect_err(|error| tracing::debug!(%error, "answers are led here by others, too")).ok();
         }
         self.claim.is_some()
     }

@@ -195,7 +195,7 @@ impl<'a> Asked<'a> {
 }
 
 fn told_twice(service: &Service) -> Problem {
-    let text = "annotations kube-relay.dev/proxy-protocol and kube-relay.dev/source-address: PROXY headers come from the \
+    let text = "annotations kube-relay.dev/proxy-protocol and kube-relay.dev/source-address: PROXY headers come from \
                 addresses of clients; a backend that believes this node's alone takes them for what the client says";
     Problem::note(format_args!("Service {}", service.name), "annotation", text)
 }

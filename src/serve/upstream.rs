@@ -43,6 +43,10 @@ pub(super) struct Doubt {
 }
 
 /// Whose source address a socket has.
+///
+/// A process that takes a flow over with its socket has to know: it notes its own in [`OwnSources`], and those of clients need
+/// their answers led to it (`reply_path`) before the first one is served. The socket tells, by IP_TRANSPARENT. What is known of
+/// ways back need not be handed over, as it is found out anew. A TCP connection has nothing of the kind but its sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     /// This node.

@@ -3,6 +3,7 @@
 //!
 //! What is judged how is in `serve::preserve`; here a kernel and its routes are asked.
 
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::thread;
@@ -30,6 +31,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_a_backend_elsewhere_when_it_answers_past_this_node_then_it_sees_the_node_soon_and_the_reason_is_told,
     t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node,
     t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node,
+    t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_that_one,
     t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told,
     t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
     f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
@@ -201,6 +203,34 @@ fn t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_see
         sees_node(&stage, stage.rig.pod(0, 0), entry);
     }
     assert_eq!(stage.metric("kuberelay_source_preserved_total", ""), 0);
+}
+
+fn t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_that_one() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let balancers = FAMILIES.map(|family| rig.client().address(family).to_string()).join(",");
+    let web = Web { accepts_proxy: true, ..preserving().with([Pod::of(&rig, 0, 0)]) };
+    let flags = ["--nodeport-addresses", "primary", "--accept-proxy-from", &balancers];
+    let stage = Stage::start_with(rig, &web, &flags);
+    let (balancer, named) = (stage.rig.client(), stage.rig.pod(1, 1));
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        let mut stream = balancer.run(|| TcpStream::connect(to)).expect("it is served");
+        let word = if to.is_ipv4() { "TCP4" } else { "TCP6" };
+        let header = format!("PROXY {word} {} {} 40000 {}\r\n", named.address(family), to.ip(), to.port());
+        stream.write_all(header.as_bytes()).expect("a connection");
+
+        let outcome = ask_on(&mut stream).expect("it answers");
+
+        assert!(is_from(&outcome, named.address(family)), "{outcome:?}");
+    }
+    let stranger = stage.rig.pod(1, 1).run(|| Ok(ask_tcp(stage.at(ClusterIp, Family::V4))));
+    let outcome = stranger.expect("the namespace is ours");
+    assert!(outcome.pod().is_none(), "who is no balancer is not served: {outcome:?}");
 }
 
 fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told() {

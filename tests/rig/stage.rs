@@ -536,6 +536,8 @@ pub(crate) struct Web {
     pub(crate) allow_from: Option<String>,
     /// True with the annotation `kube-relay.dev/source-address: preserve`.
     pub(crate) preserves: bool,
+    /// True with the annotation `kube-relay.dev/accept-proxy: "true"`.
+    pub(crate) accepts_proxy: bool,
     /// In the order of the rig.
     pub(crate) pods: Vec<Pod>,
     /// More documents.
@@ -594,7 +596,8 @@ impl fmt::Display for Web {
         }
         let allowed = self.allow_from.iter().map(|list| format!("kube-relay.dev/allow-from: '{list}'"));
         let preserves = self.preserves.then(|| "kube-relay.dev/source-address: preserve".to_owned());
-        let annotations: Vec<String> = allowed.chain(preserves).collect();
+        let accepts = self.accepts_proxy.then(|| "kube-relay.dev/accept-proxy: 'true'".to_owned());
+        let annotations: Vec<String> = allowed.chain(preserves).chain(accepts).collect();
         if !annotations.is_empty() {
             writeln!(f, "  annotations: {{{}}}", annotations.join(", "))?;
         }
