@@ -19,8 +19,8 @@ use crate::allocate::{ClusterIpRange, Ranges};
 use crate::api_client::ApiOptions;
 use crate::config::{
     CLUSTER_HEALTHZ_ADDRESS, CLUSTER_NODE_PORT_ADDRESSES, CLUSTER_SHUTDOWN_DELAY, CheckConfig,
-    DEFAULT_ACCESS_LOG_SAMPLE, DEFAULT_CONNECT_TIMEOUT, DEFAULT_CONNECT_TRIES, DEFAULT_DRAIN_TIMEOUT,
-    DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL,
+    DEFAULT_ACCEPT_PROXY_TIMEOUT, DEFAULT_ACCESS_LOG_SAMPLE, DEFAULT_CONNECT_TIMEOUT, DEFAULT_CONNECT_TRIES,
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL,
     DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL,
     DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED,
     DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER, PlanConfig, RunConfig,
@@ -466,6 +466,11 @@ struct TimeFlags {
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_DRAIN_TIMEOUT")]
     #[arg(default_value_t = Time(DEFAULT_DRAIN_TIMEOUT))]
     drain_timeout: Time,
+
+    /// Time that a balancer in front may take for its PROXY header; one that sends it with its client's first bytes needs more
+    #[arg(long, value_name = "TIME", env = "KUBE_RELAY_ACCEPT_PROXY_TIMEOUT")]
+    #[arg(default_value_t = Time(DEFAULT_ACCEPT_PROXY_TIMEOUT))]
+    accept_proxy_timeout: Time,
 
     /// Time that one side of a half-closed TCP connection may keep silent
     #[arg(long, value_name = "TIME", env = "KUBE_RELAY_HALF_CLOSE_TIMEOUT")]
@@ -1186,6 +1191,7 @@ impl RunFlags {
             reply_path: vips.reply_path(),
             upstream: upstream.checked()?,
             limits: times.limits()?,
+            header_timeout: lasting("--accept-proxy-timeout", times.accept_proxy_timeout)?,
             max_connections: process.max_connections.0,
             shutdown: ShutdownTimes {
                 delay: times.shutdown_delay.map_or(delay, |time| time.0),
@@ -1492,6 +1498,7 @@ mod tests {
         assert_eq!(config.limits, LimitOptions::default());
         let options = config.relay_options(&crate::host::Host::loopback_only()).tcp;
         assert_eq!((options.connect.steps, options.limits), (Steps::default(), LimitOptions::default()));
+        assert_eq!(options.header_timeout, crate::serve::tcp::TcpOptions::default().header_timeout);
         assert_eq!(config.plan.node_port_addresses, [DEFAULT_NODE_PORT_ADDRESSES]);
         assert_eq!(config.plan.service_cluster_ip_range, Some(IpNet::V4(DEFAULT_SERVICE_RANGE)));
         assert_eq!(config.plan.service_node_port_range, DEFAULT_NODE_PORT_RANGE);
@@ -1630,7 +1637,7 @@ mod tests {
     fn given_how_connections_are_served_when_parsed_then_each_is_taken_and_none_switches_off() {
         let config = run_fine(
             "kube-relay run -f x --connect-timeout 1s --connect-tries 2 --eject-after none --half-close-timeout 5m \
-             --idle-timeout 1h --max-connection-age 2h --max-connections 1000",
+             --idle-timeout 1h --max-connection-age 2h --max-connections 1000 --accept-proxy-timeout 1m",
         );
 
         assert_eq!(config.upstream.steps.total(), Duration::from_secs(3));
@@ -1639,6 +1646,7 @@ mod tests {
         assert_eq!(config.limits.idle_timeout, Some(Duration::from_secs(3_600)));
         assert_eq!(config.limits.max_connection_age, Some(Duration::from_secs(7_200)));
         assert_eq!(config.max_connections, NonZeroU32::new(1_000));
+        assert_eq!(config.header_timeout, Duration::from_secs(60));
     }
 
     #[test]
@@ -1647,7 +1655,7 @@ mod tests {
 
         let short = told("--connect-timeout 1ms");
         assert_eq!(short, "invalid value '1ms' for '--connect-timeout': write a time from 10ms to 1m");
-        for flag in ["--half-close-timeout", "--idle-timeout", "--max-connection-age"] {
+        for flag in ["--accept-proxy-timeout", "--half-close-timeout", "--idle-timeout", "--max-connection-age"] {
             let message = told(&format!("{flag} 0"));
             assert_eq!(message, format!("invalid value '0s' for '{flag}': write a time from 1s to 8760h"));
         }

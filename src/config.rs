@@ -63,6 +63,8 @@ pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_millis(250);
 pub const DEFAULT_CONNECT_TRIES: u8 = 4;
 /// `--eject-after`.
 pub const DEFAULT_EJECT_AFTER: NonZeroU8 = NonZeroU8::new(5).expect("5 is not 0");
+/// `--accept-proxy-timeout`: a packet that is lost comes again after one to three seconds.
+pub const DEFAULT_ACCEPT_PROXY_TIMEOUT: Duration = Duration::from_secs(5);
 /// `--half-close-timeout`.
 pub const DEFAULT_HALF_CLOSE_TIMEOUT: Duration = Duration::from_secs(3_600);
 /// `--udp-shards`: what one thread can do is enough for most ports.
@@ -101,6 +103,8 @@ pub struct RunConfig {
     pub upstream: UpstreamConfig,
     /// How long TCP connections may last.
     pub limits: LimitOptions,
+    /// How long a balancer in front may take for its PROXY header. From `--accept-proxy-timeout`.
+    pub header_timeout: Duration,
     /// TCP connections at once; `None`: as many as there are descriptors and memory for. From `--max-connections`.
     pub max_connections: Option<NonZeroU32>,
     /// How long the end may take.
@@ -219,6 +223,7 @@ impl RunConfig {
             tcp: TcpOptions {
                 connect: ConnectOptions { steps, eject_after, sources: Sources::new(sources) },
                 limits: self.limits,
+                header_timeout: self.header_timeout,
                 max_connections: self.max_connections,
                 workers: self.workers.and_then(NonZeroUsize::new).unwrap_or(TcpOptions::default().workers),
                 ..TcpOptions::default()

@@ -102,6 +102,7 @@ const RELAY: &[Field] = &[
     field("requireTargetRef", Form::Switch, &["require_target_ref"]),
     field("allowFrom", Form::Entries, &["allow_from"]),
     field("acceptProxyFrom", Form::List, &["accept_proxy_from"]),
+    field("acceptProxyTimeout", Form::Text, &["accept_proxy_timeout"]),
     field("vipRoutes", Form::Text, &["vip_routes"]),
     field("vipRoutesLinger", Form::Text, &["vip_routes_linger"]),
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),

@@ -199,7 +199,7 @@ mod tests {
                  healthzBindAddress: 10.0.0.5\nbindAddressHardFail: true\n\
                  nodePortAddresses: [primary]\nexpose: ['0.0.0.0:80=web:http', '0.0.0.0:81=web:http']\n\
                  stateDir: /s\nendpointCIDRs: [10.244.0.0/16, fd00::/48]\nrequireTargetRef: true\n\
-                 allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nacceptProxyFrom: [10.0.0.9, \"fd00::9\"]\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
+                 allowedExternalCIDRs: 203.0.113.0/24\nallowFrom: [198.51.100.0/24, 192.0.2.7]\nacceptProxyFrom: [10.0.0.9, \"fd00::9\"]\nacceptProxyTimeout: 12s\nserviceClusterIPRange: none\nserviceNodePortRange: 1-9\n\
                  clusterCIDR: 10.244.0.0/16, fd00::/48\nproxyName: kube-relay\nnodeName: worker-1\nzone: z\n\
                  nodeAddresses: [10.0.0.5]\nupstreamSources: [10.0.0.6]\nshutdownDelay: 3s\ndrainTimeout: 4s\n\
                  connectTimeout: 1s\nconnectTries: 2\nejectAfter: 3\nhalfCloseTimeout: 8s\nidleTimeout: 9s\n\
@@ -230,6 +230,7 @@ mod tests {
         assert_eq!((limits.half_close_timeout.as_secs(), limits.max_connection_age), (8, None));
         assert_eq!(limits.idle_timeout, Some(Duration::from_secs(9)));
         assert_eq!(config.max_connections.map(u32::from), Some(1_000));
+        assert_eq!(config.header_timeout, Duration::from_secs(12));
         assert_eq!(config.shutdown.delay, Duration::from_secs(3));
         assert_eq!(config.shutdown.drain_timeout, Duration::from_secs(4));
         let times = config.udp_timeouts;

@@ -79,7 +79,7 @@ pub struct TcpOptions {
     /// How long connections may last.
     pub limits: LimitOptions,
     /// How long a balancer in front may take for the header that says who its client is. Default 5 s, as a packet that is
-    /// lost comes again after one to three.
+    /// lost comes again after one to three. From `--accept-proxy-timeout`.
     pub header_timeout: Duration,
     /// Silence after which a client is asked whether it is still there. Whole seconds. Default 60 s.
     pub keepalive_idle: Duration,
