@@ -301,7 +301,8 @@ impl Explanation<'_> {
     fn in_front(&self) -> Option<String> {
         let balancers = self.listener.accept_proxy_from.as_ref()?;
         if balancers.is_empty() {
-            return Some("nobody is believed, so nobody is served: --accept-proxy-from".into());
+            let why = "--accept-proxy-from names none of this family, or an annotation has a mistake";
+            return Some(format!("nobody is believed, so nobody is served: {why}"));
         }
         let nets: Vec<_> = balancers.iter().map(ToString::to_string).collect();
         let text = format!("clients are those that {} name in a PROXY header; others are reset", abridged(&nets));

@@ -264,17 +264,27 @@ impl Expressions {
 
     /// Sets this bit in the mark of the packet, and leaves the others as they are.
     pub(crate) fn set_mark_bit(&mut self, bit: u32) -> &mut Self {
-        self.meta(libc::NFT_META_MARK);
-        self.add("bitwise", |data| {
-            number(data, BITWISE_FROM, libc::NFT_REG_1 as u32);
-            number(data, BITWISE_TO, libc::NFT_REG_1 as u32);
-            number(data, BITWISE_LENGTH, size_of_val(&bit) as u32);
-            nest(data, BITWISE_MASK, |value| attribute(value, VALUE, &(!bit).to_ne_bytes()));
-            nest(data, BITWISE_XOR, |value| attribute(value, VALUE, &bit.to_ne_bytes()));
-        });
+        self.meta(libc::NFT_META_MARK).bitwise(!bit, bit);
         self.add("meta", |data| {
             number(data, META_KEY, libc::NFT_META_MARK as u32);
             number(data, META_FROM, libc::NFT_REG_1 as u32);
+        })
+    }
+
+    /// Drops the packet, where this bit is set in its mark.
+    pub(crate) fn drop_marked(&mut self, bit: u32) -> &mut Self {
+        self.meta(libc::NFT_META_MARK).bitwise(bit, 0).compare(libc::NFT_CMP_NEQ, &0_u32.to_ne_bytes());
+        self.verdict(libc::NF_DROP, None)
+    }
+
+    /// Leaves of the register the bits of the mask, and turns others over.
+    fn bitwise(&mut self, mask: u32, flip: u32) -> &mut Self {
+        self.add("bitwise", |data| {
+            number(data, BITWISE_FROM, libc::NFT_REG_1 as u32);
+            number(data, BITWISE_TO, libc::NFT_REG_1 as u32);
+            number(data, BITWISE_LENGTH, size_of_val(&mask) as u32);
+            nest(data, BITWISE_MASK, |value| attribute(value, VALUE, &mask.to_ne_bytes()));
+            nest(data, BITWISE_XOR, |value| attribute(value, VALUE, &flip.to_ne_bytes()));
         })
     }
 
@@ -335,12 +345,12 @@ impl<'a> Batch<'a> {
         rules.iter().for_each(|rule| self.rule(rule));
     }
 
-    /// The table anew with one chain and these rules in it, and no sets; one of that name goes.
-    pub(crate) fn build_chain(&mut self, chain: &str, hook: Hook, rules: &[Rule]) {
+    /// The table anew with these chains and rules, and no sets; one of that name goes.
+    pub(crate) fn build_chains(&mut self, chains: &[(&str, Hook)], rules: &[Rule]) {
         self.table(libc::NFT_MSG_NEWTABLE); // As above.
         self.remove();
         self.table(libc::NFT_MSG_NEWTABLE);
-        self.chain(chain, Some(hook));
+        chains.iter().for_each(|(name, hook)| self.chain(name, Some(*hook)));
         rules.iter().for_each(|rule| self.rule(rule));
     }
 

@@ -137,9 +137,9 @@ impl GuardSocket {
         self.change(|batch| batch.build(rules))
     }
 
-    /// Makes the table anew, with one chain.
-    pub(crate) fn build_chain(&mut self, chain: &str, hook: Hook, rules: &[Rule]) -> Result<(), Errno> {
-        self.change(|batch| batch.build_chain(chain, hook, rules))
+    /// Makes the table anew, with these chains.
+    pub(crate) fn build_chains(&mut self, chains: &[(&str, Hook)], rules: &[Rule]) -> Result<(), Errno> {
+        self.change(|batch| batch.build_chains(chains, rules))
     }
 
     /// Takes the table away. False where there was none.

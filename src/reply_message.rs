@@ -1,10 +1,13 @@
 //! What leads answers to clients' addresses to this process: messages to the kernel, pure.
 //!
 //! ```text
-//! nf_tables, table kube-relay-107-replies:  for a transparent socket here ─▶ set MARK
+//! nf_tables, table kube-relay-107-replies:  for a transparent socket here ─▶ set MARK; with MARK, and not for here ─▶ drop
 //! ip rule   107: fwmark MARK/MASK lookup 107107
 //! ip route  local default dev lo table 107107                              both families each
 //! ```
+//!
+//! Whoever removes rules or routes of others, as systemd-networkd does when it restarts, would have answers go on to clients,
+//! which reset connections that they know nothing of. So what is marked goes nowhere else: it is sent again, until all is back.
 //!
 //! Which socket a packet is for is asked of the kernel: so an answer to a connection of ours is led here, and what else goes
 //! to the same client, also from the same backend, goes its way. When to ask for it, and the sockets, is in `reply_path`.
@@ -19,11 +22,16 @@ use crate::name::Family;
 pub const MARK: u32 = 0x2000;
 /// Where the rule stands among others: behind that of what is local, before those of networks of pods, which begin at 512.
 pub const RULE_PRIORITY: u32 = 107;
-/// The chain, and when it sees packets: before the kernel looks for their way, and after all that others do there. What restores
-/// marks of connections would take ours away, and firewalld asks for the way back of packets with their marks: by ours, it
-/// is this machine.
-pub(crate) const CHAIN: &str = "prerouting";
-pub(crate) const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: 200 };
+/// The chains, each with its hook.
+pub(crate) const CHAINS: [(&str, Hook); 2] = [(CHAIN, HOOK), (FORWARD, FORWARD_HOOK)];
+/// The first chain, and when it sees packets: before the kernel looks for their way, and after all that others do there. What
+/// restores marks of connections would take ours away, and firewalld asks for the way back of packets with their marks: by
+/// ours, it is this machine.
+const CHAIN: &str = "prerouting";
+const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: 200 };
+/// The other one: what is on its way through this machine, before others change marks.
+const FORWARD: &str = "forward";
+const FORWARD_HOOK: Hook = Hook { number: libc::NF_INET_FORWARD, priority: -150 };
 
 /// Attributes of rules, as `linux/fib_rules.h` numbers them,
 const RULE_PRIORITY_ATTRIBUTE: u16 = 6;
@@ -61,12 +69,17 @@ pub fn filter_table(protocol: u8) -> String {
     format!("kube-relay-{protocol}-replies")
 }
 
-/// The only rule of nf_tables. A socket that is bound to no address may be transparent, too, as those of proxies are that
-/// others lead connections to: what it waits for is not ours.
-pub(crate) fn mark_replies() -> Rule {
-    let mut expressions = Expressions::default();
-    expressions.socket(SOCKET_WILDCARD, false).socket(SOCKET_TRANSPARENT, true).set_mark_bit(MARK);
-    Rule::new(CHAIN, format!("answers to clients, mark {MARK:#x}"), expressions)
+/// The rules of nf_tables, one for each chain. A socket that is bound to no address may be transparent, too, as those of proxies
+/// are that others lead connections to: what it waits for is not ours.
+pub(crate) fn rules() -> [Rule; 2] {
+    let mut mark = Expressions::default();
+    mark.socket(SOCKET_WILDCARD, false).socket(SOCKET_TRANSPARENT, true).set_mark_bit(MARK);
+    let mut stay = Expressions::default();
+    stay.drop_marked(MARK);
+    [
+        Rule::new(CHAIN, format!("answers to clients, mark {MARK:#x}"), mark),
+        Rule::new(FORWARD, format!("answers to clients stay, mark {MARK:#x}"), stay),
+    ]
 }
 
 /// The message that asks for it.

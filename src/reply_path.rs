@@ -1,4 +1,4 @@
-//! Keeps the way by which answers to clients' addresses come to this process: one rule of nf_tables, and one rule and one
+//! Keeps the way by which answers to clients' addresses come to this process: a table of nf_tables, and one rule and one
 //! route of each family. What they are is in `reply_message`.
 //!
 //! They are there from the first moment that a Service asks for `kube-relay.dev/source-address: preserve` (so a relay without
@@ -24,7 +24,7 @@ use tokio::time::sleep_until;
 use crate::guard_message::Rule;
 use crate::guard_socket::GuardSocket;
 use crate::name::Family;
-use crate::reply_message::{CHAIN, HOOK, Request, filter_table, mark_replies, write};
+use crate::reply_message::{CHAINS, Request, filter_table, rules, write};
 use crate::route_claim::{Claim, name_of};
 use crate::route_message::{messages, result};
 
@@ -249,7 +249,7 @@ struct Kernel {
     protocol: u8,
     routes: Socket,
     filters: GuardSocket,
-    rules: [Rule; 1],
+    rules: [Rule; 2],
     /// How often rules of nf_tables had changed, those of everybody, when ours were there; `None`: unknown.
     generation: Option<u32>,
     /// Number of the next request.
@@ -263,7 +263,7 @@ impl Kernel {
         routes.bind(&SocketAddr::new(0, 0))?;
         routes.connect(&SocketAddr::new(0, 0))?;
         let filters = GuardSocket::open_for(filter_table(protocol))?;
-        let (rules, buffer) = ([mark_replies()], vec![0; ANSWER].into());
+        let (rules, buffer) = (rules(), vec![0; ANSWER].into());
         Ok(Self { protocol, routes, filters, rules, generation: None, next: 1, buffer })
     }
 
@@ -292,7 +292,7 @@ impl Kernel {
         let mut looks = (0..LOOKS).map(|_| self.filters.has(&self.rules));
         let is_there = looks.find(|look| !look.is_err_and(is_busy)).unwrap_or(Err(Errno::AGAIN))?;
         if !is_there {
-            self.filters.build_chain(CHAIN, HOOK, &self.rules)?;
+            self.filters.build_chains(&CHAINS, &self.rules)?;
         }
         // Building is one change. Where somebody else made one meanwhile, this number comes up never, or not now.
         self.generation = Some(generation.wrapping_add(u32::from(!is_there)));

@@ -40,8 +40,10 @@ pub(crate) const CASES: &[Case] = cases![
     given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answers_here,
 ];
 
-pub(crate) const MEASURING: &[Case] =
-    cases![given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served_and_seen_again,];
+pub(crate) const MEASURING: &[Case] = cases![
+    given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served_and_seen_again,
+    given_somebody_who_takes_the_rules_of_routes_away_when_a_connection_is_open_then_it_goes_on,
+];
 
 /// What a client may notice of a way back that is not there: far less than a retry of its own.
 const BOUND: Duration = Duration::from_millis(1_000);
@@ -413,4 +415,23 @@ fn given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served
     assert!(begin.elapsed() < CHECK_INTERVAL + BOUND, "{:?}", begin.elapsed());
     sees(&stage, client, ClusterIp, client);
     assert!(stage.log().contains("somebody has changed"), "it is said");
+}
+
+fn given_somebody_who_takes_the_rules_of_routes_away_when_a_connection_is_open_then_it_goes_on() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let (client, node, to) = (stage.rig.client(), stage.rig.node(0), stage.at(ClusterIp, Family::V4));
+    let mut open = client.run(|| TcpStream::connect(to)).expect("it is served");
+    assert!(is_from(&ask_on(&mut open).expect("it answers"), client.address(Family::V4)));
+
+    Rig::remove_rules_into(node, route_table(DEFAULT_ROUTE_PROTOCOL)).expect("it may");
+    let outcome = ask_on(&mut open).expect("an answer, later");
+
+    assert!(is_from(&outcome, client.address(Family::V4)), "{outcome:?}");
+    assert_eq!(rules(node), 2, "they are back");
 }

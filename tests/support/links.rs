@@ -248,6 +248,19 @@ pub(crate) fn rules_into(namespace: &Namespace, table: u32) -> io::Result<usize>
     Ok(count)
 }
 
+/// Removes the rules, of both families, that lead into a table of routes.
+pub(crate) fn remove_rules_into(namespace: &Namespace, table: u32) -> io::Result<()> {
+    ask(namespace, "remove rules", async |handle| {
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let all: Vec<_> = handle.rule().get(version).execute().try_collect().await?;
+            for rule in all.into_iter().filter(|rule| rule.attributes.contains(&RuleAttribute::Table(table))) {
+                handle.rule().del(rule).execute().await?;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// The devices of a namespace, loopback among them.
 pub(crate) fn devices(namespace: &Namespace) -> io::Result<usize> {
     let mut count = 0;

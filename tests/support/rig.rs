@@ -287,6 +287,11 @@ impl Rig {
         links::rules_into(part, table)
     }
 
+    /// Removes the rules of a part, of both families, that lead into a table of routes.
+    pub(crate) fn remove_rules_into(part: &Namespace, table: u32) -> io::Result<()> {
+        links::remove_rules_into(part, table)
+    }
+
     /// Sets a part's loopback device down, and up again.
     pub(crate) fn flap_loopback(part: &Namespace) -> io::Result<()> {
         links::loopback_down(part)?;
