@@ -13,8 +13,8 @@ use kube_relay::name::Family;
 
 use crate::rig::{Case, FAMILIES, Namespace, Rig, Shape, find, skip};
 use crate::stage::{
-    Backends, ClusterIp, ExternalIp, NODE_PORT, NodePort, Outcome, PORT, Pod, Stage, Web, ask_on, ask_tcp, ask_udp,
-    expect_at, until,
+    Backends, CLOSED, ClusterIp, ExternalIp, NODE_PORT, NodePort, Outcome, PORT, Pod, Stage, Web, ask_on, ask_tcp,
+    ask_udp, expect_at, until,
 };
 use crate::verdicts::{LOCAL, backends, local, rig};
 
@@ -38,8 +38,6 @@ pub(crate) const MEASURING: &[Case] = cases![
 
 /// How soon a listener follows its address (F31).
 const SOON: Duration = Duration::from_secs(1);
-/// A port where nobody listens: the kernel itself answers there.
-const CLOSED: u16 = 9;
 /// Networks of which the node has no address at first.
 const LATER: &str = "198.51.100.0/24,2001:db8:51::/64";
 

@@ -36,6 +36,8 @@ pub(crate) const UDP_BACKEND_PORT: u16 = 8053;
 pub(crate) const NODE_PORT: u16 = 30_080;
 /// A second port of the Service, of TCP alone.
 pub(crate) const TCP_ONLY_PORT: u16 = 81;
+/// A port where nobody listens: the kernel itself answers there.
+pub(crate) const CLOSED: u16 = 9;
 
 /// How a client reaches the Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
