@@ -42,15 +42,18 @@ pub(crate) enum PeerKind {
     NginxBest,
     /// Ours, with a PROXY header for backends. Takes part only where it is named.
     KubeRelayHeader,
+    /// Ours, with backends that see the client's own address. Takes part only where it is named.
+    KubeRelayPreserve,
 }
 
 impl PeerKind {
     /// Everybody, in the order of the table.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Direct,
         Self::Nft,
         Self::KubeRelay,
         Self::KubeRelayHeader,
+        Self::KubeRelayPreserve,
         Self::Haproxy,
         Self::HaproxyBest,
         Self::Nginx,
@@ -59,11 +62,20 @@ impl PeerKind {
 
     /// False for one that is compared with ourselves, and so is no peer.
     pub(crate) fn is_invited(self) -> bool {
-        self != Self::KubeRelayHeader
+        self.annotation().is_none()
     }
 
     fn is_ours(self) -> bool {
-        matches!(self, Self::KubeRelay | Self::KubeRelayHeader)
+        self == Self::KubeRelay || self.annotation().is_some()
+    }
+
+    /// What its Service asks for, where that is what it is compared for.
+    fn annotation(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::KubeRelayHeader => Some(("kube-relay.dev/proxy-protocol", "v2")),
+            Self::KubeRelayPreserve => Some(("kube-relay.dev/source-address", "preserve")),
+            _ => None,
+        }
     }
 
     /// False where nothing but the kernel forwards.
@@ -103,6 +115,7 @@ impl fmt::Display for PeerKind {
             Self::Nginx => "nginx",
             Self::NginxBest => "nginx-best",
             Self::KubeRelayHeader => "kube-relay-header",
+            Self::KubeRelayPreserve => "kube-relay-preserve",
         })
     }
 }
@@ -178,6 +191,7 @@ impl Peer {
             PeerKind::Nft => format!("{}, numgen inc dnat, own node", of("nft")),
             PeerKind::KubeRelay => version(Path::new(KUBE_RELAY), "--version"),
             PeerKind::KubeRelayHeader => "the same, with kube-relay.dev/proxy-protocol: v2".into(),
+            PeerKind::KubeRelayPreserve => "the same, with kube-relay.dev/source-address: preserve".into(),
             PeerKind::Haproxy => format!("{}; mode tcp, splice-auto", of("haproxy")),
             PeerKind::HaproxyBest => "splice-request, splice-response, tune.pipesize 1048576".into(),
             PeerKind::Nginx if self.protocol == Protocol::Udp => format!("{}; stream, reuseport", of("nginx")),
@@ -214,7 +228,9 @@ impl<'a> Setting<'a> {
             PeerKind::Nft => (find("nft")?, vec!["-f"], self.nft()),
             PeerKind::Haproxy | PeerKind::HaproxyBest => (find("haproxy")?, vec!["-db", "-f"], self.haproxy()),
             PeerKind::Nginx | PeerKind::NginxBest => (find("nginx")?, vec!["-e", "stderr", "-c"], self.nginx()),
-            PeerKind::KubeRelay | PeerKind::KubeRelayHeader => (KUBE_RELAY.into(), vec!["run", "-f"], self.manifest()),
+            PeerKind::KubeRelay | PeerKind::KubeRelayHeader | PeerKind::KubeRelayPreserve => {
+                (KUBE_RELAY.into(), vec!["run", "-f"], self.manifest())
+            }
             PeerKind::Direct => unreachable!("nothing is started for it"),
         };
         let file = self.files.with_extension(if self.kind.is_ours() { "json" } else { "conf" });
@@ -320,8 +336,8 @@ impl<'a> Setting<'a> {
         let ips: Vec<_> = self.families().iter().map(|&family| self.vip.of(family)).collect();
         let ports: Vec<_> = self.ports().iter().map(|&port| (self.protocol, port)).collect();
         let mut service = service("versus", &ips, &ports);
-        if self.kind == PeerKind::KubeRelayHeader {
-            service["metadata"]["annotations"] = serde_json::json!({ "kube-relay.dev/proxy-protocol": "v2" });
+        if let Some((annotation, value)) = self.kind.annotation() {
+            service["metadata"]["annotations"] = serde_json::json!({ annotation: value });
         }
         let mut items = vec![service];
         items.extend(self.families().iter().map(|&family| slice("versus", &self.pods(family), &ports)));
