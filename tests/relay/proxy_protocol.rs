@@ -9,8 +9,9 @@ use std::time::Duration;
 use kube_relay::access_log::{AccessFormat, AccessLog, AccessLogOptions};
 use kube_relay::control::RelayOptions;
 use kube_relay::serve::tcp::TcpOptions;
-use kube_relay::stats::{CloseReason, ConnectFailure, DropReason};
+use kube_relay::stats::{CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason};
 use serde_json::Value;
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -242,6 +243,73 @@ async fn given_a_balancer_in_front_when_its_header_is_missing_wrong_or_late_then
     // One that looks whether somebody listens has made no mistake.
     assert_eq!(say_from(balancer, service, b"").await.expect_err("a reset").kind(), io::ErrorKind::ConnectionReset);
     relay.until("its end", |_| dropped(&relay, DropReason::ClientAbort) == 1).await;
+}
+
+/// Half a header: its connection waits for the rest.
+async fn begun(site: Site) -> TcpStream {
+    let mut stream = connect_from(site.client(1), site.service()).await.expect("a listener");
+    stream.write_all(&WHOLE[..20]).await.expect("a connection");
+    stream
+}
+
+/// A header and what a client says.
+const WHOLE: &[u8] = b"PROXY TCP4 203.0.113.7 192.0.2.80 40000 443\r\nhello";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_balancer_that_has_begun_a_header_when_the_relay_ends_then_it_is_reset_and_counted() {
+    let site = Site::new(52);
+    let _backend = Backend::start(site.backend(1), Script::Echo).await;
+    let relay =
+        Relay::start_with(site, echoing(site).annotation("accept-proxy", "true"), behind_a_balancer(site)).await;
+    let mut waiting = begun(site).await;
+    let status = relay.status();
+    let state = service_of(&status, "web").and_then(|web| web.ports[0].state.clone()).expect("it is served");
+    relay.until("it to be accepted", |_| state.stats.accepted.get() == 1).await;
+
+    relay.drain(Duration::ZERO).await;
+
+    let end = within("an end", waiting.read(&mut [0])).await;
+    assert_eq!(end.expect_err("a reset").kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(state.stats.dropped.get(DropReason::Drain), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_service_that_allows_one_connection_when_a_header_is_waited_for_then_it_is_that_one() {
+    let site = Site::new(53);
+    let _backend = Backend::start(site.backend(1), Script::Echo).await;
+    let manifest = echoing(site).annotation("accept-proxy", "true").annotation("max-connections", "1");
+    let relay = Relay::start_with(site, manifest, behind_a_balancer(site)).await;
+    let paused = &PROCESS.accept_paused[usize::from(PauseReason::ServiceLimit)];
+    let before = paused.seconds();
+    let waiting = begun(site).await;
+
+    let mut next = connect_from(site.client(1), site.service()).await.expect("a place in the queue");
+    next.write_all(WHOLE).await.expect("a place in the queue");
+    relay.until("nobody to be accepted", |_| paused.seconds() > before).await;
+    let status = relay.status();
+    let state = service_of(&status, "web").and_then(|web| web.ports[0].state.clone()).expect("it is served");
+    assert_eq!(state.stats.accepted.get(), 1);
+    drop(waiting);
+
+    let mut answer = [0; 5];
+    within("there is room", next.read_exact(&mut answer)).await.expect("an answer");
+    assert_eq!(&answer, b"hello");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_an_urgent_byte_within_a_header_when_read_then_it_is_none_of_it() {
+    let site = Site::new(54);
+    let _backend = Backend::start(site.backend(1), Script::Echo).await;
+    let _relay =
+        Relay::start_with(site, echoing(site).annotation("accept-proxy", "true"), behind_a_balancer(site)).await;
+    let mut stream = begun(site).await;
+
+    SockRef::from(&stream).send_out_of_band(b"!").expect("a connection");
+    stream.write_all(&WHOLE[20..]).await.expect("a connection");
+
+    let mut answer = [0; 5];
+    within("an answer", stream.read_exact(&mut answer)).await.expect("an answer");
+    assert_eq!(&answer, b"hello");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
