@@ -315,7 +315,7 @@ impl Explanation<'_> {
 
     /// Whose address the backends of such clients see.
     fn seen(&self, case: &Case<'_>) -> String {
-        let (source, scope) = (self.service.source_address, case.who.side(self.listener).scope);
+        let (source, scope) = (self.service.source_in_use(), case.who.side(self.listener).scope);
         let seen = |place: ClientPlace| source_matrix::seen(place, scope, source);
         let places = case.who.places();
         match places {

@@ -185,6 +185,8 @@ impl ServiceStatus {
             ClusterIps::Addresses { addresses, .. } => addresses.iter().map(ToString::to_string).collect(),
         };
         report.external_name = self.service.external_name.as_ref().map(ToString::to_string);
+        let states = self.ports.iter().filter_map(|counters| counters.state.as_ref());
+        report.source_refusal = states.filter_map(|state| state.preserve.refusal()).next();
         if let Some(health_port) = report.health_port.as_mut().filter(|port| !port.addresses.is_empty()) {
             health_port.state = Some(status.health_port_state(&self.service.name));
         }

@@ -216,7 +216,7 @@ fn describe_service(service: &ServiceReport) -> String {
         field(&mut text, "Balance", service.balance);
     }
     if service.source_address.is_preserved() {
-        field(&mut text, "Source Address", "preserve");
+        field(&mut text, "Source Address", source_address(service));
     }
     if let Some(nets) = service.allowed_networks() {
         field(&mut text, "From Outside", allowed(&nets));
@@ -249,13 +249,23 @@ fn local_policies(service: &ServiceReport) -> Option<String> {
     (!policies.is_empty()).then(|| policies.join(", "))
 }
 
+/// What a Service that preserves gets.
+fn source_address(service: &ServiceReport) -> Cow<'static, str> {
+    match &service.source_refusal {
+        None => "preserve".into(),
+        Some(why) => format!("preserve, but backends see this node: {why}").into(),
+    }
+}
+
 /// Whom backends see, as it is and as it could be.
 fn describe_sources(text: &mut String, service: &ServiceReport) {
     let rows = source_matrix::rows(service);
     if rows.is_empty() {
         return;
     }
-    let (other, choice) = match service.source_address {
+    let now = service.source_in_use();
+    let (other, choice) = match now {
+        SourceAddress::Node if service.source_address.is_preserved() => (SourceAddress::Preserve, "WITH THE REMEDY"),
         SourceAddress::Node => (SourceAddress::Preserve, "WITH preserve"),
         SourceAddress::Preserve => (SourceAddress::Node, "WITHOUT preserve"),
     };
@@ -265,7 +275,7 @@ fn describe_sources(text: &mut String, service: &ServiceReport) {
     let cells = |row: Row| -> Vec<Cow<'static, str>> {
         let entries = join(row.entries.iter().map(|kind| kind.as_str()), ",");
         let backends = if row.scope == Scope::Local { "on this node" } else { "every" };
-        let seen = [service.source_address, other].map(|source| source_matrix::seen(row.client, row.scope, source));
+        let seen = [now, other].map(|source| source_matrix::seen(row.client, row.scope, source));
         let named = header.map(|_| source_matrix::named(row.client));
         let seen = seen.into_iter().chain(named).map(|seen| seen.to_string());
         [row.client.to_string(), entries, backends.to_owned()].into_iter().chain(seen).map(Into::into).collect()
@@ -569,6 +579,15 @@ mod tests {
             web.ports[0].listeners[0].proxy_protocol = Some(HeaderVersion::V2);
         }));
         assert_eq!(made, ["WITHOUT preserve", "IN THE PROXY HEADER"]);
+        let refused: fn(&mut ServiceReport) = |web| {
+            web.source_address = SourceAddress::Preserve;
+            web.source_refusal = Some("it may not: let it".to_owned());
+        };
+        assert_eq!(titles(&described(refused)), ["WITH THE REMEDY", "WITH proxy-protocol"]);
+        let row = described(refused).lines().find(|line| line.contains("outside, other nodes")).map(str::to_owned);
+        assert!(row.is_some_and(|row| row.contains("every      this node   client if the backend is here")));
+        let why = "\nSource Address:    preserve, but backends see this node: it may not: let it\n";
+        assert!(described(refused).contains(why));
         let over_udp = titles(&described(|web| web.ports[0].protocol = Protocol::Udp));
         assert_eq!(over_udp, ["WITH preserve"], "no header over UDP");
     }

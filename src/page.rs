@@ -146,6 +146,7 @@ mod tests {
             health_port: Some(health_port()),
             balance: Balance::Random,
             source_address: SourceAddress::Preserve,
+            source_refusal: Some(String::new()),
             ports: vec![],
         }
     }

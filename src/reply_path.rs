@@ -8,11 +8,12 @@
 //! Service; one whose routes go at exit takes them along. None of these does where another relay with the same number leads
 //! answers here: who needs them holds a claim, as with routes (`route_claim`).
 //!
-//! Where the kernel refuses, backends see the node's address: the log says why, and each Service counts it (`reply_path`).
+//! Where the kernel refuses, backends see the node's address: log and `status` say why, and each Service counts it
+//! (`reply_path`).
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
@@ -52,8 +53,36 @@ pub struct ReplyPathOptions {
 /// leaves everything as it is.
 #[derive(Clone, Debug, Default)]
 pub struct ReplyPath {
-    leads_here: Arc<AtomicBool>,
+    state: Arc<State>,
     orders: Option<mpsc::UnboundedSender<Order>>,
+}
+
+/// Whether answers are led here. Written by the [`Keeper`], read by whoever begins a connection.
+#[derive(Debug, Default)]
+struct State(AtomicI32);
+
+impl State {
+    /// Nobody has asked for it yet, or it was taken away at somebody's wish.
+    const UNMADE: i32 = 0;
+    /// All is there. Errors of the kernel are greater than [`Self::UNMADE`], and stand for themselves.
+    const HERE: i32 = -1;
+
+    fn leads_here(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == Self::HERE // What it speaks of was done in the kernel, by system calls.
+    }
+
+    fn refusal(&self) -> Option<Errno> {
+        let state = self.0.load(Ordering::Relaxed);
+        (state > Self::UNMADE).then(|| Errno::from_raw_os_error(state))
+    }
+
+    fn set(&self, outcome: Result<(), Errno>) {
+        self.0.store(outcome.map_or_else(Errno::raw_os_error, |()| Self::HERE), Ordering::Relaxed);
+    }
+
+    fn unmake(&self) {
+        self.0.store(Self::UNMADE, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
@@ -69,21 +98,28 @@ enum Order {
 impl ReplyPath {
     /// Starts it on the current tokio runtime. It does nothing until it is required.
     pub fn start(options: ReplyPathOptions) -> Self {
-        let leads_here = Arc::<AtomicBool>::default();
+        let state = Arc::<State>::default();
         let (orders, inbox) = mpsc::unbounded_channel(); // A few in the life of a process.
-        tokio::spawn(Keeper::new(options, Arc::clone(&leads_here)).run(inbox));
-        Self { leads_here, orders: Some(orders) }
+        tokio::spawn(Keeper::new(options, Arc::clone(&state)).run(inbox));
+        Self { state, orders: Some(orders) }
     }
 
-    /// One that leads here without a task, for tests of who uses it.
+    /// One of which this is known without a task, for tests of who uses it.
     #[cfg(test)]
-    pub(crate) fn assumed() -> Self {
-        Self { leads_here: Arc::new(true.into()), orders: None }
+    pub(crate) fn assumed(outcome: Result<(), Errno>) -> Self {
+        let path = Self::default();
+        path.state.set(outcome);
+        path
     }
 
     /// True while answers to clients' addresses come here, if they come by this node at all.
     pub fn leads_here(&self) -> bool {
-        self.leads_here.load(Ordering::Relaxed) // What it speaks of was done in the kernel, by system calls.
+        self.state.leads_here()
+    }
+
+    /// Why they do not, in words with a remedy: what the kernel has refused. `None` where they do, or nobody has asked.
+    pub fn refusal(&self) -> Option<String> {
+        self.state.refusal().map(|error| format!("{error}: {}", remedy(error)))
     }
 
     /// Has it kept from now on. When this resolves it is there, or the kernel has refused.
@@ -126,7 +162,7 @@ pub fn remove(protocol: u8) -> io::Result<bool> {
 /// The task. Owns its sockets by value.
 struct Keeper {
     options: ReplyPathOptions,
-    leads_here: Arc<AtomicBool>,
+    state: Arc<State>,
     is_required: bool,
     /// That nobody else takes it away; `None` where it is not required, or another process has it.
     claim: Option<Claim>,
@@ -137,9 +173,9 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(options: ReplyPathOptions, leads_here: Arc<AtomicBool>) -> Self {
+    fn new(options: ReplyPathOptions, state: Arc<State>) -> Self {
         let check_due = Instant::now();
-        Self { options, leads_here, is_required: false, claim: None, kernel: None, check_due, told: None }
+        Self { options, state, is_required: false, claim: None, kernel: None, check_due, told: None }
     }
 
     async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
@@ -178,7 +214,7 @@ impl Keeper {
             self.check_due = Instant::now() + BUSY_RETRY; // Until then it is taken for what it was.
             return;
         }
-        self.leads_here.store(outcome.is_ok(), Ordering::Relaxed);
+        self.state.set(outcome.map(|_| ()));
         self.check_due = Instant::now() + if outcome.is_ok() { CHECK_INTERVAL } else { RETRY };
         self.tell(outcome);
     }
@@ -205,10 +241,7 @@ impl Keeper {
                 tracing::info!(by, "answers to clients' addresses are led here, as a Service wants them preserved")
             }
             Err(error) => {
-                let remedy = match error {
-                    Errno::PERM => "run it with CAP_NET_ADMIN",
-                    _ => "a kernel (5.10) with nf_tables, nft_socket and policy routing (CONFIG_IP_MULTIPLE_TABLES)",
-                };
+                let remedy = remedy(error);
                 tracing::warn!(%error, remedy, "clients' addresses cannot be preserved: backends see the node's");
             }
         }
@@ -226,7 +259,7 @@ impl Keeper {
     }
 
     async fn clear(&mut self, news: &str) {
-        self.leads_here.store(false, Ordering::Relaxed);
+        self.state.unmake();
         if !self.claim().await {
             return; // Another process needs it.
         }
@@ -236,6 +269,14 @@ impl Keeper {
             // Who may not remove it could not have made it.
             Err(error) => tracing::debug!(%error, "nothing led answers here, or it is not ours to remove"),
         }
+    }
+}
+
+/// What an operator can do where the kernel refuses.
+fn remedy(error: Errno) -> &'static str {
+    match error {
+        Errno::PERM => "run it with CAP_NET_ADMIN",
+        _ => "a kernel (5.10) with nf_tables, nft_socket and policy routing (CONFIG_IP_MULTIPLE_TABLES)",
     }
 }
 
@@ -379,6 +420,19 @@ mod tests {
         assert!(!keeper.claim().await);
         drop(other);
         assert!(keeper.claim().await);
+    }
+
+    #[test]
+    fn given_a_kernel_that_refuses_when_asked_then_it_is_told_why_until_answers_are_led_here_or_nobody_asks() {
+        let path = ReplyPath::assumed(Err(Errno::PERM));
+        assert!(!path.leads_here());
+        assert!(path.refusal().is_some_and(|why| why.ends_with(": run it with CAP_NET_ADMIN")));
+
+        path.state.set(Ok(()));
+        assert!(path.leads_here() && path.refusal().is_none());
+
+        path.state.unmake();
+        assert!(!path.leads_here() && path.refusal().is_none());
     }
 
     #[test]

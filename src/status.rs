@@ -96,6 +96,10 @@ pub struct ServiceReport {
     /// From the annotation `kube-relay.dev/source-address`; left out where backends see the node's.
     #[serde(rename = "sourceAddress", default, skip_serializing_if = "SourceAddress::is_default")]
     pub source_address: SourceAddress,
+    /// Why backends see the node's all the same: what the kernel has refused, with the remedy; only from a running relay, left
+    /// out where it has not.
+    #[serde(rename = "sourceAddressRefused", default, skip_serializing_if = "Option::is_none")]
+    pub source_refusal: Option<String>,
     /// One for each entry of `spec.ports`.
     pub ports: Vec<PortReport>,
 }
@@ -115,8 +119,14 @@ impl ServiceReport {
             health_port: planned.and_then(HealthPortReport::of),
             balance: planned.map(|planned| planned.balancing().balance).unwrap_or_default(),
             source_address: planned.map(ServicePlan::source).unwrap_or_default(),
+            source_refusal: None,
             ports: ports.collect(),
         }
+    }
+
+    /// Whose address its backends see now, if anybody's: the node's, where the kernel lets it have no other.
+    pub(crate) fn source_in_use(&self) -> SourceAddress {
+        if self.source_refusal.is_some() { SourceAddress::Node } else { self.source_address }
     }
 
     /// The networks that are let in from outside, over all listeners; `None` where everybody is, empty where nobody.

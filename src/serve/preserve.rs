@@ -70,6 +70,11 @@ impl Preserve {
         self.is_wanted.load(Ordering::Relaxed)
     }
 
+    /// Why it cannot be, for any client; `None` where it can, or is not wanted.
+    pub(crate) fn refusal(&self) -> Option<String> {
+        self.reply_path.get().filter(|_| self.is_wanted())?.refusal()
+    }
+
     /// Whose address a connection of the client is to have, if it can.
     pub(super) fn source_for(&self, client: SocketAddr) -> Source {
         if self.is_wanted() { Source::Client(client) } else { Source::Any }
@@ -393,6 +398,8 @@ impl Backend {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use rustix::io::Errno;
+
     use super::*;
 
     const START: Moment = Moment(1_000_000);
@@ -580,9 +587,21 @@ mod tests {
     }
 
     #[test]
+    fn given_a_kernel_that_refuses_when_it_is_wanted_then_the_reason_is_told_and_else_not() {
+        let (preserve, refusing) = (Preserve::default(), ReplyPath::assumed(Err(Errno::PERM)));
+        assert_eq!(preserve.refusal(), None);
+
+        preserve.set(true, &refusing);
+        assert!(preserve.refusal().is_some());
+
+        preserve.set(false, &refusing);
+        assert_eq!(preserve.refusal(), None);
+    }
+
+    #[test]
     fn given_a_client_on_this_machine_when_asked_then_it_is_never_preserved() {
         let (preserve, backend) = (Preserve::default(), Backend::new(1, ([127, 0, 0, 2], 80).into()));
-        preserve.set(true, &ReplyPath::assumed());
+        preserve.set(true, &ReplyPath::assumed(Ok(())));
 
         let judged = preserve.side([127, 0, 0, 1].into(), &backend, Instant::now());
 

@@ -230,9 +230,11 @@ fn t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_t
 
         assert!(is_from(&outcome, named.address(family)), "{outcome:?}");
     }
-    let stranger = stage.rig.pod(1, 1).run(|| Ok(ask_tcp(stage.at(ClusterIp, Family::V4))));
-    let outcome = stranger.expect("the namespace is ours");
-    assert!(outcome.pod().is_none(), "who is no balancer is not served: {outcome:?}");
+    for family in FAMILIES {
+        let stranger = stage.rig.pod(1, 1).run(|| Ok(ask_tcp(stage.at(ClusterIp, family))));
+        let outcome = stranger.expect("the namespace is ours");
+        assert!(outcome.pod().is_none(), "who is no balancer is not served: {outcome:?}");
+    }
 }
 
 fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told() {
@@ -252,6 +254,8 @@ fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and
     assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"reply_path\"") > 0);
     let is_said = |log: &str| log.lines().any(|line| line.contains("preserved") && line.contains("CAP_NET_ADMIN"));
     assert!(is_said(&stage.log()), "it is said, with the remedy");
+    let report = stage.report_of("default/web");
+    assert!(report.contains("\"sourceAddressRefused\":\"") && report.contains("CAP_NET_ADMIN"), "{report}");
 }
 
 fn t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so() {

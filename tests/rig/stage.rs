@@ -265,6 +265,11 @@ impl Stage {
         reports(self.rig.node(0), reason)
     }
 
+    /// What the relay answers of a Service, as JSON; empty where it does not.
+    pub(crate) fn report_of(&self, service: &str) -> String {
+        get(self.rig.node(0), &format!("/status/{service}")).unwrap_or_default()
+    }
+
     fn revision(&self) -> u64 {
         revision(self.rig.node(0))
     }
