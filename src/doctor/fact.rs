@@ -48,6 +48,25 @@ pub(super) fn sysctl<T: FromStr>(name: &str) -> Fact<Option<T>> {
     parsed(name, &text).map(Some)
 }
 
+/// The interfaces where a setting of `net.ipv4.conf` is not 0, and of `all` (it holds for each) and `default` (for each that is
+/// new) those that are.
+pub(super) fn interfaces_with(setting: &str) -> Fact<Vec<String>> {
+    const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
+    let mut set = Vec::new();
+    for interface in names_in(INTERFACES)? {
+        let value = file(&format!("{INTERFACES}/{interface}/{setting}"))?;
+        if value.is_some_and(|value| value.trim() != "0") {
+            set.push(interface);
+        }
+    }
+    Ok(set)
+}
+
+/// What `sysctl -w` is to be given so that a setting of `net.ipv4.conf` is 0 there.
+pub(super) fn off(setting: &str, interface: &str) -> String {
+    format!("net.ipv4.conf.{}.{setting}=0", interface.replace('.', "/"))
+}
+
 /// The two numbers of a setting like `net.ipv4.ip_local_port_range`.
 pub(super) fn sysctl_pair<T: FromStr>(name: &str) -> Fact<Option<(T, T)>> {
     let Some(text) = sysctl::<String>(name)? else { return Ok(None) };
@@ -70,6 +89,7 @@ mod tests {
     fn given_settings_when_read_then_missing_ones_are_none_and_odd_ones_are_told() {
         assert_eq!(sysctl::<u64>("net.ipv4.nobody_has_this"), Ok(None));
         assert!(matches!(sysctl::<u64>("net.core.somaxconn"), Ok(Some(_)) | Err(_)));
+        assert!(interfaces_with("route_localnet").is_ok() && interfaces_with("nobody_has_this") == Ok(vec![]));
         assert_eq!(parsed::<u16>("a.b", " 7\n"), Ok(7));
         let error = parsed::<u16>("a.b", "seven").expect_err("no number").to_string();
         assert_eq!(error, "a.b: \"seven\" is not understood");

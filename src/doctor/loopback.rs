@@ -1,24 +1,17 @@
 //! Whether neighbours reach what listens on 127.0.0.1 (CVE-2020-8558). A relay never needs the setting that lets them.
 
-use super::fact::{Fact, file, names_in};
+use super::fact::{self, Fact};
 use super::finding::{Abridged, Finding, Subject};
 
 const SUBJECT: Subject = Subject::Loopback;
-const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
+const SETTING: &str = "route_localnet";
 
 /// Settings that hold for interfaces that nobody has named: `all` for each, `default` for each that is new.
 const WIDE: [&str; 2] = ["all", "default"];
 
-/// The interfaces where `route_localnet` is set, and of `all` and `default` those that are.
+/// The interfaces where it is set, and of `all` and `default` those that are.
 pub(super) fn read() -> Fact<Vec<String>> {
-    let mut open = Vec::new();
-    for interface in names_in(INTERFACES)? {
-        let value = file(&format!("{INTERFACES}/{interface}/route_localnet"))?;
-        if value.is_some_and(|value| value.trim() != "0") {
-            open.push(interface);
-        }
-    }
-    Ok(open)
+    fact::interfaces_with(SETTING)
 }
 
 pub(super) fn judge(open: &Fact<Vec<String>>) -> Finding {
@@ -50,7 +43,7 @@ pub(super) fn judge(open: &Fact<Vec<String>>) -> Finding {
 }
 
 fn off(interface: impl AsRef<str>) -> String {
-    format!("net.ipv4.conf.{}.route_localnet=0", interface.as_ref().replace('.', "/"))
+    fact::off(SETTING, interface.as_ref())
 }
 
 #[cfg(test)]
