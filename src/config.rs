@@ -249,6 +249,7 @@ impl PlanConfig {
         PlanOptions {
             node: self.node.clone(),
             node_port_addresses: node_port_addresses(&self.node_port_addresses, host, &self.node_addresses),
+            cluster_cidrs: self.cluster_cidrs.clone(),
             allowed_external_cidrs: self.allowed_external_cidrs.clone(),
             endpoint_cidrs: self.endpoint_cidrs.clone(),
             require_target_ref: self.require_target_ref,

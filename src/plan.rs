@@ -48,6 +48,8 @@ pub struct PlanOptions {
     /// Those among them that this machine may have got for a Service: an external IP may be one of these, wherever
     /// `allowed_external_cidrs` lets it.
     pub lent_addresses: Vec<IpAddr>,
+    /// The pods' networks; empty: unknown. From `--cluster-cidr`.
+    pub cluster_cidrs: Vec<IpNet>,
     /// External IPs are served only inside these. From `--allowed-external-cidrs`; empty refuses all.
     pub allowed_external_cidrs: Vec<IpNet>,
     /// Endpoints are used only inside these; empty: anywhere. From `--endpoint-cidrs`.

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::model::Service;
+use crate::model::{ClusterIps, Service};
 use crate::name::{Family, Protocol};
+use crate::plan::PlanOptions;
 use crate::problem::Problem;
 
 const SEND: &str = "proxy-protocol";
@@ -79,9 +80,9 @@ pub(crate) struct Wish {
 impl Wish {
     /// Reads a Service's annotations. One that cannot be read is a problem, and closes: nobody is served over TCP then.
     ///
-    /// `balancers`: whom this process believes, networks of both families. A Service never adds to them: who may edit one
-    /// could otherwise say that any client is any other. `own`: addresses of this node, which no balancer in front has.
-    pub(crate) fn of(service: &Service, balancers: &[IpNet], own: &[IpAddr], problems: &mut Vec<Problem>) -> Self {
+    /// Whom this process believes, the flags say alone: who may edit a Service could otherwise say that any client is any other.
+    pub(crate) fn of(service: &Service, options: &PlanOptions, problems: &mut Vec<Problem>) -> Self {
+        let balancers: &[IpNet] = &options.accept_proxy_from;
         let mut wish = Self::default();
         let mut complain = |text: String| {
             problems.push(Problem::error(format_args!("Service {}", service.name), "annotation", text));
@@ -104,8 +105,9 @@ impl Wish {
         if wish.accept && balancers.is_empty() {
             complain(format!("annotation kube-relay.dev/{ACCEPT}: --accept-proxy-from names nobody, {CLOSED}"));
         }
-        if wish.accept && balancers.iter().any(|net| own.iter().chain(&LOOPBACK).any(|ip| net.contains(ip))) {
-            let text = "--accept-proxy-from has addresses of this node, whose programs can say that they are anybody";
+        let not_in_front = if wish.accept { who_is_not_in_front(service, options) } else { None };
+        if let Some(who) = not_in_front {
+            let text = format!("--accept-proxy-from has addresses of {who} can say that they are anybody");
             let text = format!("annotation kube-relay.dev/{ACCEPT}: {text}");
             problems.push(Problem::note(format_args!("Service {}", service.name), "annotation", text));
         }
@@ -145,6 +147,27 @@ impl Wish {
     }
 }
 
+/// Who is believed, though no balancer in front has such addresses. A program of this node that connects to a virtual address
+/// has that one as its source.
+fn who_is_not_in_front(service: &Service, options: &PlanOptions) -> Option<&'static str> {
+    let believed = |ip: &IpAddr| options.accept_proxy_from.iter().any(|net| net.contains(ip));
+    let cluster_ips: &[IpAddr] = match &service.cluster_ips {
+        ClusterIps::Addresses { addresses, .. } => addresses,
+        ClusterIps::Unset | ClusterIps::Headless => &[],
+    };
+    let virtual_ips = cluster_ips.iter().chain(&*service.external_ips).chain(&*service.load_balancer_ips);
+    let own = options.node_addresses.iter().chain(&options.lent_addresses).chain(&LOOPBACK).chain(virtual_ips);
+    let overlaps = |pods: &IpNet| {
+        let is_in = |net: &IpNet| net.contains(pods) || pods.contains(net);
+        options.accept_proxy_from.iter().any(is_in)
+    };
+    if own.into_iter().any(believed) {
+        Some("this node, whose programs")
+    } else {
+        options.cluster_cidrs.iter().any(overlaps).then_some("pods, which")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,11 +176,20 @@ mod tests {
         ["10.0.1.0/24", "2001:db8::/64", "10.0.0.0/24"].map(|net| net.parse().expect("a network")).into()
     }
 
+    fn options(balancers: &[IpNet]) -> PlanOptions {
+        PlanOptions {
+            accept_proxy_from: balancers.into(),
+            node_addresses: vec![[192, 0, 2, 1].into()],
+            cluster_cidrs: vec!["10.82.0.0/16".parse().expect("a network")],
+            ..PlanOptions::default()
+        }
+    }
+
     fn read(annotations: &[(&str, &str)], balancers: &[IpNet]) -> (Wish, Vec<String>) {
         let mut service = Service::new("default/web").port("http", 80);
         service.annotations.extend(annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())));
         let mut problems = Vec::new();
-        let wish = Wish::of(&service, balancers, &[[192, 0, 2, 1].into()], &mut problems);
+        let wish = Wish::of(&service, &options(balancers), &mut problems);
         (wish, problems.iter().map(ToString::to_string).collect())
     }
 
@@ -205,7 +237,7 @@ mod tests {
         service.annotations.insert(SEND.into(), "v2".into());
         let mut problems = Vec::new();
 
-        Wish::of(&service, &[], &[], &mut problems);
+        Wish::of(&service, &PlanOptions::default(), &mut problems);
 
         assert_eq!(problems.len(), 1);
         assert!(problems[0].to_string().ends_with("are for TCP: no port has it"), "{problems:?}");
@@ -231,5 +263,27 @@ mod tests {
         let told = |net: &str| read(&[(ACCEPT, "true")], &[net.parse().expect("a network")]).1.len();
 
         assert_eq!(["10.0.0.9/32", "192.0.2.0/24", "127.0.0.1/32", "0.0.0.0/0", "::/0"].map(told), [0, 1, 1, 1, 1]);
+        assert_eq!(
+            ["10.82.3.0/24", "10.80.0.0/12", "10.83.0.0/16"].map(told),
+            [1, 1, 0],
+            "pods are not in front, either"
+        );
+    }
+
+    #[test]
+    fn given_balancers_that_have_the_services_own_addresses_when_read_then_that_is_told() {
+        let mut service = Service::new("default/web").port("http", 80);
+        service.annotations.insert(ACCEPT.into(), "true".into());
+        service.cluster_ips = ClusterIps::Addresses { addresses: vec![[10, 96, 0, 10].into()], allocated: false };
+        service.external_ips.push([198, 51, 100, 1].into());
+        service.load_balancer_ips.push([203, 0, 113, 1].into());
+        let told = |net: &str| {
+            let mut problems = Vec::new();
+            Wish::of(&service, &options(&[net.parse().expect("a network")]), &mut problems);
+            problems.len()
+        };
+
+        let nets = ["10.96.0.0/16", "198.51.100.1/32", "203.0.113.0/24", "203.0.113.2/32"];
+        assert_eq!(nets.map(told), [1, 1, 1, 0], "a program of this node that connects there has that source");
     }
 }

@@ -171,10 +171,8 @@ impl<'a> Asked<'a> {
             source_ranges: SourceRanges { service, node_addresses: &options.node_addresses },
             allow_from: AllowFrom::of(service, options.allow_from.as_ref(), &mut problems),
         };
-        let announcing = Announcing {
-            wish: Wish::of(service, &options.accept_proxy_from, &options.node_addresses, &mut problems),
-            balancers: &options.accept_proxy_from,
-        };
+        let announcing =
+            Announcing { wish: Wish::of(service, options, &mut problems), balancers: &options.accept_proxy_from };
         problems.extend((announcing.wish.sends() && manner.source.is_preserved()).then(|| told_twice(service)));
         plan.problems.extend(problems);
         let mut loops = BTreeSet::new();

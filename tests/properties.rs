@@ -61,6 +61,7 @@ fn options() -> PlanOptions {
     let own: Vec<IpAddr> = vec![[192, 0, 2, 1].into(), Ipv6Addr::LOCALHOST.into()];
     let listen = ([192, 0, 2, 1], 8080).into();
     PlanOptions {
+        cluster_cidrs: vec![],
         node: Node { name: Some("node-1".into()), zone: Some("zone-a".into()) },
         node_port_addresses: own.clone(),
         lent_addresses: vec![],
