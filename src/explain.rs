@@ -728,7 +728,7 @@ mod tests {
             lines.take_while(|line| !line.starts_with("Balance:")).collect::<Vec<_>>().join(" | ")
         };
 
-        assert_eq!(seen("192.0.2.1:30080", Some(STRANGER)), "Backends See:      client");
+        assert_eq!(seen("192.0.2.1:30080", Some(STRANGER)), "Backends See:      client unless hostNetwork");
         assert_eq!(seen("10.96.0.10:80", Some(STRANGER)), "Backends See:      client if the backend is here");
         assert_eq!(
             seen("10.96.0.10:80", Some(POD)),
