@@ -13,6 +13,7 @@ pub mod connect;
 mod deadline;
 pub mod departed;
 mod direction;
+mod doubt;
 pub mod ejection;
 mod failures;
 mod fault;
@@ -52,6 +53,7 @@ mod train;
 pub mod udp;
 mod upstream;
 mod way;
+mod way_back;
 mod wheel;
 mod worker;
 

@@ -102,7 +102,7 @@ words! {
         NoLocalEndpoints = "no_local_endpoints",
         /// Every backend that was tried failed.
         EjectedAll = "ejected_all",
-        /// The source may not use this listener.
+        /// The source may not use this listener; or each backend, or a policy before it, refuses that client's address alone.
         DeniedAddress = "denied_address",
         /// A balancer in front did not begin the connection with a PROXY header: it is missing, malformed, too long or late.
         ProxyHeader = "proxy_header",
@@ -172,9 +172,11 @@ words! {
         HostBackend = "host_backend",
         /// An answer to a client's address did not come back here: the backend has another way to it.
         NoWayBack = "no_way_back",
+        /// The backend, or a policy before it, refused the client's address, and not the node's; no other client was let in.
+        Refused = "refused",
         /// Nothing leads answers to clients' addresses to this process: the kernel has refused that.
         ReplyPath = "reply_path",
-        /// The kernel gave no socket at the client's address.
+        /// The kernel gave no socket at the client's address, or did not let it out.
         LocalPorts = "local_ports",
     }
 }

@@ -34,6 +34,7 @@ use crate::serve::ejection::PROBE;
 use crate::serve::preserve::{PROOF, Side};
 use crate::serve::socket;
 use crate::serve::stream::Stream;
+use crate::serve::way_back::{ClientKey, Evidence};
 use crate::stats::{ConnectFailure, DropReason, SourceFallback};
 
 /// How backends are connected to.
@@ -207,8 +208,8 @@ pub(crate) async fn dial(
 enum Missed {
     /// It failed.
     Failed(ConnectError),
-    /// The backend, or a policy before it, said no to the client's own address: that may concern this client alone, so it is no
-    /// failure of the backend.
+    /// The backend, or a policy before it, said no to the client's own address, and not to the node's nor to other clients':
+    /// that concerns this client alone, so it is no failure of the backend.
     Denied(ConnectError),
     /// The endpoint was removed while it was being tried: not its fault, and no use either.
     Left,
@@ -322,21 +323,32 @@ impl<'a> Ladder<'a> {
             }
             Err(Missed::Failed(error)) => match error.reason {
                 ConnectFailure::Timeout => self.attempt_past_proof(side, client.ip(), patience, backend).await,
-                // No port of the client's address is left towards this backend, or no way leads there from that address. Where
-                // there is none from this node's either, the backend is unreachable and nothing else.
-                ConnectFailure::LocalPorts | ConnectFailure::Unreachable => {
+                ConnectFailure::FdLimit | ConnectFailure::Memory => Err(Missed::Failed(error)),
+                _ if is_from_network(&error.source) => self.attempt_past_refusal(side, error, backend).await,
+                // No port of the client's address is left towards this backend, or this host does not let it out.
+                _ => {
                     let outcome = self.attempt_from_node(backend).await;
                     if outcome.is_ok() {
                         port.preserve.stats.fallbacks.count(SourceFallback::LocalPorts);
                     }
                     outcome
                 }
-                // By whom is not known: nothing follows for the way back.
-                ConnectFailure::Refused | ConnectFailure::Reset => Err(Missed::Denied(error)),
-                ConnectFailure::FdLimit | ConnectFailure::Memory => Err(Missed::Failed(error)),
             },
             Err(missed) => Err(missed),
         }
+    }
+
+    /// Somebody has said no to the client's address. Where this node hears the same, it is the backend's failure. Where it does
+    /// not, that client is meant alone if others were let in, and else whoever is not this node. Nothing follows for the way
+    /// back, as it is not known who has said so.
+    async fn attempt_past_refusal(&self, side: Side, error: ConnectError, backend: &Backend) -> Result<Stream, Missed> {
+        let lets_others_in = backend.has_way_back(side, Instant::now());
+        let stream = self.attempt_from_node(backend).await?;
+        if lets_others_in {
+            return Err(Missed::Denied(error));
+        }
+        self.balancer.port.preserve.stats.fallbacks.count(SourceFallback::Refused);
+        Ok(stream)
     }
 
     /// No answer to the client's address has come. Where the backend answers this node, and in less time, that is why.
@@ -355,7 +367,8 @@ impl<'a> Ladder<'a> {
             Err(Missed::Denied(_) | Missed::Left) => false,
         };
         if answers && begin.elapsed() < waited / 2 {
-            backend.note_no_way_back(side, client, &port.name, Instant::now());
+            let client = ClientKey::of(client);
+            backend.note_no_way_back(side, client, Evidence::Clear, &port.name, Instant::now());
         }
         port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
         outcome
@@ -462,10 +475,13 @@ impl<'a> Ladder<'a> {
         {
             self.balancer.note_failure(backend, error.reason, eject_after, Instant::now());
         }
-        self.verdict = match (error.reason, self.verdict) {
-            (ConnectFailure::LocalPorts, DropReason::NoEndpoints | DropReason::LocalPorts) => DropReason::LocalPorts,
+        let word = match (error.reason, is_failure) {
+            (_, false) => DropReason::DeniedAddress,
+            (ConnectFailure::LocalPorts, true) => DropReason::LocalPorts,
             _ => DropReason::EjectedAll,
         };
+        let is_first_or_same = [DropReason::NoEndpoints, word].contains(&self.verdict);
+        self.verdict = if is_first_or_same { word } else { DropReason::EjectedAll };
         Ok(())
     }
 }
@@ -520,6 +536,12 @@ fn connecting(socket: OwnedFd, address: SocketAddr) -> io::Result<OwnedFd> {
 fn is_port_denied(error: &io::Error) -> bool {
     let denied = [Errno::ADDRINUSE, Errno::ADDRNOTAVAIL, Errno::ACCESS, Errno::NOPROTOOPT];
     Errno::from_io_error(error).is_some_and(|errno| denied.contains(&errno))
+}
+
+/// True where it came from the backend or from the way there, and not from this host.
+fn is_from_network(error: &io::Error) -> bool {
+    let refusals = [Errno::CONNREFUSED, Errno::CONNRESET, Errno::HOSTUNREACH, Errno::NETUNREACH];
+    Errno::from_io_error(error).is_some_and(|errno| refusals.contains(&errno))
 }
 
 /// True where nobody listened and the kernel, choosing a source port, connected the socket to itself.
@@ -1020,10 +1042,38 @@ mod tests {
             let mut ladder = Ladder::new(&web, CLIENT, &options);
             let error = ConnectError::new(all[0].address, Errno::CONNREFUSED.into());
             ladder.note(&all[0], &Missed::Denied(error)).expect("another try is of use");
+            assert_eq!(ladder.verdict, DropReason::DeniedAddress);
         }
 
         assert_eq!(failures(&all[0], ConnectFailure::Refused), 20);
         assert!(!all[0].is_ejected(), "a policy may keep that client out alone");
+    }
+
+    #[test]
+    fn given_a_client_that_is_denied_when_another_backend_fails_then_the_verdict_is_the_backends() {
+        let all = backends([SocketAddr::from((LOOPBACK, 1)), SocketAddr::from((LOOPBACK, 2))]);
+        let (web, options) = (balancer(&all), ConnectOptions::default());
+        let refused = |backend: &Backend| ConnectError::new(backend.address, Errno::CONNREFUSED.into());
+        let mut ladder = Ladder::new(&web, CLIENT, &options);
+
+        ladder.note(&all[0], &Missed::Denied(refused(&all[0]))).expect("another try is of use");
+        ladder.note(&all[1], &Missed::Failed(refused(&all[1]))).expect("another try is of use");
+
+        assert_eq!(ladder.next_backend().expect_err("no more"), DropReason::EjectedAll);
+    }
+
+    #[test]
+    fn given_what_the_kernel_says_when_judged_then_what_the_network_refuses_is_told_from_what_this_host_does() {
+        let judged = |errno: Errno| is_from_network(&errno.into());
+
+        assert!(
+            [Errno::CONNREFUSED, Errno::CONNRESET, Errno::HOSTUNREACH, Errno::NETUNREACH]
+                .map(judged)
+                .iter()
+                .all(|is| *is)
+        );
+        let of_host = [Errno::PERM, Errno::ACCESS, Errno::INVAL, Errno::ADDRNOTAVAIL, Errno::ADDRINUSE].map(judged);
+        assert_eq!(of_host, [false; 5]);
     }
 
     #[test]

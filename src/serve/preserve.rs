@@ -2,18 +2,32 @@
 //!
 //! Answers to a client's address have to come by this node, which only the backend's network decides. What can be told
 //! beforehand is told from the routes of this node (`way`): the client is the node itself, or on the backend's own link, or the
-//! backend is the node. All else is found out by connections that are made anyway: one from the client's address that is
-//! answered proves the way back; where it is not, and the backend answers the node, there is none (`WayBack`).
+//! backend is the node. All else is found out by connections that are made anyway, for each backend, and apart for each `Side`
+//! on which clients are (`way_back`):
 //!
-//! Over TCP, a connection waits `PROOF` for an answer, and is made from the node's address then: the client notices nothing
-//! else. Over UDP nobody knows whether an answer is to come, so that the client's next datagram tells: sent `DOUBT` after one
-//! that was not answered, it goes from the node's address. Only where that is answered sooner, there is no way back. Where it is
-//! not answered, either, nothing is known: a way back that was missing is missing still, and else the backend sees the client
-//! again, and each of its flows may tell. While nothing is known, one flow finds out, and all others begin at the node.
+//! ```text
+//! unknown ──an answer to a client──────────────────────▶ found     for 60 s after the last one
+//!    │  ▲                                                  │
+//!    │  └───────── 60 s without an answer ─────────────────┤
+//!    ├──────── two clients in a row have none ─┐   three in a row, over 1 s, no two by one client
+//!    │                                         ▼           ▼
+//!    ├─ UDP: neither client nor node has one   missing: clients are served from the node's address
+//!    ▼                                         │  tried again by one after 5 s, 10 s … ~10 min, where an answer makes it found
+//! silent: clients are seen; asked again after 5 s, 10 s, 20 s
+//! ```
 //!
-//! A way back that was found is not given up for one connection, which may have lost a packet, have met a full queue, or be of a
-//! client that is kept out: it takes `STRIKES` in a row. One that was not found is tried again after a while by one
-//! connection, longer each time, and not by the client that failed last.
+//! * *To have none* is to be silent to the client, and to answer this node in less than half of that time. Where the node's
+//!   answer takes longer, it is undecided: that is the same while nothing is known, and nothing where it is found. Silence to
+//!   both proves nothing: it is never found by that, and what is missing stays missing.
+//! * One client alone never takes their address from the others, as it may be kept out, have lost a packet or have met a full
+//!   queue: it is only held back itself, for 5 s, 10 s …, while nothing is found. Nobody's failure counts while it is missing, but
+//!   that of the one who was sent to try.
+//! * Over TCP, a connection waits `PROOF`, and is made from the node's address then: the client notices nothing else.
+//! * Over UDP nobody knows whether an answer is to come, so that the client's next datagram tells. No flow shows its client
+//!   without a doubt before its first answer (`upstream`): it moves to the node's address when the client asks again, and back
+//!   where the node has none, either, ever more patiently. While nothing is known, one flow asks, and all others begin at the node.
+//! * Who refuses a client's address is asked from the node's: where that is refused too, it is the backend's failure as ever.
+//!   Where it is not, and others were let in, that client alone is meant and is not served; else it is, as where there is no way back.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::OnceLock;
@@ -28,23 +42,13 @@ use crate::serve::balancer::Backend;
 use crate::serve::connect::Source;
 use crate::serve::moment::Moment;
 use crate::serve::way::{Way, way_to};
+use crate::serve::way_back::{ClientKey, Evidence, MOST_DOUBLINGS, Turn, Verdict, WayBack};
 use crate::stats::{OnDemand, SourceFallback, SourceStats, Zeros};
 
 /// How long a connection from the client's address may wait for an answer. On a node it takes a thousandth of it.
 pub(super) const PROOF: Duration = Duration::from_millis(100);
-/// The same for a datagram, when the client sends again.
-pub(super) const DOUBT: Duration = Duration::from_millis(300);
-/// How long a way back that was found is taken for one, without another answer.
-const TRUST: Duration = Duration::from_secs(60);
-/// When one that was not found is tried again: twice as long each time, up to some ten minutes.
-const FIRST_RETRY: Duration = Duration::from_secs(5);
-const MOST_DOUBLINGS: u64 = 7;
-/// How often in a row, and over how long at least, a way back that was found has to fail to be there no more.
-const STRIKES: u64 = 3;
-const STRIKES_LAST: Duration = Duration::from_secs(1);
-/// How long a backend that answers nobody sees clients before it is asked again: as long as [`FIRST_RETRY`], and twice as long
-/// each time, so often.
-const MOST_SILENT_DOUBLINGS: u64 = 3;
+/// As many sides are known apart for a backend. A node has a few networks; all others share the last place.
+const SIDES: usize = 6;
 
 /// Whether a ServicePort wants its clients' addresses preserved, and what came of it.
 #[derive(Debug, Default)]
@@ -82,21 +86,51 @@ impl Preserve {
 
     /// On which side a client is, whose address a connection may have; or why none may.
     pub(super) fn side(&self, client: IpAddr, backend: &Backend, now: Instant) -> Result<Side, SourceFallback> {
-        match self.reply_path.get().is_some_and(ReplyPath::leads_here) {
-            true => side(client, backend.address.ip(), |address| way_to(address, now)),
-            false => Err(SourceFallback::ReplyPath),
+        if !self.reply_path.get().is_some_and(ReplyPath::leads_here) {
+            return Err(SourceFallback::ReplyPath);
         }
+        side(client, backend.address.ip(), |address| way_to(address, now))
     }
 }
 
-/// On which side of this node a client is: what is known of one tells nothing of the other. A backend on another node answers
-/// a pod of this node by it, as that is the pod's only way; and who is farther off, past it.
+/// On which side of this node a client is, as seen from a backend: what is known of one side tells nothing of another. A backend
+/// on another node answers a pod of this node by it, as that is the pod's only way; and who is farther off, past it.
+///
+/// By which interface, and by a router or not; but one for all clients that have a route each, as pods with cables of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    /// On a link of this node.
-    Link,
-    /// Behind a router.
-    Router,
+pub(super) struct Side(u64);
+
+impl Side {
+    const IS_ONLY_WAY: u64 = 1;
+
+    /// Never 0.
+    fn new(client: Way, backend: Way) -> Self {
+        let (kind, interface) = match client {
+            Way::Here | Way::Alone(_) => (1, 0),
+            Way::Link(interface) => (2, interface),
+            Way::Router(interface) => (3, interface),
+        };
+        let is_on_link = matches!(backend, Way::Link(_) | Way::Alone(_));
+        let is_only_way = is_on_link && backend.interface() != client.interface();
+        Self(u64::from(interface) << 3 | kind << 1 | u64::from(is_only_way))
+    }
+
+    /// Of a client behind a router, and a backend behind another one.
+    #[cfg(test)]
+    pub(super) fn sample() -> Self {
+        Self::new(Way::Router(2), Way::Router(9))
+    }
+
+    /// Whether the backend is on a link of this node where the client is not, so that nothing but this node leads back. There,
+    /// only passing faults and policies can be in the way, and it is tried again soon.
+    fn is_only_way(self) -> bool {
+        self.0 & Self::IS_ONLY_WAY != 0
+    }
+
+    /// How often the time doubles after which a way back that is missing is tried again.
+    fn most_doublings(self) -> u64 {
+        if self.is_only_way() { 0 } else { MOST_DOUBLINGS }
+    }
 }
 
 fn side(client: IpAddr, backend: IpAddr, way_to: impl Fn(IpAddr) -> Option<Way>) -> Result<Side, SourceFallback> {
@@ -112,246 +146,67 @@ fn side(client: IpAddr, backend: IpAddr, way_to: impl Fn(IpAddr) -> Option<Way>)
     if of_client == Way::Here {
         return Err(SourceFallback::NodeLocal);
     }
-    match (of_client, way_to(backend)) {
-        (_, None) => Err(SourceFallback::NoWayBack),
-        (_, Some(Way::Here)) => Err(SourceFallback::HostBackend),
-        (Way::Link(interface), Some(way)) if way.interface() == Some(interface) => Err(SourceFallback::SameLink),
-        (Way::Router(_), Some(_)) => Ok(Side::Router),
-        (Way::Link(_) | Way::Here, Some(_)) => Ok(Side::Link),
+    match (of_client, way_to(backend).ok_or(SourceFallback::NoWayBack)?) {
+        (_, Way::Here) => Err(SourceFallback::HostBackend),
+        (Way::Link(interface) | Way::Alone(interface), way) if way.interface() == Some(interface) => {
+            Err(SourceFallback::SameLink)
+        }
+        (of_client, of_backend) => Ok(Side::new(of_client, of_backend)),
     }
 }
 
-/// What is known of the ways back from one backend, by the side on which clients are.
+/// What is known of the ways back from one backend, by the side on which clients are. Shared by all threads.
 #[derive(Debug, Default)]
-pub struct WaysBack {
-    link: WayBack,
-    router: WayBack,
+pub struct WaysBack([Place; SIDES]);
+
+/// What is known of one side, and of which.
+#[derive(Debug, Default)]
+struct Place {
+    /// The [`Side`]; 0: of none yet.
+    side: AtomicU64,
+    way: WayBack,
+}
+
+impl Place {
+    const fn free() -> Self {
+        Self { side: AtomicU64::new(0), way: WayBack::new() }
+    }
+
+    /// True where the place is that side's, from now on if it was free.
+    fn is_of(&self, side: Side) -> bool {
+        match self.side.load(Ordering::Relaxed) {
+            0 => {
+                let taken = self.side.compare_exchange(0, side.0, Ordering::Relaxed, Ordering::Relaxed);
+                taken.is_ok() || taken == Err(side.0)
+            }
+            taken => taken == side.0,
+        }
+    }
 }
 
 impl Zeros for WaysBack {
     fn zeros() -> &'static Self {
-        static UNKNOWN: WaysBack = WaysBack { link: WayBack::new(), router: WayBack::new() };
+        static UNKNOWN: WaysBack = WaysBack([const { Place::free() }; SIDES]);
         &UNKNOWN
     }
 }
 
 impl WaysBack {
-    pub(super) fn of(&self, side: Side) -> &WayBack {
-        match side {
-            Side::Link => &self.link,
-            Side::Router => &self.router,
-        }
+    fn of(&self, side: Side) -> &WayBack {
+        let [first @ .., last] = &self.0;
+        &first.iter().find(|place| place.is_of(side)).unwrap_or(last).way
     }
 
     /// How soon the next connection tries again, where none is found on some side.
     pub(crate) fn missing_for(&self, now: Instant) -> Option<Duration> {
-        [&self.link, &self.router].into_iter().filter_map(|way| way.missing_for(Moment::of(now))).max()
+        self.0.iter().filter_map(|place| place.way.missing_for(Moment::of(now))).max()
     }
-}
-
-/// Whether answers of a backend come by this node. Shared by all threads.
-///
-/// Threads that come at once may each write what they think: who comes later finds one of these, and all are right enough.
-#[derive(Debug, Default)]
-pub(super) struct WayBack {
-    /// 0 while nothing is known; else until when something is, as a [`Moment`], how often it was tried in vain, and whether it
-    /// was found. Found after tries in vain: it is only assumed, as the backend answers nobody.
-    known: AtomicU64,
-    /// 0 while the last connection had an answer; else when the first one had none, as a [`Moment`], and how many had none.
-    strikes: AtomicU64,
-    /// The [`key`] of the client that had no answer last; 0: nobody.
-    striker: AtomicU64,
-    /// 0 while no datagram waits for the answer that would tell; else since when one does, as a [`Moment`], and whether the
-    /// backend saw this node.
-    asked: AtomicU64,
-}
-
-/// Whose address a new flow is to have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Turn {
-    /// The client's. True where the first answer is to tell whether there is a way back.
-    Client(bool),
-    /// This node's. True where the first answer is to tell that there is none.
-    Node(bool),
-}
-
-/// Tells clients apart: an address, or of IPv6 the network that one host may have.
-fn key(client: IpAddr) -> u64 {
-    match client.to_canonical() {
-        IpAddr::V4(ip) => ip.to_bits().into(),
-        IpAddr::V6(ip) => (ip.to_bits() >> 64) as u64,
-    }
-}
-
-const FOUND: u64 = 1;
-const AS_NODE: u64 = 1;
-const SINCE_SHIFT: u32 = 1;
-const TRIED_SHIFT: u32 = 1;
-const TRIED_MASK: u64 = 0b111;
-const UNTIL_SHIFT: u32 = 4;
-const FIRST_SHIFT: u32 = 8;
-const COUNT_MASK: u64 = 0xff;
-
-impl WayBack {
-    const fn new() -> Self {
-        Self {
-            known: AtomicU64::new(0),
-            strikes: AtomicU64::new(0),
-            striker: AtomicU64::new(0),
-            asked: AtomicU64::new(0),
-        }
-    }
-
-    /// False where it is known to be missing. After a while, one who asks is told to try again.
-    pub(super) fn may_try(&self, client: IpAddr, now: Moment) -> bool {
-        let known = self.known.load(Ordering::Relaxed);
-        if known == 0 || known & FOUND != 0 {
-            return true;
-        }
-        let until = Moment(known >> UNTIL_SHIFT);
-        // Who failed last waits longer: it may be kept out itself, and then would find out nothing for others.
-        let has_failed = self.striker.load(Ordering::Relaxed) == key(client);
-        if now.0 < until.0 || has_failed && now.0 < until.after(FIRST_RETRY).0 {
-            return false;
-        }
-        // Until it is known how that one fared, the others do without.
-        let (tried, until) = (known >> TRIED_SHIFT & TRIED_MASK, now.after(FIRST_RETRY));
-        self.known.compare_exchange(known, word(until, tried, 0), Ordering::Relaxed, Ordering::Relaxed).is_ok()
-    }
-
-    /// True where it was found not long ago.
-    fn is_found(&self, now: Moment) -> bool {
-        self.holds(now) && self.tried() == 0
-    }
-
-    /// True where nothing is known, as the backend answers nobody.
-    fn is_assumed(&self, now: Moment) -> bool {
-        self.holds(now) && self.tried() != 0
-    }
-
-    fn holds(&self, now: Moment) -> bool {
-        let known = self.known.load(Ordering::Relaxed);
-        known & FOUND != 0 && now.0 < known >> UNTIL_SHIFT
-    }
-
-    fn tried(&self) -> u64 {
-        self.known.load(Ordering::Relaxed) >> TRIED_SHIFT & TRIED_MASK
-    }
-
-    /// Whose address a flow is to have that begins now. Clients that ask again may do so from another port, and then that is
-    /// another flow: so it is not left to each by itself.
-    pub(super) fn turn(&self, client: IpAddr, now: Moment) -> Turn {
-        if self.is_found(now) {
-            return Turn::Client(false);
-        }
-        if self.is_assumed(now) {
-            return Turn::Client(true);
-        }
-        let known = self.known.load(Ordering::Relaxed);
-        let asked = self.asked.load(Ordering::Relaxed);
-        let is_young = now.since(Moment(asked >> SINCE_SHIFT)) < DOUBT;
-        match (asked, asked & AS_NODE != 0) {
-            (0, _) if self.may_try(client, now) => {
-                self.ask(now, 0);
-                Turn::Client(true)
-            }
-            (0, _) => Turn::Node(false),
-            (_, true) if is_young => Turn::Node(true),
-            (_, true) => self.silent(now),
-            // One finds out, and no other one pays for it.
-            (_, false) if is_young && known & FOUND == 0 => Turn::Node(false),
-            (_, false) if is_young => Turn::Client(true),
-            (_, false) => {
-                self.ask(now, AS_NODE);
-                Turn::Node(true)
-            }
-        }
-    }
-
-    fn ask(&self, now: Moment, as_node: u64) {
-        self.asked.store(now.0 << SINCE_SHIFT | as_node, Ordering::Relaxed);
-    }
-
-    /// Who was to find out at this moment could not.
-    fn forget_asked(&self, since: Moment) {
-        let asked = since.0 << SINCE_SHIFT;
-        // Refused where another one asks by now.
-        let _ = self.asked.compare_exchange(asked, 0, Ordering::Relaxed, Ordering::Relaxed);
-    }
-
-    /// It has answered neither the client nor this node, which proves nothing. Whose address a flow is to have then.
-    fn silent(&self, now: Moment) -> Turn {
-        let known = self.known.load(Ordering::Relaxed);
-        if known != 0 && known & FOUND == 0 {
-            self.asked.store(0, Ordering::Relaxed);
-            return Turn::Node(false); // What was known of it holds.
-        }
-        // Where it was found once, and nothing has been heard since, it begins anew.
-        let tried = self.tried();
-        let pause = FIRST_RETRY.saturating_mul(1 << tried);
-        self.known.store(word(now.after(pause), (tried + 1).min(MOST_SILENT_DOUBLINGS), FOUND), Ordering::Relaxed);
-        self.asked.store(0, Ordering::Relaxed);
-        Turn::Client(true)
-    }
-
-    /// An answer came. Written now and then only, as each connection of a busy backend tells this.
-    fn found(&self, now: Moment) {
-        if self.strikes.load(Ordering::Relaxed) != 0 {
-            self.strikes.store(0, Ordering::Relaxed);
-        }
-        let known = self.known.load(Ordering::Relaxed);
-        if known & FOUND == 0 || now.after(TRUST / 2).0 > known >> UNTIL_SHIFT {
-            self.known.store(word(now.after(TRUST), 0, FOUND), Ordering::Relaxed);
-            self.asked.store(0, Ordering::Relaxed);
-        }
-    }
-
-    /// None came to a client, though the backend answers. How long it is not tried again; `None` where nothing follows from
-    /// that yet.
-    fn missing(&self, client: IpAddr, now: Moment) -> Option<Duration> {
-        self.striker.store(key(client), Ordering::Relaxed);
-        if self.is_found(now) && !self.is_out(now) {
-            return None;
-        }
-        Some(self.postpone(now))
-    }
-
-    /// Counts a connection that had no answer. True where there were enough in a row.
-    fn is_out(&self, now: Moment) -> bool {
-        let strikes = self.strikes.load(Ordering::Relaxed);
-        let (first, count) = match strikes {
-            0 => (now, 1),
-            _ => (Moment(strikes >> FIRST_SHIFT), (strikes & COUNT_MASK) + 1),
-        };
-        self.strikes.store(first.0 << FIRST_SHIFT | count.min(COUNT_MASK), Ordering::Relaxed);
-        count >= STRIKES && now.since(first) >= STRIKES_LAST
-    }
-
-    /// It is taken for missing, for the time that is told: twice as long each time.
-    fn postpone(&self, now: Moment) -> Duration {
-        let known = self.known.load(Ordering::Relaxed);
-        let tried = if known & FOUND == 0 { known >> TRIED_SHIFT & TRIED_MASK } else { 0 };
-        let pause = FIRST_RETRY.saturating_mul(1 << tried);
-        self.known.store(word(now.after(pause), (tried + 1).min(MOST_DOUBLINGS), 0), Ordering::Relaxed);
-        self.asked.store(0, Ordering::Relaxed);
-        self.strikes.store(0, Ordering::Relaxed);
-        pause
-    }
-
-    fn missing_for(&self, now: Moment) -> Option<Duration> {
-        let known = self.known.load(Ordering::Relaxed);
-        (known != 0 && known & FOUND == 0).then(|| Moment(known >> UNTIL_SHIFT).since(now))
-    }
-}
-
-fn word(until: Moment, tried: u64, found: u64) -> u64 {
-    until.0 << UNTIL_SHIFT | tried << TRIED_SHIFT | found
 }
 
 impl Backend {
     /// Whether a connection from the address of a client on that side is to be tried.
     pub(super) fn may_have_way_back(&self, side: Side, client: IpAddr, now: Instant) -> bool {
-        self.ways_back.of(side).may_try(client, Moment::of(now))
+        self.ways_back.of(side).may_try(ClientKey::of(client), Moment::of(now))
     }
 
     /// True where answers to clients on that side came by this node not long ago.
@@ -359,24 +214,25 @@ impl Backend {
         self.ways_back.of(side).is_found(Moment::of(now))
     }
 
+    /// True where answers to clients on that side do not come by this node, by all that is known.
+    pub(super) fn lacks_way_back(&self, side: Side) -> bool {
+        self.ways_back.of(side).is_missing()
+    }
+
     /// Whose address a flow of a client on that side is to have.
     pub(super) fn turn(&self, side: Side, client: IpAddr, now: Instant) -> Turn {
-        self.ways_back.of(side).turn(client, Moment::of(now))
+        self.ways_back.of(side).turn(ClientKey::of(client), Moment::of(now))
+    }
+
+    /// Whether a flow that had no answer, and none at this node's address, may show its client again.
+    pub(super) fn may_be_seen(&self, side: Side, client: IpAddr, now: Instant) -> bool {
+        self.ways_back.of(side).may_be_seen(ClientKey::of(client), Moment::of(now))
     }
 
     /// The flow that was to find out at this moment could not begin at its client's address.
-    pub(super) fn note_not_asked(&self, side: Side, since: Instant) {
-        self.ways_back.of(side).forget_asked(Moment::of(since));
-    }
-
-    /// A flow had no answer at its client's address, and none at this node's. True where it may see the client again.
-    pub(super) fn note_silence(&self, side: Side, now: Instant) -> bool {
-        matches!(self.ways_back.of(side).silent(Moment::of(now)), Turn::Client(_))
-    }
-
-    /// A flow that had no answer at its client's address goes on from this node's.
-    pub(super) fn note_asked_as_node(&self, side: Side, now: Instant) {
-        self.ways_back.of(side).ask(Moment::of(now), AS_NODE);
+    pub(super) fn note_not_asked(&self, side: Side, client: IpAddr, since: Instant) {
+        let since = Moment::of(since);
+        self.ways_back.of(side).forget_asked(ClientKey::of(client), since, since);
     }
 
     /// An answer to a client's address came here.
@@ -384,11 +240,30 @@ impl Backend {
         self.ways_back.of(side).found(Moment::of(now));
     }
 
+    /// One to this node came, while a client still waits for its own.
+    pub(super) fn note_answer_to_node(&self, side: Side) {
+        self.ways_back.of(side).note_answer_to_node();
+    }
+
     /// None came to this client, though the backend answers this node.
-    pub(super) fn note_no_way_back(&self, side: Side, client: IpAddr, service: &ServicePortName, now: Instant) {
-        let Some(pause) = self.ways_back.of(side).missing(client, Moment::of(now)) else { return };
+    pub(super) fn note_no_way_back(
+        &self,
+        side: Side,
+        client: ClientKey,
+        evidence: Evidence,
+        service: &ServicePortName,
+        now: Instant,
+    ) {
+        let verdict = self.ways_back.of(side).failed(client, evidence, Moment::of(now), side.most_doublings());
+        let (whose, pause) = match verdict {
+            _ if evidence == Evidence::Late => return, // Nothing is known that an operator could act on.
+            None => return,
+            Some(Verdict::One(pause)) => ("one client", pause),
+            Some(Verdict::All(pause)) => ("all clients of that side", pause),
+        };
         info!(
-            %service, backend = %self.address, reason = %SourceFallback::NoWayBack, again_in_seconds = pause.as_secs(),
+            %service, backend = %self.address, reason = %SourceFallback::NoWayBack, of = whose,
+            again_in_seconds = pause.as_secs(),
             "its answers to clients' addresses do not come by this node: it sees the node's"
         );
     }
@@ -396,38 +271,77 @@ impl Backend {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use rustix::io::Errno;
 
     use super::*;
-
-    const START: Moment = Moment(1_000_000);
-    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7));
-    const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 8));
+    use crate::name::{ObjectName, Protocol};
 
     fn sides(client: Option<Way>, backend: Option<Way>) -> Result<Side, SourceFallback> {
         let [of_client, of_backend] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
         side(of_client, of_backend, |address| if address == of_client { client } else { backend })
     }
 
+    fn link(interface: u32) -> Option<Way> {
+        Some(Way::Link(interface))
+    }
+
+    fn router(interface: u32) -> Option<Way> {
+        Some(Way::Router(interface))
+    }
+
+    fn alone(interface: u32) -> Option<Way> {
+        Some(Way::Alone(interface))
+    }
+
+    const BRIDGE: u32 = 3;
+    const UPLINK: u32 = 2;
+    const TUNNEL: u32 = 9;
+
     #[test]
     fn given_ways_when_judged_then_who_may_be_answered_past_this_node_is_not_preserved() {
-        let [bridge, uplink] = [3, 2];
-        let link = |interface| Some(Way::Link(interface));
-        let router = |interface| Some(Way::Router(interface));
+        assert_eq!(sides(link(BRIDGE), link(BRIDGE)), Err(SourceFallback::SameLink));
+        assert_eq!(sides(link(UPLINK), router(UPLINK)), Err(SourceFallback::SameLink));
+        assert_eq!(sides(Some(Way::Here), link(BRIDGE)), Err(SourceFallback::NodeLocal));
+        assert_eq!(sides(router(UPLINK), Some(Way::Here)), Err(SourceFallback::HostBackend));
+        assert_eq!(sides(None, link(BRIDGE)), Err(SourceFallback::NoWayBack));
+        assert_eq!(sides(router(UPLINK), None), Err(SourceFallback::NoWayBack));
+    }
 
-        assert_eq!(sides(router(uplink), link(bridge)), Ok(Side::Router), "outside to a pod here");
-        assert_eq!(sides(link(uplink), link(bridge)), Ok(Side::Link), "a neighbour of the node to a pod here");
-        assert_eq!(sides(link(bridge), router(uplink)), Ok(Side::Link), "a pod here to one elsewhere");
-        assert_eq!(sides(link(4), link(bridge)), Ok(Side::Link), "a pod here to another, each on a link of its own");
-        assert_eq!(sides(router(uplink), router(uplink)), Ok(Side::Router), "that is found out");
-        assert_eq!(sides(link(bridge), link(bridge)), Err(SourceFallback::SameLink));
-        assert_eq!(sides(link(uplink), router(uplink)), Err(SourceFallback::SameLink));
-        assert_eq!(sides(Some(Way::Here), link(bridge)), Err(SourceFallback::NodeLocal));
-        assert_eq!(sides(router(uplink), Some(Way::Here)), Err(SourceFallback::HostBackend));
-        assert_eq!(sides(None, link(bridge)), Err(SourceFallback::NoWayBack));
-        assert_eq!(sides(router(uplink), None), Err(SourceFallback::NoWayBack));
+    #[test]
+    fn given_clients_of_one_backend_when_told_apart_then_each_network_is_a_side_and_pods_with_cables_are_one() {
+        let elsewhere = |client| sides(client, router(TUNNEL)).expect("it may be");
+
+        let pods = [alone(21), alone(22)].map(elsewhere);
+        assert_eq!(pods[0], pods[1]);
+        let each = [pods[0], elsewhere(link(BRIDGE)), elsewhere(link(UPLINK)), elsewhere(router(UPLINK))];
+        assert!((1..each.len()).all(|i| !each[..i].contains(&each[i])), "{each:?}");
+    }
+
+    #[test]
+    fn given_a_backend_on_a_link_when_clients_are_on_another_then_this_node_is_the_only_way() {
+        let is_only_way = |client, backend| sides(client, backend).expect("it may be").is_only_way();
+
+        assert!(is_only_way(router(UPLINK), link(BRIDGE)) && is_only_way(link(UPLINK), alone(21)));
+        assert!(is_only_way(alone(22), alone(21)));
+        assert!(!is_only_way(router(UPLINK), link(UPLINK)), "a node beside this one has a way of its own");
+        assert!(!is_only_way(alone(22), router(TUNNEL)) && !is_only_way(router(UPLINK), router(UPLINK)));
+    }
+
+    #[test]
+    fn given_more_sides_than_places_when_asked_then_the_first_are_apart_and_the_others_share_the_last() {
+        let ways = WaysBack::default();
+        let now = Instant::now();
+        let sides: Vec<Side> =
+            (0..SIDES as u32 + 2).map(|i| sides(link(10 + i), router(TUNNEL)).expect("it may be")).collect();
+
+        for side in &sides[..SIDES - 1] {
+            assert!(!ways.of(*side).is_found(Moment::of(now)));
+            ways.of(*side).found(Moment::of(now));
+        }
+        let found = |side: &Side| ways.of(*side).is_found(Moment::of(now));
+        assert!(sides[..SIDES - 1].iter().all(found) && !sides[SIDES - 1..].iter().any(found));
+        ways.of(sides[SIDES]).found(Moment::of(now));
+        assert!(sides.iter().all(found));
     }
 
     #[test]
@@ -449,128 +363,22 @@ mod tests {
     }
 
     #[test]
-    fn given_a_way_back_that_is_missing_when_time_passes_then_one_tries_again_and_later_each_time() {
-        let way = WayBack::new();
-        assert!(way.may_try(CLIENT, START) && way.may_try(CLIENT, START), "everybody, as long as nothing is known");
-        let mut now = START;
+    fn given_pods_that_are_answered_when_a_client_of_another_network_is_not_then_each_keeps_what_is_its_own() {
+        let (backend, now) = (Backend::new(1, ([192, 0, 2, 2], 80).into()), Instant::now());
+        let service = ServicePortName::new(ObjectName::parse("default/dns"), "udp", Protocol::Udp);
+        let [pods, lan] = [alone(21), link(UPLINK)].map(|client| sides(client, router(TUNNEL)).expect("it may be"));
 
-        for doublings in 0..10_u32 {
-            let pause = FIRST_RETRY * 2_u32.pow(doublings.min(7));
-
-            assert_eq!(way.missing(CLIENT, now), Some(pause));
-            assert_eq!(way.missing_for(now), Some(pause));
-            assert!(!way.may_try(OTHER, now) && !way.may_try(OTHER, Moment(now.after(pause).0 - 1)));
-            now = now.after(pause);
-            assert!(!way.may_try(CLIENT, now), "not the one that has failed");
-            assert!(way.may_try(OTHER, now), "one tries");
-            assert!(!way.may_try(OTHER, now), "and nobody else, meanwhile");
+        backend.note_way_back(pods, now);
+        for host in [7, 8] {
+            let client = ClientKey::of([203, 0, 113, host].into());
+            backend.note_no_way_back(lan, client, Evidence::Clear, &service, now);
+            backend.note_way_back(pods, now);
         }
-    }
 
-    #[test]
-    fn given_a_client_that_failed_when_nobody_else_comes_then_it_tries_again_somewhat_later() {
-        let way = WayBack::new();
-        let pause = way.missing(CLIENT, START).expect("nothing was known");
-
-        let again = START.after(pause + FIRST_RETRY);
-
-        assert!(!way.may_try(CLIENT, Moment(again.0 - 1)) && way.may_try(CLIENT, again));
-    }
-
-    #[test]
-    fn given_a_way_back_that_is_found_when_it_is_missing_later_then_it_is_tried_again_soon() {
-        let way = WayBack::new();
-        for _ in 0..5 {
-            way.missing(CLIENT, START);
-        }
-        way.found(START);
-
-        assert!(way.may_try(CLIENT, START) && way.turn(CLIENT, START) == Turn::Client(false));
-        assert_eq!(way.missing_for(START), None);
-        let later = START.after(TRUST);
-        assert_eq!(way.turn(CLIENT, later), Turn::Client(true), "known no more, and not missing");
-        assert_eq!(way.missing(CLIENT, later), Some(FIRST_RETRY));
-    }
-
-    #[test]
-    fn given_a_way_back_that_is_found_when_one_connection_has_no_answer_then_others_are_not_taken_their_address() {
-        let way = WayBack::new();
-        way.found(START);
-
-        for number in 0..10 {
-            let now = START.after(STRIKES_LAST * number);
-            assert_eq!(way.missing(CLIENT, now), None, "a client that is kept out");
-            way.found(now); // Another one is answered.
-        }
-        assert_eq!(way.turn(OTHER, START.after(STRIKES_LAST * 10)), Turn::Client(false));
-    }
-
-    #[test]
-    fn given_a_way_back_that_is_found_when_several_in_a_row_have_no_answer_for_a_while_then_it_is_missing() {
-        let way = WayBack::new();
-        way.found(START);
-
-        for _ in 0..2 * STRIKES {
-            assert_eq!(way.missing(CLIENT, START), None, "at one moment, as when a queue was full");
-        }
-        assert_eq!(way.missing(CLIENT, START.after(STRIKES_LAST)), Some(FIRST_RETRY));
-    }
-
-    #[test]
-    fn given_a_way_back_that_is_found_when_told_again_then_the_word_is_written_only_after_a_while() {
-        let way = WayBack::new();
-        way.found(START);
-        let first = way.known.load(Ordering::Relaxed);
-
-        way.found(START.after(TRUST / 4));
-        assert_eq!(way.known.load(Ordering::Relaxed), first);
-        way.found(START.after(TRUST));
-        assert_eq!(way.turn(CLIENT, START.after(TRUST)), Turn::Client(false));
-    }
-
-    #[test]
-    fn given_flows_that_nobody_answers_when_others_follow_then_clients_are_seen_and_each_flow_may_still_tell() {
-        let (way, soon, later) = (WayBack::new(), START.after(DOUBT / 2), START.after(DOUBT));
-        let turn = |now| way.turn(CLIENT, now);
-
-        assert_eq!([START, soon].map(turn), [Turn::Client(true), Turn::Node(false)], "one finds out");
-        assert_eq!([later, later.after(DOUBT / 2)].map(turn), [Turn::Node(true); 2]);
-        let mut now = later.after(DOUBT);
-        for seconds in [5, 10, 20, 40, 40] {
-            assert_eq!(turn(now), Turn::Client(true), "it answers nobody");
-            let assumed = Duration::from_secs(seconds);
-            assert!(way.is_assumed(Moment(now.after(assumed).0 - 1)) && !way.is_assumed(now.after(assumed)));
-            now = now.after(assumed);
-            assert_eq!([now, now.after(DOUBT)].map(turn), [Turn::Client(true), Turn::Node(true)], "it is asked again");
-            now = now.after(DOUBT * 2);
-        }
-        assert_eq!(way.missing(CLIENT, now), Some(FIRST_RETRY), "it begins to answer this node");
-    }
-
-    #[test]
-    fn given_an_answer_to_the_node_alone_when_flows_follow_then_one_tries_again_after_a_while() {
-        let way = WayBack::new();
-        let turn = |client, now| way.turn(client, now);
-        assert_eq!([START, START.after(DOUBT)].map(|now| turn(CLIENT, now)), [Turn::Client(true), Turn::Node(true)]);
-        let pause = way.missing(CLIENT, START).expect("nothing was known");
-
-        assert_eq!(turn(OTHER, START), Turn::Node(false));
-        let again = START.after(pause);
-        assert_eq!([again, again].map(|now| turn(OTHER, now)), [Turn::Client(true), Turn::Node(false)]);
-        let not_answered = again.after(DOUBT);
-        assert_eq!(turn(OTHER, not_answered), Turn::Node(true), "it is found out whether the backend is there at all");
-        assert_eq!(turn(OTHER, not_answered.after(DOUBT)), Turn::Node(false), "silence does not make it found");
-        assert_eq!(way.missing_for(not_answered.after(DOUBT)), Some(FIRST_RETRY - DOUBT * 2));
-    }
-
-    #[test]
-    fn given_a_flow_that_could_not_ask_when_others_follow_then_one_of_them_does() {
-        let way = WayBack::new();
-        assert_eq!(way.turn(CLIENT, START), Turn::Client(true));
-
-        way.forget_asked(START);
-
-        assert_eq!(way.turn(OTHER, START.after(DOUBT)), Turn::Client(true));
+        assert!(backend.has_way_back(pods, now) && !backend.lacks_way_back(pods));
+        assert!(backend.lacks_way_back(lan) && !backend.may_have_way_back(lan, [203, 0, 113, 9].into(), now));
+        assert_eq!(backend.turn(lan, [203, 0, 113, 9].into(), now), Turn::Node(None));
+        assert!(backend.no_way_back_for(now).is_some());
     }
 
     #[test]

@@ -24,15 +24,16 @@ use tracing::{debug, error, warn};
 use crate::name::ListenKey;
 use crate::serve::access::AccessTap;
 use crate::serve::balancer::Tried;
+use crate::serve::doubt::{Doubt, Said};
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
 use crate::serve::flow::{self, Choice, Fate, FlowId, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, connect_udp_as, equip, receive_trains};
 use crate::serve::outbound::send_all;
-use crate::serve::preserve::{DOUBT, Turn};
 use crate::serve::room::FlowLimits;
 use crate::serve::socket::dropped_packets;
-use crate::serve::upstream::{Doubt, OwnSources, Owner, Upstreams};
+use crate::serve::upstream::{OwnSources, Owner, Upstreams};
+use crate::serve::way_back::{ClientKey, Evidence, Turn};
 use crate::serve::{Target, TargetCell, Verdict};
 use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats, SourceFallback};
 
@@ -318,59 +319,55 @@ impl Shard {
     ) -> Result<(), (SourceFallback, Option<Doubt>)> {
         let (backend, preserve) = (&choice.backend, &choice.port.preserve);
         let side = preserve.side(client.ip(), backend, now).map_err(|reason| (reason, None))?;
-        let doubt = |as_client| Doubt { side, as_client, client: client.ip(), since: now };
-        let doubt = match backend.turn(side, client.ip(), now) {
-            Turn::Client(tells) => tells.then(|| doubt(true)),
-            Turn::Node(tells) => return Err((SourceFallback::NoWayBack, tells.then(|| doubt(false)))),
-        };
+        if let Turn::Node(tells) = backend.turn(side, client.ip(), now) {
+            return Err((SourceFallback::NoWayBack, tells.map(|tells| Doubt::of_node(side, tells, now))));
+        }
+        let doubt = Doubt::of_client(side, ClientKey::of(client.ip()), now);
         let socket = connect_udp_as(client, backend.address);
-        socket.and_then(|socket| self.keep(flow, socket, Owner::Client, doubt)).map_err(|error| {
+        socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(doubt))).map_err(|error| {
             debug!(service = %choice.port.name, %client, %error, "no socket at the client's address");
-            backend.note_not_asked(side, now);
+            backend.note_not_asked(side, client.ip(), now);
             (SourceFallback::LocalPorts, None)
         })?;
         preserve.stats.preserved.increment();
         Ok(())
     }
 
-    /// The client sends again, and an answer would have told something that is not known yet: none has come.
+    /// The client sends again, though an answer would have told something that is not known yet: none has come.
     fn go_on_in_doubt(&mut self, visit: &Visit, flow: FlowId, client: SocketAddr) {
-        let waited = |doubt: &Doubt| visit.now.saturating_duration_since(doubt.since) >= DOUBT;
-        let Some(doubt) = self.upstreams.doubt(flow).filter(waited) else { return };
-        let Some(choice) = self.table.choice(flow).cloned() else { return };
-        let backend = &choice.backend;
-        if backend.has_way_back(doubt.side, visit.now) {
-            self.upstreams.settle(flow); // Another flow has found out.
-            return;
-        }
-        let reopened = if doubt.as_client {
-            let doubt = Doubt { as_client: false, since: visit.now, ..doubt };
-            let socket = connect_udp(backend.address);
-            socket.and_then(|socket| self.keep(flow, socket, Owner::Node, Some(doubt))).map(|()| {
-                backend.note_asked_as_node(doubt.side, visit.now);
-                choice.port.preserve.stats.fallbacks.count(SourceFallback::NoWayBack);
-            })
-        } else if backend.note_silence(doubt.side, visit.now) {
-            let doubt = Doubt { as_client: true, since: visit.now, ..doubt };
-            let socket = connect_udp_as(client, backend.address);
-            socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(doubt)))
+        let Some((doubt, choice)) = self.upstreams.doubt(flow).zip(self.table.choice(flow)) else { return };
+        let is_missing = choice.backend.lacks_way_back(doubt.side);
+        let Some(next) = doubt.moved(ClientKey::of(client.ip()), is_missing, visit.now) else { return };
+        let choice = choice.clone();
+        let moved = if !next.as_client {
+            self.move_to_node(flow, &choice, Some(next))
+        } else if may_be_seen(next, client.ip(), &choice, visit.now) {
+            let socket = connect_udp_as(client, choice.backend.address);
+            socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(next)))
         } else {
-            self.upstreams.settle(flow); // It was missing, and that holds.
+            self.upstreams.take_doubt(flow); // It stays with the node.
             Ok(())
         };
-        if let Err(error) = reopened {
+        if let Err(error) = moved {
             debug!(service = %choice.port.name, %client, %error, "the flow stays as it is");
+            self.upstreams.replace_doubt(flow, doubt.again(visit.now));
         }
     }
 
-    /// Something has come back over a flow's socket, be it a refusal.
-    fn settle_doubt(&mut self, flow: FlowId, now: Instant) {
-        let (Some(doubt), Some(choice)) = (self.upstreams.settle(flow), self.table.choice(flow)) else { return };
-        if doubt.as_client {
-            choice.backend.note_way_back(doubt.side, now);
-        } else if now.saturating_duration_since(doubt.since) < DOUBT / 2 {
-            // The client's address was silent for `DOUBT`. Where this node is so for long, too, it is the backend that is slow.
-            choice.backend.note_no_way_back(doubt.side, doubt.client, &choice.port.name, now);
+    fn move_to_node(&mut self, flow: FlowId, choice: &Choice, doubt: Option<Doubt>) -> io::Result<()> {
+        self.keep(flow, connect_udp(choice.backend.address)?, Owner::Node, doubt)
+    }
+
+    /// The first answer over a flow's socket has come.
+    fn conclude(&mut self, flow: FlowId, now: Instant) {
+        let (Some(doubt), Some(choice)) = (self.upstreams.take_doubt(flow), self.table.choice(flow)) else { return };
+        let (backend, side) = (&choice.backend, doubt.side);
+        match doubt.answered(now) {
+            Said::WayBack => backend.note_way_back(side, now),
+            Said::AnswersNode => backend.note_answer_to_node(side),
+            Said::NoWayBack(client, evidence) => {
+                backend.note_no_way_back(side, client, evidence, &choice.port.name, now);
+            }
         }
     }
 
@@ -443,7 +440,7 @@ impl Shard {
             match self.batch.receive(socket.as_fd(), ask) {
                 Ok(received) => {
                     if self.upstreams.has_doubts() {
-                        self.settle_doubt(flow, now);
+                        self.conclude(flow, now);
                     }
                     self.address(flow, received, now);
                     if received < ask {
@@ -525,11 +522,29 @@ impl Shard {
 
     /// The network says that the flow's backend is not there.
     fn refuse(&mut self, flow: FlowId, reason: CloseReason, now: Instant) {
-        if self.upstreams.has_doubts() && reason == CloseReason::Refused {
-            self.settle_doubt(flow, now); // That came from the backend.
+        if self.upstreams.has_doubts() && self.asks_as_node_instead(flow, reason, now) {
+            return;
         }
         self.table.on_refused(flow, reason, now);
         self.upstreams.close(flow);
+    }
+
+    /// Who refuses a client's address may mean that client alone, or none that is not this node's: where nobody was let in, the
+    /// flow goes on from there, for good. True where it does.
+    fn asks_as_node_instead(&mut self, flow: FlowId, reason: CloseReason, now: Instant) -> bool {
+        let (Some(doubt), Some(choice)) = (self.upstreams.doubt(flow), self.table.choice(flow)) else { return false };
+        if !doubt.as_client {
+            if reason == CloseReason::Refused {
+                self.conclude(flow, now); // That came from the backend.
+            }
+            return false;
+        }
+        if choice.backend.has_way_back(doubt.side, now) {
+            return false;
+        }
+        choice.backend.note_no_way_back(doubt.side, doubt.of, Evidence::Late, &choice.port.name, now);
+        let choice = choice.clone();
+        self.move_to_node(flow, &choice, None).is_ok()
     }
 
     /// Does what the control side has asked for; breaks off when it is gone.
@@ -658,6 +673,15 @@ struct Visit {
     key: ListenKey,
     target: Arc<Target>,
     now: Instant,
+}
+
+/// Whether a flow that had no answer may show its client again: the Service still wants that, answers are still led here, and
+/// nothing is known against it.
+fn may_be_seen(doubt: Doubt, client: IpAddr, choice: &Choice, now: Instant) -> bool {
+    let Choice { backend, port, .. } = choice;
+    port.preserve.is_wanted()
+        && port.preserve.side(client, backend, now) == Ok(doubt.side)
+        && backend.may_be_seen(doubt.side, client, now)
 }
 
 /// Chooses a backend for a client. *Port unreachable* towards one side of a listener cannot be told by a socket that

@@ -6,10 +6,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
 
+use crate::serve::doubt::Doubt;
 use crate::serve::flow::FlowId;
-use crate::serve::preserve::Side;
 
 /// The sockets to backends of one shard, by [`FlowId::index`]. Owned by its thread.
 #[derive(Debug)]
@@ -26,20 +25,6 @@ struct Upstream {
     /// Its source port, noted in [`OwnSources`]; `None` where its source is a client's.
     port: Option<u16>,
     doubt: Option<Doubt>,
-}
-
-/// What the first answer over a socket will tell, of a flow whose client's address is to be preserved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Doubt {
-    /// On which side the client is.
-    pub(super) side: Side,
-    /// True where the backend sees the client's address: an answer says that there is a way back. Otherwise an answer says
-    /// that there is none, as one to the client did not come.
-    pub(super) as_client: bool,
-    /// Whose flow it is.
-    pub(super) client: IpAddr,
-    /// When the socket was opened.
-    pub(super) since: Instant,
 }
 
 /// Whose source address a socket has.
@@ -93,11 +78,18 @@ impl Upstreams {
         self.sockets.get(flow.index())?.as_ref()?.doubt
     }
 
-    /// The same, as it has come.
-    pub(super) fn settle(&mut self, flow: FlowId) -> Option<Doubt> {
+    /// The same, as it has come, or is awaited no more.
+    pub(super) fn take_doubt(&mut self, flow: FlowId) -> Option<Doubt> {
         let doubt = self.sockets.get_mut(flow.index())?.as_mut()?.doubt.take();
         self.doubts -= usize::from(doubt.is_some());
         doubt
+    }
+
+    /// Puts another doubt in the place of one.
+    pub(super) fn replace_doubt(&mut self, flow: FlowId, next: Doubt) {
+        if let Some(Some(Upstream { doubt: Some(doubt), .. })) = self.sockets.get_mut(flow.index()) {
+            *doubt = next;
+        }
     }
 
     pub(super) fn get(&self, flow: FlowId) -> Option<&UdpSocket> {
@@ -177,7 +169,11 @@ fn fold(ip: IpAddr) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+    use crate::serve::preserve::Side;
+    use crate::serve::way_back::ClientKey;
 
     fn address(text: &str) -> SocketAddr {
         text.parse().expect("an address")
@@ -205,8 +201,7 @@ mod tests {
         let socket = || UdpSocket::bind("127.0.0.1:0").expect("a free port");
         let (ours, clients) = (socket(), socket());
         let [of_ours, of_client] = [&ours, &clients].map(|socket| socket.local_addr().expect("bound"));
-        let client = of_client.ip();
-        let doubt = Doubt { side: Side::Link, as_client: true, client, since: Instant::now() };
+        let doubt = Doubt::of_client(Side::sample(), ClientKey::of(of_client.ip()), Instant::now());
         let [one, two] = [0, 1].map(FlowId::from_bits);
 
         upstreams.insert(one, ours, Owner::Node, None).expect("kept");
@@ -214,7 +209,7 @@ mod tests {
 
         assert!(sources.contains(of_ours) && !sources.contains(of_client));
         assert_eq!((upstreams.has_doubts(), upstreams.doubt(one), upstreams.doubt(two)), (true, None, Some(doubt)));
-        assert_eq!((upstreams.settle(two), upstreams.settle(two)), (Some(doubt), None), "once");
+        assert_eq!((upstreams.take_doubt(two), upstreams.take_doubt(two)), (Some(doubt), None), "once");
         assert!(!upstreams.has_doubts());
         upstreams.insert(two, socket(), Owner::Client, Some(doubt)).expect("kept");
         upstreams.close(two);

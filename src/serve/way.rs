@@ -26,6 +26,8 @@ const ANSWER: usize = 4_096;
 /// Lengths of a message's header and of the fixed part of one about a route (`struct rtmsg`).
 const HEADER: usize = 16;
 const ROUTE_HEADER: usize = 12;
+/// Asks for the route itself in place of what it is for one address (`linux/rtnetlink.h`, Linux 4.13).
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 /// How an address is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub(super) enum Way {
     Here,
     /// It is on the link of the interface with this index.
     Link(u32),
+    /// The same, and the route there is for this one address: a pod with a cable of its own, where pods have such.
+    Alone(u32),
     /// By a router on that link.
     Router(u32),
 }
@@ -43,7 +47,7 @@ impl Way {
     pub(super) fn interface(self) -> Option<u32> {
         match self {
             Self::Here => None,
-            Self::Link(interface) | Self::Router(interface) => Some(interface),
+            Self::Link(interface) | Self::Alone(interface) | Self::Router(interface) => Some(interface),
         }
     }
 }
@@ -81,12 +85,21 @@ impl Ways {
     }
 
     fn ask(&mut self, address: IpAddr) -> io::Result<Option<Way>> {
+        let way = self.exchange(address, 0)?.and_then(Route::way);
+        let Some(Way::Link(interface)) = way else { return Ok(way) };
+        // A kernel that does not know the question says what it said: it tells links apart no more, and nothing else is lost.
+        let route = self.exchange(address, RTM_F_FIB_MATCH)?;
+        let is_alone = route.is_some_and(|route| route.prefix == prefix_of_one(address));
+        Ok(Some(if is_alone { Way::Alone(interface) } else { Way::Link(interface) }))
+    }
+
+    fn exchange(&mut self, address: IpAddr, flags: u32) -> io::Result<Option<Route>> {
         let socket = match &mut self.socket {
             Some(socket) => socket,
             None => self.socket.insert(open()?),
         };
         self.number = self.number.wrapping_add(1);
-        socket.send(&question(address, self.number), 0)?;
+        socket.send(&question(address, self.number, flags), 0)?;
         let mut buffer = [0; ANSWER];
         let length = socket.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT)?.min(ANSWER);
         Ok(read(&buffer[..length], self.number))
@@ -100,20 +113,22 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
+fn prefix_of_one(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
 /// Asks by which route a packet to the address would go.
-fn question(address: IpAddr, number: u32) -> Vec<u8> {
-    let (family, prefix) = match address {
-        IpAddr::V4(_) => (libc::AF_INET, 32),
-        IpAddr::V6(_) => (libc::AF_INET6, 128),
-    };
+fn question(address: IpAddr, number: u32, flags: u32) -> Vec<u8> {
+    let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let mut buffer = Vec::with_capacity(HEADER + ROUTE_HEADER + 20);
     buffer.extend([0; 4]); // Its length, once that is known.
     buffer.extend(libc::RTM_GETROUTE.to_ne_bytes());
     buffer.extend(NLM_F_REQUEST.to_ne_bytes());
     buffer.extend(number.to_ne_bytes());
     buffer.extend([0; 4]); // The kernel knows who asks.
-    buffer.extend([family as u8, prefix]);
-    buffer.extend([0; ROUTE_HEADER - 2]);
+    buffer.extend([family as u8, prefix_of_one(address)]);
+    buffer.extend([0; ROUTE_HEADER - 2 - 4]);
+    buffer.extend(flags.to_ne_bytes());
     match address {
         IpAddr::V4(address) => attribute(&mut buffer, libc::RTA_DST, &address.octets()),
         IpAddr::V6(address) => attribute(&mut buffer, libc::RTA_DST, &address.octets()),
@@ -123,22 +138,41 @@ fn question(address: IpAddr, number: u32) -> Vec<u8> {
     buffer
 }
 
-/// The way that an answer tells; `None` where that is no way, or something else.
-fn read(datagram: &[u8], number: u32) -> Option<Way> {
+/// What an answer tells of a route.
+struct Route {
+    /// For how many addresses it is: the length of what they have in common.
+    prefix: u8,
+    kind: u8,
+    interface: Option<u32>,
+    has_router: bool,
+}
+
+impl Route {
+    /// `None` where that is no way.
+    fn way(self) -> Option<Way> {
+        match self.kind {
+            libc::RTN_LOCAL => Some(Way::Here),
+            libc::RTN_UNICAST if self.has_router => self.interface.map(Way::Router),
+            libc::RTN_UNICAST => self.interface.map(Way::Link),
+            _ => None,
+        }
+    }
+}
+
+/// The route that an answer tells; `None` where it tells something else.
+fn read(datagram: &[u8], number: u32) -> Option<Route> {
     let answer = messages(datagram).find(|message| message.sequence_number() == number)?;
     if answer.message_type() != libc::RTM_NEWROUTE {
         return None;
     }
     let (header, attributes) = answer.payload().split_first_chunk::<ROUTE_HEADER>()?;
-    match header[7] {
-        libc::RTN_LOCAL => Some(Way::Here),
-        libc::RTN_UNICAST => {
-            let interface = u32::from_ne_bytes(*find(attributes, libc::RTA_OIF)?.first_chunk()?);
-            let has_router = [libc::RTA_GATEWAY, libc::RTA_VIA].iter().any(|kind| find(attributes, *kind).is_some());
-            Some(if has_router { Way::Router(interface) } else { Way::Link(interface) })
-        }
-        _ => None,
-    }
+    let interface = find(attributes, libc::RTA_OIF).and_then(|bytes| bytes.first_chunk());
+    Some(Route {
+        prefix: header[1],
+        kind: header[7],
+        interface: interface.map(|bytes| u32::from_ne_bytes(*bytes)),
+        has_router: [libc::RTA_GATEWAY, libc::RTA_VIA].iter().any(|kind| find(attributes, *kind).is_some()),
+    })
 }
 
 #[cfg(test)]
@@ -147,7 +181,7 @@ mod tests {
 
     /// What the kernel would say of a route.
     fn told(kind: u8, attributes: &[(u16, u32)]) -> Vec<u8> {
-        let mut bytes = question([192, 0, 2, 1].into(), 7);
+        let mut bytes = question([192, 0, 2, 1].into(), 7, 0);
         bytes[4..6].copy_from_slice(&libc::RTM_NEWROUTE.to_ne_bytes());
         bytes[HEADER + 7] = kind;
         for (kind, value) in attributes {
@@ -162,12 +196,16 @@ mod tests {
     fn given_answers_when_read_then_a_link_a_router_and_this_machine_are_told_apart() {
         let by = (libc::RTA_OIF, 3);
 
-        assert_eq!(read(&told(libc::RTN_UNICAST, &[by]), 7), Some(Way::Link(3)));
-        assert_eq!(read(&told(libc::RTN_UNICAST, &[by, (libc::RTA_GATEWAY, 1)]), 7), Some(Way::Router(3)));
-        assert_eq!(read(&told(libc::RTN_UNICAST, &[by, (libc::RTA_VIA, 1)]), 7), Some(Way::Router(3)));
-        assert_eq!(read(&told(libc::RTN_LOCAL, &[by]), 7), Some(Way::Here));
-        assert_eq!(read(&told(libc::RTN_UNREACHABLE, &[by]), 7), None);
-        assert_eq!(read(&told(libc::RTN_UNICAST, &[by]), 8), None, "an answer to another question");
+        let way = |told: Vec<u8>, number| read(&told, number).and_then(Route::way);
+
+        assert_eq!(way(told(libc::RTN_UNICAST, &[by]), 7), Some(Way::Link(3)));
+        assert_eq!(way(told(libc::RTN_UNICAST, &[by, (libc::RTA_GATEWAY, 1)]), 7), Some(Way::Router(3)));
+        assert_eq!(way(told(libc::RTN_UNICAST, &[by, (libc::RTA_VIA, 1)]), 7), Some(Way::Router(3)));
+        assert_eq!(way(told(libc::RTN_LOCAL, &[by]), 7), Some(Way::Here));
+        assert_eq!(way(told(libc::RTN_UNREACHABLE, &[by]), 7), None);
+        assert_eq!(way(told(libc::RTN_UNICAST, &[]), 7), None);
+        assert_eq!(way(told(libc::RTN_UNICAST, &[by]), 8), None, "an answer to another question");
+        assert_eq!(read(&told(libc::RTN_UNICAST, &[by]), 7).map(|route| route.prefix), Some(32));
     }
 
     #[test]

@@ -115,7 +115,7 @@ impl Beside {
 }
 
 /// Loads rules on a node; the error is what `nft` says.
-fn load(nft: &Path, node: &Namespace, rules: &str) -> Result<(), String> {
+pub(crate) fn load(nft: &Path, node: &Namespace, rules: &str) -> Result<(), String> {
     let output = node.run(|| Command::new(nft).arg(rules).output()).map_err(|error| error.to_string())?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }

@@ -3,9 +3,11 @@
 //!
 //! What is judged how is in `serve::preserve`; here a kernel and its routes are asked.
 
-use std::io::Write;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,10 +19,11 @@ use kube_relay::reply_path::{self, CHECK_INTERVAL};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
 
-use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, skip, with_only};
+use crate::beside::load;
+use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, find, skip, with_only};
 use crate::stage::{
-    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, Outcome, Pod, Stage, Web, ask_on, ask_tcp, ask_udp, expect_at,
-    until,
+    Backends, ClusterIp, ENTRIES, Entry, ExternalIp, Outcome, Pod, Stage, UDP_BACKEND_PORT, Web, answer, ask_on,
+    ask_tcp, ask_udp, expect_at, until,
 };
 use crate::verdicts::{backends, local, rig};
 use crate::vips::in_runtime;
@@ -29,6 +32,11 @@ pub(crate) const CASES: &[Case] = cases![
     t126_t113_given_backends_here_when_clients_ask_at_every_entry_then_backends_see_them_and_the_node_itself_never,
     t126_given_no_annotation_when_clients_ask_then_backends_see_the_node_and_nothing_is_changed_on_it,
     t126_given_a_backend_elsewhere_when_it_answers_past_this_node_then_it_sees_the_node_soon_and_the_reason_is_told,
+    t126_given_pods_that_are_answered_here_when_a_neighbour_is_answered_past_this_node_then_it_is_served_soon,
+    t126_given_one_client_that_a_pod_drops_when_others_ask_then_they_stay_seen_and_it_is_served_from_the_node,
+    t126_given_one_client_that_a_pod_refuses_when_others_are_let_in_then_it_alone_is_not_served,
+    t126_given_a_pod_that_answers_nobody_when_a_client_goes_on_then_it_is_seen_until_the_service_wants_that_no_more,
+    t126_given_a_pod_that_refuses_all_but_the_node_when_clients_ask_then_they_are_served_from_the_node,
     t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node,
     t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node,
     t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_that_one,
@@ -161,6 +169,225 @@ fn t126_given_a_backend_elsewhere_when_it_answers_past_this_node_then_it_sees_th
     assert_eq!(stage.metric("kuberelay_connect_failures_total", ""), 0, "that is no fault of the backend");
     assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
     assert!(stage.log().contains("no_way_back"), "it is said why");
+}
+
+fn t126_given_pods_that_are_answered_here_when_a_neighbour_is_answered_past_this_node_then_it_is_served_soon() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let lan = match Lan::lay(&rig) {
+        Ok(lan) => lan,
+        Err(error) => return skip("bridge", &error.to_string()),
+    };
+    let _running = backends(&rig);
+    let far = [Pod::of(&rig, 1, 0)];
+    let stage = Stage::start(rig, &preserving().with(far));
+    let Stage { rig, .. } = &stage;
+    let (neighbour, pod, is_over) = (rig.client(), rig.pod(0, 0), AtomicBool::new(false));
+
+    thread::scope(|scope| {
+        let stop = StopAtEnd(&is_over);
+        for family in FAMILIES {
+            let to = stage.at(ClusterIp, family);
+            lan.lead(neighbour, to.ip(), 0).expect("a route can be added");
+            expect_at(pod, to, ask_udp, "the pod is seen", |outcome| is_from(outcome, pod.address(family)));
+            let is_over = &is_over;
+            scope.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    let outcome = pod.run(|| Ok(ask_udp(to))).expect("the namespace is ours");
+                    assert!(is_from(&outcome, pod.address(family)), "{outcome:?}");
+                }
+            });
+        }
+        for family in FAMILIES {
+            let (to, node) = (stage.at(ClusterIp, family), rig.node(0).address(family));
+            let (outcome, questions) = neighbour.run(|| ask_again_and_again(to)).expect("it is served");
+            assert!(is_from(&outcome, node) && questions <= 2, "{outcome:?} after {questions} questions");
+
+            let outcome = neighbour.run(|| Ok(ask_udp(to))).expect("the namespace is ours");
+            assert!(is_from(&outcome, node), "by its first question from then on: {outcome:?}");
+            let outcome = neighbour.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+            assert!(is_from(&outcome, node), "{outcome:?}");
+        }
+        drop(stop);
+    });
+}
+
+/// Ends those who ask all the time, also where a case fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Asks over one socket, as resolvers do that ask again; tells how many questions it took.
+fn ask_again_and_again(to: SocketAddr) -> io::Result<(Outcome, usize)> {
+    const MOST: usize = 4;
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(Duration::from_millis(400)))?;
+    let mut buffer = [0; 256];
+    for number in 1..=MOST {
+        socket.send(b"?")?;
+        if let Ok(length) = socket.recv(&mut buffer) {
+            return Ok((answer(&String::from_utf8_lossy(&buffer[..length])), number));
+        }
+    }
+    Ok((Outcome::Silence, MOST))
+}
+
+/// A policy of the first pod, by a program that can write it; `None`, and says why, where there is none.
+fn policy(rig: &Rig, rules: &str) -> Option<PathBuf> {
+    let nft = find("nft").or_else(|| {
+        skip("nft", "not installed");
+        None
+    })?;
+    let table = format!("table inet trial {{\nchain input {{\ntype filter hook input priority 0; {rules}\n}}\n}}\n");
+    match load(&nft, rig.pod(0, 0), &table) {
+        Ok(()) => Some(nft),
+        Err(reason) => {
+            assert!(reason.contains("Could not process"), "{reason}");
+            skip("nft", &reason);
+            None
+        }
+    }
+}
+
+/// Who it is, for a policy.
+fn named(part: &Namespace) -> [String; 2] {
+    [("ip", Family::V4), ("ip6", Family::V6)].map(|(word, family)| format!("{word} saddr {}", part.address(family)))
+}
+
+fn t126_given_one_client_that_a_pod_drops_when_others_ask_then_they_stay_seen_and_it_is_served_from_the_node() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let [v4, v6] = named(rig.client());
+    if policy(&rig, &format!("{v4} drop; {v6} drop;")).is_none() {
+        return;
+    }
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let Stage { rig, .. } = &stage;
+    let (denied, allowed) = (rig.client(), rig.pod(1, 1));
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        let is_node = |outcome: &Outcome| outcome.pod().is_some() && !is_from(outcome, denied.address(family));
+        for _ in 0..8 {
+            let outcome = denied.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+            assert!(is_node(&outcome), "{outcome:?}");
+            let (outcome, questions) = denied.run(|| ask_again_and_again(to)).expect("it is served");
+            assert!(is_node(&outcome) && questions <= 2, "{outcome:?} after {questions} questions");
+            for ask in [ask_tcp, ask_udp] {
+                let outcome = allowed.run(|| Ok(ask(to))).expect("the namespace is ours");
+                assert!(is_from(&outcome, allowed.address(family)), "{outcome:?}");
+            }
+        }
+    }
+    assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
+}
+
+fn t126_given_one_client_that_a_pod_refuses_when_others_are_let_in_then_it_alone_is_not_served() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let rules =
+        named(rig.client()).map(|client| format!("{client} meta l4proto tcp reject with tcp reset; {client} reject;"));
+    if policy(&rig, &rules.concat()).is_none() {
+        return;
+    }
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let Stage { rig, .. } = &stage;
+    let (denied, allowed) = (rig.client(), rig.pod(1, 1));
+
+    sees(&stage, allowed, ClusterIp, allowed);
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        for ask in [ask_tcp, ask_udp].into_iter().cycle().take(12) {
+            let outcome = denied.run(|| Ok(ask(to))).expect("the namespace is ours");
+            assert!(outcome.pod().is_none(), "{outcome:?}");
+        }
+    }
+
+    sees(&stage, allowed, ClusterIp, allowed);
+    assert!(stage.metric("kuberelay_service_dropped_total", "reason=\"denied_address\"") > 0);
+    assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0, "that is no fault of the backend");
+}
+
+fn t126_given_a_pod_that_answers_nobody_when_a_client_goes_on_then_it_is_seen_until_the_service_wants_that_no_more() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods.clone()));
+    let (client, pod, to) = (stage.rig.client(), stage.rig.pod(0, 0), stage.at(ClusterIp, Family::V4));
+    let sink = pod.run(|| UdpSocket::bind((pod.address(Family::V4), UDP_BACKEND_PORT))).expect("the port is free");
+    sink.set_read_timeout(Some(Duration::from_millis(50))).expect("an option");
+    let socket = client.run(|| UdpSocket::bind(("0.0.0.0", 0))).expect("a port is free");
+    socket.connect(to).expect("there is a route");
+    let heard = |time: Duration| -> Vec<bool> {
+        let begin = Instant::now();
+        let told = std::iter::from_fn(|| {
+            thread::sleep(Duration::from_millis(5)); // The pace of the client.
+            socket.send(b"line").expect("it is sent");
+            (begin.elapsed() < time).then(|| sink.recv_from(&mut [0; 16]).map(|(_, from)| from.ip()))
+        });
+        told.flatten().map(|source| source == client.address(Family::V4)).collect()
+    };
+
+    let first = heard(Duration::from_secs(4));
+
+    let as_client = first.iter().filter(|is_client| **is_client).count();
+    let changes = first.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert!(as_client * 2 > first.len() && changes <= 8, "{as_client} of {}, {changes} changes", first.len());
+
+    stage.change(&Web::default().with(pods));
+
+    until("the node is seen", || heard(Duration::from_millis(50)).last() == Some(&false));
+    let later = heard(Duration::from_millis(1_500));
+    assert!(!later.is_empty() && !later.contains(&true), "no flow shows its client again");
+}
+
+fn t126_given_a_pod_that_refuses_all_but_the_node_when_clients_ask_then_they_are_served_from_the_node() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let rules = [rig.client(), rig.pod(1, 1)].map(|part| {
+        let [v4, v6] = named(part);
+        format!("{v4} reject with icmp type admin-prohibited; {v6} reject with icmpv6 type admin-prohibited;")
+    });
+    if policy(&rig, &rules.concat()).is_none() {
+        return;
+    }
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let Stage { rig, .. } = &stage;
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        for client in [rig.client(), rig.pod(1, 1)].into_iter().cycle().take(6) {
+            let (outcome, questions) = client.run(|| ask_again_and_again(to)).expect("it is served");
+            assert!(outcome.pod().is_some() && questions <= 2, "{outcome:?} after {questions} questions");
+            let outcome = client.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+            assert!(outcome.pod().is_some() && !is_from(&outcome, client.address(family)), "{outcome:?}");
+        }
+    }
+
+    assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"refused\"") > 0);
+    assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
 }
 
 fn t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node() {

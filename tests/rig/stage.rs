@@ -434,7 +434,7 @@ pub(crate) fn ask_udp(to: SocketAddr) -> Outcome {
     exchange().unwrap_or_else(|error: io::Error| Outcome::of(&error))
 }
 
-fn answer(text: &str) -> Outcome {
+pub(crate) fn answer(text: &str) -> Outcome {
     let parsed = text.split_once(' ').and_then(|(pod, source)| Some((pod.to_owned(), source.parse().ok()?)));
     match parsed {
         Some((pod, source)) => Outcome::Answer { pod, source },
