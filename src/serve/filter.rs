@@ -1,8 +1,8 @@
 //! The filter of a listener's socket: the kernel drops what comes from sources that are to get no answer.
 //!
 //! One classic BPF program for each socket, made from all that the listener's target says: verdicts of both sides,
-//! source ranges and who is allowed from outside. It is replaced as a whole. Attaching it is a system call, everything before that is pure. Which
-//! sockets get one, and what happens where the kernel takes none, is up to `bound`.
+//! source ranges and who is allowed from outside. It is replaced as a whole. Attaching it is a system call, everything before
+//! that is pure. Which sockets get one, and what happens where the kernel takes none, is up to `bound`.
 
 use std::fmt;
 use std::io;

@@ -15,7 +15,7 @@
 //!
 //! | call | why |
 //! |---|---|
-//! | `accept4` | the client; not blocking at once, TCP_NODELAY inherited from the listener; keep-alive after five seconds (`lasting`) |
+//! | `accept4` | the client; not blocking at once, TCP_NODELAY from the listener; keep-alive after five seconds (`lasting`) |
 //! | `epoll_ctl` add | its only registration |
 //! | `recvfrom`, twice | where balancers in front say who comes: a look at the header, and the header |
 //! | `socket`, `connect` | the backend; no option before the second write (`direction`) or the fifth second (`lasting`) |
@@ -200,7 +200,10 @@ impl TcpShared {
             DropReason::ProxyHeader if self.lack_of_headers.is_news(now) => {
                 let remedy = "have it send one (send-proxy, send-proxy-v2), or take it out of --accept-proxy-from";
                 let balancer = client.ip();
-                warn!(%service, client = %balancer, %reason, remedy, "a balancer in front does not begin with a PROXY header in time: its clients are reset");
+                warn!(
+                    %service, client = %balancer, %reason, remedy,
+                    "a balancer in front does not begin with a PROXY header in time: its clients are reset"
+                );
             }
             _ => {}
         }
