@@ -136,15 +136,23 @@ impl Status {
 
     /// What is worth knowing, and what is wrong.
     pub(crate) fn notes_and_problems(&self) -> (Vec<Problem>, Vec<Problem>) {
-        self.problems.iter().cloned().partition(|problem| problem.severity == Severity::Note)
+        let all = self.problems.iter().cloned().chain(self.unpreserved());
+        all.partition(|problem| problem.severity == Severity::Note)
+    }
+
+    /// Of each Service that wants its clients' addresses preserved, why the kernel does not let it; none where it does.
+    pub(crate) fn unpreserved(&self) -> Vec<Problem> {
+        let refused =
+            |service: &Arc<ServiceStatus>| Some(unpreserved(&service.service.name, &service.source_refusal()?));
+        self.services.values().filter_map(refused).collect()
     }
 
     /// The same of one Service, without the work for all others; `None` where there is none of that name.
     pub fn report_of(&self, name: &ObjectName) -> Option<Report> {
         let services = vec![self.services.get(name)?.live(self)];
         let object = name.to_string();
-        let said = self.problems.iter().filter(|problem| problem.subject() == object).cloned();
-        let (notes, problems) = said.partition(|problem| problem.severity == Severity::Note);
+        let (mut notes, mut problems) = self.notes_and_problems();
+        [&mut notes, &mut problems].into_iter().for_each(|said| said.retain(|problem| problem.subject() == object));
         Some(Report { services, problems, notes })
     }
 
@@ -170,10 +178,21 @@ impl Status {
     }
 }
 
+fn unpreserved(service: &ObjectName, why: &str) -> Problem {
+    let message = format!("kube-relay.dev/source-address: preserve is not done, backends see this node: {why}");
+    Problem { severity: Severity::Warning, ..Problem::error(format!("Service {service}"), "reply_path", message) }
+}
+
 impl ServiceStatus {
     /// Its report without states and counters.
     pub fn report(&self) -> ServiceReport {
         ServiceReport::of(&self.service, Some(&self.plan))
+    }
+
+    /// Why its backends see the node's address, where it wants them to see its clients'.
+    fn source_refusal(&self) -> Option<String> {
+        let states = self.ports.iter().filter_map(|counters| counters.state.as_ref());
+        states.filter_map(|state| state.preserve.refusal()).next()
     }
 
     /// Its report with states and counters, read now.
@@ -185,8 +204,7 @@ impl ServiceStatus {
             ClusterIps::Addresses { addresses, .. } => addresses.iter().map(ToString::to_string).collect(),
         };
         report.external_name = self.service.external_name.as_ref().map(ToString::to_string);
-        let states = self.ports.iter().filter_map(|counters| counters.state.as_ref());
-        report.source_refusal = states.filter_map(|state| state.preserve.refusal()).next();
+        report.source_refusal = self.source_refusal();
         if let Some(health_port) = report.health_port.as_mut().filter(|port| !port.addresses.is_empty()) {
             health_port.state = Some(status.health_port_state(&self.service.name));
         }

@@ -44,7 +44,7 @@ pub enum Seen {
     /// The client's.
     Client,
     /// The client's, unless the backend is this node itself, as a pod with `hostNetwork` is.
-    ClientUnlessHost,
+    ClientOffHost,
     /// The client's, unless backend and client are on one link, as on a bridge.
     ClientOffLink,
     /// The client's, where the backend is on this node or has its way back by it.
@@ -59,7 +59,7 @@ impl fmt::Display for Seen {
         f.write_str(match self {
             Self::Node => "this node",
             Self::Client => "client",
-            Self::ClientUnlessHost => "client unless hostNetwork",
+            Self::ClientOffHost => "client unless hostNetwork",
             Self::ClientOffLink => "client unless on one bridge",
             Self::ClientIfWayBack => "client if the backend is here",
             Self::NodeOrVip => "this node, or the VIP",
@@ -72,7 +72,7 @@ pub fn seen(client: ClientPlace, scope: Scope, source: SourceAddress) -> Seen {
     match (source, client, scope) {
         (SourceAddress::Node, ..) | (_, ClientPlace::Node, _) => Seen::Node,
         (SourceAddress::Preserve, ClientPlace::PodHere, _) => Seen::ClientOffLink,
-        (SourceAddress::Preserve, ClientPlace::Elsewhere, Scope::Local) => Seen::ClientUnlessHost,
+        (SourceAddress::Preserve, ClientPlace::Elsewhere, Scope::Local) => Seen::ClientOffHost,
         (SourceAddress::Preserve, ClientPlace::Elsewhere, Scope::Cluster) => Seen::ClientIfWayBack,
     }
 }
@@ -139,7 +139,7 @@ mod tests {
         let seen = |client, scope| seen(client, scope, SourceAddress::Preserve);
 
         assert_eq!(seen(ClientPlace::Node, Scope::Local), Seen::Node);
-        assert_eq!(seen(ClientPlace::Elsewhere, Scope::Local), Seen::ClientUnlessHost);
+        assert_eq!(seen(ClientPlace::Elsewhere, Scope::Local), Seen::ClientOffHost);
         assert_eq!(seen(ClientPlace::Elsewhere, Scope::Cluster), Seen::ClientIfWayBack);
         assert_eq!(seen(ClientPlace::PodHere, Scope::Cluster), Seen::ClientOffLink);
     }

@@ -173,7 +173,9 @@ impl Closeup {
 impl Summary {
     /// This process's relay as it is now.
     pub fn of(status: &Status, now: SystemTime) -> Self {
-        let mut problems: Vec<&Problem> = status.problems.iter().filter(|problem| is_wrong(problem)).collect();
+        let unpreserved = status.unpreserved();
+        let all = status.problems.iter().chain(&unpreserved);
+        let mut problems: Vec<&Problem> = all.filter(|problem| is_wrong(problem)).collect();
         let said = counts_by_subject(&problems);
         problems.sort_by_key(|problem| Reverse(problem.severity)); // stable: those of the source come first
         let mut totals = Totals::default();
@@ -198,7 +200,7 @@ impl Summary {
             accept_paused_seconds: accept_paused_seconds(),
             limits: CAPACITY.report(),
             problem_count: problems.len(),
-            note_count: status.problems.len() - problems.len(),
+            note_count: status.problems.len() + unpreserved.len() - problems.len(),
             problems: problems.into_iter().take(PROBLEM_LIMIT).cloned().collect(),
             recent,
             services,

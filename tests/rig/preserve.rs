@@ -479,6 +479,7 @@ fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and
 
     sees_node(&stage, stage.rig.client(), ClusterIp);
     assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"reply_path\"") > 0);
+    assert!(stage.reports("reply_path"), "status tells it, too");
     let is_said = |log: &str| log.lines().any(|line| line.contains("preserved") && line.contains("CAP_NET_ADMIN"));
     assert!(is_said(&stage.log()), "it is said, with the remedy");
     let report = stage.report_of("default/web");
