@@ -10,7 +10,8 @@ use std::net::IpAddr;
 use rustix::io::Errno;
 
 use crate::guard;
-use crate::reply_path::{self, claim_name};
+use crate::reply_path;
+use crate::reply_seats::take_all;
 use crate::route_claim::{Claim, ClaimError, name_of};
 use crate::route_socket::{BATCH, NotMade, RouteSocket, removals};
 
@@ -43,7 +44,7 @@ pub enum CleanupError {
     /// The same, where filters of tc are the guard.
     #[error("tc: cannot remove the filters that guard these routes")]
     Filters(#[source] io::Error),
-    /// The kernel would not remove what leads answers to clients' addresses here.
+    /// The kernel would not remove what leads answers to clients' addresses here, or not all of it.
     #[error("cannot remove what leads answers to clients' addresses to a relay")]
     ReplyPath(#[source] io::Error),
     /// The kernel would not remove one.
@@ -86,7 +87,7 @@ pub async fn remove_routes(protocol: u8) -> Result<Removed, CleanupError> {
 /// The same, where this name says who removes routes.
 async fn remove_claimed(name: &str, protocol: u8) -> Result<Removed, CleanupError> {
     let _claim = Claim::take_named(name, protocol, "kube-relay cleanup".into()).await?;
-    let _replies = Claim::take_named(&claim_name(name), protocol, "kube-relay cleanup".into()).await?;
+    let _seats = take_all(name, protocol, "kube-relay cleanup", None).await?;
     let mut socket = RouteSocket::open(protocol).map_err(CleanupError::Open)?;
     let routes = socket.look().map_err(CleanupError::Look)?;
     let addresses: Vec<IpAddr> = routes.iter().filter_map(|route| route.own_address()).collect();
@@ -106,11 +107,7 @@ async fn remove_claimed(name: &str, protocol: u8) -> Result<Removed, CleanupErro
         return Err(error); // What is still local is still guarded.
     }
     remove_guard(protocol)?;
-    let reply_path = match reply_path::remove(protocol) {
-        // Who may not remove it could not have made it, and the routes were not there, either.
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::PERM) => false,
-        outcome => outcome.map_err(CleanupError::ReplyPath)?,
-    };
+    let reply_path = reply_path::remove(protocol).map_err(CleanupError::ReplyPath)?;
     Ok(Removed { routes: removed, reply_path })
 }
 
@@ -134,6 +131,7 @@ fn not_removed(address: IpAddr, source: Errno) -> CleanupError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reply_seats::Seat;
 
     #[tokio::test]
     async fn given_a_relay_that_runs_when_cleaned_up_then_it_is_named_and_nothing_is_touched() {
@@ -146,6 +144,18 @@ mod tests {
 
         let CleanupError::Runs(source) = &error else { panic!("{error}") };
         assert!(source.to_string().contains("kube-relay with pid 4711"), "{source}");
+    }
+
+    #[tokio::test]
+    async fn given_a_relay_that_needs_answers_led_here_alone_when_cleaned_up_then_it_is_named_and_nothing_is_touched() {
+        let name = format!("kube-relay/test/{}/cleanup/seats", std::process::id());
+        let seat = Seat::take(&name, 252, "kube-relay with pid 4712").await.expect("nobody has it");
+        tokio::spawn(async move { seat.answer().await });
+
+        let error = remove_claimed(&name, 252).await.expect_err("it runs");
+
+        let CleanupError::Runs(source) = &error else { panic!("{error}") };
+        assert!(source.to_string().contains("kube-relay with pid 4712"), "{source}");
     }
 
     #[test]

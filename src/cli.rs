@@ -40,6 +40,7 @@ use crate::manifest::Input;
 use crate::model::ServiceKind;
 use crate::name::ObjectName;
 use crate::plan::Expose;
+use crate::reply_mark::ReplyMark;
 use crate::reply_path::ReplyPathOptions;
 use crate::scaffold::{NewNodePort, NewService};
 use crate::serve::connect::Steps;
@@ -652,6 +653,10 @@ struct VipFlags {
 
     #[command(flatten)]
     protocol: RouteProtocolFlag,
+
+    /// What marks answers to clients whose addresses a Service preserves, on their way here: a value, and the bits of the mark that count. For where another program has this value in these bits
+    #[arg(long, value_name = "VALUE/MASK", env = "KUBE_RELAY_REPLY_MARK", default_value_t)]
+    reply_mark: ReplyMark,
 }
 
 /// Who makes addresses of Services local.
@@ -1349,7 +1354,7 @@ impl VipFlags {
     /// Whoever makes addresses of Services local.
     fn reply_path(&self) -> ReplyPathOptions {
         let removed_at_exit = self.vip_routes_at_exit == AtExit::Remove;
-        ReplyPathOptions { protocol: self.protocol.route_protocol, removed_at_exit }
+        ReplyPathOptions { protocol: self.protocol.route_protocol, mark: self.reply_mark, removed_at_exit }
     }
 
     fn options(&self) -> Option<VipOptions> {
@@ -1592,6 +1597,10 @@ mod tests {
         let flags = "--route-protocol 207 --vip-routes-linger 5s --vip-routes-at-exit remove --tune-sysctls";
         assert_eq!(vips(flags), Some(options));
         assert_eq!(vips("--vip-routes none"), None);
+        let reply_path = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).reply_path;
+        let told = ReplyPathOptions { protocol: 207, mark: "0x2/0xf".parse().expect("a mark"), removed_at_exit: true };
+        assert_eq!(reply_path(&format!("{flags} --reply-mark 0x2/0xf")), told);
+        assert_eq!(reply_path("").mark.to_string(), "0x100b/0x3fff");
         let guard = |flags: &str| run_fine(&format!("kube-relay run -f x {flags}")).vip_guard;
         assert_eq!((guard(""), guard("--vip-guard none")), (VipGuard::Auto, VipGuard::None));
         let Command::Cleanup(args) = parse("kube-relay cleanup").expect("a command line").command else {
@@ -1675,6 +1684,8 @@ mod tests {
             ("run -f x --access-log - --access-log-sample 0", "--access-log-sample", "0 is not in 1.."),
             ("run -f x --vip-routes all", "--vip-routes", "none"),
             ("cleanup --route-protocol 4", "--route-protocol", "5..=255"),
+            ("run -f x --reply-mark 0x2000", "--reply-mark", "like 0x100b/0x3fff"),
+            ("run -f x --reply-mark 0x4001/0xff", "--reply-mark", "write them in both, or in neither"),
             ("run -f x --connect-tries 9", "--connect-tries", "1..=8"),
             ("run -f x --eject-after 0", "--eject-after", "none"),
             ("run -f x --idle-timeout 5", "--idle-timeout", "none"),

@@ -97,7 +97,7 @@ pub struct RunConfig {
     pub vips: Option<VipOptions>,
     /// What keeps sockets of all addresses from answering there. From `--vip-guard`.
     pub vip_guard: VipGuard,
-    /// How answers to clients' addresses are led here. From `--route-protocol` and `--vip-routes-at-exit`.
+    /// How answers to clients' addresses are led here. From `--route-protocol`, `--reply-mark` and `--vip-routes-at-exit`.
     pub reply_path: ReplyPathOptions,
     /// How TCP backends are reached.
     pub upstream: UpstreamConfig,

@@ -108,6 +108,7 @@ const RELAY: &[Field] = &[
     field("vipRoutesAtExit", Form::Text, &["vip_routes_at_exit"]),
     field("vipGuard", Form::Text, &["vip_guard"]),
     field("routeProtocol", Form::Number, &["route_protocol"]),
+    field("replyMark", Form::Text, &["reply_mark"]),
     field("tuneSysctls", Form::Switch, &["tune_sysctls"]),
     field("serviceClusterIPRange", Form::Text, &["service_cluster_ip_range"]),
     field("serviceNodePortRange", Form::Text, &["service_node_port_range"]),

@@ -205,7 +205,7 @@ mod tests {
                  connectTimeout: 1s\nconnectTries: 2\nejectAfter: 3\nhalfCloseTimeout: 8s\nidleTimeout: 9s\n\
                  maxConnectionAge: none\nmaxConnections: 1000\n\
                  udpTimeouts: {unreplied: 5s, answered: 6s, stream: 7s}\nudpShards: 2\nworkers: 3\n\
-                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\ntuneSysctls: true\n\
+                 vipRoutes: auto\nvipRoutesLinger: 8s\nvipRoutesAtExit: remove\nvipGuard: none\nrouteProtocol: 207\nreplyMark: 0x2/0xf\ntuneSysctls: true\n\
                  logging: {level: debug, format: json}\n\
                  accessLog: {path: /var/log/a.log, format: logfmt, sample: 9}\n",
             ),
@@ -236,6 +236,7 @@ mod tests {
         let times = config.udp_timeouts;
         assert_eq!([times.unreplied, times.answered, times.stream], [5, 6, 7].map(Duration::from_secs));
         assert_eq!((config.udp_shards.get(), config.workers), (2, Some(3)));
+        assert_eq!(config.reply_path.mark.to_string(), "0x2/0xf");
         let linger = Duration::from_secs(8);
         assert_eq!(
             config.vips,

@@ -13,6 +13,7 @@ use rtnetlink::packet_core::{
 use rustix::io::Errno;
 
 use crate::name::Family;
+use crate::reply_mark::ReplyMark;
 use crate::route_message::{messages, result};
 
 /// Where packets to this machine's own sockets come by after those of the filters that firewalls use: what these drop is not
@@ -262,18 +263,18 @@ impl Expressions {
         self.compare(libc::NFT_CMP_EQ, &[u8::from(is_so)])
     }
 
-    /// Sets this bit in the mark of the packet, and leaves the others as they are.
-    pub(crate) fn set_mark_bit(&mut self, bit: u32) -> &mut Self {
-        self.meta(libc::NFT_META_MARK).bitwise(!bit, bit);
+    /// Gives the mark of the packet this value in the bits of the mask, and leaves the others as they are.
+    pub(crate) fn set_mark(&mut self, mark: ReplyMark) -> &mut Self {
+        self.meta(libc::NFT_META_MARK).bitwise(!mark.mask(), mark.value());
         self.add("meta", |data| {
             number(data, META_KEY, libc::NFT_META_MARK as u32);
             number(data, META_FROM, libc::NFT_REG_1 as u32);
         })
     }
 
-    /// Drops the packet, where this bit is set in its mark.
-    pub(crate) fn drop_marked(&mut self, bit: u32) -> &mut Self {
-        self.meta(libc::NFT_META_MARK).bitwise(bit, 0).compare(libc::NFT_CMP_NEQ, &0_u32.to_ne_bytes());
+    /// Drops the packet, where its mark has this value in the bits of the mask.
+    pub(crate) fn drop_marked(&mut self, mark: ReplyMark) -> &mut Self {
+        self.meta(libc::NFT_META_MARK).bitwise(mark.mask(), 0).compare(libc::NFT_CMP_EQ, &mark.value().to_ne_bytes());
         self.verdict(libc::NF_DROP, None)
     }
 

@@ -209,12 +209,15 @@ mod reading;
 pub mod recent;
 pub mod rejections;
 pub mod remedy;
+pub mod reply_mark;
 pub mod reply_message;
 pub mod reply_path;
+mod reply_seats;
 mod report_pieces;
 pub mod route_claim;
 mod route_message;
 mod route_socket;
+mod routing_rules;
 #[cfg(feature = "kubernetes")]
 mod saved_object;
 pub mod scaffold;

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! nf_tables, table kube-relay-107-replies:  for a transparent socket here ─▶ set MARK; with MARK, and not for here ─▶ drop
-//! ip rule   107: fwmark MARK/MASK lookup 107107
-//! ip route  local default dev lo table 107107                              both families each
+//! ip rule   107: fwmark MARK lookup 107107                                  MARK is a value and a mask: `reply_mark`
+//! ip route  local default dev lo table 107107                               both families each
 //! ```
 //!
 //! Whoever removes rules or routes of others, as systemd-networkd does when it restarts, would have answers go on to clients,
@@ -16,10 +16,9 @@ use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST}
 
 use crate::guard_message::{Expressions, Hook, Rule, SOCKET_TRANSPARENT, SOCKET_WILDCARD, attribute};
 use crate::name::Family;
+use crate::reply_mark::ReplyMark;
+use crate::routing_rules::{MARK, MARK_MASK, PRIORITY, PROTOCOL, TABLE};
 
-/// The bit of a packet's mark that says that it is for a socket of ours. Of those that nobody is known to use: kube-proxy has
-/// 0x4000 and 0x8000, Cilium 0x0fff and the upper half, Calico the upper half, the VPC CNI 0x80, Istio 0x539.
-pub const MARK: u32 = 0x2000;
 /// Where the rule stands among others: behind that of what is local, before those of networks of pods, which begin at 512.
 pub const RULE_PRIORITY: u32 = 107;
 /// The chains, each with its hook.
@@ -33,13 +32,7 @@ const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: 200 };
 const FORWARD: &str = "forward";
 const FORWARD_HOOK: Hook = Hook { number: libc::NF_INET_FORWARD, priority: -150 };
 
-/// Attributes of rules, as `linux/fib_rules.h` numbers them,
-const RULE_PRIORITY_ATTRIBUTE: u16 = 6;
-const RULE_MARK: u16 = 10;
-const RULE_TABLE: u16 = 15;
-const RULE_MARK_MASK: u16 = 16;
-const RULE_PROTOCOL: u16 = 21;
-/// and what one does: look into a table (`FR_ACT_TO_TBL`).
+/// What a rule does: look into a table (`FR_ACT_TO_TBL`).
 const LOOK_INTO_TABLE: u8 = 1;
 /// Index of the loopback interface.
 const LOOPBACK: u32 = 1;
@@ -50,9 +43,9 @@ const HEADER: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     /// The rule. Refused as existing where it is there.
-    AddRule,
-    /// The rule gone.
-    RemoveRule,
+    AddRule(ReplyMark),
+    /// A rule gone: the one with this mark, or one with any.
+    RemoveRule(Option<ReplyMark>),
     /// The route of our table. Refused as existing where it is there.
     AddRoute,
     /// The route gone.
@@ -71,22 +64,22 @@ pub fn filter_table(protocol: u8) -> String {
 
 /// The rules of nf_tables, one for each chain. A socket that is bound to no address may be transparent, too, as those of proxies
 /// are that others lead connections to: what it waits for is not ours.
-pub(crate) fn rules() -> [Rule; 2] {
-    let mut mark = Expressions::default();
-    mark.socket(SOCKET_WILDCARD, false).socket(SOCKET_TRANSPARENT, true).set_mark_bit(MARK);
+pub(crate) fn rules(mark: ReplyMark) -> [Rule; 2] {
+    let mut set = Expressions::default();
+    set.socket(SOCKET_WILDCARD, false).socket(SOCKET_TRANSPARENT, true).set_mark(mark);
     let mut stay = Expressions::default();
-    stay.drop_marked(MARK);
+    stay.drop_marked(mark);
     [
-        Rule::new(CHAIN, format!("answers to clients, mark {MARK:#x}"), mark),
-        Rule::new(FORWARD, format!("answers to clients stay, mark {MARK:#x}"), stay),
+        Rule::new(CHAIN, format!("answers to clients, mark {mark}"), set),
+        Rule::new(FORWARD, format!("answers to clients stay, mark {mark}"), stay),
     ]
 }
 
 /// The message that asks for it.
 pub(crate) fn write(request: Request, family: Family, protocol: u8, number: u32) -> Vec<u8> {
     let (kind, flags) = match request {
-        Request::AddRule => (libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL),
-        Request::RemoveRule => (libc::RTM_DELRULE, 0),
+        Request::AddRule(_) => (libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL),
+        Request::RemoveRule(_) => (libc::RTM_DELRULE, 0),
         Request::AddRoute => (libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL),
         Request::RemoveRoute => (libc::RTM_DELROUTE, 0),
     };
@@ -97,7 +90,8 @@ pub(crate) fn write(request: Request, family: Family, protocol: u8, number: u32)
     buffer.extend(number.to_ne_bytes());
     buffer.extend([0; 4]); // The kernel knows who asks.
     match request {
-        Request::AddRule | Request::RemoveRule => rule(&mut buffer, family, protocol),
+        Request::AddRule(mark) => rule(&mut buffer, family, protocol, Some(mark)),
+        Request::RemoveRule(mark) => rule(&mut buffer, family, protocol, mark),
         Request::AddRoute | Request::RemoveRoute => route(&mut buffer, family, protocol),
     }
     let length = buffer.len() as u32;
@@ -106,14 +100,16 @@ pub(crate) fn write(request: Request, family: Family, protocol: u8, number: u32)
 }
 
 /// `struct fib_rule_hdr` and what follows it.
-fn rule(buffer: &mut Vec<u8>, family: Family, protocol: u8) {
+fn rule(buffer: &mut Vec<u8>, family: Family, protocol: u8, mark: Option<ReplyMark>) {
     buffer.extend([number_of(family), 0, 0, 0, 0, 0, 0, LOOK_INTO_TABLE]);
     buffer.extend([0; 4]); // No flags.
-    attribute(buffer, RULE_PRIORITY_ATTRIBUTE, &RULE_PRIORITY.to_ne_bytes());
-    attribute(buffer, RULE_MARK, &MARK.to_ne_bytes());
-    attribute(buffer, RULE_MARK_MASK, &MARK.to_ne_bytes());
-    attribute(buffer, RULE_TABLE, &route_table(protocol).to_ne_bytes());
-    attribute(buffer, RULE_PROTOCOL, &[protocol]);
+    attribute(buffer, PRIORITY, &RULE_PRIORITY.to_ne_bytes());
+    if let Some(mark) = mark {
+        attribute(buffer, MARK, &mark.value().to_ne_bytes());
+        attribute(buffer, MARK_MASK, &mark.mask().to_ne_bytes());
+    }
+    attribute(buffer, TABLE, &route_table(protocol).to_ne_bytes());
+    attribute(buffer, PROTOCOL, &[protocol]);
 }
 
 /// `struct rtmsg` and what follows it: whatever address it is, it is delivered here.
@@ -140,7 +136,7 @@ mod tests {
 
     #[test]
     fn given_a_rule_when_written_then_its_bytes_are_those_of_the_kernels_interface() {
-        let bytes = write(Request::AddRule, Family::V4, 107, 7);
+        let bytes = write(Request::AddRule(ReplyMark::DEFAULT), Family::V4, 107, 7);
 
         // nlmsghdr: length, type RTM_NEWRULE, REQUEST|ACK|EXCL|CREATE, number, port
         let mut wanted = [68_u32.to_ne_bytes(), [0; 4], 7_u32.to_ne_bytes(), [0; 4]].concat();
@@ -148,7 +144,7 @@ mod tests {
         wanted[6..8].copy_from_slice(&0x605_u16.to_ne_bytes());
         // fib_rule_hdr: AF_INET, action lookup
         wanted.extend([2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
-        for (kind, value) in [(6_u16, 107_u32), (10, 0x2000), (16, 0x2000), (15, 107_107)] {
+        for (kind, value) in [(6_u16, 107_u32), (10, 0x100b), (16, 0x3fff), (15, 107_107)] {
             wanted.extend([8_u16.to_ne_bytes(), kind.to_ne_bytes()].concat());
             wanted.extend(value.to_ne_bytes());
         }
@@ -160,7 +156,8 @@ mod tests {
     #[test]
     fn given_requests_when_written_then_each_is_one_whole_message_of_our_table() {
         for family in Family::ALL {
-            for request in [Request::AddRule, Request::RemoveRule, Request::AddRoute, Request::RemoveRoute] {
+            let rules = [Request::AddRule(ReplyMark::DEFAULT), Request::RemoveRule(None)];
+            for request in rules.into_iter().chain([Request::AddRoute, Request::RemoveRoute]) {
                 let bytes = write(request, family, 200, 7);
 
                 let read: Vec<_> = messages(&bytes).collect();
@@ -169,6 +166,25 @@ mod tests {
                 assert_eq!(find(attributes, 15), Some(&107_200_u32.to_ne_bytes()[..]), "{request:?}");
             }
         }
+    }
+
+    #[test]
+    fn given_a_rule_of_any_mark_when_its_removal_is_written_then_no_mark_is_named() {
+        let marks = |mark| {
+            let bytes = write(Request::RemoveRule(mark), Family::V6, 107, 7);
+            let attributes = &bytes[HEADER + 12..];
+            [MARK, MARK_MASK].map(|kind| find(attributes, kind).is_some())
+        };
+
+        assert_eq!((marks(None), marks(Some(ReplyMark::DEFAULT))), ([false; 2], [true; 2]));
+    }
+
+    #[test]
+    fn given_another_mark_when_rules_are_compared_then_those_that_set_and_drop_it_are_others() {
+        let names = |mark| rules(mark).map(|rule| rule.name());
+        let (ours, others) = (names(ReplyMark::DEFAULT), names(ReplyMark::told(0x2000, 0x2000)));
+
+        assert!(ours[0] != others[0] && ours[1] != others[1]);
     }
 
     #[test]

@@ -2,15 +2,16 @@
 //! route of each family. What they are is in `reply_message`.
 //!
 //! They are there from the first moment that a Service asks for `kube-relay.dev/source-address: preserve` (so a relay without
-//! such a Service changes nothing), and are looked at every [`CHECK_INTERVAL`], as others may flush what is not theirs.
-//! Without a connection from a client's address they match nothing. They stay when the process ends, or is killed: the next
-//! one finds them, and has them once and not twice. `cleanup` takes them away, and so does a relay that begins without such a
-//! Service; one whose routes go at exit takes them along. None of these does where another relay with the same number leads
-//! answers here: who needs them holds a claim, as with routes (`route_claim`).
+//! such a Service changes nothing), and are looked at every [`CHECK_INTERVAL`], as others may flush what is not theirs. Without
+//! a connection from a client's address they match nothing. They stay when the process ends, or is killed: the next one finds them, and has them
+//! once and not twice. `cleanup` takes them away, and so does a relay that begins without such a Service; one whose routes go
+//! at exit takes them along. None of these does where another relay with the same number needs them (`reply_seats`).
 //!
 //! Where the kernel refuses, backends see the node's address: log and `status` say why, and each Service counts it
 //! (`reply_path`).
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -25,9 +26,12 @@ use tokio::time::sleep_until;
 use crate::guard_message::Rule;
 use crate::guard_socket::GuardSocket;
 use crate::name::Family;
-use crate::reply_message::{CHAINS, Request, filter_table, rules, write};
-use crate::route_claim::{Claim, name_of};
+use crate::reply_mark::ReplyMark;
+use crate::reply_message::{CHAINS, RULE_PRIORITY, Request, filter_table, route_table, rules, write};
+use crate::reply_seats::{Seat, take_all};
+use crate::route_claim::name_of;
 use crate::route_message::{messages, result};
+use crate::routing_rules;
 
 /// How often it is looked at whether all is as we left it.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(4);
@@ -37,6 +41,8 @@ const RETRY: Duration = Duration::from_secs(10);
 const BUSY_RETRY: Duration = Duration::from_secs(1);
 /// How often that is looked at anew at once.
 const LOOKS: usize = 5;
+/// Rules of ours with one mark or another, at most: of each that there was.
+const MOST_RULES: usize = 16;
 /// The longest answer of the kernel to what is asked here.
 const ANSWER: usize = 4_096;
 
@@ -45,6 +51,8 @@ const ANSWER: usize = 4_096;
 pub struct ReplyPathOptions {
     /// Number of our routes: the names of table and rules follow from it. From `--route-protocol`.
     pub protocol: u8,
+    /// What answers are marked with on their way here. From `--reply-mark`.
+    pub mark: ReplyMark,
     /// True where it is to go when the process ends. From `--vip-routes-at-exit`.
     pub removed_at_exit: bool,
 }
@@ -151,11 +159,20 @@ impl ReplyPath {
 /// Takes away what leads answers here, of a relay with this number. False where there is none.
 ///
 /// # Errors
-/// Where this process may not.
+/// Where this process may not; what it may remove is removed all the same.
 pub fn remove(protocol: u8) -> io::Result<bool> {
-    match Kernel::open(protocol).and_then(|mut kernel| Ok(kernel.remove()?)) {
-        Err(error) if is_absent(errno(&error)) => Ok(false), // Without nf_tables, nothing was made.
-        outcome => outcome,
+    match Kernel::open(protocol, ReplyMark::DEFAULT)?.remove() {
+        Err(Errno::PERM) if !is_there(protocol)? => Ok(false), // So much may be asked without any right.
+        outcome => Ok(outcome?),
+    }
+}
+
+/// True where rules lead to our table of routes.
+fn is_there(protocol: u8) -> io::Result<bool> {
+    let table = route_table(protocol);
+    match routing_rules::look() {
+        Err(error) if errno(&error) == Errno::OPNOTSUPP => Ok(false), // There are no rules here.
+        rules => Ok(rules?.iter().any(|rule| rule.table == table)),
     }
 }
 
@@ -164,18 +181,31 @@ struct Keeper {
     options: ReplyPathOptions,
     state: Arc<State>,
     is_required: bool,
-    /// That nobody else takes it away; `None` where it is not required, or another process has it.
-    claim: Option<Claim>,
+    /// That nobody else takes it away; `None` where it is not required, or there is none left.
+    seat: Option<Seat>,
     kernel: Option<Kernel>,
+    looked: Instant,
     check_due: Instant,
     /// What the log says already.
     told: Option<Result<(), Errno>>,
+    /// When it said last that somebody has taken away what was there.
+    told_of_others: Option<Instant>,
 }
 
 impl Keeper {
     fn new(options: ReplyPathOptions, state: Arc<State>) -> Self {
-        let check_due = Instant::now();
-        Self { options, state, is_required: false, claim: None, kernel: None, check_due, told: None }
+        let now = Instant::now();
+        Self {
+            options,
+            state,
+            is_required: false,
+            seat: None,
+            kernel: None,
+            looked: now,
+            check_due: now,
+            told: None,
+            told_of_others: None,
+        }
     }
 
     async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
@@ -185,13 +215,11 @@ impl Keeper {
                 order = orders.recv() => match order {
                     Some(Order::Require(done)) => {
                         self.is_required = true;
-                        self.claim().await;
-                        self.settle();
+                        self.mend().await;
                         let _ = done.send(()); // Who asked may have gone.
                     }
                     Some(Order::Clear) if !self.is_required => {
                         self.clear("the last run has led answers here: that is taken back").await;
-                        self.claim = None;
                     }
                     Some(Order::Clear) => {}
                     Some(Order::End(done)) => {
@@ -203,28 +231,37 @@ impl Keeper {
                     }
                     None => return,
                 },
-                () = sleep_until(self.check_due.into()), if self.is_required => self.settle(),
+                () = sleep_until(self.check_due.into()), if self.is_required => self.mend().await,
+                never = answer(self.seat.as_ref()) => match never {},
             }
         }
     }
 
-    fn settle(&mut self) {
-        let outcome = self.try_settle();
+    /// Makes what is missing.
+    async fn mend(&mut self) {
+        let outcome = self.try_mend();
+        self.looked = Instant::now();
         if outcome.is_err_and(is_busy) {
-            self.check_due = Instant::now() + BUSY_RETRY; // Until then it is taken for what it was.
-            return;
+            self.check_due = self.looked + BUSY_RETRY; // Until then it is taken for what it was.
+        } else {
+            self.state.set(outcome.map(|_| ()));
+            self.check_due = self.looked + if outcome.is_ok() { CHECK_INTERVAL } else { RETRY };
+            self.tell(outcome);
         }
-        self.state.set(outcome.map(|_| ()));
-        self.check_due = Instant::now() + if outcome.is_ok() { CHECK_INTERVAL } else { RETRY };
-        self.tell(outcome);
+        self.take_seat().await;
     }
 
-    fn try_settle(&mut self) -> Result<bool, Errno> {
+    fn try_mend(&mut self) -> Result<bool, Errno> {
+        let ReplyPathOptions { protocol, mark, .. } = self.options;
         let kernel = match &mut self.kernel {
             Some(kernel) => kernel,
-            None => self.kernel.insert(Kernel::open(self.options.protocol).map_err(|error| errno(&error))?),
+            None => self.kernel.insert(Kernel::open(protocol, mark).map_err(|error| errno(&error))?),
         };
-        kernel.settle()
+        let outcome = kernel.mend();
+        if outcome.is_err() {
+            self.kernel = None; // Its sockets may be what is wrong.
+        }
+        outcome
     }
 
     /// Tells of a change, and where somebody has taken away what was there.
@@ -234,7 +271,14 @@ impl Keeper {
         let by = filter_table(self.options.protocol);
         match outcome {
             Ok(true) if before == Some(Ok(())) => {
-                tracing::warn!(by, "somebody has changed how answers to clients' addresses come here: it is made again")
+                let is_told = self.told_of_others.is_some_and(|told| self.looked < told + CHECK_INTERVAL);
+                if !is_told {
+                    self.told_of_others = Some(self.looked);
+                    tracing::warn!(
+                        by,
+                        "somebody has changed how answers to clients' addresses come here: it is made again"
+                    );
+                }
             }
             _ if before == Some(now) => {}
             Ok(_) => {
@@ -247,28 +291,31 @@ impl Keeper {
         }
     }
 
-    /// True where nobody else leads answers here by the same number.
-    async fn claim(&mut self) -> bool {
-        if self.claim.is_none() {
-            let protocol = self.options.protocol;
-            let says = format!("kube-relay with pid {}, for clients' addresses", std::process::id());
-            let taken = Claim::take_named(&claim_name(&name_of(protocol)), protocol, says).await;
-            self.claim = taken.inspect_err(|error| tracing::debug!(%error, "answers are led here by others, too")).ok();
+    /// Where there is none, it is tried again with the next look.
+    async fn take_seat(&mut self) {
+        if self.seat.is_none() {
+            let (protocol, says) = (self.options.protocol, self.says());
+            let taken = Seat::take(&name_of(protocol), protocol, &says).await;
+            self.seat = taken.inspect_err(|error| tracing::debug!(%error, "others may take our answers away")).ok();
         }
-        self.claim.is_some()
     }
 
     async fn clear(&mut self, news: &str) {
         self.state.unmake();
-        if !self.claim().await {
-            return; // Another process needs it.
-        }
-        match remove(self.options.protocol) {
+        let (protocol, says) = (self.options.protocol, self.says());
+        let _all = match take_all(&name_of(protocol), protocol, &says, self.seat.as_ref()).await {
+            Ok(all) => all,
+            Err(error) => return tracing::debug!(%error, "answers are led here for others, too"),
+        };
+        match remove(protocol) {
             Ok(true) => tracing::info!("{news}"),
             Ok(false) => {}
-            // Who may not remove it could not have made it.
-            Err(error) => tracing::debug!(%error, "nothing led answers here, or it is not ours to remove"),
+            Err(error) => tracing::warn!(%error, "what leads answers to clients' addresses here stays"),
         }
+    }
+
+    fn says(&self) -> String {
+        format!("kube-relay with pid {}, for clients' addresses", std::process::id())
     }
 }
 
@@ -280,80 +327,150 @@ fn remedy(error: Errno) -> &'static str {
     }
 }
 
-/// The name of the claim to what leads answers here, beside that to routes.
-pub(crate) fn claim_name(of_routes: &str) -> String {
-    format!("{of_routes}/replies")
+/// Tells everybody who asks whose seat it is.
+async fn answer(seat: Option<&Seat>) -> Infallible {
+    match seat {
+        Some(seat) => seat.answer().await,
+        None => pending().await,
+    }
 }
 
 /// The sockets to the kernel. Each call is over in as long as that works: it answers before a call to send returns.
 struct Kernel {
     protocol: u8,
+    mark: ReplyMark,
     routes: Socket,
-    filters: GuardSocket,
+    /// Or why there is none: rules and routes are removed without it.
+    filters: Result<GuardSocket, Errno>,
     rules: [Rule; 2],
     /// How often rules of nf_tables had changed, those of everybody, when ours were there; `None`: unknown.
     generation: Option<u32>,
+    /// True once no rule leads to our table with another mark, as of a run before.
+    is_alone: bool,
     /// Number of the next request.
     next: u32,
     buffer: Box<[u8]>,
 }
 
 impl Kernel {
-    fn open(protocol: u8) -> io::Result<Self> {
+    fn open(protocol: u8, mark: ReplyMark) -> io::Result<Self> {
         let mut routes = Socket::new(NETLINK_ROUTE)?;
         routes.bind(&SocketAddr::new(0, 0))?;
         routes.connect(&SocketAddr::new(0, 0))?;
-        let filters = GuardSocket::open_for(filter_table(protocol))?;
-        let (rules, buffer) = (rules(), vec![0; ANSWER].into());
-        Ok(Self { protocol, routes, filters, rules, generation: None, next: 1, buffer })
+        Ok(Self {
+            protocol,
+            mark,
+            routes,
+            filters: GuardSocket::open_for(filter_table(protocol)).map_err(|error| errno(&error)),
+            rules: rules(mark),
+            generation: None,
+            is_alone: false,
+            next: 1,
+            buffer: vec![0; ANSWER].into(),
+        })
     }
 
     /// Makes what is missing; true where something was. Marks come last: what is marked has a way then.
-    fn settle(&mut self) -> Result<bool, Errno> {
+    fn mend(&mut self) -> Result<bool, Errno> {
+        self.filters.as_ref().map_err(|error| *error)?; // Nothing can be marked: what leads by marks is for nobody.
         let mut was_missing = false;
         for family in Family::ALL {
-            for request in [Request::AddRoute, Request::AddRule] {
-                was_missing |= match self.ask(request, family) {
-                    Ok(()) => true,
-                    Err(Errno::EXIST) => false,
-                    Err(error) if is_missing_family(family, error) => false,
-                    Err(error) => return Err(error),
-                };
-            }
+            was_missing |= self.mend_way(family)?;
         }
-        Ok(self.settle_marks()? | was_missing)
+        was_missing |= self.mend_marks()?;
+        if !self.is_alone {
+            self.remove_other_marks()?;
+            self.is_alone = true;
+        }
+        Ok(was_missing)
     }
 
-    fn settle_marks(&mut self) -> Result<bool, Errno> {
-        let generation = self.filters.generation()?;
+    /// The rule comes first. A kernel without policy routing refuses it, and takes a route of any table for one of the only
+    /// table that it has: then everything would be delivered to this machine.
+    fn mend_way(&mut self, family: Family) -> Result<bool, Errno> {
+        let mut was_missing = false;
+        for request in way(self.mark) {
+            was_missing |= match self.ask(request, family) {
+                Ok(()) => true,
+                Err(Errno::EXIST) => false,
+                Err(error) if is_missing_family(family, error) => return Ok(was_missing),
+                Err(error) => return Err(error),
+            };
+        }
+        Ok(was_missing)
+    }
+
+    fn mend_marks(&mut self) -> Result<bool, Errno> {
+        let filters = self.filters.as_mut().map_err(|error| *error)?;
+        let generation = filters.generation()?;
         if self.generation == Some(generation) {
             return Ok(false);
         }
         self.generation = None;
-        let mut looks = (0..LOOKS).map(|_| self.filters.has(&self.rules));
+        let mut looks = (0..LOOKS).map(|_| filters.has(&self.rules));
         let is_there = looks.find(|look| !look.is_err_and(is_busy)).unwrap_or(Err(Errno::AGAIN))?;
         if !is_there {
-            self.filters.build_chains(&CHAINS, &self.rules)?;
+            filters.build_chains(&CHAINS, &self.rules)?;
         }
         // Building is one change. Where somebody else made one meanwhile, this number comes up never, or not now.
         self.generation = Some(generation.wrapping_add(u32::from(!is_there)));
         Ok(!is_there)
     }
 
-    /// Removes the marks, and the rules and routes of both families. False where there was none.
-    fn remove(&mut self) -> Result<bool, Errno> {
-        let mut was_there = self.filters.remove()?;
-        for family in Family::ALL {
-            for request in [Request::RemoveRule, Request::RemoveRoute] {
-                was_there |= match self.ask(request, family) {
-                    Ok(()) => true,
-                    Err(Errno::NOENT | Errno::SRCH) => false,
-                    Err(error) if is_missing_family(family, error) => false,
+    /// Removes the rules by which a run before has led answers here, with another mark.
+    fn remove_other_marks(&mut self) -> Result<(), Errno> {
+        let table = route_table(self.protocol);
+        for rule in routing_rules::look().map_err(|error| errno(&error))? {
+            let is_ours = rule.table == table && rule.priority == RULE_PRIORITY;
+            if let Some(mark) = rule.mark.filter(|mark| is_ours && *mark != self.mark) {
+                match self.ask(Request::RemoveRule(Some(mark)), rule.family) {
+                    Ok(()) | Err(Errno::NOENT) => {}
                     Err(error) => return Err(error),
-                };
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Removes the rules and routes of both families, and the marks. False where there was none. What can be removed is, also
+    /// where something cannot: the first refusal is told. Until all has gone, what is marked waits.
+    fn remove(&mut self) -> Result<bool, Errno> {
+        let mut outcomes = Vec::new();
+        for family in Family::ALL {
+            outcomes.push(self.remove_rules(family));
+            outcomes.push(self.remove_one(Request::RemoveRoute, family));
+        }
+        outcomes.push(self.remove_marks());
+        outcomes.into_iter().try_fold(false, |was_there, outcome| Ok(was_there | outcome?))
+    }
+
+    /// One with each mark that there was.
+    fn remove_rules(&mut self, family: Family) -> Result<bool, Errno> {
+        let mut was_there = false;
+        for _ in 0..MOST_RULES {
+            if !self.remove_one(Request::RemoveRule(None), family)? {
+                break;
+            }
+            was_there = true;
+        }
         Ok(was_there)
+    }
+
+    fn remove_one(&mut self, request: Request, family: Family) -> Result<bool, Errno> {
+        match self.ask(request, family) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT | Errno::SRCH | Errno::OPNOTSUPP) => Ok(false), // The last: without policy routing.
+            Err(error) if is_missing_family(family, error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn remove_marks(&mut self) -> Result<bool, Errno> {
+        let removed = self.filters.as_mut().map_err(|error| *error).and_then(GuardSocket::remove);
+        match removed {
+            Err(error) if is_absent(error) => Ok(false), // Without nf_tables there are none, or no more.
+            outcome => outcome,
+        }
     }
 
     fn ask(&mut self, request: Request, family: Family) -> Result<(), Errno> {
@@ -370,6 +487,11 @@ impl Kernel {
             }
         }
     }
+}
+
+/// What leads a marked packet here, in the order in which it is made.
+fn way(mark: ReplyMark) -> [Request; 2] {
+    [Request::AddRule(mark), Request::AddRoute]
 }
 
 /// True where this machine does not speak IPv6, or is not to: then it has no clients, either. `ACCESS`: it is switched off on
@@ -398,7 +520,8 @@ mod tests {
     use super::*;
 
     /// A number that nobody uses.
-    const UNUSED: ReplyPathOptions = ReplyPathOptions { protocol: 254, removed_at_exit: true };
+    const UNUSED: ReplyPathOptions =
+        ReplyPathOptions { protocol: 254, mark: ReplyMark::DEFAULT, removed_at_exit: true };
 
     #[tokio::test]
     async fn given_nobody_who_requires_it_when_ended_then_nothing_was_changed() {
@@ -411,15 +534,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_another_relay_that_needs_it_when_one_clears_or_ends_then_it_has_no_claim_to_do_so() {
-        let options = ReplyPathOptions { protocol: 253, removed_at_exit: true };
-        let mut other = Keeper::new(options, Arc::default());
-        let mut keeper = Keeper::new(options, Arc::default());
-        assert!(other.claim().await && other.claim().await, "the first, and it keeps that");
+    async fn given_another_relay_that_needs_it_when_one_clears_then_it_stays_and_a_seat_is_taken_with_the_next_look() {
+        let options = ReplyPathOptions { protocol: 253, ..UNUSED };
+        let keeper = || Keeper::new(options, Arc::default());
+        let (mut first, mut second) = (keeper(), keeper());
+        first.take_seat().await;
+        second.take_seat().await;
+        assert!(first.seat.is_some() && second.seat.is_some(), "each needs it");
 
-        assert!(!keeper.claim().await);
-        drop(other);
-        assert!(keeper.claim().await);
+        let all = |ours: Option<Seat>| async move { take_all(&name_of(253), 253, "", ours.as_ref()).await.is_ok() };
+        assert!(!all(first.seat.take()).await, "the second one does still");
+        assert!(all(second.seat.take()).await);
+    }
+
+    #[test]
+    fn given_a_kernel_that_may_have_no_policy_routing_when_a_way_is_made_then_its_rule_is_asked_for_before_its_route() {
+        assert_eq!(way(ReplyMark::DEFAULT), [Request::AddRule(ReplyMark::DEFAULT), Request::AddRoute]);
+    }
+
+    #[test]
+    fn given_nothing_when_removed_by_anybody_then_that_is_no_error() {
+        match remove(252) {
+            Ok(was_there) => assert!(!was_there),
+            Err(error) => eprintln!("skipped, no rtnetlink here: {error}"),
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
-//! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, clients whose addresses it is to `preserve`, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on
-//! the `stage` that they share, and in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of
-//! its `nodes`, among `strangers`, and among neighbours (`arp`), in the `cluster` that these share.
+//! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, clients whose addresses it is to `preserve` and whose `replies` it leads
+//! back, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it:
+//! `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of its `nodes`, among `strangers`, and among
+//! neighbours (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -49,6 +50,8 @@ mod preserve;
 mod registry;
 #[path = "rig/repairs.rs"]
 mod repairs;
+#[path = "rig/replies.rs"]
+mod replies;
 #[path = "rig/rights.rs"]
 mod rights;
 #[path = "rig/stage.rs"]
@@ -97,6 +100,7 @@ fn main() -> ExitCode {
         addresses::CASES,
         registry::CASES,
         preserve::CASES,
+        replies::CASES,
     ]
     .concat();
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();

@@ -9,6 +9,7 @@ use crate::config::RunConfig;
 use crate::guard::VipGuard;
 use crate::name::{Family, ListenKey, Protocol};
 use crate::plan::ListenerKind;
+use crate::reply_mark::ReplyMark;
 use crate::status::Report;
 
 /// A process of this program that runs here.
@@ -37,6 +38,8 @@ pub(super) struct Duty {
     pub(super) node_ports: RangeInclusive<u16>,
     /// By which number its routes are known; `None`: it makes none. From `--vip-routes` and `--route-protocol`.
     pub(super) routes: Option<u8>,
+    /// What it marks answers to clients' addresses with. From `--reply-mark`.
+    pub(super) reply_mark: ReplyMark,
     /// True where it guards their addresses, if the kernel lets it. From `--vip-guard`.
     pub(super) guards: bool,
     /// True where it has interfaces not answer ARP for addresses that others announce. From `--tune-sysctls`.
@@ -57,6 +60,7 @@ impl Duty {
             listeners: services.map(listeners),
             node_ports: config.plan.service_node_port_range.clone(),
             routes: config.vips.as_ref().map(|vips| vips.protocol),
+            reply_mark: config.reply_path.mark,
             guards: config.vip_guard != VipGuard::None,
             tunes: config.vips.as_ref().is_some_and(|vips| vips.tune_sysctls),
             proxy_name: config.plan.proxy_name.clone(),
@@ -167,6 +171,7 @@ pub(super) mod sample {
             listeners: None,
             node_ports: DEFAULT_NODE_PORT_RANGE,
             routes: Some(DEFAULT_ROUTE_PROTOCOL),
+            reply_mark: ReplyMark::DEFAULT,
             guards: true,
             tunes: false,
             proxy_name: None,

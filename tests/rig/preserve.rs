@@ -56,18 +56,18 @@ pub(crate) const MEASURING: &[Case] = cases![
 /// What a client may notice of a way back that is not there: far less than a retry of its own.
 const BOUND: Duration = Duration::from_millis(1_000);
 
-fn preserving() -> Web {
+pub(crate) fn preserving() -> Web {
     Web { preserves: true, ..Web::default() }
 }
 
 /// True where the kernel of this machine can lead answers anywhere at all.
-fn is_possible(node: &Namespace) -> bool {
+pub(crate) fn is_possible(node: &Namespace) -> bool {
     let probe = node.run(|| reply_path::remove(DEFAULT_ROUTE_PROTOCOL));
     probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
 }
 
 /// Asks at an entry in both families, over TCP and UDP, until backends see this address of a part.
-fn sees(stage: &Stage, from: &Namespace, entry: Entry, seen: &Namespace) {
+pub(crate) fn sees(stage: &Stage, from: &Namespace, entry: Entry, seen: &Namespace) {
     thread::scope(|scope| {
         for family in FAMILIES {
             let to = stage.at(entry, family);
@@ -95,7 +95,7 @@ fn sees_node(stage: &Stage, from: &Namespace, entry: Entry) {
     stage.expect(from, entry, "the backend sees the node", right);
 }
 
-fn is_from(outcome: &Outcome, address: IpAddr) -> bool {
+pub(crate) fn is_from(outcome: &Outcome, address: IpAddr) -> bool {
     matches!(outcome, Outcome::Answer { source, .. } if *source == address)
 }
 
@@ -568,7 +568,7 @@ fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_conn
 }
 
 /// How many rules lead answers here, of both families.
-fn rules(node: &Namespace) -> usize {
+pub(crate) fn rules(node: &Namespace) -> usize {
     Rig::rules_into(node, route_table(DEFAULT_ROUTE_PROTOCOL)).expect("rules are listed")
 }
 
