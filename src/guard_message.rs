@@ -82,6 +82,8 @@ const REJECT_TYPE: u16 = 1;
 const REJECT_CODE: u16 = 2;
 const IMMEDIATE_TO: u16 = 1;
 const IMMEDIATE_VALUE: u16 = 2;
+const TPROXY_FAMILY: u16 = 1;
+const TPROXY_PORT_FROM: u16 = 3;
 /// Whether the socket that a packet is for takes those to addresses of others, too (`NFT_SOCKET_TRANSPARENT`, Linux 4.19),
 pub(crate) const SOCKET_TRANSPARENT: u32 = 0;
 /// and whether it is bound to no address (`NFT_SOCKET_WILDCARD`, Linux 5.10).
@@ -278,6 +280,19 @@ impl Expressions {
         self.verdict(libc::NF_DROP, None)
     }
 
+    /// Leads datagrams to the socket of a port of this machine, whatever they are for. While a rule does that, wherever it
+    /// is, the kernel puts fragments together before any rule sees them.
+    pub(crate) fn redirect_datagrams(&mut self, port: u16) -> &mut Self {
+        self.protocol(libc::IPPROTO_UDP).add("immediate", |data| {
+            number(data, IMMEDIATE_TO, libc::NFT_REG_1 as u32);
+            nest(data, IMMEDIATE_VALUE, |value| attribute(value, VALUE, &port.to_be_bytes()));
+        });
+        self.add("tproxy", |data| {
+            number(data, TPROXY_FAMILY, libc::NFPROTO_UNSPEC as u32);
+            number(data, TPROXY_PORT_FROM, libc::NFT_REG_1 as u32);
+        })
+    }
+
     /// Leaves of the register the bits of the mask, and turns others over.
     fn bitwise(&mut self, mask: u32, flip: u32) -> &mut Self {
         self.add("bitwise", |data| {
@@ -346,12 +361,12 @@ impl<'a> Batch<'a> {
         rules.iter().for_each(|rule| self.rule(rule));
     }
 
-    /// The table anew with these chains and rules, and no sets; one of that name goes.
-    pub(crate) fn build_chains(&mut self, chains: &[(&str, Hook)], rules: &[Rule]) {
+    /// The table anew with these chains and rules, and no sets; one of that name goes. No packet comes by a chain without a hook.
+    pub(crate) fn build_chains(&mut self, chains: &[(&str, Option<Hook>)], rules: &[Rule]) {
         self.table(libc::NFT_MSG_NEWTABLE); // As above.
         self.remove();
         self.table(libc::NFT_MSG_NEWTABLE);
-        chains.iter().for_each(|(name, hook)| self.chain(name, Some(*hook)));
+        chains.iter().for_each(|(name, hook)| self.chain(name, *hook));
         rules.iter().for_each(|rule| self.rule(rule));
     }
 

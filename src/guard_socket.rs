@@ -138,7 +138,7 @@ impl GuardSocket {
     }
 
     /// Makes the table anew, with these chains.
-    pub(crate) fn build_chains(&mut self, chains: &[(&str, Hook)], rules: &[Rule]) -> Result<(), Errno> {
+    pub(crate) fn build_chains(&mut self, chains: &[(&str, Option<Hook>)], rules: &[Rule]) -> Result<(), Errno> {
         self.change(|batch| batch.build_chains(chains, rules))
     }
 

@@ -11,6 +11,9 @@
 //!
 //! Which socket a packet is for is asked of the kernel: so an answer to a connection of ours is led here, and what else goes
 //! to the same client, also from the same backend, goes its way. When to ask for it, and the sockets, is in `reply_path`.
+//!
+//! Of a large answer over UDP, the first fragment alone has the ports by which its socket is known. Where connections are
+//! tracked, the kernel puts fragments together first; elsewhere a third rule has it do so, one that no packet comes by.
 
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
 
@@ -22,15 +25,18 @@ use crate::routing_rules::{MARK, MARK_MASK, PRIORITY, PROTOCOL, TABLE};
 /// Where the rule stands among others: behind that of what is local, before those of networks of pods, which begin at 512.
 pub const RULE_PRIORITY: u32 = 107;
 /// The chains, each with its hook.
-pub(crate) const CHAINS: [(&str, Hook); 2] = [(CHAIN, HOOK), (FORWARD, FORWARD_HOOK)];
+pub(crate) const CHAINS: [(&str, Option<Hook>); 3] =
+    [(CHAIN, Some(HOOK)), (FORWARD, Some(FORWARD_HOOK)), (DEFRAGMENT, None)];
 /// The first chain, and when it sees packets: before the kernel looks for their way, and after all that others do there. What
 /// restores marks of connections would take ours away, and firewalld asks for the way back of packets with their marks: by
 /// ours, it is this machine.
 const CHAIN: &str = "prerouting";
 const HOOK: Hook = Hook { number: libc::NF_INET_PRE_ROUTING, priority: 200 };
-/// The other one: what is on its way through this machine, before others change marks.
+/// The second one: what is on its way through this machine, before others change marks.
 const FORWARD: &str = "forward";
 const FORWARD_HOOK: Hook = Hook { number: libc::NF_INET_FORWARD, priority: -150 };
+/// The third one, which no packet comes by.
+const DEFRAGMENT: &str = "defragment";
 
 /// What a rule does: look into a table (`FR_ACT_TO_TBL`).
 const LOOK_INTO_TABLE: u8 = 1;
@@ -64,15 +70,23 @@ pub fn filter_table(protocol: u8) -> String {
 
 /// The rules of nf_tables, one for each chain. A socket that is bound to no address may be transparent, too, as those of proxies
 /// are that others lead connections to: what it waits for is not ours.
-pub(crate) fn rules(mark: ReplyMark) -> [Rule; 2] {
+pub(crate) fn rules(mark: ReplyMark) -> [Rule; 3] {
     let mut set = Expressions::default();
     set.socket(SOCKET_WILDCARD, false).socket(SOCKET_TRANSPARENT, true).set_mark(mark);
     let mut stay = Expressions::default();
     stay.drop_marked(mark);
+    let mut defragment = Expressions::default();
+    defragment.redirect_datagrams(1);
     [
         Rule::new(CHAIN, format!("answers to clients, mark {mark}"), set),
         Rule::new(FORWARD, format!("answers to clients stay, mark {mark}"), stay),
+        Rule::new(DEFRAGMENT, "no packet comes here: has the kernel put fragments together", defragment),
     ]
+}
+
+/// The same rules, for a kernel that has no `nft_tproxy`: it puts fragments together where connections are tracked alone.
+pub(crate) fn without_defragmentation(rules: &[Rule]) -> &[Rule] {
+    rules.get(..2).unwrap_or(rules)
 }
 
 /// The message that asks for it.
@@ -184,7 +198,8 @@ mod tests {
         let names = |mark| rules(mark).map(|rule| rule.name());
         let (ours, others) = (names(ReplyMark::DEFAULT), names(ReplyMark::told(0x2000, 0x2000)));
 
-        assert!(ours[0] != others[0] && ours[1] != others[1]);
+        assert_eq!([0, 1, 2].map(|place| ours[place] == others[place]), [false, false, true]);
+        assert_eq!(without_defragmentation(&rules(ReplyMark::DEFAULT)).len(), 2);
     }
 
     #[test]

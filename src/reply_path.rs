@@ -27,7 +27,9 @@ use crate::guard_message::Rule;
 use crate::guard_socket::GuardSocket;
 use crate::name::Family;
 use crate::reply_mark::ReplyMark;
-use crate::reply_message::{CHAINS, RULE_PRIORITY, Request, filter_table, route_table, rules, write};
+use crate::reply_message::{
+    CHAINS, RULE_PRIORITY, Request, filter_table, route_table, rules, without_defragmentation, write,
+};
 use crate::reply_seats::{Seat, take_all};
 use crate::route_claim::name_of;
 use crate::route_message::{messages, result};
@@ -342,7 +344,8 @@ struct Kernel {
     routes: Socket,
     /// Or why there is none: rules and routes are removed without it.
     filters: Result<GuardSocket, Errno>,
-    rules: [Rule; 2],
+    /// The rules of nf_tables: the third one where the kernel has it, or was not asked yet.
+    rules: Vec<Rule>,
     /// How often rules of nf_tables had changed, those of everybody, when ours were there; `None`: unknown.
     generation: Option<u32>,
     /// True once no rule leads to our table with another mark, as of a run before.
@@ -362,7 +365,7 @@ impl Kernel {
             mark,
             routes,
             filters: GuardSocket::open_for(filter_table(protocol)).map_err(|error| errno(&error)),
-            rules: rules(mark),
+            rules: rules(mark).into(),
             generation: None,
             is_alone: false,
             next: 1,
@@ -410,7 +413,16 @@ impl Kernel {
         let mut looks = (0..LOOKS).map(|_| filters.has(&self.rules));
         let is_there = looks.find(|look| !look.is_err_and(is_busy)).unwrap_or(Err(Errno::AGAIN))?;
         if !is_there {
-            filters.build_chains(&CHAINS, &self.rules)?;
+            match filters.build_chains(&CHAINS, &self.rules) {
+                Err(Errno::NOENT | Errno::OPNOTSUPP) if self.rules.len() == CHAINS.len() => {
+                    self.rules = without_defragmentation(&self.rules).to_vec();
+                    filters.build_chains(&CHAINS, &self.rules)?;
+                    let remedy =
+                        "a kernel with nft_tproxy; nothing where connections are tracked, as kube-proxy has it";
+                    tracing::warn!(remedy, "answers over UDP that come in fragments may go to clients past this node");
+                }
+                outcome => outcome?,
+            }
         }
         // Building is one change. Where somebody else made one meanwhile, this number comes up never, or not now.
         self.generation = Some(generation.wrapping_add(u32::from(!is_there)));

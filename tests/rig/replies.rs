@@ -4,9 +4,11 @@
 //! Whom backends see in general is in `preserve`.
 
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kube_relay::cleanup::{CleanupError, remove_routes};
@@ -18,7 +20,8 @@ use socket2::{Domain, SockRef, Socket, Type};
 use crate::preserve::{is_from, is_possible, preserving, rules, sees};
 use crate::rig::{Case, FAMILIES, Namespace, Rig, find, skip};
 use crate::stage::{
-    Backends, ClusterIp, LoadBalancerIp, PORT, Pod, Stage, TCP_BACKEND_PORT, Web, ask_on, ask_tcp, expect_at, until,
+    Backends, ClusterIp, LoadBalancerIp, Outcome, PORT, Pod, Stage, TCP_BACKEND_PORT, UDP_BACKEND_PORT, Web, ask_on,
+    ask_tcp, expect_at, until,
 };
 use crate::verdicts::{backends, rig};
 use crate::vips::in_runtime;
@@ -26,6 +29,7 @@ use crate::vips::in_runtime;
 pub(crate) const CASES: &[Case] = cases![
     given_packets_with_marks_of_others_when_a_service_preserves_then_they_go_where_those_have_sent_them,
     given_a_relay_with_another_mark_when_it_takes_over_then_it_alone_leads_answers,
+    given_answers_of_4000_bytes_when_nobody_tracks_connections_then_all_of_them_come_to_clients,
     given_ipv6_switched_off_on_loopback_when_clients_ask_over_ipv4_then_backends_see_them,
     given_two_relays_that_need_answers_led_here_when_one_removes_its_own_then_the_others_stay,
     f15_given_a_client_that_asks_from_one_port_again_and_elsewhere_when_it_is_served_then_it_is_seen_each_time,
@@ -116,6 +120,71 @@ fn given_a_relay_with_another_mark_when_it_takes_over_then_it_alone_leads_answer
     stage.end(Signal::KILL);
     let removed = in_runtime(stage.rig.node(0), remove_routes(DEFAULT_ROUTE_PROTOCOL)).expect("nobody runs");
     assert!(removed.reply_path && rules(stage.rig.node(0)) == 0, "{removed:?}");
+}
+
+/// Answers each datagram with the address that it came from, and so many bytes.
+fn answer_at_length(socket: &UdpSocket, length: usize, stop: &AtomicBool) {
+    let mut buffer = [0; 256];
+    socket.set_read_timeout(Some(Duration::from_millis(50))).expect("an option");
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+            let mut answer = format!("{} ", peer.ip()).into_bytes();
+            answer.resize(length, b'.');
+            let _ = socket.send_to(&answer, peer);
+        }
+    }
+}
+
+/// Asks for one, on a socket of its own: as whom it was asked, and how many bytes came.
+fn ask_at_length(to: SocketAddr) -> Outcome {
+    let exchange = || {
+        let any: SocketAddr =
+            if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        socket.send(b"?")?;
+        let mut buffer = vec![0; 65_536];
+        let length = socket.recv(&mut buffer)?;
+        Ok((length, String::from_utf8_lossy(&buffer[..length]).into_owned()))
+    };
+    match exchange() {
+        Ok((length, text)) => match text.split(' ').next().and_then(|source| source.parse().ok()) {
+            Some(source) => Outcome::Answer { pod: length.to_string(), source },
+            None => Outcome::Other(text),
+        },
+        Err(error) => Outcome::Other(std::io::Error::to_string(&error)),
+    }
+}
+
+fn given_answers_of_4000_bytes_when_nobody_tracks_connections_then_all_of_them_come_to_clients() {
+    const LENGTH: usize = 4_000;
+    const TIMES: usize = 20;
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let (stop, pods) = (AtomicBool::new(false), [Pod::of(&rig, 0, 0)]);
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let Stage { rig, .. } = &stage;
+
+    thread::scope(|scope| {
+        for family in FAMILIES {
+            let at = SocketAddr::new(rig.pod(0, 0).address(family), UDP_BACKEND_PORT);
+            let socket = rig.pod(0, 0).run(|| UdpSocket::bind(at)).expect("the pod's address is free");
+            let stop = &stop;
+            scope.spawn(move || answer_at_length(&socket, LENGTH, stop));
+        }
+        let outcomes = FAMILIES.map(|family| {
+            let (client, to) = (rig.client(), stage.at(ClusterIp, family));
+            let whole = |outcome: &Outcome| {
+                is_from(outcome, client.address(family)) && outcome.pod() == Some(&*LENGTH.to_string())
+            };
+            (0..TIMES).filter(|_| whole(&client.run(|| Ok(ask_at_length(to))).expect("ours"))).count()
+        });
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(outcomes, [TIMES; 2], "of IPv4 and of IPv6");
+    });
 }
 
 fn given_ipv6_switched_off_on_loopback_when_clients_ask_over_ipv4_then_backends_see_them() {
