@@ -211,6 +211,7 @@ pub mod rejections;
 pub mod remedy;
 pub mod reply_mark;
 pub mod reply_message;
+mod reply_news;
 pub mod reply_path;
 mod reply_seats;
 mod report_pieces;

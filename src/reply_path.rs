@@ -2,8 +2,9 @@
 //! route of each family. What they are is in `reply_message`.
 //!
 //! They are there from the first moment that a Service asks for `kube-relay.dev/source-address: preserve` (so a relay without
-//! such a Service changes nothing), and are looked at every [`CHECK_INTERVAL`], as others may flush what is not theirs. Without
-//! a connection from a client's address they match nothing. They stay when the process ends, or is killed: the next one finds them, and has them
+//! such a Service changes nothing). Others may flush what is not theirs: where the kernel says that somebody has changed
+//! rules (`reply_news`), and every [`CHECK_INTERVAL`], it is looked at whether all is there. Without a connection from a
+//! client's address they match nothing. They stay when the process ends, or is killed: the next one finds them, and has them
 //! once and not twice. `cleanup` takes them away, and so does a relay that begins without such a Service; one whose routes go
 //! at exit takes them along. None of these does where another relay with the same number needs them (`reply_seats`).
 //!
@@ -30,13 +31,17 @@ use crate::reply_mark::ReplyMark;
 use crate::reply_message::{
     CHAINS, RULE_PRIORITY, Request, filter_table, route_table, rules, without_defragmentation, write,
 };
+use crate::reply_news::ReplyNews;
 use crate::reply_seats::{Seat, take_all};
 use crate::route_claim::name_of;
 use crate::route_message::{messages, result};
 use crate::routing_rules;
 
-/// How often it is looked at whether all is as we left it.
+/// How often it is looked at whether all is as we left it, where nobody says that it is not.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(4);
+/// How long is waited between two looks where somebody does: others may change rules many times a second. Much less than what
+/// a sender waits before it sends again.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(20);
 /// When it is tried again after it has failed.
 const RETRY: Duration = Duration::from_secs(10);
 /// The same, where the kernel was busy: others were changing what was looked at.
@@ -186,6 +191,7 @@ struct Keeper {
     /// That nobody else takes it away; `None` where it is not required, or there is none left.
     seat: Option<Seat>,
     kernel: Option<Kernel>,
+    news: Option<ReplyNews>,
     looked: Instant,
     check_due: Instant,
     /// What the log says already.
@@ -203,6 +209,7 @@ impl Keeper {
             is_required: false,
             seat: None,
             kernel: None,
+            news: None,
             looked: now,
             check_due: now,
             told: None,
@@ -234,6 +241,9 @@ impl Keeper {
                     None => return,
                 },
                 () = sleep_until(self.check_due.into()), if self.is_required => self.mend().await,
+                () = heard(self.news.as_ref()) => {
+                    self.check_due = self.check_due.min(self.looked + SHORTEST_INTERVAL);
+                }
                 never = answer(self.seat.as_ref()) => match never {},
             }
         }
@@ -241,6 +251,10 @@ impl Keeper {
 
     /// Makes what is missing.
     async fn mend(&mut self) {
+        if self.news.is_none() {
+            // Before the look: nothing that happens after it is missed. Who may not listen may not make it, either.
+            self.news = ReplyNews::open().inspect_err(|error| tracing::debug!(%error, "rules change unheard")).ok();
+        }
         let outcome = self.try_mend();
         self.looked = Instant::now();
         if outcome.is_err_and(is_busy) {
@@ -326,6 +340,14 @@ fn remedy(error: Errno) -> &'static str {
     match error {
         Errno::PERM => "run it with CAP_NET_ADMIN",
         _ => "a kernel (5.10) with nf_tables, nft_socket and policy routing (CONFIG_IP_MULTIPLE_TABLES)",
+    }
+}
+
+/// Waits until somebody has changed rules; for ever where nobody listens.
+async fn heard(news: Option<&ReplyNews>) {
+    match news {
+        Some(news) => news.heard().await,
+        None => pending().await,
     }
 }
 

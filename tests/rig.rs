@@ -112,6 +112,7 @@ fn main() -> ExitCode {
         guard::MEASURING,
         guard_filters::MEASURING,
         preserve::MEASURING,
+        replies::MEASURING,
         floods::CASES,
     ]
     .concat();

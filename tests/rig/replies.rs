@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use kube_relay::cleanup::{CleanupError, remove_routes};
 use kube_relay::config::DEFAULT_ROUTE_PROTOCOL;
 use kube_relay::name::Family;
+use kube_relay::reply_message::{filter_table, route_table};
+use kube_relay::reply_path::CHECK_INTERVAL;
 use rustix::process::Signal;
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -34,6 +36,12 @@ pub(crate) const CASES: &[Case] = cases![
     given_two_relays_that_need_answers_led_here_when_one_removes_its_own_then_the_others_stay,
     f15_given_a_client_that_asks_from_one_port_again_and_elsewhere_when_it_is_served_then_it_is_seen_each_time,
 ];
+
+pub(crate) const MEASURING: &[Case] =
+    cases![given_somebody_who_flushes_rules_when_that_is_heard_then_they_are_back_before_anything_is_sent_again];
+
+/// How soon rules are to be back that somebody has flushed: a sender repeats what is lost after this, at the soonest.
+const RETRANSMIT: Duration = Duration::from_millis(200);
 
 /// A relay with one backend on its node, which preserves.
 fn stage(prepare: impl FnOnce(&Rig)) -> Option<(Stage, Backends)> {
@@ -293,4 +301,38 @@ fn f15_given_a_client_that_asks_from_one_port_again_and_elsewhere_when_it_is_ser
         assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     }
     assert_eq!(stage.metric("kuberelay_source_fallbacks_total", ""), 0);
+}
+
+fn given_somebody_who_flushes_rules_when_that_is_heard_then_they_are_back_before_anything_is_sent_again() {
+    const TIMES: usize = 10;
+    let Some(nft) = Nft::find() else { return };
+    let Some((stage, _running)) = stage(|_| ()) else { return };
+    let (client, node, to) = (stage.rig.client(), stage.rig.node(0), stage.at(ClusterIp, Family::V4));
+    let table = filter_table(DEFAULT_ROUTE_PROTOCOL);
+    let is_there = || nft.run(node, &["list", "table", "inet", &table]).is_ok();
+    let gap = |take: &dyn Fn(), is_back: &dyn Fn() -> bool| {
+        take();
+        let begin = Instant::now();
+        until("all is back", is_back);
+        begin.elapsed()
+    };
+    sees(&stage, client, ClusterIp, client);
+    let mut open = client.run(|| TcpStream::connect(to)).expect("it is served");
+
+    let mut gaps = Vec::new();
+    for _ in 0..TIMES {
+        let flushed = gap(&|| nft.run(node, &["flush", "ruleset"]).expect("it may"), &is_there);
+        assert!(is_from(&ask_on(&mut open).expect("it goes on"), client.address(Family::V4)));
+        let removed =
+            gap(&|| Rig::remove_rules_into(node, route_table(DEFAULT_ROUTE_PROTOCOL)).expect("it may"), &|| {
+                rules(node) == 2
+            });
+        gaps.push((flushed, removed));
+    }
+
+    println!("  back after a flush of nf_tables, and after a removal of rules: {gaps:?}");
+    gaps.sort();
+    let (flushed, removed) = gaps[TIMES / 2];
+    assert!(flushed < RETRANSMIT && removed < RETRANSMIT, "{gaps:?}");
+    assert!(gaps.iter().all(|(flushed, removed)| *flushed.max(removed) < CHECK_INTERVAL / 2), "{gaps:?}");
 }
