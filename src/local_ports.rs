@@ -2,13 +2,18 @@
 
 use std::fs;
 use std::ops::RangeInclusive;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
+
+use arc_swap::ArcSwap;
 
 /// What the kernel begins with.
 const DEFAULT: RangeInclusive<u16> = 32_768..=60_999;
 
-/// As they were when this was asked first.
-static AT_FIRST: LazyLock<LocalPorts> = LazyLock::new(LocalPorts::read);
+/// Where daemons' ports end that they name themselves: what the kernel begins with is above them.
+const FIRST_OF_CLIENTS: u16 = *DEFAULT.start();
+
+/// As they were when this was asked first, or [looked at](refresh) last.
+static KNOWN: LazyLock<ArcSwap<LocalPorts>> = LazyLock::new(|| ArcSwap::from_pointee(LocalPorts::read()));
 
 /// From `net.ipv4.ip_local_port_range`, as it is now.
 pub(crate) fn range() -> RangeInclusive<u16> {
@@ -18,12 +23,26 @@ pub(crate) fn range() -> RangeInclusive<u16> {
 
 /// True for a port that the kernel may choose: in the range, and not kept for somebody (`net.ipv4.ip_local_reserved_ports`).
 ///
-/// Costs no system call: it tells of the settings at the first call of this process.
+/// Costs no system call: it tells of the settings as they were looked at last.
 pub(crate) fn may_be_chosen(port: u16) -> bool {
-    AT_FIRST.contains(port)
+    KNOWN.load().contains(port)
 }
 
-#[derive(Debug)]
+/// The same over UDP, where a port that one socket has bound is taken from all that want it by its number: no port of those
+/// that daemons name (4789, 8472), also where the range of a machine has them.
+pub(crate) fn may_be_chosen_for_datagrams(port: u16) -> bool {
+    port >= FIRST_OF_CLIENTS && may_be_chosen(port)
+}
+
+/// Looks at the settings anew.
+pub(crate) fn refresh() {
+    let ports = LocalPorts::read();
+    if **KNOWN.load() != ports {
+        KNOWN.store(Arc::new(ports));
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
 struct LocalPorts {
     range: RangeInclusive<u16>,
     reserved: Vec<RangeInclusive<u16>>,
@@ -74,5 +93,14 @@ mod tests {
         let chosen = [32_767, 32_768, 51_820, 60_005, 60_999].map(|port| ports.contains(port));
         assert_eq!(chosen, [false, true, false, false, true]);
         assert!(read_list("\n").is_empty());
+    }
+
+    #[test]
+    fn given_settings_when_looked_at_anew_then_what_may_be_chosen_is_as_they_are() {
+        refresh();
+
+        let end = *range().end();
+        assert_eq!(may_be_chosen(end), LocalPorts::read().contains(end));
+        assert!(!may_be_chosen_for_datagrams(4_789), "whatever the range is");
     }
 }

@@ -26,6 +26,7 @@ use tokio::time::sleep_until;
 
 use crate::guard_message::Rule;
 use crate::guard_socket::GuardSocket;
+use crate::local_ports;
 use crate::name::Family;
 use crate::reply_mark::ReplyMark;
 use crate::reply_message::{
@@ -255,6 +256,7 @@ impl Keeper {
             // Before the look: nothing that happens after it is missed. Who may not listen may not make it, either.
             self.news = ReplyNews::open().inspect_err(|error| tracing::debug!(%error, "rules change unheard")).ok();
         }
+        local_ports::refresh();
         let outcome = self.try_mend();
         self.looked = Instant::now();
         if outcome.is_err_and(is_busy) {

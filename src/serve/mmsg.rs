@@ -17,7 +17,7 @@ use rustix::net::SendFlags;
 use socket2::{Domain, SockRef, Socket, Type};
 use tracing::info;
 
-use crate::local_ports::may_be_chosen;
+use crate::local_ports::may_be_chosen_for_datagrams;
 use crate::name::Family;
 use crate::serve::socket::{allow_foreign_source, bind_here};
 use crate::serve::train::{Joining, Load, Train};
@@ -99,7 +99,7 @@ pub fn connect_udp_as(client: SocketAddr, backend: SocketAddr) -> io::Result<Udp
     report_ecn(&socket, backend)?;
     allow_foreign_source(&socket, Family::of(backend.ip()))?;
     let bind = |port| socket.bind(&SocketAddr::new(client.ip(), port).into());
-    let port = if may_be_chosen(client.port()) { client.port() } else { 0 };
+    let port = if may_be_chosen_for_datagrams(client.port()) { client.port() } else { 0 };
     bind(port).or_else(|_| bind(0))?;
     socket.connect(&backend.into())?;
     let socket = UdpSocket::from(socket);
