@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -101,6 +102,11 @@ impl Default for AdminOptions {
 }
 
 impl AdminOptions {
+    /// No address at all, for as long as another process answers.
+    pub fn nowhere() -> Self {
+        Self { metrics: Vec::new(), status: Vec::new(), health: Vec::new(), hard_fail: false }
+    }
+
     /// Each address once, with all that is to be told there: those for operators, then those for health.
     fn servers(&self) -> Vec<(Surface, SocketAddr)> {
         let status = self.status.iter().map(|address| (Surface::Status, *address));
@@ -139,8 +145,15 @@ pub struct Admin {
     bound: Vec<(Surface, SocketAddr)>,
     unbound: watch::Sender<Vec<Unbound>>,
     servers: BTreeMap<(Surface, SocketAddr), AbortOnDropHandle<()>>,
+    /// The sockets that listen, by the addresses that were asked for: what another process takes over.
+    sockets: watch::Sender<AdminSockets>,
+    /// Those of the last process that nobody listens at yet.
+    passed: BTreeMap<SocketAddr, OwnedFd>,
     view: Arc<View>,
 }
+
+/// Sockets of our own servers, by the addresses that were asked for.
+pub type AdminSockets = BTreeMap<SocketAddr, Arc<OwnedFd>>;
 
 impl Admin {
     /// The addresses that were bound at the start: those for operators, then those for health.
@@ -151,6 +164,19 @@ impl Admin {
     /// The addresses that cannot be bound now.
     pub fn unbound(&self) -> watch::Receiver<Vec<Unbound>> {
         self.unbound.subscribe()
+    }
+
+    /// The sockets that listen now, for another process.
+    pub fn sockets(&self) -> watch::Receiver<AdminSockets> {
+        self.sockets.subscribe()
+    }
+
+    /// Answers at addresses as [`start`] does, where another process has answered until now: with its sockets as far as
+    /// there are any, and where that has another one nobody is refused in between. What cannot be bound is tried again.
+    pub async fn take_over(&mut self, passed: BTreeMap<SocketAddr, OwnedFd>, options: &AdminOptions) {
+        self.passed = passed;
+        self.move_to(options).await;
+        self.passed.clear();
     }
 
     /// Answers at the addresses of this machine as they come and go, without end. `options` are those on a machine. An
@@ -169,7 +195,8 @@ impl Admin {
         for server in gone {
             let Some(task) = self.servers.remove(&server) else { continue };
             task.abort();
-            let _ = task.await; // Its address is free then.
+            let _ = task.await;
+            self.sockets.send_modify(|sockets| drop(sockets.remove(&server.1))); // Its address is free then.
             debug!(listen = %server.1, "admin server has lost its address");
         }
         let is_wanted = |failure: &Unbound| wanted.contains(&(failure.surface, failure.address));
@@ -191,9 +218,14 @@ impl Admin {
 
     /// Answers at an address from now on; tells it with its port.
     async fn listen(&mut self, surface: Surface, address: SocketAddr) -> Result<SocketAddr, AdminError> {
-        match TcpListener::bind(address).await {
+        let listener = match self.passed.remove(&address) {
+            Some(socket) => listen_at(socket),
+            None => TcpListener::bind(address).await,
+        };
+        match listener {
             Ok(listener) => {
                 let bound = listener.local_addr().unwrap_or(address);
+                note(&self.sockets, address, &listener);
                 self.spawn(surface, address, serve(listener, surface, Arc::clone(&self.view), HEADER_TIMEOUT));
                 Ok(bound)
             }
@@ -210,7 +242,11 @@ impl Admin {
         );
         let failure = Unbound { surface, address: *address, error: error.to_string() };
         self.unbound.send_modify(|all| all.push(failure.clone()));
-        self.spawn(surface, *address, serve_once_bound(failure, self.unbound.clone(), Arc::clone(&self.view)));
+        self.spawn(
+            surface,
+            *address,
+            serve_once_bound(failure, self.unbound.clone(), self.sockets.clone(), Arc::clone(&self.view)),
+        );
     }
 
     fn spawn(&mut self, surface: Surface, address: SocketAddr, server: impl Future<Output = ()> + Send + 'static) {
@@ -226,8 +262,14 @@ pub async fn start(
     health: Health,
 ) -> Result<Admin, AdminError> {
     let view = Arc::new(View::new(status, readiness, health));
-    let mut admin =
-        Admin { bound: Vec::new(), unbound: watch::Sender::new(Vec::new()), servers: BTreeMap::new(), view };
+    let mut admin = Admin {
+        bound: Vec::new(),
+        unbound: watch::Sender::new(Vec::new()),
+        servers: BTreeMap::new(),
+        sockets: watch::Sender::default(),
+        passed: BTreeMap::new(),
+        view,
+    };
     for (surface, address) in options.servers() {
         match admin.listen(surface, address).await {
             Ok(bound) => admin.bound.push((surface, bound)),
@@ -238,7 +280,26 @@ pub async fn start(
     Ok(admin)
 }
 
-async fn serve_once_bound(failure: Unbound, unbound: watch::Sender<Vec<Unbound>>, view: Arc<View>) {
+/// Serves on a socket that another process has listened at.
+fn listen_at(socket: OwnedFd) -> io::Result<TcpListener> {
+    let listener = std::net::TcpListener::from(socket);
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
+}
+
+/// Keeps another descriptor of a socket for who takes over. Where none is left, that one binds the address anew.
+fn note(sockets: &watch::Sender<AdminSockets>, address: SocketAddr, listener: &TcpListener) {
+    if let Ok(copy) = listener.as_fd().try_clone_to_owned() {
+        sockets.send_modify(|sockets| drop(sockets.insert(address, Arc::new(copy))));
+    }
+}
+
+async fn serve_once_bound(
+    failure: Unbound,
+    unbound: watch::Sender<Vec<Unbound>>,
+    sockets: watch::Sender<AdminSockets>,
+    view: Arc<View>,
+) {
     let Unbound { surface, address, .. } = failure;
     loop {
         tokio::time::sleep(BIND_RETRY).await;
@@ -246,6 +307,7 @@ async fn serve_once_bound(failure: Unbound, unbound: watch::Sender<Vec<Unbound>>
             Ok(listener) => {
                 info!(listen = %address, "admin server listens now");
                 unbound.send_modify(|all| all.retain(|other| *other != failure));
+                note(&sockets, address, &listener);
                 return serve(listener, surface, view, HEADER_TIMEOUT).await;
             }
             Err(error) => debug!(listen = %address, %error, "admin server still cannot listen"),

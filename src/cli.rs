@@ -23,8 +23,8 @@ use crate::config::{
     DEFAULT_DRAIN_TIMEOUT, DEFAULT_EJECT_AFTER, DEFAULT_HALF_CLOSE_TIMEOUT, DEFAULT_HEALTHZ_ADDRESS, DEFAULT_LOG_LEVEL,
     DEFAULT_METRICS_ADDRESS, DEFAULT_NODE_PORT_ADDRESSES, DEFAULT_NODE_PORT_RANGE, DEFAULT_ROUTE_PROTOCOL,
     DEFAULT_SERVICE_RANGE, DEFAULT_SHUTDOWN_DELAY, DEFAULT_UDP_SHARDS, DEFAULT_UDP_TIMEOUT_ANSWERED,
-    DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_VIP_ROUTES_LINGER, PlanConfig, RunConfig,
-    SourceConfig, UdpTimeouts, UpstreamConfig,
+    DEFAULT_UDP_TIMEOUT_STREAM, DEFAULT_UDP_TIMEOUT_UNREPLIED, DEFAULT_UPGRADE_TIMEOUT, DEFAULT_VIP_ROUTES_LINGER,
+    PlanConfig, RunConfig, SourceConfig, UdpTimeouts, UpstreamConfig,
 };
 use crate::config_file::ConfigFile;
 use crate::discovery::{DiscoveryConfig, DiscoverySource, Form};
@@ -256,6 +256,38 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     )]
     Env(EnvArgs),
 
+    /// Have a running kube-relay replaced by another version of it, without a moment in which nobody serves
+    #[command(
+        long_about = "Has the kube-relay with this --state-dir start a program that takes over from it: by default what is now at the \
+                      place of its own program, with the same arguments. It serves from the moment that the new one says that \
+                      all is its own, and goes on with open connections, UDP flows and what is known of clients and backends. \
+                      What cannot be moved comes to its end in the old process, which ends with the last of it.\n\n\
+                      Whatever fails leaves the old one serving: then the exit code is 1, and a line says why. A supervisor that \
+                      understands sd_notify (systemd, Type=notify) is told the new main process.",
+        after_long_help = "Examples:
+  After a package has put the new version in place:
+    kube-relay upgrade --state-dir /var/lib/kube-relay
+
+  To a version somewhere else:
+    kube-relay upgrade --state-dir /var/lib/kube-relay --binary ./kube-relay
+
+  By hand, with other arguments; the old process is told by the folder:
+    kube-relay run -f manifests/ --state-dir /var/lib/kube-relay --take-over"
+    )]
+    Upgrade(UpgradeArgs),
+
+    /// Tell whether the kube-relay of this container serves: for a readiness probe of a pod
+    #[command(
+        long_about = "Asks the kube-relay with this --state-dir whether it serves, and whether it runs here: two pods of a node that \
+                      share its network and the folder are told apart, as an HTTP probe could not, while one of them takes \
+                      over from the other.\n\n\
+                      Exits with 1 where it does not serve, or runs in another container.",
+        after_long_help = "Example, in a pod:
+    readinessProbe:
+      exec: {command: [/kube-relay, ready, --state-dir=/var/lib/kube-relay]}"
+    )]
+    Ready(ReadyArgs),
+
     /// Remove the routes that a kube-relay has left on this machine
     #[command(
         long_about = "Removes the routes that make addresses of Services local to this machine, by their protocol number, and what \
@@ -347,6 +379,12 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub(crate) config: ConfigFlag,
+
+    /// Take over the sockets of the kube-relay that runs with the same --state-dir, without a moment in which nobody serves; where none runs, start as ever
+    #[arg(long, help_heading = "Process", value_name = "true|false", env = "KUBE_RELAY_TAKE_OVER")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
+    take_over: bool,
 
     #[command(flatten)]
     flags: RunFlags,
@@ -964,6 +1002,37 @@ impl CleanupArgs {
     }
 }
 
+/// Arguments of `upgrade`.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// The --state-dir of the running kube-relay
+    #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
+    pub state_dir: PathBuf,
+
+    /// The program to start [default: what is at the place of the running one]
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
+
+    /// Time that it gets to read its sources and take over; after that it is ended, and the running one goes on
+    #[arg(long, value_name = "TIME", default_value_t = Time(DEFAULT_UPGRADE_TIMEOUT))]
+    timeout: Time,
+}
+
+impl UpgradeArgs {
+    /// How long the new program may take.
+    pub fn timeout(&self) -> Result<Duration, ConfigError> {
+        positive("--timeout", self.timeout)
+    }
+}
+
+/// Arguments of `ready`.
+#[derive(Debug, Args)]
+pub struct ReadyArgs {
+    /// The --state-dir of the kube-relay
+    #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
+    pub state_dir: PathBuf,
+}
+
 /// Arguments of `new service`.
 #[derive(Debug, Args)]
 pub struct NewServiceArgs {
@@ -1173,7 +1242,15 @@ impl TryFrom<RunArgs> for RunConfig {
         let source = args.api.checked(args.sources)?;
         #[cfg(not(feature = "kubernetes"))]
         let source = SourceConfig::Manifests(manifests(args.sources)?);
-        args.flags.checked(source)
+        let config = args.flags.checked(source)?;
+        if args.take_over && config.state_dir.is_none() {
+            return Err(ConfigError {
+                flag: "--take-over",
+                value: "true".into(),
+                right: "give it the --state-dir of the kube-relay that runs: there they meet".into(),
+            });
+        }
+        Ok(RunConfig { take_over: args.take_over, ..config })
     }
 }
 
@@ -1208,6 +1285,7 @@ impl RunFlags {
                 stream: positive("--udp-timeout-stream", times.udp_timeout_stream)?,
             },
             state_dir: non_empty_path(process.state_dir),
+            take_over: false,
             logs: LogOptions { level: process.log_level, format: process.log_format },
             access_log: access_log.options(),
             udp_shards: NonZeroU16::new(process.udp_shards).unwrap_or(NonZeroU16::MIN),
@@ -1639,6 +1717,9 @@ mod tests {
             assert!(error.contains("--metrics-bind-address has the same"), "{error}");
         }
         assert!(twice.to_string().contains("once"), "{twice}");
+        let alone = run("kube-relay run -f x --take-over").expect_err("they cannot meet").to_string();
+        assert!(alone.contains("for '--take-over': give it the --state-dir"), "{alone}");
+        assert!(run_fine("kube-relay run -f x --take-over --state-dir /s").take_over);
         assert_eq!(zero.to_string(), "invalid value '0s' for '--udp-timeout-stream': write a time above 0, like 10s");
     }
 

@@ -73,6 +73,8 @@ pub const DEFAULT_UDP_SHARDS: u16 = 1;
 pub const DEFAULT_ROUTE_PROTOCOL: u8 = 107;
 /// `--vip-routes-linger`: the kernel goes on for about as long with what a closed connection has left.
 pub const DEFAULT_VIP_ROUTES_LINGER: Duration = Duration::from_secs(60);
+/// `upgrade --timeout`: an API server may take its time.
+pub const DEFAULT_UPGRADE_TIMEOUT: Duration = Duration::from_secs(60);
 /// `--log-level`.
 pub const DEFAULT_LOG_LEVEL: &str = "info";
 /// `--access-log-sample`: all of them.
@@ -116,6 +118,8 @@ pub struct RunConfig {
     /// Folder that is this process's alone, with an API server also that of the last state; `None`: it is not kept. From
     /// `--state-dir`.
     pub state_dir: Option<PathBuf>,
+    /// True where another process with this folder is to hand over what it serves with. From `--take-over`.
+    pub take_over: bool,
     /// How to log.
     pub logs: LogOptions,
     /// What to write of each connection and flow; `None`: nothing. From `--access-log`.

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -19,6 +20,10 @@ use crate::apply_stats::APPLIED;
 use crate::contact::Contact;
 use crate::frozen::pack;
 use crate::guard::{Guard, VipGuard};
+use crate::handover::giving::{Handing, Lent};
+use crate::handover::importer::{Importer, TakenOver};
+use crate::handover::taking::{Predecessor, Taken};
+use crate::handover::{Handed, Host, Office, TakeError, TakeOver};
 use crate::headroom;
 use crate::health::Health;
 use crate::healthcheck::{Change, HealthPortError, HealthPorts};
@@ -33,11 +38,13 @@ use crate::remedy::{BindFailure, explain, remedy};
 use crate::reply_path::{ReplyPath, ReplyPathOptions};
 use crate::serve::Listeners;
 use crate::serve::access::AccessTap;
-use crate::serve::listeners::BindError;
+use crate::serve::estate::Estate;
+use crate::serve::listeners::{BindError, Inherited};
+use crate::serve::passed::{Passed, WantedSockets};
 use crate::serve::tcp::{TcpOptions, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpShards};
-use crate::stats::PROCESS;
-use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status};
+use crate::stats::{PROCESS, UpgradeResult};
+use crate::status::{ListenerState, PortCounters, ServiceStatus, SourceStatus, Status, UpgradeStatus};
 use crate::timestamp::rfc3339;
 use crate::vips::{VipOptions, Vips};
 
@@ -131,6 +138,15 @@ pub struct Relay {
 #[derive(Debug)]
 enum Order {
     StopAccepting(oneshot::Sender<()>),
+    HandOver(Handing),
+}
+
+/// That the first state is to be served in the place of another process.
+#[derive(Debug)]
+struct Succession {
+    take_over: TakeOver,
+    /// What comes of it.
+    tell: oneshot::Sender<Result<Office, TakeError>>,
 }
 
 impl Relay {
@@ -140,6 +156,24 @@ impl Relay {
     /// # Errors
     /// Where the kernel refuses what every relay needs: descriptors, threads.
     pub fn start(options: RelayOptions) -> io::Result<Self> {
+        Self::start_as(options, None)
+    }
+
+    /// The same, in the place of another process: once there is a first state, what that one serves with is taken over, and
+    /// nothing listens before. Where nobody is there, it starts as ever. What becomes of it is told; after an error the
+    /// control task has ended, and the other process serves as before.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_taking_over(
+        options: RelayOptions,
+        take_over: TakeOver,
+    ) -> io::Result<(Self, oneshot::Receiver<Result<Office, TakeError>>)> {
+        let (tell, told) = oneshot::channel();
+        Ok((Self::start_as(options, Some(Succession { take_over, tell }))?, told))
+    }
+
+    fn start_as(options: RelayOptions, succession: Option<Succession>) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (orders, order_inbox) = mpsc::channel(1); // Nobody gives one before the last is carried out.
         let contact = Arc::new(Contact::default());
@@ -180,6 +214,8 @@ impl Relay {
             news: false,
             status: first,
             publish,
+            succession,
+            has_ended: false,
         };
         tokio::spawn(control.run(inbox, order_inbox));
         Ok(Self { messages, orders, status, health, tcp, contact, vips, guard, reply_path, _headroom: headroom })
@@ -209,6 +245,21 @@ impl Relay {
     pub async fn ended(&self) {
         let mut status = self.status.clone();
         while status.changed().await.is_ok() {}
+    }
+
+    /// Answers those who ask for a hand-over. Resolves when everything has been handed over: then nothing listens here any
+    /// more, and what is open goes on.
+    ///
+    /// # Errors
+    /// No thread is left.
+    pub fn attend(&self, host: Host) -> io::Result<oneshot::Receiver<Handed>> {
+        let orders = self.orders.clone();
+        host.attend(move |handing| orders.blocking_send(Order::HandOver(handing)).is_ok())
+    }
+
+    /// Waits until the open connections have ended, however long that takes.
+    pub async fn drained(&self) {
+        self.tcp.drained().await;
     }
 
     /// Closes all listeners for good. Open connections go on and changes are still followed; flows end. A second call
@@ -315,6 +366,10 @@ struct Control {
     /// The next snapshot.
     status: Status,
     publish: watch::Sender<Arc<Status>>,
+    /// `Some` until the first state is served.
+    succession: Option<Succession>,
+    /// True where another process serves, as nothing could be taken over from it.
+    has_ended: bool,
 }
 
 impl Control {
@@ -330,6 +385,7 @@ impl Control {
                         self.stop_accepting().await;
                         let _ = done.send(()); // the asker may have been cancelled
                     }
+                    Some(Order::HandOver(handing)) => self.hand_over(handing).await,
                     None => return,
                 },
                 () = at(self.next_retry()) => self.retry().await,
@@ -346,9 +402,26 @@ impl Control {
                     } else {
                         self.health.idle(&Family::ALL);
                     }
+                    if self.has_ended {
+                        return;
+                    }
                 }
             }
         }
+    }
+
+    /// Lends the sockets to another process, and stands still until it is known whose they are.
+    async fn hand_over(&mut self, Handing { lent, end }: Handing) {
+        let all = match self.synced && !self.status.stopping {
+            true => lend(&self.listeners, &self.health_ports).await,
+            false => Err(io::Error::other("it does not serve yet, or does not serve any more")),
+        };
+        if lent.send(all).is_err() {
+            return;
+        }
+        let Ok(done) = end.await else { return }; // All goes on as before.
+        self.stop_accepting().await;
+        let _ = done.send(()); // Whoever waits for it goes on without, too.
     }
 
     async fn stop_accepting(&mut self) {
@@ -430,8 +503,23 @@ impl Control {
     /// Makes the dirty Services true and tells everybody. True where there were any.
     async fn settle(&mut self) -> bool {
         let acts = self.synced && (!self.dirty.is_empty() || self.inside_moved || !self.status.synced);
+        let mut taken = None;
         if acts {
+            let succession = self.succession.take();
+            if succession.is_some() {
+                self.listeners.hold_back();
+            }
             self.carry_out().await;
+            if let Some(Succession { take_over, tell }) = succession {
+                match self.succeed(take_over).await {
+                    Ok(office) => taken = Some((tell, office)),
+                    Err(error) => {
+                        let _ = error.map(|error| tell.send(Err(error))); // Who waits for it ends the process.
+                        self.has_ended = true;
+                        return false;
+                    }
+                }
+            }
             self.describe_failures();
             self.describe();
             if !std::mem::replace(&mut self.status.synced, true) {
@@ -445,6 +533,10 @@ impl Control {
         if acts || self.news {
             self.news = false;
             self.publish();
+        }
+        if let Some((tell, office)) = taken {
+            // Not before: whoever asks this process for its counters from now on finds those of the last one among them.
+            let _ = tell.send(Ok(office));
         }
         self.measure(SystemTime::now());
         acts
@@ -480,6 +572,93 @@ impl Control {
         } else {
             tracing::info!(services, steps = step_count, listeners, elapsed_ms, "applied");
         }
+    }
+
+    /// Serves the first state with what another process has served with until now.
+    ///
+    /// # Errors
+    /// That one goes on: nothing was given, or (without a reason) a thread has panicked.
+    async fn succeed(&mut self, take_over: TakeOver) -> Result<Office, Option<TakeError>> {
+        let began = Instant::now();
+        let Taken { mut office, listeners, health_ports, moving, from } =
+            take_all(take_over, self.listeners.wanted(), self.listeners.estate()).await?;
+        let from = from.map(Arc::new);
+        if let Some(from) = &from {
+            await_release(from).await;
+        }
+        let (inherited, moved) = self.go_on(listeners, moving).await;
+        self.health_ports.inherit(health_ports, Instant::now()).await;
+        if let Some(from) = from {
+            self.open_the_rest(&from).await;
+            self.tell_of_upgrade(&from, inherited, moved, began.elapsed());
+            office.owe_word_to(from);
+        }
+        Ok(office)
+    }
+
+    fn tell_of_upgrade(
+        &mut self,
+        from: &Predecessor,
+        Inherited { adopted, differing, unwanted }: Inherited,
+        TakenOver { streams, flows, standstill }: TakenOver,
+        took: Duration,
+    ) {
+        PROCESS.upgrades.count(UpgradeResult::Success);
+        PROCESS.standstill.observe(standstill);
+        let (standstill_ms, elapsed_ms) = (standstill.as_millis() as u64, took.as_millis() as u64);
+        let listeners = self.listeners.bound_count();
+        let (from_pid, from_version) = (from.pid, from.version.clone());
+        tracing::info!(
+            from_pid,
+            from_version,
+            listeners,
+            adopted,
+            differing,
+            unwanted,
+            streams,
+            flows,
+            standstill_ms,
+            elapsed_ms,
+            "taken over"
+        );
+        let at = rfc3339(SystemTime::now());
+        self.status.upgrade = Some(Arc::new(UpgradeStatus {
+            at,
+            from_pid,
+            from_version,
+            listeners: adopted,
+            streams,
+            flows,
+            standstill_ms,
+            elapsed_ms,
+        }));
+    }
+
+    /// Connections and flows first: a listener that lets clients in finds counters, pins and turns as they were.
+    async fn go_on(&mut self, listeners: Vec<Passed>, moving: Option<Importer>) -> (Inherited, TakenOver) {
+        let now = Instant::now().into_std();
+        let Some(moving) = moving else { return (self.listeners.begin(listeners, now).await, TakenOver::default()) };
+        let committed = moving.commit();
+        self.listeners.inherit(committed.departed(), now);
+        let inherited = self.listeners.begin(listeners, now).await;
+        let finished = spawn_blocking(move || committed.finish()).await;
+        (inherited, finished.unwrap_or_default()) // It panics nowhere; what it counts is for the log.
+    }
+
+    /// Opens what the other process has held until now, and could not be taken over.
+    async fn open_the_rest(&mut self, from: &Arc<Predecessor>) {
+        if self.next_retry().is_none() {
+            return;
+        }
+        let from = Arc::clone(from);
+        if !spawn_blocking(move || from.closed()).await.unwrap_or(false) {
+            tracing::warn!("the process that was taken over from does not say that it has closed its listeners");
+        }
+        let now = Instant::now();
+        self.listeners.hasten_all(now.into_std());
+        self.health_ports.hasten_all(now);
+        self.listeners.retry(now.into_std()).await;
+        self.health_ports.retry(now).await;
     }
 
     /// What the Services that were planned anew are to have.
@@ -618,6 +797,59 @@ impl Control {
             self.status.problems = Arc::new(problems);
         }
         self.publish.send_replace(Arc::new(self.status.clone()));
+    }
+}
+
+async fn lend(listeners: &Listeners, health_ports: &HealthPorts) -> io::Result<Lent> {
+    let (passed, health_ports) = (listeners.lend().await?, health_ports.lend().await?);
+    Ok(Lent { passed, health_ports, estate: listeners.estate() })
+}
+
+/// Everything of the process that runs, or the start of one where none does. `estate` is what goes on with it.
+async fn take_all(take_over: TakeOver, wanted: WantedSockets, estate: Estate) -> Result<Taken, Option<TakeError>> {
+    loop {
+        match try_to_take_all(take_over.clone(), wanted.clone(), estate.clone()).await {
+            Err(Some(TakeError::Ended)) => {
+                tracing::warn!("the process that was to hand over has ended: looking again who is there");
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn try_to_take_all(
+    take_over: TakeOver,
+    wanted: WantedSockets,
+    estate: Estate,
+) -> Result<Taken, Option<TakeError>> {
+    let (asking, holder) = (take_over.clone(), take_over.holder);
+    match elsewhere(move || asking.ask(&wanted, estate)).await? {
+        Some(mut offer) => {
+            offer.prepare().await;
+            elsewhere(move || offer.accept(holder)).await
+        }
+        None => elsewhere(move || take_over.begin()).await,
+    }
+}
+
+/// Waits until the other process has let go.
+///
+/// Not before: of those who watch a listener the kernel wakes one for each client (EPOLLEXCLUSIVE), and one that is about
+/// to look away would leave the client waiting.
+async fn await_release(from: &Arc<Predecessor>) {
+    let releasing = Arc::clone(from);
+    if !spawn_blocking(move || releasing.released()).await.unwrap_or(false) {
+        tracing::warn!(from_pid = from.pid, "the process that was taken over from does not say that it has let go");
+    }
+}
+
+/// Does what blocks on another thread. `None` is the error of one that has panicked.
+async fn elsewhere<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, TakeError> + Send + 'static,
+) -> Result<T, Option<TakeError>> {
+    match spawn_blocking(work).await {
+        Ok(outcome) => outcome.map_err(Some),
+        Err(_) => Err(None),
     }
 }
 

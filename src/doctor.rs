@@ -27,6 +27,7 @@ mod queues;
 mod rights;
 mod routes;
 mod source_address;
+mod upgrades;
 mod wildcards;
 
 use std::collections::BTreeSet;
@@ -66,6 +67,9 @@ pub async fn examine(config: &RunConfig, planned: Option<Report>) -> Diagnosis {
     let duty = Duty::new(config, planned.or(serving).as_ref(), running);
 
     let mut findings = of_process(&duty);
+    if let Some(folder) = &config.state_dir {
+        findings.push(upgrades::judge(&upgrades::read(folder.clone()).await));
+    }
     findings.extend(of_addresses(&duty, &neighbours, &interfaces));
     findings.extend(of_kernel(&duty));
     #[cfg(feature = "kubernetes")]

@@ -56,7 +56,13 @@ fn config_flag(cli: &mut Cli) -> Option<&mut ConfigFlag> {
         Command::Explain(args) => Some(&mut args.config),
         Command::Diff(args) => Some(&mut args.config),
         Command::Doctor(args) => Some(&mut args.config),
-        Command::Status(_) | Command::Top(_) | Command::Env(_) | Command::New(_) | Command::Cleanup(_) => None,
+        Command::Status(_)
+        | Command::Top(_)
+        | Command::Env(_)
+        | Command::New(_)
+        | Command::Upgrade(_)
+        | Command::Ready(_)
+        | Command::Cleanup(_) => None,
         Command::Completions(_) | Command::Man(_) => None,
     }
 }
@@ -252,8 +258,8 @@ mod tests {
     #[test]
     fn given_the_flags_of_run_when_compared_with_our_kind_then_each_has_its_field() {
         let flags: Vec<&str> = Kind::Relay.fields().iter().flat_map(|field| field.flags).copied().collect();
-        // The last one is the way in which a pod's environment is asked.
-        let of_the_line = ["config", "help", "kubernetes_service_host"];
+        // The third one is the way in which a pod's environment is asked; the last one is of a start, not of a configuration.
+        let of_the_line = ["config", "help", "kubernetes_service_host", "take_over"];
         let command = Cli::command();
         let run = command.find_subcommand("run").expect("run");
 

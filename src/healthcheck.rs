@@ -27,6 +27,7 @@ use crate::health_port::HealthPort;
 use crate::http_server::{Answer, Connections, HEADER_TIMEOUT, converse, response};
 use crate::listener_set::{Calls, ListenerSet, Number, listener_set};
 use crate::name::{ListenKey, ObjectName};
+use crate::serve::passed::Passed;
 use crate::serve::{next_wait, socket};
 
 /// Connections to all health ports together; one more, and the oldest makes room. Whoever opens 10,000 a second leaves
@@ -60,6 +61,8 @@ pub(crate) struct HealthPorts {
     server: JoinHandle<()>,
     open: BTreeMap<ObjectName, Open>,
     failed: BTreeMap<ObjectName, Failed>,
+    /// Sockets of another process, while ports are opened on them.
+    passed: BTreeMap<ListenKey, OwnedFd>,
     /// The Services whose failure may be another one than was told.
     news: BTreeSet<ObjectName>,
     /// How many are open, and failed, as was logged.
@@ -101,6 +104,7 @@ impl HealthPorts {
             server: tokio::spawn(serve(calls, health)),
             open: BTreeMap::new(),
             failed: BTreeMap::new(),
+            passed: BTreeMap::new(),
             news: BTreeSet::new(),
             told: (0, 0),
         })
@@ -151,6 +155,37 @@ impl HealthPorts {
     /// When the next one that failed is due for another try.
     pub(crate) fn next_retry(&self) -> Option<Instant> {
         self.failed.values().map(|failed| failed.due).min()
+    }
+
+    /// All that failed for another process's sake is due: it has let go.
+    pub(crate) fn hasten_all(&mut self, now: Instant) {
+        for failed in self.failed.values_mut() {
+            (failed.due, failed.wait) = (now, Duration::ZERO);
+        }
+    }
+
+    /// Copies of all sockets, for another process. They are answered at as before.
+    ///
+    /// # Errors
+    /// No descriptor is left for them.
+    pub(crate) async fn lend(&self) -> io::Result<Vec<Passed>> {
+        let Some(listeners) = &self.listeners else { return Ok(Vec::new()) };
+        let mut passed = Vec::new();
+        for (key, number) in self.open.values().flat_map(|open| &open.sockets) {
+            let sockets = vec![Arc::new(listeners.copy(*number).await?)];
+            passed.push(Passed { key: *key, parked: false, sockets });
+        }
+        Ok(passed)
+    }
+
+    /// Opens what failed as another process has had it, on that one's sockets: no balancer is refused in between.
+    pub(crate) async fn inherit(&mut self, passed: Vec<Passed>, now: Instant) {
+        let fitting = passed.into_iter().filter(|passed| passed.check(1).is_ok());
+        let socket = |Passed { key, mut sockets, .. }: Passed| Some((key, Arc::into_inner(sockets.pop()?)?));
+        self.passed = fitting.filter_map(socket).collect();
+        self.hasten_all(now);
+        self.retry(now).await;
+        self.passed.clear(); // Nobody wants those.
     }
 
     /// These addresses are local from now on: what failed there is due.
@@ -222,7 +257,11 @@ impl HealthPorts {
     /// Binds all before anybody can connect to one.
     async fn listen(&mut self, keys: &[ListenKey], open: &mut Open) -> Result<(), (ListenKey, io::Error)> {
         let Some(listeners) = &mut self.listeners else { return Ok(()) };
-        let bind = |key: &ListenKey| socket::bind_tcp(*key).map(|socket| (*key, socket)).map_err(|error| (*key, error));
+        let passed = &mut self.passed;
+        let bind = |key: &ListenKey| {
+            let socket = passed.remove(key).map_or_else(|| socket::bind_tcp(*key), Ok);
+            socket.map(|socket| (*key, socket)).map_err(|error| (*key, error))
+        };
         let bound = keys.iter().map(bind).collect::<Result<Vec<(ListenKey, OwnedFd)>, _>>()?;
         for (key, socket) in &bound {
             socket::listen(socket).map_err(|error| (*key, error))?;
@@ -389,6 +428,25 @@ mod tests {
 
         assert!(ports.failure(&ObjectName::parse("web")).is_none());
         std::net::TcpStream::connect("127.85.2.2:7501").expect("it listens");
+    }
+
+    #[tokio::test]
+    async fn t205_f25_given_a_port_of_another_process_when_it_is_handed_over_then_it_listens_all_the_time() {
+        let (mut old, mut new, now, web) = (health_ports(), health_ports(), Instant::now(), ObjectName::parse("web"));
+        let is_open = || std::net::TcpStream::connect("127.85.2.4:7500").is_ok();
+        old.open(wanted(4, 7500), now).await;
+        new.open(wanted(4, 7500), now).await;
+        assert!(new.failure(&web).is_some(), "the other one has it");
+
+        let passed = old.lend().await.expect("descriptors are left");
+        assert_eq!(passed.len(), 1);
+        new.inherit(passed, now).await;
+
+        assert!(new.failure(&web).is_none() && is_open());
+        soon(old.close()).await;
+        assert!(is_open());
+        soon(new.close()).await;
+        assert!(!is_open(), "nobody else has it");
     }
 
     #[tokio::test]

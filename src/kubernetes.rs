@@ -46,6 +46,9 @@ const SAVED_AFTER: Duration = Duration::from_millis(500);
 pub struct Selection {
     /// Folder of the state that is served when the server is away at the start; `None`: no such state. From `--state-dir`.
     pub state_dir: Option<PathBuf>,
+    /// Cancelled once that folder is this process's own: nothing is written there before, as another one may. `None`: it is from the
+    /// start.
+    pub folder_taken: Option<CancellationToken>,
     /// Services with this value of the label `service.kubernetes.io/service-proxy-name`; `None`: those without the label.
     /// From `--proxy-name`.
     pub proxy_name: Option<String>,
@@ -64,9 +67,10 @@ pub struct Selection {
 
 impl Default for Selection {
     fn default() -> Self {
-        let (state_dir, proxy_name, service_nets) = (None, None, Vec::new());
+        let (state_dir, folder_taken, proxy_name, service_nets) = (None, None, None, Vec::new());
         let event_delay = Duration::from_secs(1)..=Duration::from_secs(30);
-        Self { state_dir, proxy_name, node_name: "".into(), service_nets, watch_seconds: 48..=60, event_delay }
+        let node_name = "".into();
+        Self { state_dir, folder_taken, proxy_name, node_name, service_nets, watch_seconds: 48..=60, event_delay }
     }
 }
 
@@ -145,6 +149,8 @@ pub struct Source {
     hosts: Hosts,
     /// The file with the last state.
     saved: Option<PathBuf>,
+    /// Cancelled once that may be written.
+    folder_taken: CancellationToken,
     report: Report,
     herald: Herald,
 }
@@ -165,6 +171,7 @@ impl Source {
             node: Watch::new::<WatchedNode>(api, &node, &contact, |object| object.node)?,
             hosts: place.hosts.clone(),
             saved: selection.state_dir.as_deref().map(last_good::path),
+            folder_taken: selection.folder_taken.clone().unwrap_or_else(already_cancelled),
             report: Report::new(
                 Server { name: api.server(), api: api.clone(), service_nets: selection.served_nets() },
                 relay,
@@ -197,11 +204,12 @@ pub async fn run(source: Source, cancel: CancellationToken) {
 
 /// Ends when nobody listens any more.
 async fn follow(source: Source) {
-    let Source { mut services, mut endpoints, mut node, mut hosts, saved, mut report, herald } = source;
+    let Source { mut services, mut endpoints, mut node, mut hosts, saved, folder_taken, mut report, herald } = source;
     let mut telling = pin!(herald.run());
     report.begin([services.kind, endpoints.kind().into(), node.kind]);
     let (mut save, start) = (Keeper::new(saved.clone()), Instant::now());
     let mut serve_saved = saved;
+    let mut may_save = folder_taken.is_cancelled();
     let mut look = interval(OUTAGE_LOOK); // Also where news of other kinds come more often.
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Only this relay leads to such a server, and only the file leads to this relay.
@@ -225,6 +233,10 @@ async fn follow(source: Source) {
                 report.serve_saved(serve_saved.take()).await
             }
             () = at(report.catch_up_due()) => report.catch_up().await,
+            () = folder_taken.cancelled(), if !may_save => {
+                may_save = true;
+                Ok(())
+            }
             () = at(save.due()) => {
                 save.save(report.state());
                 Ok(())
@@ -241,9 +253,17 @@ async fn follow(source: Source) {
         }
         if report.is_synced() {
             serve_saved = None;
-            save.note(report.take_changed());
+            if may_save {
+                save.note(report.take_changed());
+            }
         }
     }
+}
+
+fn already_cancelled() -> CancellationToken {
+    let token = CancellationToken::new();
+    token.cancel();
+    token
 }
 
 #[cfg(test)]

@@ -65,6 +65,17 @@ impl ListenerKind {
         }
     }
 
+    /// The kind whose clients are counted under this.
+    pub(crate) fn of(entry: Entry) -> Self {
+        match entry {
+            Entry::ClusterIp => Self::ClusterIp,
+            Entry::NodePort => Self::NodePort,
+            Entry::ExternalIp => Self::ExternalIp,
+            Entry::LoadBalancerIp => Self::LoadBalancerIp,
+            Entry::Exposed => Self::Exposed,
+        }
+    }
+
     /// The words in sentences: `cluster IP`, `node port`…
     pub fn in_words(self) -> &'static str {
         match self {

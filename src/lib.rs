@@ -59,6 +59,7 @@
 //! | the access log's file | the writer thread of [`access_log`] | a bounded queue: [`serve::access::AccessTap`] |
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
+//! | the right to the state folder, and its door | the thread of [`handover`], from start to hand-over | whoever calls |
 //! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
@@ -147,6 +148,7 @@ mod guard_program;
 mod guard_socket;
 mod guard_table;
 mod gzip;
+pub mod handover;
 mod headroom;
 pub mod health;
 mod health_port;
@@ -231,6 +233,7 @@ pub mod state_lock;
 pub mod stats;
 pub mod status;
 pub mod summary;
+pub mod supervisor;
 mod sysctl;
 mod tcp_settings;
 mod texts;

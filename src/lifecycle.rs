@@ -9,6 +9,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{self, Pid};
 use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -165,6 +166,24 @@ fn answer(signal: Signal, interactive: bool, asked_before: Option<Duration>) -> 
         // Ctrl-C: a person is waiting for the prompt.
         Signal::Interrupt if interactive => Request::Stop,
         Signal::Interrupt | Signal::Terminate => Request::Drain,
+    }
+}
+
+/// True where the end of this process is the end of its container, or has it started again: a pod's, or that of anything
+/// with processes of its own.
+pub fn is_container() -> bool {
+    std::process::id() == 1 || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
+}
+
+/// Asks another process for the same.
+pub fn pass_on(request: Request, pid: u32) {
+    let signal = match request {
+        Request::Reload => process::Signal::HUP,
+        Request::Drain | Request::Stop => process::Signal::TERM,
+    };
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        let _ = process::kill_process(pid, signal); // It may have ended.
     }
 }
 

@@ -61,6 +61,7 @@ struct Listening<T> {
 enum Order<T> {
     Open(Number, Listening<T>),
     Close(Number, oneshot::Sender<()>),
+    Copy(Number, oneshot::Sender<io::Result<OwnedFd>>),
 }
 
 /// An empty set. Needs a tokio runtime.
@@ -99,6 +100,16 @@ impl<T> ListenerSet<T> {
             return Err(error.into());
         }
         Ok(number)
+    }
+
+    /// Another descriptor of a socket, for another process.
+    ///
+    /// # Errors
+    /// No descriptor is left, or the socket is closed.
+    pub(crate) async fn copy(&self, number: Number) -> io::Result<OwnedFd> {
+        let (told, copy) = oneshot::channel();
+        let _ = self.orders.send(Order::Copy(number, told)).await; // An error means that the task is gone, as below.
+        copy.await.unwrap_or_else(|_| Err(io::Error::other("nobody listens there")))
     }
 
     /// Closes a socket. When this is done, its address is free. Its connections go on.
@@ -140,6 +151,11 @@ impl<T: Clone> Calls<T> {
             Order::Close(number, done) => {
                 self.listening.remove(&number); // Closed by this, and so taken out of epoll.
                 let _ = done.send(()); // Who asked may have been cancelled.
+            }
+            Order::Copy(number, told) => {
+                if let Some(Listening { socket, .. }) = self.listening.get(&number) {
+                    let _ = told.send(socket.try_clone()); // As above.
+                }
             }
         }
     }

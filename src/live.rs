@@ -25,7 +25,7 @@ use crate::stats::{
 };
 use crate::status::{
     BackendTraffic, ListenerState, PortCounters, PortTraffic, Report, ServiceReport, ServiceStatus, SourceStatus,
-    SourceTraffic, Status,
+    SourceTraffic, Status, UpgradeStatus,
 };
 
 /// What `/status` answers: a report with its live parts, and who answers.
@@ -44,6 +44,9 @@ pub struct LiveReport {
     /// Whether the API server is heard; absent with a static source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contact: Option<ContactReport>,
+    /// How this process has taken over from another one; left out where it has not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeStatus>,
     /// Why TCP clients wait to be accepted now; left out where none does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pauses: Vec<PauseReport>,
@@ -100,6 +103,7 @@ impl LiveReport {
             synced: status.synced,
             source: status.source.clone(),
             contact: status.contact.report(),
+            upgrade: status.upgrade.as_deref().cloned(),
             pauses: Vec::new(),
             recent: status.recent.iter().cloned().collect(),
             inside: status.inside.to_vec(),
@@ -359,6 +363,7 @@ pub(crate) mod sample {
             },
             contact: Arc::default(),
             recent: Arc::default(),
+            upgrade: None,
             inside: Arc::from(["127.0.0.0/8".parse::<IpNet>().expect("a net")]),
             options: Arc::default(),
         }

@@ -6,10 +6,11 @@ use std::future::{Future, pending};
 use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::net::SocketAddr;
-use std::process::ExitCode;
+use std::path::{self, PathBuf};
+use std::process::{Child, ExitCode};
 use std::sync::Arc;
 use std::thread::available_parallelism;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow, bail};
 use clap::error::ErrorKind;
@@ -22,17 +23,18 @@ use kube_relay::api_client::Api;
 use kube_relay::cleanup::{Removed, remove_routes};
 use kube_relay::cli::{
     CheckArgs, CheckOutput, CleanupArgs, Command, CompletionsArgs, ConfigError, DiffArgs, DoctorArgs, DoctorOutput,
-    EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, RunArgs,
-    StatusArgs, StatusOutput, TopArgs,
+    EXIT_FINE, EXIT_PROBLEMS, EXIT_USAGE, EnvArgs, ExplainArgs, ManArgs, NewCommand, NewServiceArgs, ReadyArgs,
+    RunArgs, StatusArgs, StatusOutput, TopArgs, UpgradeArgs,
 };
 use kube_relay::config::{CheckConfig, RunConfig, SourceConfig};
 use kube_relay::config_file::ConfigFile;
-use kube_relay::control::Relay;
+use kube_relay::control::{Relay, RelayOptions};
 use kube_relay::difference::difference;
 use kube_relay::discovery::{Discovery, DiscoveryConfig, DiscoverySource};
 use kube_relay::doctor::{DoctorConfig, examine};
 use kube_relay::explain::{Explanation, explain};
 use kube_relay::flag_defaults::{self, StartError};
+use kube_relay::handover::{self, Handed, Host as SuccessionHost, NoDoor, Office, TakeError, TakeOver, UpgradeReport};
 use kube_relay::heap;
 use kube_relay::host::{self, Host, node_port_advice};
 use kube_relay::host_watch::Hosts;
@@ -47,10 +49,11 @@ use kube_relay::plan::{Plan, PlanOptions, Severity};
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
+use kube_relay::supervisor::{self, News};
 use kube_relay::{logs, manual, overview, panics, peer, printable, top};
 use serde::Serialize;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -81,6 +84,8 @@ fn main() -> ExitCode {
         Command::Top(args) => top(&args),
         Command::Doctor(args) => doctor(*args),
         Command::Env(args) => discover(args),
+        Command::Upgrade(args) => upgrade(args),
+        Command::Ready(args) => ready(&args),
         Command::Cleanup(args) => cleanup(&args),
         Command::New(NewCommand::Service(args)) => new_service(args),
         Command::Completions(args) => completions(&args),
@@ -127,9 +132,9 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
-    // The folder is ours until all has ended that may write there.
-    let outcome = lock_state_dir(&config)
-        .and_then(|_lock| on(runtime.context("cannot start the runtime")?, serve(config, workers, open_files)));
+    let outcome = state_dir(&config).and_then(|folder| {
+        on(runtime.context("cannot start the runtime")?, serve(config, folder, workers, open_files))
+    });
     Ok(match outcome {
         Ok(()) => EXIT_FINE,
         Err(error) => {
@@ -151,13 +156,45 @@ fn all_there(source: &SourceConfig) -> anyhow::Result<()> {
     }
 }
 
+/// How this process comes to its state folder.
+enum StateDir {
+    /// There is none, or it is of no use for that.
+    None,
+    /// It is ours until all has ended that may write there.
+    Own(PathBuf, StateLock),
+    /// It will be.
+    TakeOver(TakeOver),
+}
+
+/// What was begun with a state folder.
+enum Begun {
+    Alone(StateDir),
+    InPlaceOf(oneshot::Receiver<Result<Office, TakeError>>),
+}
+
+fn state_dir(config: &RunConfig) -> anyhow::Result<StateDir> {
+    let Some(folder) = config.state_dir.clone() else { return Ok(StateDir::None) };
+    if !config.take_over {
+        return Ok(lock_state_dir(config)?.map_or(StateDir::None, |lock| StateDir::Own(folder, lock)));
+    }
+    let take_over = TakeOver { folder, holder: holder(config) };
+    match take_over.look()? {
+        true => info!("another kube-relay serves: it is taken over from once there is a plan"),
+        false => info!("nobody is there to take over from"),
+    }
+    Ok(StateDir::TakeOver(take_over))
+}
+
+fn holder(config: &RunConfig) -> Holder {
+    let admin = config.status_address.or(config.metrics_address);
+    Holder { pid: std::process::id(), admin, since: SystemTime::now() }
+}
+
 /// Refuses to start where another process has the folder. One that cannot be locked cannot be written as a rule, and
 /// Services are served without it.
 fn lock_state_dir(config: &RunConfig) -> anyhow::Result<Option<StateLock>> {
     let Some(folder) = &config.state_dir else { return Ok(None) };
-    let admin = config.status_address.or(config.metrics_address);
-    let holder = Holder { pid: std::process::id(), admin, since: SystemTime::now() };
-    match StateLock::take(folder, holder) {
+    match StateLock::take(folder, holder(config)) {
         Ok(lock) => Ok(Some(lock)),
         Err(error @ StateLockError::Held { .. }) => Err(error.into()),
         Err(error) => {
@@ -184,9 +221,9 @@ fn available_parallelism_or_one() -> usize {
 }
 
 /// From the first listener to the last connection, and to the last line of the access log, however it ends.
-async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+async fn serve(config: RunConfig, folder: StateDir, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
     let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
-    let outcome = relay(config, workers, open_files, access_log.as_ref()).await;
+    let outcome = relay(config, folder, workers, open_files, access_log.as_ref()).await;
     if let Some(access_log) = access_log {
         access_log.end().await;
     }
@@ -198,6 +235,7 @@ async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> an
 /// From the first listener to the last connection.
 async fn relay(
     mut config: RunConfig,
+    folder: StateDir,
     workers: usize,
     open_files: Option<u64>,
     access_log: Option<&AccessLog>,
@@ -215,23 +253,73 @@ async fn relay(
     let host = place.hosts.now();
     let mut options = config.relay_options(&host);
     options.access_log = access_log.map(AccessLog::tap);
-    let relay = Relay::start(options).context("cannot start the relay")?;
+    let (relay, begun) = start_relay(options, folder).context("cannot start the relay")?;
     let own_servers = OwnServers::of(&config);
-    let admin = admin::start(own_servers.on(&host), relay.status(), readiness.clone(), relay.health()).await?;
+    let answers = match begun {
+        Begun::Alone(_) => own_servers.on(&host),
+        Begun::InPlaceOf(_) => AdminOptions::nowhere(), // Another process does.
+    };
+    let mut admin = admin::start(answers, relay.status(), readiness.clone(), relay.health()).await?;
     for (surface, address) in admin.bound() {
         debug!(listen = %address, paths = ?surface.paths(), "admin server listens");
     }
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let source = follow(&config, place.clone(), &relay, admin.unbound(), &reload, &stop).await?;
+    let folder_taken = matches!(begun, Begun::InPlaceOf(_)).then(CancellationToken::new);
+    let mut source =
+        follow(&config, place.clone(), &relay, admin.unbound(), folder_taken.clone(), &reload, &stop).await?;
+    let (office, _lock) = match begun {
+        Begun::Alone(folder) => found(folder),
+        Begun::InPlaceOf(office) => {
+            let mut office = tokio::select! {
+                biased;
+                office = office => office.context("the control task has panicked, nothing was taken over")??,
+                // Nobody has come here yet, and nothing is left.
+                _ = end(&mut signals, &config, &reload, access_log) => return Ok(()),
+                () = panicked(&mut source) => bail!("the source task has panicked, nothing was taken over"),
+            };
+            admin.take_over(office.take_admin_sockets(), &own_servers.on(&place.hosts.now())).await;
+            office.tell_serving();
+            folder_taken.iter().for_each(CancellationToken::cancel);
+            (Some(office), None)
+        }
+    };
+    let handed = office.map(|office| {
+        let host = SuccessionHost {
+            office,
+            admin: admin.sockets(),
+            readiness: readiness.clone(),
+            cannot_start: cannot_start(&config.source),
+        };
+        relay.attend(host)
+    });
+    let handed = handed.transpose().context("cannot start a thread")?;
+    let telling = tokio::spawn({
+        let readiness = readiness.clone();
+        async move {
+            readiness.ready().await;
+            supervisor::tell(News::Ready);
+        }
+    });
     let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
     let times = tokio::select! {
         times = end(&mut signals, &config, &reload, access_log) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
-        () = panicked(source) => bail!("the source task has panicked, no change is followed any more"),
+        () = panicked(&mut source) => bail!("the source task has panicked, no change is followed any more"),
+        mut handed = all_handed(handed) => {
+            let answered = handed.answered();
+            watching.abort();
+            admin.abort();
+            stop.cancel();
+            retire(&relay, &readiness, &mut signals, access_log, config.shutdown, handed).await;
+            answered.await;
+            return Ok(());
+        }
     };
+    telling.abort();
+    supervisor::tell(News::Stopping);
     // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
     lifecycle::shut_down(&relay, &readiness, times, hurry(&mut signals, access_log)).await;
     relay.leave_addresses().await;
@@ -242,10 +330,118 @@ async fn relay(
 }
 
 /// Resolves when a task has panicked. One that has ended otherwise is nobody's trouble.
-async fn panicked(task: JoinHandle<()>) {
+async fn panicked(task: &mut JoinHandle<()>) {
     match task.await {
         Err(error) if error.is_panic() => {}
         _ => pending().await,
+    }
+}
+
+fn start_relay(options: RelayOptions, folder: StateDir) -> io::Result<(Relay, Begun)> {
+    Ok(match folder {
+        StateDir::TakeOver(take_over) => {
+            let (relay, told) = Relay::start_taking_over(options, take_over)?;
+            (relay, Begun::InPlaceOf(told))
+        }
+        folder => (Relay::start(options)?, Begun::Alone(folder)),
+    })
+}
+
+/// Lets others take over from this process, where it has a folder to meet them in. Where that cannot be: the folder's lock.
+fn found(folder: StateDir) -> (Option<Office>, Option<StateLock>) {
+    let StateDir::Own(folder, lock) = folder else { return (None, None) };
+    match Office::found(&folder, lock) {
+        Ok(office) => (Some(office), None),
+        Err(NoDoor { lock, source }) => {
+            warn!(state_dir = %folder.display(), error = %source, "no hot upgrade: no socket can be made there");
+            (None, Some(lock))
+        }
+    }
+}
+
+/// Resolves when another process serves.
+async fn all_handed(handed: Option<oneshot::Receiver<Handed>>) -> Handed {
+    match handed {
+        Some(handed) => match handed.await {
+            Ok(handed) => handed,
+            Err(_) => pending().await, // Its thread has panicked: nobody can take over, and all is served.
+        },
+        None => pending().await,
+    }
+}
+
+/// Why this process could not be started again.
+fn cannot_start(source: &SourceConfig) -> Option<&'static str> {
+    match source {
+        SourceConfig::Manifests(inputs) if inputs.iter().any(|input| matches!(input, Input::Stdin)) => {
+            Some("its manifests came from standard input, which another process cannot read again: use files")
+        }
+        _ => None,
+    }
+}
+
+/// The last part of a process that another one has taken over from: what is open comes to its end, however long that
+/// takes, unless somebody says that it is enough.
+///
+/// A container's first process does not end by itself then: the container would, or would be started again and take all back.
+async fn retire(
+    relay: &Relay,
+    readiness: &Readiness,
+    signals: &mut Signals,
+    access_log: Option<&AccessLog>,
+    times: ShutdownTimes,
+    Handed { pid, child, .. }: Handed,
+) {
+    if let Ok(pid @ 1..) = u32::try_from(pid) {
+        supervisor::tell(News::Successor(pid));
+    }
+    info!(open = relay.open_connections(), "another process serves");
+    tokio::select! {
+        biased;
+        request = ending(signals, access_log, child.as_ref()) => {
+            let times = if request == Request::Stop { ShutdownTimes::NONE } else { times };
+            let times = ShutdownTimes { delay: Duration::ZERO, ..times };
+            lifecycle::shut_down(relay, readiness, times, hurry(signals, access_log)).await;
+            return;
+        }
+        () = relay.drained() => info!("the last connection has ended"),
+    }
+    if !lifecycle::is_container() {
+        return;
+    }
+    match child {
+        Some(mut child) => {
+            let number = child.id();
+            let ended = tokio::task::spawn_blocking(move || child.wait());
+            tokio::select! {
+                _ = ended => {}
+                () = pass_on(signals, number) => {}
+            }
+        }
+        None => _ = ending(signals, access_log, None).await,
+    }
+}
+
+/// The next signal to end. In a container's first process they are meant for the one that serves, too.
+async fn ending(signals: &mut Signals, access_log: Option<&AccessLog>, child: Option<&Child>) -> Request {
+    loop {
+        let request = signals.next().await;
+        if let (Request::Reload, Some(access_log)) = (request, access_log) {
+            access_log.reopen();
+        }
+        if let Some(child) = child.filter(|_| lifecycle::is_container()) {
+            lifecycle::pass_on(request, child.id());
+        }
+        if request != Request::Reload {
+            return request;
+        }
+    }
+}
+
+/// Passes all signals on, without end.
+async fn pass_on(signals: &mut Signals, pid: u32) {
+    loop {
+        lifecycle::pass_on(signals.next().await, pid);
     }
 }
 
@@ -255,6 +451,7 @@ async fn follow(
     place: Place,
     relay: &Relay,
     #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] unbound: watch::Receiver<Vec<Unbound>>,
+    #[cfg_attr(not(feature = "kubernetes"), expect(unused_variables))] folder_taken: Option<CancellationToken>,
     reload: &Arc<Notify>,
     stop: &CancellationToken,
 ) -> anyhow::Result<JoinHandle<()>> {
@@ -270,6 +467,7 @@ async fn follow(
             let selection = kubernetes::Selection {
                 proxy_name: config.plan.proxy_name.clone(),
                 state_dir: config.state_dir.clone(),
+                folder_taken,
                 node_name: config.plan.node.name.clone().unwrap_or_default(),
                 service_nets: service_host
                     .map(IpNet::from)
@@ -575,6 +773,31 @@ fn discovery(source: DiscoverySource) -> anyhow::Result<Option<Discovery>> {
 fn seconds_since_1970() -> u32 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     (since.as_secs() & u64::from(u32::MAX)) as u32
+}
+
+fn upgrade(args: UpgradeArgs) -> anyhow::Result<u8> {
+    let limit = args.timeout()?;
+    let UpgradeReport { pid, version, listeners, streams, flows, elapsed_ms } =
+        handover::upgrade(&args.state_dir, args.binary.map(absolute).transpose()?, limit)?;
+    print(&format!(
+        "pid {pid} serves now, kube-relay {version}: {listeners} listeners, {streams} connections and {flows} UDP flows \
+         taken over in {elapsed_ms} ms\n"
+    ))?;
+    Ok(EXIT_FINE)
+}
+
+fn ready(args: &ReadyArgs) -> anyhow::Result<u8> {
+    let here = handover::look(&args.state_dir)?;
+    print(&format!("{here}\n"))?;
+    Ok(if here.is_ready() { EXIT_FINE } else { EXIT_PROBLEMS })
+}
+
+/// The running process has another working directory. A bare name is looked for where commands are.
+fn absolute(program: PathBuf) -> anyhow::Result<PathBuf> {
+    if program.components().count() == 1 && !program.exists() {
+        return Ok(program);
+    }
+    path::absolute(&program).with_context(|| format!("{}: no such place", program.display()))
 }
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<u8> {

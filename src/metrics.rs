@@ -24,7 +24,7 @@ use crate::plan::{Listener, ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
 use crate::stats::{
     BackendStats, CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason,
-    SourceFallback, VipAddresses,
+    SourceFallback, UpgradeResult, VipAddresses,
 };
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
@@ -138,6 +138,8 @@ metrics! {
     Panics = Counter "kuberelay_panics_total" [] "Panics: each ended one task or step and nothing else, and is a fault to report.";
     LogLinesDropped = Counter "kuberelay_log_lines_dropped_total" ["reason"] "Log lines that were not written: more than ten a second of the same place (storm), or nobody read what came before (unread).";
     AccessLogDropped = Counter "kuberelay_access_log_dropped_total" [] "Lines of the access log that were not written: more ended at once than it takes, or it cannot be written.";
+    Upgrades = Counter "kuberelay_upgrades_total" ["result"] "Hot upgrades from or to this process, by what came of them: all but success left the process that ran serving.";
+    UpgradeStandstill = Histogram "kuberelay_upgrade_standstill_seconds" [] "How long connections and UDP flows stood still in each hand-over to this process, and to those before it; from the first on.";
     TableSwaps = Counter "kuberelay_table_swaps_total" [] "Tables of backends that were stored, in place of others or as first ones.";
     NetworkProgramming = Histogram "kubeproxy_network_programming_duration_seconds" [] "From a change of endpoints, as the control plane noticed it, to its being served here; only with an API source.";
     SyncDuration = Histogram "kubeproxy_sync_proxy_rules_duration_seconds" [] "How long a batch of changes took to be served, planning included.";
@@ -211,6 +213,12 @@ fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
     page.sample(Id::LogLinesDropped, &label("reason", "storm"), lines.storm.get());
     page.sample(Id::LogLinesDropped, &label("reason", "unread"), lines.unread.get());
     page.sample(Id::AccessLogDropped, "", PROCESS.access_log_dropped.get());
+    for result in UpgradeResult::ALL {
+        page.sample(Id::Upgrades, &label("result", result.as_str()), PROCESS.upgrades.get(*result));
+    }
+    if PROCESS.standstill.count() > 0 {
+        page.histogram(Id::UpgradeStandstill, "", &PROCESS.standstill);
+    }
     for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());

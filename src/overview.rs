@@ -15,7 +15,7 @@ use crate::problem::Listed;
 use crate::recent::Happened;
 use crate::source_matrix::{self, Row};
 use crate::status::{
-    BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport,
+    BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, Report, ServiceReport, UpgradeStatus,
 };
 
 /// Between columns, as `kubectl` has it.
@@ -31,7 +31,7 @@ pub fn table(live: &LiveReport) -> String {
 /// The same, with what goes through each Service and how its clients are spread.
 pub fn wide(live: &LiveReport) -> String {
     let header: Vec<_> = HEADER.into_iter().chain(["UP", "DOWN", "RETRIES", "AFFINITY", "BALANCE"]).collect();
-    overview(live, &header, |service| [row(service), more(service)].concat())
+    overview(live, &header, |service| [row(service), more(service)].concat()) + &upgrade(live.upgrade.as_ref())
 }
 
 const HEADER: [&str; 9] =
@@ -164,6 +164,18 @@ fn pauses(pauses: &[PauseReport]) -> String {
         format!("\nTCP clients wait to be accepted ({reason}, for {seconds} s). What helps: {remedy}.\n")
     };
     pauses.iter().map(line).collect()
+}
+
+/// From whom it has taken over, and what.
+fn upgrade(upgrade: Option<&UpgradeStatus>) -> String {
+    let Some(upgrade) = upgrade else { return String::new() };
+    let UpgradeStatus { at, from_pid, from_version, standstill_ms, elapsed_ms, .. } = upgrade;
+    let listeners = counted(upgrade.listeners, "listener");
+    let (streams, flows) = (counted(upgrade.streams, "connection"), counted(upgrade.flows, "UDP flow"));
+    format!(
+        "\nTaken over from pid {from_pid} (kube-relay {from_version}) at {at} in {elapsed_ms} ms: {listeners}, {streams} and \
+         {flows}, which stood still for {standstill_ms} ms.\n"
+    )
 }
 
 fn failures(report: &Report) -> String {
@@ -485,6 +497,26 @@ mod tests {
         Problems:
           Service default/web: something about Service default/web [field_unknown]
         ");
+    }
+
+    #[test]
+    fn t234_given_a_process_that_has_taken_over_when_shown_wide_then_it_says_from_whom_and_what() {
+        let upgrade = UpgradeStatus {
+            at: "2026-01-02T03:04:05Z".into(),
+            from_pid: 41,
+            from_version: "0.1.0".into(),
+            listeners: 2,
+            streams: 1,
+            flows: 0,
+            standstill_ms: 7,
+            elapsed_ms: 19,
+        };
+        let live = LiveReport { upgrade: Some(upgrade), ..LiveReport::of(&sample::status()) };
+
+        assert!(wide(&live).ends_with(
+            "\nTaken over from pid 41 (kube-relay 0.1.0) at 2026-01-02T03:04:05Z in 19 ms: 2 listeners, 1 connection and \
+             0 UDP flows, which stood still for 7 ms.\n"
+        ));
     }
 
     #[test]

@@ -107,6 +107,8 @@ enum Order {
     Require(oneshot::Sender<()>),
     /// No Service needs it: what the last run has left goes.
     Clear,
+    /// Another process needs it from now on, and has it kept.
+    Leave,
     /// The process ends: tell when what is to go has gone.
     End(oneshot::Sender<()>),
 }
@@ -147,6 +149,14 @@ impl ReplyPath {
     pub fn clear(&self) {
         if let Some(orders) = &self.orders {
             let _ = orders.send(Order::Clear);
+        }
+    }
+
+    /// To be called when another process has taken over connections and flows from clients' addresses: it has answers led here
+    /// from now on, and may take that back.
+    pub(crate) fn leave(&self) {
+        if let Some(orders) = &self.orders {
+            let _ = orders.send(Order::Leave);
         }
     }
 
@@ -232,6 +242,10 @@ impl Keeper {
                         self.clear("the last run has led answers here: that is taken back").await;
                     }
                     Some(Order::Clear) => {}
+                    Some(Order::Leave) => {
+                        (self.is_required, self.seat) = (false, None);
+                        self.options.removed_at_exit = false;
+                    }
                     Some(Order::End(done)) => {
                         if self.options.removed_at_exit {
                             self.clear("answers to clients' addresses are led here no more").await;

@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -26,7 +27,7 @@ const LONGEST_TEXT: u64 = 200;
 /// closed. So it can be handed over without a moment in which it is nobody's.
 #[derive(Debug)]
 pub struct StateLock {
-    _file: File,
+    file: File,
 }
 
 /// What a holder says of itself.
@@ -68,18 +69,33 @@ impl StateLock {
     /// Where another process has it, and where that cannot be found out.
     pub fn take(folder: &Path, holder: Holder) -> Result<Self, StateLockError> {
         let unknown = |source| StateLockError::Unknown { folder: folder.to_owned(), source };
-        let mut file = open(&folder.join(FILE)).map_err(unknown)?;
+        let file = open(&folder.join(FILE)).map_err(unknown)?;
         match file.try_lock() {
             Ok(()) => {
                 // On a read-only file system nobody is told, and nobody else gets the lock all the same.
-                let _ = tell(&mut file, holder);
-                Ok(Self { _file: file })
+                let _ = tell(&file, holder);
+                Ok(Self { file })
             }
             Err(TryLockError::WouldBlock) => {
                 Err(StateLockError::Held { folder: folder.to_owned(), holder: told(file) })
             }
             Err(TryLockError::Error(source)) => Err(unknown(source)),
         }
+    }
+
+    /// One that another process has had. Both have it until that one has closed its own descriptor.
+    pub(crate) fn passed(file: OwnedFd) -> Self {
+        Self { file: file.into() }
+    }
+
+    /// Another descriptor of the lock, for the next owner.
+    pub(crate) fn copy(&self) -> io::Result<OwnedFd> {
+        self.file.as_fd().try_clone_to_owned()
+    }
+
+    /// Says that it has a new owner.
+    pub(crate) fn tell(&self, holder: Holder) {
+        let _ = tell(&self.file, holder); // As with a new lock: nobody is told, and nobody else gets it.
     }
 }
 
@@ -96,7 +112,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// In place of what the last holder said.
-fn tell(file: &mut File, Holder { pid, admin, since }: Holder) -> io::Result<()> {
+fn tell(mut file: &File, Holder { pid, admin, since }: Holder) -> io::Result<()> {
     let admin = admin.map_or_else(|| "no admin server".into(), |address| format!("admin server at {address}"));
     file.set_len(0)?;
     file.rewind()?;
@@ -162,7 +178,7 @@ mod tests {
     fn t237_given_a_descriptor_that_was_passed_on_when_its_first_owner_ends_then_the_folder_stays_locked() {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let first = StateLock::take(folder.path(), holder(1)).expect("nobody has it");
-        let passed_on = first._file.try_clone().expect("descriptors are left");
+        let passed_on = first.file.try_clone().expect("descriptors are left");
 
         drop(first);
 

@@ -10,6 +10,19 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+/// A word of the event vocabulary.
+pub(crate) trait Word: Copy + Into<usize> + 'static {
+    /// Every word of its kind.
+    const ALL: &'static [Self];
+
+    fn as_str(self) -> &'static str;
+
+    /// The one that is written so; `None` where this version knows none.
+    fn of(word: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|known| known.as_str() == word)
+    }
+}
+
 /// Declares an enum whose variants are words of the event vocabulary.
 macro_rules! words {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)+ }) => {
@@ -25,6 +38,12 @@ macro_rules! words {
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word,)+ }
             }
+        }
+
+        impl Word for $name {
+            const ALL: &'static [Self] = Self::ALL;
+
+            fn as_str(self) -> &'static str { Self::as_str(self) }
         }
 
         impl std::fmt::Display for $name {
@@ -126,6 +145,24 @@ words! {
         Drain = "drain",
         /// The task that was to serve it panicked.
         Panic = "panic",
+    }
+}
+
+words! {
+    /// What came of a hand-over to another process, or of one from it.
+    UpgradeResult {
+        /// Everything was handed over, or taken over.
+        Success = "success",
+        /// The next program could not be started.
+        NotStarted = "not_started",
+        /// The next process ended before it had taken over.
+        Ended = "ended",
+        /// It took too long.
+        Timeout = "timeout",
+        /// The two have no version of the hand-over in common, or are in two network namespaces.
+        Version = "version",
+        /// One of the two could not, or would not.
+        Refused = "refused",
     }
 }
 
@@ -341,6 +378,17 @@ impl<const N: usize> Histogram<N> {
         self.bounds_ms.iter().map(|bound| Duration::from_millis(*bound).as_secs_f64()).zip(sums)
     }
 
+    /// How many were how long: each span by its bound in milliseconds, then what is beyond them all.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = (Option<u64>, &Counter)> {
+        let bounds = self.bounds_ms.iter().map(|bound| Some(*bound)).chain([None]);
+        bounds.zip(self.counts.iter().chain([&self.beyond]))
+    }
+
+    /// The sum of all, in microseconds.
+    pub(crate) fn sum_us(&self) -> &Counter {
+        &self.sum_us
+    }
+
     /// How many there were.
     pub fn count(&self) -> u64 {
         self.counts.iter().map(Counter::get).sum::<u64>() + self.beyond.get()
@@ -394,6 +442,11 @@ impl WallTime {
     pub fn seconds(&self) -> f64 {
         Duration::from_millis(self.sum_ms.get()).as_secs_f64()
     }
+
+    /// The sum in milliseconds.
+    pub(crate) fn sum_ms(&self) -> &Counter {
+        &self.sum_ms
+    }
 }
 
 /// A gauge on cache lines of its own, for what all threads count often.
@@ -435,7 +488,12 @@ impl<const N: usize> Tally<N> {
 
     /// How often the word was counted.
     pub fn get(&self, word: impl Into<usize>) -> u64 {
-        self.0[word.into()].get()
+        self.of(word).get()
+    }
+
+    /// The counter of a word.
+    pub(crate) fn of(&self, word: impl Into<usize>) -> &Counter {
+        &self.0[word.into()]
     }
 }
 
@@ -467,6 +525,11 @@ impl EntryCounter {
     /// For what came in there.
     pub fn of(&self, entry: Entry) -> u64 {
         self.0.get(entry)
+    }
+
+    /// The counters of all ways in.
+    pub(crate) fn tally(&self) -> &Tally<{ Entry::ALL.len() }> {
+        &self.0
     }
 
     /// For all that came in.
@@ -577,6 +640,9 @@ pub static PROCESS: ProcessStats = ProcessStats {
     panics: Counter::new(),
     log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
     access_log_dropped: Counter::new(),
+    upgrades: Tally::new(),
+    // Clients wait meanwhile: what is long for one of them is above 50 ms.
+    standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
     healthz: HealthAnswers::new(),
     livez: HealthAnswers::new(),
     // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
@@ -612,6 +678,10 @@ pub struct ProcessStats {
     pub log_lines_dropped: LogLinesDropped,
     /// Lines of the access log that were not written: more ended than could be written, or nothing could.
     pub access_log_dropped: Counter,
+    /// Hand-overs by what came of them: of the process that hands over, and of the one that has taken over.
+    pub upgrades: Tally<{ UpgradeResult::ALL.len() }>,
+    /// How long connections and flows stood still in each hand-over to this process, and to those before it.
+    pub standstill: Histogram<12>,
     /// Answers of `/healthz` at the health address.
     pub healthz: HealthAnswers,
     /// Answers of `/livez` there.

@@ -412,10 +412,34 @@ pub struct Status {
     pub contact: Arc<Contact>,
     /// What has happened to Services since the first complete state.
     pub recent: Arc<Recent>,
+    /// How this process has taken over from another one; `None` where it has not.
+    pub upgrade: Option<Arc<UpgradeStatus>>,
     /// What counts as this node and its pods.
     pub inside: Arc<[IpNet]>,
     /// What shaped the plan besides the objects: to tell why endpoints are not used.
     pub options: Arc<PlanOptions>,
+}
+
+/// A hand-over from another process to this one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UpgradeStatus {
+    /// When it was done, as in RFC 3339.
+    pub at: String,
+    /// The other process, as it knows itself: the number may be one of another pod.
+    pub from_pid: u32,
+    /// Version of its program.
+    pub from_version: String,
+    /// Listeners that go on with its sockets.
+    pub listeners: usize,
+    /// Connections that go on.
+    pub streams: usize,
+    /// UDP flows that go on.
+    pub flows: usize,
+    /// How long these stood still, in milliseconds.
+    pub standstill_ms: u64,
+    /// How long all of it took, from the question to that this process served, in milliseconds.
+    pub elapsed_ms: u64,
 }
 
 /// How a source does. Sent by the source with each of its reports.

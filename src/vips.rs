@@ -178,6 +178,8 @@ enum Order {
     AllKnown,
     /// The process is about to end: nothing goes any more.
     Stop,
+    /// Another process has the addresses: nothing goes by this one any more, not even at its end.
+    Leave,
     /// The process ends: what is to go at exit goes.
     End(oneshot::Sender<()>),
     /// Panic, to see what happens then.
@@ -224,6 +226,12 @@ impl Vips {
     /// To be called before listeners are closed because the process ends: routes stay from now on.
     pub fn stop(&self) {
         self.tell(Order::Stop);
+    }
+
+    /// To be called when another process has taken over what is served at these addresses: routes are its own from now on,
+    /// and it may remove them.
+    pub(crate) fn leave(&self) {
+        self.tell(Order::Leave);
     }
 
     /// The end: removes our routes where that is asked for.
@@ -423,15 +431,22 @@ impl Keeper {
                 self.tell_state();
                 self.remove_what_may_go();
             }
-            Order::Stop => {
-                self.stopping = true;
-                self.routes.forbid_removal(now);
+            Order::Stop => self.stop(now),
+            Order::Leave => {
+                self.stop(now);
+                self.options.at_exit = AtExit::Keep;
+                self.claim = None; // The other one waits for it.
             }
             Order::End(done) => return Some(done),
             #[cfg(test)]
             Order::Panic => panic!("asked to"),
         }
         None
+    }
+
+    fn stop(&mut self, now: Instant) {
+        self.stopping = true;
+        self.routes.forbid_removal(now);
     }
 
     /// The addresses that get no route, as neighbours would be answered. What others made local is not our doing; a route

@@ -70,6 +70,8 @@ pub enum Subject {
     Loopback,
     /// What the kernel can do.
     Kernel,
+    /// What an upgrade of the relay that runs would keep.
+    Upgrade,
 }
 
 impl Subject {
@@ -92,6 +94,7 @@ impl Subject {
             Self::Conntrack => "conntrack",
             Self::Loopback => "loopback",
             Self::Kernel => "kernel",
+            Self::Upgrade => "upgrade",
         }
     }
 }

@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use foldhash::quality::FixedState;
+use serde::{Deserialize, Serialize};
 
 use crate::name::ListenKey;
 use crate::plan::ListenerKind;
@@ -86,6 +87,20 @@ pub(crate) struct Draft {
     pub(crate) downstream: Tally,
 }
 
+/// What a draft has noted so far, as a plain value: what another process needs to end the record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct DraftRecord {
+    /// Milliseconds since its begin.
+    pub(crate) age_ms: u64,
+    pub(crate) tries: u32,
+    /// Whom a balancer in front has named; `None` where the client has come itself.
+    pub(crate) client: Option<SocketAddr>,
+    /// Of a flow: a connection knows its own.
+    pub(crate) upstream: (u64, u64),
+    pub(crate) downstream: (u64, u64),
+}
+
 impl AccessTap {
     /// A queue for so many records, and its other end. Of `every` that begin in a row one is told of; which one, the seed
     /// says.
@@ -130,6 +145,32 @@ impl AccessTap {
         })
     }
 
+    /// Goes on with a record that another process has begun, of a connection or flow from `peer`. The sample has taken it
+    /// there.
+    pub(crate) fn go_on(
+        &self,
+        peer: SocketAddr,
+        listen: ListenKey,
+        kind: ListenerKind,
+        port: &Arc<PortState>,
+        so_far: DraftRecord,
+    ) -> Box<Draft> {
+        let tally = |(datagrams, bytes)| Tally { datagrams, bytes };
+        let now = Instant::now();
+        Box::new(Draft {
+            tap: self.clone(),
+            client: so_far.client.unwrap_or(peer),
+            peer: so_far.client.map(|_| peer),
+            listen,
+            kind,
+            port: Arc::clone(port),
+            begun: now.checked_sub(Duration::from_millis(so_far.age_ms)).unwrap_or(now),
+            tries: so_far.tries,
+            upstream: tally(so_far.upstream),
+            downstream: tally(so_far.downstream),
+        })
+    }
+
     /// Has the writer look at its orders, unless the queue is full: then it is awake, and does so anyway.
     pub(crate) fn nudge(&self) {
         let _ = self.0.queue.try_send(None);
@@ -144,6 +185,17 @@ impl AccessTap {
 }
 
 impl Draft {
+    /// What it has noted so far.
+    pub(crate) fn record(&self, now: Instant) -> DraftRecord {
+        DraftRecord {
+            age_ms: u64::try_from(now.saturating_duration_since(self.begun).as_millis()).unwrap_or(u64::MAX),
+            tries: self.tries,
+            client: self.peer.map(|_| self.client),
+            upstream: (self.upstream.datagrams, self.upstream.bytes),
+            downstream: (self.downstream.datagrams, self.downstream.bytes),
+        }
+    }
+
     /// Who came is a balancer in front, and has said that it comes for this client.
     pub(crate) fn introduce(&mut self, client: SocketAddr) {
         self.peer = Some(std::mem::replace(&mut self.client, client));
@@ -211,6 +263,27 @@ pub(crate) mod tests {
         let record = records.try_recv().expect("an entry").expect("a record");
         assert_eq!((record.backend, record.reason), (Some(BACKEND), "reset"));
         assert_eq!((record.tries, record.upstream.bytes, record.downstream.bytes), (2, 7, 0));
+    }
+
+    #[test]
+    fn t234_given_a_draft_of_another_process_when_it_ends_here_then_the_record_tells_of_both() {
+        let (old, _old_records) = AccessTap::new(1, every(1), 0);
+        let (new, records) = AccessTap::new(1, every(2), 0);
+        let mut begun = draft(&old);
+        let (peer, named) = (begun.client, SocketAddr::from(([203, 0, 113, 7], 40_000)));
+        begun.tries = 3;
+        begun.introduce(named);
+        begun.upstream += Tally { datagrams: 1, bytes: 7 };
+        let later = Instant::now() + Duration::from_secs(30);
+
+        let mut heir = new.go_on(peer, begun.listen, begun.kind, &begun.port, begun.record(later));
+        heir.upstream += Tally { datagrams: 1, bytes: 1 };
+        heir.closed(BACKEND, CloseReason::Idle);
+
+        let record = records.try_recv().expect("an entry").expect("a record");
+        assert_eq!((record.tries, record.upstream), (3, Tally { datagrams: 2, bytes: 8 }));
+        assert_eq!((record.client, record.peer), (named, Some(peer)), "a balancer in front has said so");
+        assert!(record.duration >= Duration::from_secs(29), "{:?}", record.duration);
     }
 
     #[test]

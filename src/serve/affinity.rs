@@ -25,9 +25,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use foldhash::quality::RandomState;
+use foldhash::quality::SeedableRandomState;
 
 use crate::name::Scope;
+pub(crate) use crate::serve::pin_record::{PinRecord, Seeds};
 use crate::stats::Counter;
 use word::AtomicU64;
 
@@ -52,6 +53,9 @@ pub const CLIENTS: usize = 1 << 17;
 /// Places in a set. With more, a full set has a fairer notion of its oldest; with fewer, a look-up is shorter.
 /// Loom tries every order in which they can be read: two have all that many have.
 const WAYS: usize = if cfg!(kube_relay_loom) { 2 } else { 8 };
+
+/// How old a table's epoch is when it is made.
+const AGE_OF_EPOCH: Duration = Duration::from_secs(3600);
 
 /// Words of a set: its keys, its pins of scope Cluster, its pins of scope Local.
 const SET_WORDS: usize = 3 * WAYS;
@@ -131,6 +135,24 @@ impl Affinity {
         }
     }
 
+    /// What is remembered now, for another process; `None` without pins. Those whose time is over stay behind.
+    pub(crate) fn export(&self, now: Instant) -> Option<Memory> {
+        let pins = self.pins.load();
+        let pins = pins.as_ref().filter(|pins| pins.clients.get() > 0)?;
+        let phase = now.saturating_duration_since(pins.epoch).subsec_millis();
+        Some(Memory { seeds: pins.seeds, phase_ms: phase, pins: pins.records(pins.moment(now)).collect() })
+    }
+
+    /// Goes on with what another process has remembered, or with a part of it: pins that were made here before go. Nothing
+    /// comes of it where affinity is off.
+    pub(crate) fn import(&self, memory: &Memory, now: Instant) {
+        let Some(mine) = self.pins.load_full() else { return };
+        let pins = if mine.seeds == memory.seeds { mine } else { Arc::new(mine.emptied(memory, now)) };
+        let moment = pins.moment(now);
+        memory.pins.iter().for_each(|pin| pins.insert(*pin, moment, &self.evicted));
+        self.pins.store(Some(pins));
+    }
+
     /// How many clients are remembered. One whose time is over counts until another takes its place.
     pub fn remembered(&self) -> u64 {
         self.pins.load().as_ref().map_or(0, |pins| pins.clients.get())
@@ -149,12 +171,23 @@ impl Affinity {
     }
 }
 
+/// The clients of one ServicePort as plain values, by what stands for them in the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) seeds: Seeds,
+    /// How far the seconds are that the pins' ages are counted in (0..1000): in another process they begin at the same time,
+    /// so that no pin gets older or younger on its way.
+    pub(crate) phase_ms: u32,
+    pub(crate) pins: Vec<PinRecord>,
+}
+
 /// The table. Shared by all threads; forgotten as a whole.
 #[derive(Debug)]
 struct Pins {
     epoch: Instant,
     timeout_seconds: AtomicU32,
-    hasher: RandomState,
+    seeds: Seeds,
+    hasher: SeedableRandomState,
     words: Box<[AtomicU64]>,
     /// Places that somebody has: none is ever given back.
     clients: Counter,
@@ -163,20 +196,33 @@ struct Pins {
 impl Pins {
     /// Room for `sets` (a power of two) times [`WAYS`] clients.
     fn new(sets: usize, timeout: Duration) -> Self {
+        let now = Instant::now();
+        // A caller may have read its clock a moment before the table was made: keep that after the epoch.
+        let pins = Self::at(sets, now.checked_sub(AGE_OF_EPOCH).unwrap_or(now), Seeds::random());
+        pins.set_timeout(timeout);
+        pins
+    }
+
+    /// Another one of this size and timeout, for what another process has remembered.
+    fn emptied(&self, memory: &Memory, now: Instant) -> Self {
+        let age = AGE_OF_EPOCH + Duration::from_millis(memory.phase_ms.into());
+        let pins = Self::at(self.words.len() / SET_WORDS, now.checked_sub(age).unwrap_or(now), memory.seeds);
+        pins.timeout_seconds.store(self.timeout_seconds.load(Relaxed), Relaxed);
+        pins
+    }
+
+    fn at(sets: usize, epoch: Instant, seeds: Seeds) -> Self {
         // The words stay in the pages that the allocator got zeroed and untouched from the kernel: collecting
         // into the same allocation is a no-op for a type of the same layout.
         let words = vec![0_u64; sets * SET_WORDS].into_iter().map(AtomicU64::new).collect();
-        let now = Instant::now();
-        let pins = Self {
-            // A caller may have read its clock a moment before the table was made: keep that after the epoch.
-            epoch: now.checked_sub(Duration::from_secs(3600)).unwrap_or(now),
+        Self {
+            epoch,
             timeout_seconds: AtomicU32::new(0),
-            hasher: RandomState::default(),
+            seeds,
+            hasher: seeds.hasher(),
             words,
             clients: Counter::default(),
-        };
-        pins.set_timeout(timeout);
-        pins
+        }
     }
 
     fn set_timeout(&self, timeout: Duration) {
@@ -223,6 +269,26 @@ impl Pins {
                 Err(changed) => seen = Pin(changed),
             }
         }
+    }
+
+    /// All pins that are alive.
+    fn records(&self, moment: Moment) -> impl Iterator<Item = PinRecord> {
+        let places = self.words.chunks_exact(SET_WORDS).flat_map(|set| (0..WAYS).map(|way| Set(set).place(way)));
+        let pins = places.flat_map(|place| SCOPES.map(|scope| (place, scope)));
+        pins.filter_map(move |(place, scope)| {
+            let (key, pin) = (place.key().load(Relaxed), Pin(place.pin(scope).load(Relaxed)));
+            let backend = moment.alive(pin, key)?;
+            Some(PinRecord { key, scope, backend, age: moment.age(pin) })
+        })
+    }
+
+    /// Where a table has the same seeds, its clients meet in the same sets: who was there finds its place.
+    fn insert(&self, PinRecord { key, scope, backend, age }: PinRecord, moment: Moment, evicted: &Counter) {
+        if key == 0 {
+            return; // Nobody's: it would be taken for an empty place.
+        }
+        let place = self.set(key).find_or_claim(key, moment, Claims { new: &self.clients, evicted });
+        place.pin(scope).store(Pin::new(backend, moment.before(age), key).0, Relaxed);
     }
 
     /// What stands for the client: 64 bits of its address, seeded, never 0.
@@ -363,6 +429,11 @@ impl Moment {
         (pin.fits(key) && self.age(pin) <= self.timeout_seconds).then(|| pin.backend())
     }
 
+    /// The stamp of so many seconds ago.
+    fn before(self, age: u32) -> u32 {
+        Pin::wrapped(u64::from(Pin::STAMPS) + u64::from(self.stamp) - u64::from(age.min(Pin::STAMPS)))
+    }
+
     /// Whole seconds since the pin was used. A thread whose clock reading is a little older finds no age, not an eternity.
     fn age(self, pin: Pin) -> u32 {
         if pin.0 == 0 {
@@ -417,6 +488,15 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(60);
     const SECOND: Duration = Duration::from_secs(1);
+
+    impl Pins {
+        /// A client's pin at an instant, which stays as it is.
+        fn peek(&self, client: IpAddr, at: Instant) -> Option<u32> {
+            let key = self.key(client);
+            let pin = self.set(key).find(key)?.pin(Scope::Cluster);
+            self.moment(at).alive(Pin(pin.load(Relaxed)), key)
+        }
+    }
 
     fn sticky() -> (Affinity, Instant) {
         let affinity = Affinity::default();
@@ -626,6 +706,70 @@ mod tests {
             let noise = 5.0 * (share / f64::from(clients)).sqrt(); // five standard deviations, or more
             assert!((lost - share).abs() < noise, "{clients}: {lost} is not about {share}");
         }
+    }
+
+    /// Another process's memory, which has clients of its own already.
+    fn heir() -> Affinity {
+        let heir = sticky().0;
+        heir.set_timeout(Some(2 * TIMEOUT));
+        let own = heir.pins.load_full().expect("pins");
+        heir.pins.store(Some(Arc::new(Pins::at(own.words.len() / SET_WORDS, own.epoch, Seeds { own: 1, shared: 2 }))));
+        heir.set_timeout(Some(TIMEOUT));
+        pin(&heir, client(7_000_000), 99, Instant::now());
+        heir
+    }
+
+    #[test]
+    fn t150_given_pins_of_another_process_when_taken_over_then_clients_stay_and_expire_as_they_would_have() {
+        let (affinity, now) = sticky();
+        for number in 0..50_000 {
+            pin(&affinity, client(number), number, now + SECOND * (number % 50));
+        }
+        affinity.remember(client(3), Scope::Local, 77, None, now + 4 * SECOND);
+        let later = now + 50 * SECOND;
+        let (heir, evicted) = (heir(), affinity.evicted.get());
+
+        let memory = affinity.export(later).expect("pins");
+        heir.import(&memory, later);
+
+        assert_eq!(heir.remembered(), affinity.remembered());
+        assert_eq!((affinity.evicted.get(), heir.evicted.get()), (evicted, 0));
+        for number in 0..50_000 {
+            let at = now + SECOND * (number % 50) + TIMEOUT;
+            for at in [at, at + SECOND, at + 2 * SECOND] {
+                let known = |affinity: &Affinity| affinity.pins.load_full().expect("pins").peek(client(number), at);
+                assert_eq!(known(&heir), known(&affinity), "client {number}");
+            }
+        }
+        assert_eq!(heir.recall(client(3), Scope::Local, later), Some(77));
+        assert_eq!(heir.recall(client(7_000_000), Scope::Cluster, later), None, "it was known to nobody before");
+    }
+
+    #[test]
+    fn t150_given_pins_that_come_in_parts_when_taken_over_then_all_are_known() {
+        let (affinity, now) = sticky();
+        (0..100).for_each(|number| pin(&affinity, client(number), number, now));
+        let (heir, mut memory) = (heir(), affinity.export(now).expect("pins"));
+        let half = memory.pins.split_off(50);
+
+        heir.import(&memory, now);
+        heir.import(&Memory { pins: half, ..memory }, now);
+
+        assert!((0..100).all(|number| heir.recall(client(number), Scope::Cluster, now) == Some(number)));
+    }
+
+    #[test]
+    fn given_a_pin_of_nobody_or_no_affinity_when_taken_over_then_nothing_comes_of_it() {
+        let (affinity, now) = sticky();
+        let nobody = PinRecord { key: 0, scope: Scope::Cluster, backend: 1, age: u32::MAX };
+        let memory = Memory { seeds: Seeds { own: 3, shared: 4 }, phase_ms: 999, pins: vec![nobody] };
+
+        affinity.import(&memory, now);
+        Affinity::default().import(&memory, now);
+
+        assert_eq!(affinity.remembered(), 0);
+        assert_eq!(affinity.export(now), None);
+        assert_eq!(Affinity::default().export(now), None);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Backend {
     /// True while this process itself listens there.
     own: AtomicBool,
     /// Whether it gets new connections.
-    pub(super) ejection: Ejection,
+    pub(crate) ejection: Ejection,
     /// When connections to it end, as a [`Moment`]; 0: when they are over.
     leaving: AtomicU64,
     /// Whether its answers to clients' addresses come here; nothing where nobody has asked.
@@ -152,6 +152,12 @@ impl Counted {
         };
         has_place.then(|| Self(Arc::clone(port)))
     }
+
+    /// One that another process has let in has its place, whatever the Service allows.
+    pub(crate) fn go_on(port: &Arc<PortState>) -> Self {
+        port.stats.open.increment();
+        Self(Arc::clone(port))
+    }
 }
 
 impl Drop for Counted {
@@ -233,6 +239,16 @@ impl Balancer {
     /// What the Service says about its connections now; `None`: as the flags say.
     pub(crate) fn tcp_settings(&self) -> Option<Arc<TcpSettings>> {
         self.table.load().settings().cloned()
+    }
+
+    /// Turns since the balancer was made, those of processes before this one among them.
+    pub(crate) fn turn(&self) -> usize {
+        self.cursor.load(Ordering::Relaxed)
+    }
+
+    /// Goes on from there.
+    pub(crate) fn go_on_from(&self, turn: usize) {
+        self.cursor.store(turn, Ordering::Relaxed);
     }
 
     /// Who gets the next client that no pin binds, if nothing happens before. For status: takes no turn

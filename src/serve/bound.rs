@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::UdpSocket;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use tracing::warn;
@@ -21,6 +21,7 @@ use tracing::warn;
 use crate::name::{Family, ListenKey, Protocol};
 use crate::plan::Listener;
 use crate::serve::filter::{Filter, TooLong};
+use crate::serve::passed::Passed;
 use crate::serve::tcp::{TcpServer, TcpShared};
 use crate::serve::udp::{UdpServer, UdpShards};
 use crate::serve::{Target, TargetCell, socket, udp};
@@ -175,6 +176,76 @@ impl Servers {
         }
     }
 
+    /// The sockets of a bound listener, for another process. They are served as before.
+    ///
+    /// # Errors
+    /// No descriptor is left for copies.
+    pub(super) async fn lend(&self, key: ListenKey, bound: &Bound) -> io::Result<Passed> {
+        let (parked, sockets) = match bound {
+            Bound::Tcp(bound, _) => (false, vec![Arc::clone(&bound.socket)]),
+            Bound::ParkedTcp(bound) => (true, vec![Arc::clone(&bound.socket)]),
+            Bound::Udp { server, .. } => (false, self.udp.copies(*server).await?.into_iter().map(Arc::new).collect()),
+            Bound::ParkedUdp(holder) => (true, vec![Arc::new(holder.as_fd().try_clone_to_owned()?)]),
+        };
+        Ok(Passed { key, parked, sockets })
+    }
+
+    /// Serves on the sockets that another process has served on until now, in the state that the target asks for. That
+    /// process has none of them in an event loop any more: it would spin where one is parked here.
+    ///
+    /// # Errors
+    /// What [`settle`](Self::settle) fails for; the sockets are closed then.
+    pub(super) async fn take_over(
+        &mut self,
+        passed: Passed,
+        wanted: &Listener,
+        target: &TargetCell,
+    ) -> io::Result<Bound> {
+        let Passed { key, parked, sockets } = passed;
+        match (key.protocol, parked) {
+            (Protocol::Tcp, false) if !wanted.target.parked() => {
+                let mut bound = TcpSocket::passed(sockets)?;
+                let missing = bound.filter(key, &target.load())?;
+                self.tell_of(key, missing);
+                self.accept_from(key, bound, target)
+            }
+            (Protocol::Tcp, false) => {
+                let bound = TcpSocket::passed(sockets)?;
+                socket::park_tcp(&bound.socket)?;
+                Ok(Bound::ParkedTcp(bound))
+            }
+            (Protocol::Tcp, true) => {
+                let bound = Bound::ParkedTcp(TcpSocket::passed(sockets)?);
+                self.settle(key, bound, wanted, target).await
+            }
+            (_, false) if wanted.target.parked() => {
+                drop(sockets);
+                Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
+            }
+            (_, false) => {
+                let sockets = sockets.into_iter().map(|socket| Ok(UdpSocket::from(own(socket)?)));
+                let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
+                let server = self.udp.take_over(key, sockets, Arc::clone(target), wanted.udp_settings());
+                let filtered = self.filter_udp(key, server, true, &target.load());
+                Ok(Bound::Udp { server, filtered })
+            }
+            (_, true) => {
+                let holder = sockets.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
+                self.settle(key, Bound::ParkedUdp(own(holder)?.into()), wanted, target).await
+            }
+        }
+    }
+
+    /// How many sockets a listener can have.
+    pub(super) fn most_sockets(&self, protocol: Protocol) -> usize {
+        if protocol == Protocol::Udp { self.udp.shard_count() } else { 1 }
+    }
+
+    /// Who carries connections.
+    pub(super) fn tcp(&self) -> &Arc<TcpShared> {
+        &self.tcp
+    }
+
     /// Has connections end whose backends have left.
     pub(super) fn look_at_backends(&self) {
         self.tcp.look_at_backends();
@@ -230,7 +301,18 @@ impl Servers {
     }
 }
 
+/// The socket itself, where nobody else has it here.
+fn own(socket: Arc<OwnedFd>) -> io::Result<OwnedFd> {
+    Arc::try_unwrap(socket).or_else(|socket| socket.try_clone())
+}
+
 impl TcpSocket {
+    /// One of another process. It may have a filter of any kind.
+    fn passed(sockets: Vec<Arc<OwnedFd>>) -> io::Result<Self> {
+        let socket = sockets.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { socket, filtered: true })
+    }
+
     fn unfiltered(socket: OwnedFd) -> Self {
         Self { socket: socket.into(), filtered: false }
     }

@@ -17,7 +17,9 @@ use std::io;
 use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
+use crate::serve::moving_stream::MovingDirection;
 use crate::serve::pipe::Pipe;
 use crate::serve::proxy_header::Preface;
 use crate::serve::socket;
@@ -112,8 +114,9 @@ pub(crate) struct Direction {
 }
 
 /// How far a direction is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Phase {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Phase {
     /// The sender may have more; it comes in small amounts, or is not known to come in bulk.
     #[default]
     Copying,
@@ -177,8 +180,9 @@ impl Rest {
 /// Whether the receiver's socket holds small writes back until earlier ones are acknowledged (no TCP_NODELAY).
 ///
 /// That harms no first write, and a short connection has no other: so the option waits for the second.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Nagle {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Nagle {
     /// It never did: accepted sockets inherit TCP_NODELAY.
     #[default]
     Off,
@@ -201,6 +205,40 @@ impl Direction {
     pub(crate) fn to_backend(preface: Option<Box<Preface>>) -> Self {
         let load = preface.map_or(Load::Nothing, Load::Preface);
         Self { nagle: Nagle::Harmless, load, ..Self::default() }
+    }
+
+    /// As it was in another process. A pipe comes first.
+    ///
+    /// # Errors
+    /// The pipe is none, or holds something else.
+    pub(crate) fn go_on(moving: MovingDirection) -> io::Result<Self> {
+        let MovingDirection { phase, nagle, rest, preface, pipe, .. } = moving;
+        let load = match pipe {
+            Some(pipe) => Load::Pipe(Pipe::take_over(pipe)?),
+            None if rest.is_empty() => Load::Nothing,
+            None => Load::Rest(Box::new(Rest { bytes: rest.into(), sent: 0, preface })),
+        };
+        Ok(Self { phase, nagle, load, ..Self::default() })
+    }
+
+    /// What another process needs to go on with it, between two polls. So much has moved so far.
+    ///
+    /// # Errors
+    /// No descriptor is left for copies.
+    pub(crate) fn moving(&self, moved: u64) -> io::Result<MovingDirection> {
+        let Self { phase, nagle, .. } = *self;
+        let none = MovingDirection { phase, nagle, moved, ..MovingDirection::default() };
+        Ok(match &self.load {
+            Load::Nothing => none,
+            Load::Preface(preface) => {
+                let rest = preface.as_bytes().to_vec();
+                MovingDirection { preface: rest.len(), rest, ..none }
+            }
+            Load::Rest(rest) => {
+                MovingDirection { rest: rest.bytes[rest.sent..].to_vec(), preface: rest.preface, ..none }
+            }
+            Load::Pipe(pipe) => MovingDirection { pipe: Some(pipe.moving()?), ..none },
+        })
     }
 
     pub(crate) fn is_done(&self) -> bool {

@@ -10,6 +10,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::serve::preserve::Side;
 use crate::serve::way_back::{ClientKey, DOUBT, Evidence, TRUST, Tells};
 
@@ -27,6 +29,18 @@ pub(super) struct Doubt {
     /// How long the client's address may be silent; while this node's is seen, next time.
     patience: Duration,
     /// While this node's is seen: how long a client's had been silent. Zero: nothing follows from an answer.
+    waited: Duration,
+}
+
+/// A [`Doubt`] as a plain value, for another process. Without it, a flow whose backend cannot answer its client would be silent
+/// for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DoubtRecord {
+    side: Side,
+    as_client: bool,
+    of: ClientKey,
+    age: Duration,
+    patience: Duration,
     waited: Duration,
 }
 
@@ -71,6 +85,18 @@ impl Doubt {
     /// As it is, for as long again.
     pub(super) fn again(self, now: Instant) -> Self {
         Self { since: now, ..self }
+    }
+
+    /// What another process needs of it.
+    pub(super) fn record(self, now: Instant) -> DoubtRecord {
+        let Self { side, as_client, of, since, patience, waited } = self;
+        DoubtRecord { side, as_client, of, age: now.saturating_duration_since(since), patience, waited }
+    }
+
+    /// The same, of a flow that has come from another process.
+    pub(super) fn go_on(record: DoubtRecord, now: Instant) -> Self {
+        let DoubtRecord { side, as_client, of, age, patience, waited } = record;
+        Self { side, as_client, of, since: now.checked_sub(age).unwrap_or(now), patience, waited }
     }
 
     /// What an answer says that has come now.
@@ -178,6 +204,18 @@ mod tests {
 
         assert_eq!(again.moved(client(1), false, start + DOUBT + DOUBT / 2), None);
         assert!(again.moved(client(1), false, start + DOUBT * 2).is_some());
+    }
+
+    #[test]
+    fn f25_given_a_doubt_of_another_process_when_it_goes_on_then_it_is_as_old_and_about_the_same() {
+        let start = Instant::now();
+        let doubt = begun(start).moved(client(2), false, start + TRUST).expect("its time is over");
+        let now = start + TRUST + DOUBT;
+
+        let text = serde_json::to_string(&doubt.record(now)).expect("JSON");
+        let record = serde_json::from_str(&text).expect("JSON");
+
+        assert_eq!(Doubt::go_on(record, now), doubt);
     }
 
     proptest! {

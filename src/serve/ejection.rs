@@ -26,6 +26,8 @@ use std::num::NonZeroU8;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::serve::moment::Moment;
 use word::{AtomicU64, fence};
 
@@ -132,6 +134,29 @@ impl Ejection {
         self.0.store(Record::default().pack(), Relaxed);
     }
 
+    /// What is remembered of it, for another process; `None` where that is nothing.
+    pub(crate) fn export(&self, now: Instant) -> Option<EjectionRecord> {
+        let known = self.load();
+        let Record { standing, failures, times, moment } = known;
+        let now = Moment::of(now);
+        let span = if standing == Standing::In { now.since(moment) } else { moment.since(now) };
+        let span_ms = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+        (known != Record::default()).then_some(EjectionRecord { standing, failures, times, span_ms })
+    }
+
+    /// Goes on with what another process has remembered. A client that was trying it again is none of this process: another
+    /// one tries when its time is up.
+    pub(crate) fn import(&self, record: EjectionRecord, now: Instant) {
+        let EjectionRecord { standing, failures, times, span_ms } = record;
+        let now = Moment::of(now);
+        let moment = match standing {
+            Standing::In => Moment(now.0.saturating_sub(span_ms)),
+            Standing::Out | Standing::Probed => now.after(Duration::from_millis(span_ms).min(LONGEST)),
+        };
+        let record = Record { standing, failures, times: times.min(Record::MOST_TIMES), moment };
+        self.0.store(record.pack(), Relaxed);
+    }
+
     /// `Relaxed`, as are all changes: the word publishes no other memory. For what two words say together see
     /// [`Self::failed`].
     fn load(&self) -> Record {
@@ -143,8 +168,19 @@ impl Ejection {
     }
 }
 
+/// Whether a backend is in or out, as a plain value: what another process needs to go on with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct EjectionRecord {
+    standing: Standing,
+    failures: u8,
+    times: u8,
+    /// In: for how long. Out, or being tried: how much longer.
+    span_ms: u64,
+}
+
 /// Where a backend stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 enum Standing {
     /// It gets its share.
     #[default]
@@ -277,6 +313,37 @@ mod tests {
         case.wait(2);
 
         assert!(case.admits());
+    }
+
+    #[test]
+    fn t234_given_a_backend_that_is_out_when_another_process_goes_on_with_it_then_it_stays_out_as_long() {
+        let mut case = Case::new();
+        assert_eq!(case.ejection.export(case.now), None);
+        case.eject();
+        case.wait(4);
+
+        let heir = Ejection::default();
+        heir.import(case.ejection.export(case.now).expect("it is out"), case.now);
+
+        assert!(heir.is_out());
+        let left = |ejection: &Ejection| ejection.out_for(case.now).map(|left| left.as_millis());
+        assert_eq!(left(&heir), left(&case.ejection));
+        for ejection in [&case.ejection, &heir] {
+            let later = case.now + Duration::from_secs(7);
+            assert!(ejection.claim(later) && !ejection.claim(later), "one of them tries");
+            ejection.failed(FIVE, later, |_| true);
+            assert!(ejection.out_for(later) > Some(SHORTEST), "the second time is longer");
+        }
+    }
+
+    #[test]
+    fn given_what_no_backend_can_have_when_taken_over_then_it_is_out_no_longer_than_any() {
+        let case = Case::new();
+        let absurd = EjectionRecord { standing: Standing::Out, failures: 255, times: 255, span_ms: u64::MAX };
+
+        case.ejection.import(absurd, case.now);
+
+        assert!(case.ejection.out_for(case.now).is_some_and(|left| left <= LONGEST));
     }
 
     #[test]

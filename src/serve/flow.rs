@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use foldhash::SharedSeed;
 use foldhash::fast::SeedableRandomState;
+use serde::{Deserialize, Serialize};
 
 use crate::serve::access::Draft;
 use crate::serve::balancer::{Backend, PortState, Tried};
@@ -65,6 +66,9 @@ impl Default for IdleTimes {
 }
 
 impl IdleTimes {
+    /// Flows stay.
+    pub(crate) const NEVER: Self = Self { unreplied: Duration::MAX, answered: Duration::MAX, stream: Duration::MAX };
+
     /// By state, in the order of [`FlowState::ALL`].
     fn seconds(self) -> [u32; 3] {
         [self.unreplied, self.answered, self.stream].map(whole_seconds)
@@ -99,7 +103,8 @@ pub enum Verdict {
 }
 
 /// What a flow has seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum FlowState {
     /// No answer yet.
     Unreplied,
@@ -142,6 +147,8 @@ pub struct FlowRecord {
     pub state: FlowState,
     /// How long neither side has spoken, in whole seconds.
     pub silent: Duration,
+    /// True where its endpoint has left: answers may still come, and the client's next datagram goes elsewhere.
+    pub parting: bool,
 }
 
 /// The flows of one UDP shard. Owned by the shard's thread, by value.
@@ -355,6 +362,11 @@ impl FlowTable {
         }
     }
 
+    /// What an access log will be told of the flow.
+    pub(crate) fn draft(&self, id: FlowId) -> Option<&Draft> {
+        self.flows.get(id)?.draft.as_deref()
+    }
+
     /// Where to add what the flow moves, if an access log is to be told of it. After its end with one backend, and until it
     /// has another one, what it told is still there.
     pub(crate) fn draft_mut(&mut self, id: FlowId) -> Option<&mut Draft> {
@@ -456,17 +468,19 @@ impl FlowTable {
         self.flows.get(id).map(|flow| &flow.choice)
     }
 
-    /// All flows that have a backend, the longest silent first.
-    pub fn export(&self, now: Instant) -> Vec<FlowRecord> {
+    /// All flows that have a backend, the longest silent first. One whose backend refused has none: its client's next datagram
+    /// begins it anew in any process.
+    pub fn export(&self, now: Instant) -> Vec<(FlowId, FlowRecord)> {
         let second = self.clock.second(now);
-        let flows = self.ages.iter(&self.flows, AGE).map(|(_, flow)| flow);
-        let mut records: Vec<_> = flows.filter(|flow| flow.leg == Leg::Open).map(|flow| flow.record(second)).collect();
-        records.sort_by_key(|record| std::cmp::Reverse(record.silent));
+        let flows = self.ages.iter(&self.flows, AGE).filter(|(_, flow)| flow.has_backend());
+        let mut records: Vec<_> = flows.map(|(id, flow)| (id, flow.record(second))).collect();
+        records.sort_by_key(|(_, record)| std::cmp::Reverse(record.silent));
         records
     }
 
-    /// Takes over a flow of another process, to the listener that stands for the record's; `None` at a limit or where
-    /// the client has a flow already. The shell goes on as after [`Verdict::Open`].
+    /// Takes over a flow of another process, to the listener that stands for the record's; `None` where the client has a flow
+    /// already. It has its place, whatever the limits are here: new ones wait until it ends. It does not begin by that, but
+    /// is open: the shell has its socket.
     ///
     /// To be called in the order of [`Self::export`], before datagrams come.
     pub fn import(
@@ -477,12 +491,26 @@ impl FlowTable {
         now: Instant,
     ) -> Option<FlowId> {
         let last = self.clock.second(now).saturating_sub(whole_seconds(record.silent));
-        let mine = self.clients.get(&record.client.ip()).map_or(0, Ages::count);
-        let known = self.by_key.contains_key(&FlowKey::new(listener, record.client));
-        if known || self.room.place(mine, self.flows.count()) != Place::Free {
+        if self.by_key.contains_key(&FlowKey::new(listener, record.client)) {
             return None;
         }
-        Some(self.insert(listener, record.client, choice, record.state, last))
+        self.room.find_place_anyway(self.flows.count());
+        let id = self.insert(listener, record.client, choice, record.state, last);
+        let flow = self.flows.get_mut(id)?;
+        flow.leg = if record.parting { Leg::Parting } else { Leg::Open };
+        flow.choice.backend.stats.active_flows.increment();
+        Some(id)
+    }
+
+    /// Another process has the flow: it is none of this table's any more, and has not ended. The shell lets go of its socket.
+    pub fn release(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        if flow.has_backend() {
+            flow.choice.backend.stats.active_flows.decrement();
+            flow.leg = Leg::Refused { begun: true };
+            flow.draft = None;
+        }
+        self.close(id, CloseReason::Drain); // Counts nothing: there is no leg.
     }
 
     /// Ends all flows for a reason and forgets all listeners: for a shell that has lost track of them.
@@ -734,6 +762,11 @@ impl Flow {
         }
     }
 
+    /// True where its socket leads to somebody.
+    fn has_backend(&self) -> bool {
+        matches!(self.leg, Leg::Open | Leg::Parting)
+    }
+
     /// False where the client has had an answer to all that it has asked, as far as can be known.
     fn may_wait_for_an_answer(&self) -> bool {
         self.leg == Leg::Open && self.state != FlowState::Answered
@@ -746,6 +779,7 @@ impl Flow {
             backend: self.choice.backend.address,
             state: self.state,
             silent: Duration::from_secs(u64::from(second.saturating_sub(self.last))),
+            parting: self.leg == Leg::Parting,
         }
     }
 }
@@ -758,7 +792,7 @@ fn may_be_answered(client: SocketAddr) -> bool {
 }
 
 fn whole_seconds(time: Duration) -> u32 {
-    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    let seconds = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0));
     u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 

@@ -342,18 +342,18 @@ impl Simulation {
     /// Another process takes the flows over.
     fn hand_over(&mut self) {
         let records = self.table.export(self.now);
-        assert_eq!(records.len(), self.sockets.values().filter(|socket| socket.is_open()).count());
+        assert_eq!(records.len(), self.sockets.values().filter(|socket| !socket.refused).count());
         self.limits = FlowLimits::split(FLOWS, 2).next().expect("two shards");
         let mut table = FlowTable::new(self.limits.clone(), self.random.random(), self.now);
         let renamed: BTreeMap<_, _> =
             self.listeners.iter().map(|old| (*old, table.add_listener(self.idle[old]))).collect();
         let idle = renamed.iter().map(|(old, new)| (*new, self.idle[old])).collect();
         let mut sockets = BTreeMap::new();
-        for record in &records {
+        for (old, record) in &records {
+            self.table.release(*old);
             let backend = self.backends.iter().find(|backend| backend.address == record.backend).expect("known");
             let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port), entry: Entry::ClusterIp };
             let flow = table.import(renamed[&record.listener], record, choice, self.now).expect("room for all");
-            table.opened(flow);
             table.check();
             let same = |socket: &&Shadow| (socket.listener, socket.client) == (record.listener, record.client);
             let mut socket = self.sockets.values().find(same).expect("exported from a socket").clone();

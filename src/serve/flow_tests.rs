@@ -549,6 +549,26 @@ fn given_a_socket_cannot_be_opened_when_reported_then_the_flow_never_was() {
 }
 
 #[test]
+fn f25_given_more_flows_than_there_is_room_for_when_imported_then_each_has_its_place_until_it_ends() {
+    let (mut old, backend) = (Bench::new(8), Bench::backend(1));
+    for client in ["10.9.0.1:1000", "10.9.0.2:1000", "10.9.0.3:1000", "10.9.0.4:1000"] {
+        old.flow(client, &backend);
+    }
+    let mut new = Bench::new(1);
+
+    for (_, record) in old.table.export(old.now) {
+        let choice = new.choose(&backend);
+        new.table.import(new.listener, &record, choice, new.now).expect("its place");
+        new.table.check();
+    }
+
+    assert_eq!(new.table.count(), 4);
+    new.pass(11);
+    new.table.check();
+    assert_eq!(new.table.count(), 0, "and given back");
+}
+
+#[test]
 fn t192_given_exported_flows_when_imported_then_backend_state_and_silence_are_kept() {
     let (mut old, backend) = (Bench::new(8), Bench::backend(1));
     let stream = old.flow("10.9.0.1:1000", &backend);
@@ -559,17 +579,21 @@ fn t192_given_exported_flows_when_imported_then_backend_state_and_silence_are_ke
 
     let records = old.table.export(old.now);
     let mut new = Bench::new(8);
-    for record in &records {
+    for (flow, record) in &records {
         let choice = new.choose(&backend);
-        let flow = new.table.import(new.listener, record, choice, new.now).expect("room");
-        new.table.opened(flow);
+        new.table.import(new.listener, record, choice, new.now).expect("room");
         new.table.check();
+        old.table.release(*flow);
+        old.table.check();
     }
 
-    assert_eq!(records.iter().map(|record| record.silent.as_secs()).collect::<Vec<_>>(), [7, 0]);
-    assert_eq!(new.table.export(new.now), records);
+    assert_eq!(records.iter().map(|(_, record)| record.silent.as_secs()).collect::<Vec<_>>(), [7, 0]);
+    let of = |records: Vec<(_, FlowRecord)>| records.into_iter().map(|(_, record)| record).collect::<Vec<_>>();
+    assert_eq!(of(new.table.export(new.now)), of(records));
+    assert_eq!(old.table.count(), 0);
     drop(old);
-    assert_eq!(backend.stats.active_flows.get(), 2, "the old table counted its own out");
+    assert_eq!((backend.stats.active_flows.get(), backend.stats.flows.get()), (2, 2), "none began, and none ended");
+    assert!(CloseReason::ALL.iter().all(|reason| backend.stats.closed.get(*reason) == 0));
     new.pass(53);
     assert_eq!((new.table.count(), new.closed.len()), (1, 1), "unreplied is over, the stream has a second left");
     new.pass(1);

@@ -14,13 +14,16 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::plan::TcpSettings;
 use crate::serve::sleep::Sleep;
 use crate::serve::worker::sleep_until;
 use crate::stats::CloseReason;
 
 /// How long connections may last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LimitOptions {
     /// How long one side of a half-closed connection may keep silent. Default 1 h. From `--half-close-timeout`.
     pub half_close_timeout: Duration,
@@ -38,6 +41,15 @@ impl Default for LimitOptions {
 }
 
 impl LimitOptions {
+    /// None longer than this.
+    pub(crate) fn at_most(self, longest: Duration) -> Self {
+        Self {
+            half_close_timeout: self.half_close_timeout.min(longest),
+            idle_timeout: self.idle_timeout.map(|timeout| timeout.min(longest)),
+            max_connection_age: self.max_connection_age.map(|age| age.min(longest)),
+        }
+    }
+
     /// As a Service wants them.
     pub(crate) fn of_service(self, settings: &TcpSettings) -> Self {
         Self {
@@ -64,6 +76,18 @@ impl Progress {
     }
 }
 
+/// How far a connection is with its limits: what another process needs to end it when it would have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Lived {
+    /// Milliseconds since its begin,
+    pub(crate) age_ms: u64,
+    /// and since something has moved.
+    pub(crate) silent_ms: u64,
+    /// What it drew for its age (0 to 1).
+    #[serde(default)]
+    pub(crate) chance: Option<f64>,
+}
+
 /// What ends a connection of two peers who would go on. Kept by those that have such limits; all of these have one timer.
 pub(crate) struct Limits {
     ends: Ends,
@@ -80,6 +104,26 @@ impl Limits {
         let ends = Ends { begin, idle_timeout, span };
         let (next, _) = ends.next(begin)?;
         Some(Box::new(Self { ends, progress: Progress { moved: 0, last: begin }, timer: sleep_until(next) }))
+    }
+
+    /// For one that has lived a while in another process, and has moved so much; `None` where it has no limit here.
+    pub(crate) fn go_on(options: &LimitOptions, lived: Lived, moved: u64) -> Option<Box<Self>> {
+        let now = Instant::now();
+        let ago = |ms| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
+        let span = options.max_connection_age.map(|limit| Span::new(limit, lived.chance.unwrap_or_else(rand::random)));
+        let ends = Ends { begin: ago(lived.age_ms), idle_timeout: options.idle_timeout, span };
+        let progress = Progress { moved, last: ago(lived.silent_ms) };
+        let (next, _) = ends.next(progress.last)?;
+        Some(Box::new(Self { ends, progress, timer: sleep_until(next) }))
+    }
+
+    /// How far it is by now.
+    pub(crate) fn lived(&self) -> Lived {
+        Lived {
+            age_ms: ms_since(self.ends.begin),
+            silent_ms: ms_since(self.progress.last),
+            chance: self.ends.span.map(|span| span.chance),
+        }
     }
 
     /// Ready with the reason where the connection has to end; `moved` is how many bytes it has moved so far.
@@ -114,8 +158,10 @@ impl Ends {
 }
 
 /// When a connection is old. Pure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Span {
+    /// What the rest was made of.
+    chance: f64,
     /// From then on it ends when it is quiet,
     ripe: Duration,
     /// which is when nothing has moved for so long,
@@ -130,6 +176,7 @@ impl Span {
     /// `chance` from 0 to 1 makes it a tenth shorter to a tenth longer.
     fn new(limit: Duration, chance: f64) -> Self {
         Self {
+            chance,
             ripe: limit.mul_f64(0.9 + chance.clamp(0.0, 1.0) / 5.0),
             quiet: (limit / 10).min(Self::LONGEST_QUIET),
             end: limit + limit / 4,
@@ -156,6 +203,18 @@ impl Silence {
         Self { limit, progress: Progress { moved, last }, timer: sleep_until(last + limit) }
     }
 
+    /// Where nothing has moved for so long already.
+    pub(crate) fn go_on(limit: Duration, moved: u64, silent: Duration) -> Self {
+        let now = Instant::now();
+        let last = now.checked_sub(silent).unwrap_or(now);
+        Self { limit, progress: Progress { moved, last }, timer: sleep_until(last + limit) }
+    }
+
+    /// For how long nothing has moved.
+    pub(crate) fn lasts(&self) -> Duration {
+        self.progress.last.elapsed()
+    }
+
     /// Ready when the time has passed.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, moved: u64) -> Poll<()> {
         self.progress.note(moved);
@@ -168,6 +227,10 @@ impl Silence {
             self.timer.reset(end);
         }
     }
+}
+
+fn ms_since(then: Instant) -> u64 {
+    u64::try_from(then.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -232,6 +295,33 @@ mod tests {
             }
         };
         (soon(ended).await, begin.elapsed())
+    }
+
+    #[test]
+    fn t234_given_a_connection_of_another_process_when_it_goes_on_then_its_limits_end_when_they_would_have() {
+        on_worker(async {
+            let options =
+                LimitOptions { idle_timeout: Some(600 * MS), max_connection_age: Some(900 * MS), ..Default::default() };
+            let moved = Limits::begin(&options, || 0.75).expect("limits");
+            let lived = Lived { age_ms: moved.lived().age_ms + 500, silent_ms: 560, ..moved.lived() };
+            assert_eq!(lived.chance, Some(0.75));
+
+            let mut limits = Limits::go_on(&options, lived, 7).expect("limits");
+            let (reason, took) = end(false, |cx, _| limits.poll(cx, 7)).await;
+            assert_eq!(reason, CloseReason::Idle);
+            assert!(took < 500 * MS, "{took:?}");
+
+            let mut limits = Limits::go_on(&options, lived, 7).expect("limits");
+            let (reason, took) = end(true, |cx, moved| limits.poll(cx, moved)).await;
+            assert_eq!(reason, CloseReason::MaxAge);
+            assert!(took < 1_000 * MS, "it is half a second old already: {took:?}");
+
+            let mut silence = Silence::go_on(600 * MS, 7, 560 * MS);
+            assert!(silence.lasts() >= 560 * MS);
+            let ((), took) = end(false, |cx, _| silence.poll(cx, 7)).await;
+            assert!(took < 500 * MS, "{took:?}");
+            assert!(Limits::go_on(&LimitOptions::default(), lived, 7).is_none());
+        });
     }
 
     #[test]

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
+use tracing::info;
 
 use crate::entrance::inside_at;
 use crate::frozen::add_all;
@@ -26,12 +27,14 @@ use crate::reply_path::ReplyPath;
 use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::departed::Departed;
+use crate::serve::estate::Estate;
 use crate::serve::failures::{Due, Failures};
+use crate::serve::passed::{Passed, WantedSockets};
 use crate::serve::ports::Ports;
 use crate::serve::tcp::TcpShared;
 use crate::serve::udp::UdpShards;
 use crate::serve::{Target, TargetCell, Verdict};
-use crate::vips::{Granted, Vips, Wanted};
+use crate::vips::{Granted, Hold, NoRoute, Vips, Wanted};
 
 pub use crate::serve::failures::BindError;
 
@@ -68,6 +71,8 @@ pub struct Listeners {
     is_reply_path_required: bool,
     /// What keeps addresses local that this batch of steps binds.
     granted: Granted,
+    /// What is to be bound once [`Listeners::begin`] says so; `None` where it is bound at once.
+    held_back: Option<Vec<HeldBack>>,
 }
 
 /// A listener that is to be opened.
@@ -77,6 +82,25 @@ struct Bind {
     wanted: Listener,
     /// How long it had to wait for this try, if it has failed before.
     waited: Option<Duration>,
+}
+
+/// A listener that is to be opened later, with what keeps its address local.
+#[derive(Debug)]
+struct HeldBack {
+    bind: Bind,
+    target: Target,
+    refused: Option<NoRoute>,
+}
+
+/// What has become of sockets that another process has had until now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Inherited {
+    /// Listeners that are served on them.
+    pub(crate) adopted: usize,
+    /// Listeners that need others, as these have other options.
+    pub(crate) differing: usize,
+    /// Listeners that nobody wants any more: theirs are closed.
+    pub(crate) unwanted: usize,
 }
 
 /// A bound listener.
@@ -104,7 +128,81 @@ impl Listeners {
             reply_path: ReplyPath::default(),
             is_reply_path_required: false,
             granted: Granted::default(),
+            held_back: None,
         }
+    }
+
+    /// Has what is to be bound from now on wait for [`begin`](Self::begin); all else is done as ever.
+    pub(crate) fn hold_back(&mut self) {
+        self.held_back.get_or_insert_default();
+    }
+
+    /// What sockets of another process have to be like for what is held back.
+    pub(crate) fn wanted(&self) -> WantedSockets {
+        let held_back = self.held_back.iter().flatten();
+        let wanted = |HeldBack { bind: Bind { key, wanted, .. }, .. }: &HeldBack| {
+            (*key, (wanted.port.clone(), self.servers.most_sockets(key.protocol)))
+        };
+        WantedSockets(held_back.map(wanted).collect())
+    }
+
+    /// The sockets of all listeners, for another process. They are served as before.
+    ///
+    /// # Errors
+    /// No descriptor is left for copies.
+    pub(crate) async fn lend(&self) -> io::Result<Vec<Passed>> {
+        // Asked for at once: each has to wait for a shard that may be busy.
+        try_join_all(self.listeners.iter().map(|(key, running)| self.servers.lend(*key, &running.bound))).await
+    }
+
+    /// Backends of another process that are none here: their ServicePorts' sums do not fall for want of them.
+    pub(crate) fn inherit(&mut self, departed: &BTreeMap<ServicePortName, Vec<Arc<Backend>>>, now: Instant) {
+        departed.iter().for_each(|(port, backends)| self.ports.inherit(port, backends, now));
+    }
+
+    /// Binds what was held back, on sockets that another process has had where there are some that fit. That one has
+    /// let go of them.
+    pub(crate) async fn begin(&mut self, passed: Vec<Passed>, now: Instant) -> Inherited {
+        let mut passed: BTreeMap<_, _> = passed.into_iter().map(|passed| (passed.key, passed)).collect();
+        let mut count = Inherited::default();
+        for HeldBack { bind, target, refused } in self.held_back.take().unwrap_or_default() {
+            consume_budget().await;
+            let Some(sockets) = passed.remove(&bind.key) else {
+                self.open_late(bind, target, refused, now);
+                continue;
+            };
+            match sockets.check(self.servers.most_sockets(bind.key.protocol)) {
+                Ok(()) => {
+                    count.adopted += 1;
+                    self.adopt(bind, target, sockets, now).await;
+                }
+                Err(difference) => {
+                    count.differing += 1;
+                    info!(listen = %bind.key, %difference, "the last process's socket is not taken over: it is opened anew");
+                    drop(sockets);
+                    self.open_late(bind, target, refused, now);
+                }
+            }
+        }
+        count.unwanted = passed.len();
+        drop(passed);
+        self.finish().await;
+        count
+    }
+
+    async fn adopt(&mut self, bind: Bind, target: Target, sockets: Passed, now: Instant) {
+        let (port, hold) = (Arc::clone(&target.port), target.address.clone());
+        let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
+        let bound = self.servers.take_over(sockets, &bind.wanted, &target).await;
+        self.note_bound(bind, port, target, hold, bound, now);
+    }
+
+    fn open_late(&mut self, bind: Bind, target: Target, refused: Option<NoRoute>, now: Instant) {
+        let opened = match refused {
+            Some(reason) => Err(reason.into()),
+            None => self.servers.open(bind.key, &bind.wanted, &target),
+        };
+        self.serve(bind, target, opened, now);
     }
 
     /// Has somebody make the addresses of Services local before they are bound.
@@ -200,6 +298,11 @@ impl Listeners {
         self.failures.hasten(|key| came.contains(&key.ip()), now);
     }
 
+    /// All that failed for another process's sake is due: it has let go.
+    pub(crate) fn hasten_all(&mut self, now: Instant) {
+        self.failures.hasten(|_| true, now);
+    }
+
     /// Tries the failed listeners that are due.
     pub async fn retry(&mut self, now: Instant) {
         let due = self.failures.take_due(now);
@@ -246,6 +349,17 @@ impl Listeners {
     /// The balancers of a ServicePort, one for each family and scope that is asked for: for status.
     pub fn balancers(&self, port: &ServicePortName) -> Box<[Arc<Balancer>]> {
         self.ports.get(port).map(|port| port.balancers().into()).unwrap_or_default()
+    }
+
+    /// What runs now, for a hand-over.
+    pub(crate) fn estate(&self) -> Estate {
+        Estate {
+            ports: self.ports.parts(),
+            tcp: Arc::clone(self.servers.tcp()),
+            udp: self.servers.udp.lines(),
+            vips: self.vips.clone(),
+            reply_path: self.reply_path.clone(),
+        }
     }
 
     /// How many listeners are bound.
@@ -311,6 +425,9 @@ impl Listeners {
         if self.closed || binds.is_empty() {
             return;
         }
+        if self.held_back.is_some() {
+            return self.keep_for_later(binds);
+        }
         let (this, threads) = (&*self, self.binders.min(binds.len() / BINDS_PER_THREAD));
         let opened = in_parts(&binds, threads, |part| part.iter().map(|bind| this.open(bind)).collect::<Vec<_>>());
         let opened: Vec<_> = opened.into_iter().flatten().collect();
@@ -320,6 +437,15 @@ impl Listeners {
                 None => debug_assert!(false, "{}: planned without a balancer", bind.key),
             }
         }
+    }
+
+    fn keep_for_later(&mut self, binds: Vec<Bind>) {
+        let with_target = |bind: Bind| {
+            let refused = self.granted.refused(bind.key.ip()).cloned();
+            Some(HeldBack { target: self.target(&bind.key, &bind.wanted)?, refused, bind })
+        };
+        let kept: Vec<_> = binds.into_iter().filter_map(with_target).collect();
+        self.held_back.get_or_insert_default().extend(kept);
     }
 
     /// Opens a listener's sockets; `None` where a side names a balancer that is not there.
@@ -337,10 +463,23 @@ impl Listeners {
 
     /// Has a listener served that was opened, or notes why it was not: again, if it had `waited` for this try.
     fn serve(&mut self, bind: Bind, target: Target, opened: io::Result<Opened>, now: Instant) {
-        let Bind { key, wanted, waited } = bind;
         let (port, hold) = (Arc::clone(&target.port), target.address.clone());
         let target: TargetCell = Arc::new(ArcSwap::from_pointee(target));
-        match opened.and_then(|opened| self.servers.serve(key, opened, &wanted, &target)) {
+        let bound = opened.and_then(|opened| self.servers.serve(bind.key, opened, &bind.wanted, &target));
+        self.note_bound(bind, port, target, hold, bound, now);
+    }
+
+    fn note_bound(
+        &mut self,
+        bind: Bind,
+        port: Arc<PortState>,
+        target: TargetCell,
+        hold: Option<Hold>,
+        bound: io::Result<Bound>,
+        now: Instant,
+    ) {
+        let Bind { key, wanted, waited } = bind;
+        match bound {
             Ok(bound) => {
                 self.turned.insert(key);
                 self.own(&key, &port);

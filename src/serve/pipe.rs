@@ -10,12 +10,14 @@
 //! while [`PARKED_DEEP`] pipes wait for theirs, no other is filled beyond [`SHALLOW_BYTES`].
 
 use std::cell::RefCell;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::io::retry_on_intr;
+use rustix::io::{ioctl_fionread, retry_on_intr};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
+use crate::serve::moving_stream::MovingPipe;
 use crate::stats::PROCESS;
 
 /// What is asked of the kernel, in this order.
@@ -61,6 +63,33 @@ impl Pipe {
             PROCESS.splice_fallbacks.increment();
         }
         pipe
+    }
+
+    /// One that another process has filled.
+    ///
+    /// # Errors
+    /// It is no pipe, or not so much is in it.
+    pub(crate) fn take_over(MovingPipe { read, write, held }: MovingPipe) -> io::Result<Self> {
+        let capacity = u32::try_from(fcntl_getpipe_size(&write)?).map_err(io::Error::other)?;
+        let mut pipe = Self { read, write, capacity, held, parked: false };
+        if pipe.count()? != u64::from(held) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a pipe holds more or less than was said"));
+        }
+        pipe.park();
+        Ok(pipe)
+    }
+
+    /// For another process. Nothing may move in or out before that has it, or goes without it.
+    ///
+    /// # Errors
+    /// No descriptor is left for copies.
+    pub(crate) fn moving(&self) -> io::Result<MovingPipe> {
+        Ok(MovingPipe { read: self.read.try_clone()?, write: self.write.try_clone()?, held: self.held })
+    }
+
+    /// What is in it, as the kernel counts.
+    fn count(&self) -> io::Result<u64> {
+        Ok(ioctl_fionread(&self.read)?)
     }
 
     /// A new pipe of the first size that the kernel allows.
@@ -198,6 +227,27 @@ pub(crate) mod tests {
         pipes.into_iter().for_each(Pipe::give_back);
 
         assert_eq!(pooled(), POOLED);
+    }
+
+    #[test]
+    fn f25_given_a_pipe_with_bytes_when_another_takes_it_over_then_they_come_out_there_and_only_once() {
+        let (mut near, far) = UnixStream::pair().expect("two sockets");
+        let (to, mut receiver) = UnixStream::pair().expect("two sockets");
+        near.write_all(b"12345").expect("a socket");
+        let mut old = Pipe::take().expect("a pipe");
+        old.fill(&far).expect("bytes");
+
+        let mut new = Pipe::take_over(old.moving().expect("descriptors")).expect("a pipe with as much");
+        drop(old);
+        assert_eq!(new.drain(&to), Ok(5));
+
+        let mut received = [0; 5];
+        receiver.read_exact(&mut received).expect("what was sent");
+        assert_eq!(&received, b"12345");
+        let empty = Pipe::take().expect("a pipe").moving().expect("descriptors");
+        assert!(Pipe::take_over(MovingPipe { held: 5, ..empty }).is_err(), "there is nothing in it");
+        let [read, write] = [(); 2].map(|()| near.try_clone().expect("a descriptor").into());
+        assert!(Pipe::take_over(MovingPipe { read, write, held: 0 }).is_err(), "it is no pipe");
     }
 
     #[test]

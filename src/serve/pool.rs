@@ -14,6 +14,7 @@ use rustix::event::epoll;
 use tokio::sync::oneshot;
 
 use crate::serve::mailbox::{Mailbox, Seat};
+use crate::serve::moving_stream::WorkerLines;
 use crate::serve::reactor::Foreign;
 use crate::serve::worker::{self, Readable, Worker};
 
@@ -82,6 +83,21 @@ impl Pool {
             None => here.spawn(task(seat)),
             Some(mailbox) => mailbox.order(move |worker| worker.spawn(task(seat))),
         }
+    }
+
+    /// Runs a task on the worker that has least to do.
+    pub(crate) fn place_anywhere<F: Future<Output = ()> + 'static>(
+        &self,
+        task: impl FnOnce(Seat) -> F + Send + 'static,
+    ) {
+        let Some(mailbox) = self.workers.iter().min_by_key(|mailbox| mailbox.load()) else { return };
+        let seat = Seat::take(mailbox);
+        mailbox.order(move |worker| worker.spawn(task(seat)));
+    }
+
+    /// The workers, for a hand-over.
+    pub(crate) fn lines(&self) -> WorkerLines {
+        WorkerLines::new(self.workers.clone())
     }
 
     /// Compares with one other, another one each time: so that all come to be compared, and each time it is cheap.

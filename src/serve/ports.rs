@@ -17,6 +17,7 @@ use crate::plan::{Backends, TcpSettings};
 use crate::reply_path::ReplyPath;
 use crate::serve::balancer::{Backend, Balancer, PortState, Table};
 use crate::serve::departed::Departed;
+use crate::serve::estate::PortParts;
 use crate::stats::DropReason;
 use crate::value::OrNone;
 
@@ -100,6 +101,14 @@ impl Ports {
         ends
     }
 
+    /// Backends of another process are none here: what they carry is summed up with that of those that have left.
+    pub(super) fn inherit(&mut self, name: &ServicePortName, departed: &[Arc<Backend>], now: Instant) {
+        if let Some(port) = self.0.get_mut(name) {
+            let before = port.departed.take().unwrap_or_default();
+            port.departed = Some(Arc::new(before.with(departed, now)));
+        }
+    }
+
     /// The UDP listener leads to this ServicePort from now on.
     pub(super) fn own(&mut self, name: &ServicePortName, key: ListenKey) {
         if let Some(port) = self.0.get_mut(name) {
@@ -142,6 +151,11 @@ impl Ports {
         }
     }
 
+    /// What a hand-over asks for of each.
+    pub(super) fn parts(&self) -> BTreeMap<ServicePortName, PortParts> {
+        self.0.iter().map(|(name, port)| (name.clone(), port.parts())).collect()
+    }
+
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.0.len()
@@ -167,6 +181,16 @@ impl Port {
 
     pub(super) fn balancers(&self) -> &[Arc<Balancer>] {
         &self.balancers
+    }
+
+    fn parts(&self) -> PortParts {
+        PortParts {
+            state: Arc::clone(&self.state),
+            balancers: self.balancers.as_slice().into(),
+            backends: Arc::clone(&self.backends),
+            departed: self.departed.clone(),
+            tcp: self.tcp.clone(),
+        }
     }
 
     pub(super) fn known_backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {

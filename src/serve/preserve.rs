@@ -34,6 +34,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use crate::name::{Family, ServicePortName};
@@ -97,7 +98,7 @@ impl Preserve {
 /// on another node answers a pod of this node by it, as that is the pod's only way; and who is farther off, past it.
 ///
 /// By which interface, and by a router or not; but one for all clients that have a route each, as pods with cables of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Side(u64);
 
 impl Side {

@@ -292,6 +292,11 @@ impl Watched {
         }
     }
 
+    /// The kernel tells nothing of it any more. For a socket that another process has, too: closing alone would not do.
+    pub(crate) fn forget(&self) {
+        let _ = epoll::delete(&self.reactor.epoll, &self.entry.socket); // Not there only where it never was.
+    }
+
     /// Lets it be handed over by the second [`Reactor::grow_older`] from now.
     pub(crate) fn count_age(&self, party: Party) {
         self.entry.age.set(Age::Never(party));

@@ -10,21 +10,26 @@
 //!
 //! How a backend is reached is in `connect`; who may connect at all is in `tcp`; what a connection may last in `limits`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
+use std::mem;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use crate::serve::access::Draft;
-use crate::serve::balancer::Backend;
+use crate::serve::balancer::{Backend, PortState};
 use crate::serve::direction::{Broken, Direction, End, Party, Path, SCRATCH_BYTES};
 use crate::serve::limits::{LimitOptions, Limits, Silence};
 use crate::serve::mmsg::Tally;
+use crate::serve::moving_stream::{MovingDirection, MovingEnds, MovingStream};
 use crate::serve::proxy_header::Preface;
 use crate::serve::sleep::Sleep;
 use crate::serve::socket;
+use crate::serve::standstill::{Bidding, Standing};
 use crate::serve::stream::Stream;
 use crate::serve::worker::sleep_until;
 use crate::stats::{BackendStats, CloseReason, Entry};
@@ -39,20 +44,64 @@ pub(crate) struct Connection {
     account: Account,
     /// Where its Service has some of its own; few have.
     limits: Option<Box<LimitOptions>>,
-    /// What the backend gets first. Until it is relayed; most have none.
-    preface: Option<Box<Preface>>,
+    /// Whose backend it is; without that, no other process can take it over.
+    port: Option<Arc<PortState>>,
+    beginning: Beginning,
+}
+
+/// What the relay of a connection begins with. The relay has it from then on.
+enum Beginning {
+    /// What the backend gets first; most get nothing.
+    Anew(Option<Box<Preface>>),
+    /// Where another process has left it.
+    SoFar(Box<SoFar>),
+}
+
+/// A relay as another process has left it. The account knows what was moved.
+pub(crate) struct SoFar {
+    up: Direction,
+    down: Direction,
+    ends: MovingEnds,
+}
+
+impl SoFar {
+    /// Of both directions, and what may end it. With that, how much each of the directions has moved.
+    ///
+    /// # Errors
+    /// A pipe is not what was said of it.
+    pub(crate) fn new(up: MovingDirection, down: MovingDirection, ends: MovingEnds) -> io::Result<(Self, [u64; 2])> {
+        let moved = [up.moved, down.moved];
+        Ok((Self { up: Direction::go_on(up)?, down: Direction::go_on(down)?, ends }, moved))
+    }
 }
 
 impl Connection {
     /// Counts a new connection of the backend, from a client that came in there. The client's socket has TCP_NODELAY.
     pub(crate) fn open(client: Stream, upstream: Stream, backend: Arc<Backend>, entry: Entry) -> Self {
-        let (pair, account) = (Pair { client, upstream, finished: false }, Account::open(backend, entry));
-        Self { pair, account, limits: None, preface: None }
+        let (pair, account) = (Pair::new(client, upstream), Account::open(backend, entry));
+        Self { pair, account, limits: None, port: None, beginning: Beginning::Anew(None) }
+    }
+
+    /// Goes on with one of another process, which has counted it as new.
+    pub(crate) fn go_on(
+        client: Stream,
+        upstream: Stream,
+        backend: Arc<Backend>,
+        entry: Entry,
+        (so_far, moved): (SoFar, [u64; 2]),
+    ) -> Self {
+        let (pair, account) = (Pair::new(client, upstream), Account::go_on(backend, entry, moved));
+        Self { pair, account, limits: None, port: None, beginning: Beginning::SoFar(Box::new(so_far)) }
+    }
+
+    /// Says whose backend it is, so that another process can take it over.
+    pub(crate) fn of(self, port: &Arc<PortState>) -> Self {
+        Self { port: Some(Arc::clone(port)), ..self }
     }
 
     /// Has the backend get this before the client's first byte. No payload.
     pub(crate) fn begin_with(&mut self, preface: Option<Box<Preface>>) {
-        self.preface = preface;
+        self.beginning = Beginning::Anew(preface);
     }
 
     /// Has it end by these limits, whatever [`Connection::relay`] is told.
@@ -65,11 +114,12 @@ impl Connection {
         self.account.draft = draft;
     }
 
-    /// Moves bytes until the end of the connection and tells why it ended.
-    pub(crate) async fn relay(&mut self, limits: &LimitOptions) -> CloseReason {
-        let Self { pair, account, limits: own, preface } = self;
-        let mut relay = Relay::new(pair, account, preface.take(), own.as_deref().unwrap_or(limits));
-        let outcome = poll_fn(|cx| SCRATCH.with_borrow_mut(|scratch| relay.poll(cx, scratch))).await;
+    /// Moves bytes until the end of the connection and tells why it ended; `None` where another process goes on with it.
+    pub(crate) async fn relay(&mut self, limits: &LimitOptions) -> Option<CloseReason> {
+        let Self { pair, account, limits: own, port, beginning } = self;
+        let beginning = mem::replace(beginning, Beginning::Anew(None));
+        let mut relay = Relay::new(pair, account, beginning, own.as_deref().unwrap_or(limits));
+        let outcome = poll_fn(|cx| relay.obey(cx, port.as_deref())).await?;
         let mute = relay.mute;
         drop(relay);
         pair.finished = outcome.is_ok();
@@ -79,7 +129,7 @@ impl Connection {
             Err(reason) => reason,
         };
         account.reason = Some(reason);
-        reason
+        Some(reason)
     }
 
     /// The backend.
@@ -87,7 +137,7 @@ impl Connection {
         &self.account.backend
     }
 
-    /// Payload bytes that the backend's socket and the client's socket took.
+    /// Payload bytes that the backend's socket and the client's socket took, those of processes before this one included.
     pub(crate) fn bytes(&self) -> (u64, u64) {
         (self.account.upstream.moved, self.account.downstream.moved)
     }
@@ -98,9 +148,15 @@ struct Pair {
     client: Stream,
     upstream: Stream,
     finished: bool,
+    /// Another process has been told of it: it may have it already, and what is done to a socket is done to it there, too.
+    told: Cell<bool>,
 }
 
 impl Pair {
+    fn new(client: Stream, upstream: Stream) -> Self {
+        Self { client, upstream, finished: false, told: Cell::new(false) }
+    }
+
     fn ends(&self) -> (End<'_>, End<'_>) {
         let client = End { party: Party::Client, stream: &self.client };
         (client, End { party: Party::Backend, stream: &self.upstream })
@@ -109,7 +165,10 @@ impl Pair {
 
 impl Drop for Pair {
     fn drop(&mut self) {
-        if !self.finished {
+        if self.told.get() {
+            self.client.forget();
+            self.upstream.forget();
+        } else if !self.finished {
             socket::reset_on_close(&self.client);
             socket::reset_on_close(&self.upstream);
         }
@@ -125,10 +184,11 @@ struct Account {
     /// What an access log is told at the end.
     draft: Option<Box<Draft>>,
     entry: Entry,
+    /// As [`Pair::told`]: its end is counted and told of there.
+    told: bool,
 }
 
 /// The bytes of one direction.
-#[derive(Default)]
 struct Tab {
     moved: u64,
     published: u64,
@@ -145,9 +205,14 @@ impl Tab {
 impl Account {
     fn open(backend: Arc<Backend>, entry: Entry) -> Self {
         backend.stats.connections.add(entry, 1);
+        Self::go_on(backend, entry, [0, 0])
+    }
+
+    /// Of one that another process has counted as new, and so many bytes of it.
+    fn go_on(backend: Arc<Backend>, entry: Entry, moved: [u64; 2]) -> Self {
         backend.stats.active_connections.increment();
-        let (upstream, downstream) = (Tab::default(), Tab::default());
-        Self { backend, upstream, downstream, reason: None, draft: None, entry }
+        let [upstream, downstream] = moved.map(|moved| Tab { moved, published: moved });
+        Self { backend, upstream, downstream, reason: None, draft: None, entry, told: false }
     }
 
     /// Bytes, both ways.
@@ -176,10 +241,13 @@ impl Account {
 impl Drop for Account {
     fn drop(&mut self) {
         self.publish();
+        self.backend.stats.active_connections.decrement();
+        if self.told {
+            return;
+        }
         let dropped = if std::thread::panicking() { CloseReason::Panic } else { CloseReason::Drain };
         let reason = self.reason.unwrap_or(dropped);
         self.backend.stats.closed.count(reason);
-        self.backend.stats.active_connections.decrement();
         if let Some(mut draft) = self.draft.take() {
             draft.upstream = Tally { datagrams: 0, bytes: self.upstream.moved };
             draft.downstream = Tally { datagrams: 0, bytes: self.downstream.moved };
@@ -199,21 +267,102 @@ struct Relay<'s> {
     limits: Option<Box<Limits>>,
     /// The client ended before anybody had said anything, as a health check of a load balancer does.
     mute: bool,
+    /// Whether it may move anything now.
+    standing: Standing,
     rare: Option<Box<Rare<'s>>>,
 }
 
 impl<'s> Relay<'s> {
-    fn new(pair: &'s Pair, account: &'s mut Account, preface: Option<Box<Preface>>, options: &'s LimitOptions) -> Self {
-        Self {
+    fn new(pair: &'s Pair, account: &'s mut Account, beginning: Beginning, options: &'s LimitOptions) -> Self {
+        let (preface, so_far) = match beginning {
+            Beginning::Anew(preface) => (preface, None),
+            Beginning::SoFar(so_far) => (None, Some(so_far)),
+        };
+        let begun = Self {
             pair,
             account,
             up: Direction::to_backend(preface),
             down: Direction::to_client(),
             options,
-            limits: Limits::begin(options, rand::random),
+            limits: None,
             mute: false,
+            standing: Standing::default(),
             rare: None,
+        };
+        match so_far {
+            Some(so_far) => begun.go_on_from(*so_far),
+            None => Self { limits: Limits::begin(options, rand::random), ..begun },
         }
+    }
+
+    fn go_on_from(self, SoFar { up, down, ends }: SoFar) -> Self {
+        let (options, moved) = (self.options, self.account.moved());
+        let limits = match ends.lived {
+            Some(lived) => Limits::go_on(options, lived, moved),
+            None => Limits::begin(options, rand::random),
+        };
+        let rare = ends.half_silent.map(|silent| {
+            let silence = Some(Silence::go_on(options.half_close_timeout, moved, silent));
+            Box::new(Rare { silence, ..Rare::default() })
+        });
+        Self { up, down, limits, mute: ends.mute, rare, ..self }
+    }
+
+    /// Moves what can be moved, unless the worker is at a standstill. Ready with `None` once another process has it.
+    fn obey(&mut self, cx: &mut Context<'_>, port: Option<&PortState>) -> Poll<Option<Result<(), CloseReason>>> {
+        match self.standing.ask(cx) {
+            Bidding::Move => {}
+            Bidding::Wait => {
+                self.note_told();
+                return Poll::Pending;
+            }
+            Bidding::Tell => {
+                let stream = port.and_then(|port| self.moving(port).ok());
+                self.standing.tell(cx, stream);
+                self.note_told();
+                if self.standing != Standing::Flowing {
+                    return Poll::Pending;
+                }
+            }
+            Bidding::Leave => return Poll::Ready(None),
+        }
+        self.note_told();
+        SCRATCH.with_borrow_mut(|scratch| self.poll(cx, scratch)).map(Some)
+    }
+
+    /// What ends from here on ends as it has to: quietly where another process may have it, and as ever where not.
+    fn note_told(&mut self) {
+        let told = self.standing.is_told();
+        if self.account.told != told {
+            self.pair.told.set(told);
+            self.account.told = told;
+        }
+    }
+
+    /// What another process needs to go on with it. All that it has moved is counted already.
+    ///
+    /// # Errors
+    /// No descriptor is left for copies.
+    fn moving(&self, port: &PortState) -> io::Result<MovingStream> {
+        let Self { pair, account, .. } = self;
+        let now = Instant::now();
+        Ok(MovingStream {
+            client: pair.client.as_fd().try_clone_to_owned()?,
+            upstream: pair.upstream.as_fd().try_clone_to_owned()?,
+            port: port.name.clone(),
+            backend: account.backend.address,
+            entry: account.entry,
+            up: self.up.moving(account.upstream.moved)?,
+            down: self.down.moving(account.downstream.moved)?,
+            ends: MovingEnds {
+                mute: self.mute,
+                limits: *self.options,
+                lived: self.limits.as_ref().map(|limits| limits.lived()),
+                half_silent: self.rare.as_ref().and_then(|rare| Some(rare.silence.as_ref()?.lasts())),
+                leaves_in: account.backend.leaves_at().map(|at| at.saturating_duration_since(now)),
+            },
+            draft: account.draft.as_ref().map(|draft| draft.record(now)),
+        })
     }
 
     /// Ready when both sides have said all, or with the reason why they have not.
@@ -358,7 +507,7 @@ mod tests {
             let mut connection = Connection::open(downstream, upstream, Arc::clone(&backend), entry);
             connection.begin_with(preface);
             let relay = spawn(async move {
-                let reason = connection.relay(&limits).await;
+                let reason = connection.relay(&limits).await.expect("nobody takes it over");
                 let (upstream_bytes, downstream_bytes) = connection.bytes();
                 Ended { reason, upstream_bytes, downstream_bytes }
             });
@@ -467,6 +616,37 @@ mod tests {
             drop(server);
             let ended = Line::ended(relay, &backend).await;
             assert_eq!((ended.upstream_bytes, ended.reason), (0, CloseReason::ClientAbort), "it said nothing");
+        });
+    }
+
+    #[test]
+    fn t126_f25_given_a_preface_that_was_not_sent_yet_when_another_process_goes_on_then_it_comes_first_and_is_no_payload()
+     {
+        on_worker(async {
+            let begun = Direction::to_backend(Some(Box::new(Preface::any(b"PROXY "))));
+            let mut up = begun.moving(0).expect("no descriptor is needed");
+            assert_eq!((up.rest.as_slice(), up.preface), (b"PROXY ".as_slice(), 6));
+            up.rest.extend(b"hel"); // What was read with it.
+            let so_far = SoFar::new(up, MovingDirection::default(), MovingEnds::default()).expect("no pipe");
+            let (mut client, downstream) = pair().await;
+            let (mut server, upstream) = pair().await;
+            let backend = Arc::new(Backend::new(1, SocketAddr::from((LOOPBACK, 80))));
+            let (downstream, upstream, entry) = (registered(downstream), registered(upstream), Entry::NodePort);
+            let mut connection = Connection::go_on(downstream, upstream, Arc::clone(&backend), entry, so_far);
+            let relay = spawn(async move {
+                let reason = connection.relay(&LimitOptions::default()).await;
+                (reason, connection.bytes())
+            });
+
+            client.write_all(b"lo").await.expect("a connection");
+            client.shutdown().await.expect("a connection");
+            let (received, outcome) = read_all(&mut server).await;
+
+            outcome.expect("an end of stream");
+            assert_eq!(received, b"PROXY hello");
+            drop((client, server));
+            assert_eq!(soon(relay).await.1, (5, 0));
+            assert_eq!(backend.stats.upstream_bytes.of(Entry::NodePort), 5);
         });
     }
 

@@ -171,7 +171,7 @@ async fn exchange(seed: u64) {
     let relay = spawn(async move {
         let limits = LimitOptions { half_close_timeout: HALF_CLOSE_TIMEOUT, ..LimitOptions::default() };
         let relayed = connection.relay(&limits);
-        tokio::time::timeout(cancelled.unwrap_or(Duration::MAX), relayed).await.ok()
+        tokio::time::timeout(cancelled.unwrap_or(Duration::MAX), relayed).await.ok().flatten()
     });
     let (client, server) = tokio::join!(client.play(at_client, answered), server.play(at_server, said));
     let reason = soon(relay).await;

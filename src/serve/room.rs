@@ -3,7 +3,7 @@
 //! What a flow is, and when it ends by itself, is `flow`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicIsize, Ordering};
 
 use crate::serve::flow::FlowState;
 use crate::serve::gate::FlowGate;
@@ -38,7 +38,7 @@ impl FlowLimits {
     pub fn split(flows: usize, shards: usize) -> impl Iterator<Item = Self> {
         let shards = shards.max(1);
         let own = if shards == 1 { flows } else { flows / shards / 2 }.max(1);
-        let shared = Arc::new(SharedPlaces(AtomicUsize::new(flows.saturating_sub(own * shards))));
+        let shared = Arc::new(SharedPlaces(AtomicIsize::new(flows.saturating_sub(own * shards) as isize)));
         let per_client = (flows / 4).max(1);
         let gate = Arc::<FlowGate>::default();
         (0..shards).map(move |_| Self { own, shared: Arc::clone(&shared), per_client, gate: Arc::clone(&gate) })
@@ -51,13 +51,13 @@ impl FlowLimits {
 
     #[cfg(test)]
     pub(super) fn free(&self) -> usize {
-        self.shared.0.load(Ordering::Relaxed)
+        self.shared.0.load(Ordering::Relaxed).try_into().expect("no flow is there without a place")
     }
 }
 
-/// Places that no table holds now.
+/// Places that no table holds now. Below 0 while there are flows of another process that there was no place for.
 #[derive(Debug)]
-struct SharedPlaces(AtomicUsize);
+struct SharedPlaces(AtomicIsize);
 
 /// The room of one table. Owned by it.
 #[derive(Debug)]
@@ -104,6 +104,14 @@ impl Room {
         }
     }
 
+    /// Has a place for one more flow in a table that has `all`, whatever the limits are: another process has let it in.
+    pub(super) fn find_place_anyway(&mut self, all: usize) {
+        if all >= self.limits.own + self.borrowed {
+            self.limits.shared.0.fetch_sub(1, Ordering::Relaxed);
+            self.borrowed += 1;
+        }
+    }
+
     /// A flow has begun.
     pub(super) fn enter(&mut self) {
         self.counted += 1;
@@ -121,7 +129,7 @@ impl Room {
         let needed = all.saturating_sub(self.limits.own);
         if self.borrowed > needed {
             // Relaxed: the number guards no other memory.
-            self.limits.shared.0.fetch_add(self.borrowed - needed, Ordering::Relaxed);
+            self.limits.shared.0.fetch_add((self.borrowed - needed) as isize, Ordering::Relaxed);
             self.borrowed = needed;
         }
     }
@@ -134,7 +142,8 @@ impl Room {
             return true;
         }
         let free = &self.limits.shared.0;
-        let taken = free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(1)).is_ok();
+        let one_less = |free: isize| (free > 0).then(|| free - 1);
+        let taken = free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok();
         self.borrowed += usize::from(taken);
         taken
     }

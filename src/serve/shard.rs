@@ -4,7 +4,7 @@
 //! flows' sockets are kept in `upstream`, whose address they have is judged in `preserve`, and the control side's handle is
 //! `udp`. No task, no lock and no allocation per datagram; nothing here needs a tokio runtime.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::mem;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,7 +12,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -22,13 +22,15 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::name::ListenKey;
+use crate::plan::ListenerKind;
 use crate::serve::access::AccessTap;
 use crate::serve::balancer::Tried;
 use crate::serve::doubt::{Doubt, Said};
 use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
-use crate::serve::flow::{self, Choice, Fate, FlowId, FlowTable, IdleTimes, ListenerId};
+use crate::serve::flow::{self, Choice, Fate, FlowId, FlowRecord, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, connect_udp_as, equip, receive_trains};
+use crate::serve::moving_flow::{ComingFlow, MovingFlow};
 use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
 use crate::serve::socket::dropped_packets;
@@ -41,7 +43,7 @@ use crate::stats::{CloseReason, DropReason, PROCESS, ServiceStats, SourceFallbac
 #[derive(Debug)]
 pub(super) enum Command {
     /// Serve a listener, or a share of its datagrams.
-    Add(ListenKey, UdpSocket, TargetCell, Arc<IdleTimes>),
+    Add(ListenKey, UdpSocket, TargetCell, Arc<IdleTimes>, Past),
     /// Close a listener and its flows, then tell.
     Remove(ListenKey, oneshot::Sender<()>),
     /// The listener's table or target has changed: close the flows that may not stay.
@@ -52,10 +54,24 @@ pub(super) enum Command {
     Tell(oneshot::Sender<()>),
     /// The kernel is to drop what this does not pass; `None`: nothing.
     SetFilter(ListenKey, Option<Arc<Filter>>),
+    /// Give another descriptor of the listener's socket. Nobody is told where there is no such listener.
+    Copy(ListenKey, oneshot::Sender<io::Result<OwnedFd>>),
     /// A listener of this process, of any shard, is open: its address is no client.
     Opened(SocketAddr),
     /// A listener of this process, of any shard, is closed.
     Closed(SocketAddr),
+    /// Receive and send nothing until told to go on or to leave; and say so.
+    Rest(Sender<()>),
+    /// While it rests: tell of the next flows, so many at most; of none where all were told of.
+    TellFlows(usize, Sender<Vec<MovingFlow>>),
+    /// End the rest: all goes on as before.
+    GoOn,
+    /// End the rest: the flows that were told of, and all listeners, are another process's.
+    Leave(Sender<()>),
+    /// Go on with flows of another process, once their listeners are there.
+    TakeOver(Vec<ComingFlow>),
+    /// Let go of those whose listeners have not come, and tell how many flows were taken over.
+    ForgetTheRest(Sender<usize>),
     /// Tell how many flows there are.
     #[cfg(test)]
     CountFlows(std::sync::mpsc::Sender<usize>),
@@ -81,8 +97,33 @@ pub(super) struct Shard {
     /// True where the kernel is to join datagrams that it hands over.
     takes_trains: bool,
     complaints: Complaints,
+    /// Flows of another process whose listeners are not there yet, and how many were taken over.
+    heritage: Heritage,
     /// Told of each flow's end; without it, flows have no drafts and nobody looks for them.
     access_log: Option<AccessTap>,
+}
+
+/// What comes from another process.
+#[derive(Default)]
+struct Heritage {
+    /// Whose listeners are not there yet.
+    waiting: HashMap<ListenKey, Heir>,
+    taken: usize,
+}
+
+/// The flows of a listener that is to come, and their sockets.
+struct Heir {
+    listener: ListenerId,
+    sockets: Vec<(FlowId, UdpSocket, Option<Doubt>)>,
+}
+
+impl Heritage {
+    /// What stands for a listener that is to come. Its idle times are not known yet, and its flows wait for it however long
+    /// they were silent.
+    fn listener(&mut self, key: ListenKey, table: &mut FlowTable) -> ListenerId {
+        let heir = || Heir { listener: table.add_listener(IdleTimes::NEVER), sockets: Vec::new() };
+        self.waiting.entry(key).or_insert_with(heir).listener
+    }
 }
 
 struct Listener {
@@ -97,6 +138,23 @@ struct Listener {
     equipped: bool,
 }
 
+impl Listener {
+    fn count_losses(&mut self) {
+        if let Ok(dropped) = dropped_packets(&self.socket) {
+            self.losses.count(dropped, &self.target.load().port.stats);
+        }
+    }
+}
+
+/// Whether somebody has served on a socket before, and has counted what was dropped there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Past {
+    /// It is new.
+    None,
+    /// Another process has, up to a moment ago.
+    Counted,
+}
+
 /// What the kernel drops at a listener's socket. It tells one number for what its filter drops and for what finds no
 /// room: where there is a filter, all of it is taken for the filter's.
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +166,14 @@ struct Losses {
 
 impl Losses {
     const NONE: Self = Self { counted: 0, reason: DropReason::Memory };
+
+    /// Of a socket that begins to be served here.
+    fn after(past: Past, socket: &UdpSocket) -> Self {
+        match past {
+            Past::None => Self::NONE,
+            Past::Counted => Self { counted: dropped_packets(socket).unwrap_or(0), ..Self::NONE },
+        }
+    }
 
     /// Takes the number that the kernel tells. One that came with a datagram may be older than the last one.
     fn count(&mut self, dropped: u32, stats: &ServiceStats) {
@@ -165,6 +231,7 @@ impl Shard {
             order: Vec::with_capacity(BATCH),
             takes_trains: offload,
             complaints: Complaints::default(),
+            heritage: Heritage::default(),
             access_log,
         })
     }
@@ -552,30 +619,193 @@ impl Shard {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]); // before looking, so that no command is missed
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Add(key, socket, target, idle)) => self.add(key, socket, target, idle, now),
-                Ok(Command::Remove(key, closed)) => {
-                    self.remove(&key, now);
-                    let _ = closed.send(()); // nobody may wait for it
-                }
-                Ok(Command::Sweep(key)) => self.sweep(&key, now),
-                Ok(Command::SetIdle(key, idle)) => self.set_idle(&key, idle),
-                Ok(Command::Tell(settled)) => drop(settled.send(())), // nobody may wait for it
-                Ok(Command::SetFilter(key, filter)) => self.set_filter(&key, filter.as_deref()),
-                Ok(Command::Opened(address)) => self.table.add_own_address(address),
-                Ok(Command::Closed(address)) => self.table.remove_own_address(address),
-                #[cfg(test)]
-                Ok(Command::CountFlows(tell)) => drop(tell.send(self.table.count())),
-                #[cfg(test)]
-                Ok(Command::Panic) => panic!("asked to"),
+                Ok(command) => self.carry_out(command, now)?,
                 Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
                 Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
             }
         }
     }
 
-    fn add(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>, now: Instant) {
+    fn carry_out(&mut self, command: Command, now: Instant) -> ControlFlow<()> {
+        match command {
+            Command::Add(key, socket, target, idle, past) => self.add(key, socket, target, idle, past, now),
+            Command::Remove(key, closed) => {
+                self.remove(&key, now);
+                let _ = closed.send(()); // nobody may wait for it
+            }
+            Command::Sweep(key) => self.sweep(&key, now),
+            Command::SetIdle(key, idle) => self.set_idle(&key, idle),
+            Command::Tell(settled) => drop(settled.send(())), // nobody may wait for it
+            Command::SetFilter(key, filter) => self.set_filter(&key, filter.as_deref()),
+            Command::Copy(key, reply) => self.copy(&key, reply),
+            Command::Opened(address) => self.table.add_own_address(address),
+            Command::Closed(address) => self.table.remove_own_address(address),
+            Command::Rest(resting) => return self.rest(resting, now),
+            Command::TellFlows(_, told) => drop(told), // it does not rest: what it told would be over at once
+            Command::GoOn | Command::Leave(_) => {}
+            Command::TakeOver(flows) => self.take_over(flows, now),
+            Command::ForgetTheRest(told) => drop(told.send(self.forget_the_rest())),
+            #[cfg(test)]
+            Command::CountFlows(tell) => drop(tell.send(self.table.count())),
+            #[cfg(test)]
+            Command::Panic => panic!("asked to"),
+        }
+        ControlFlow::Continue(())
+    }
+
+    // ---- Another process ----
+
+    /// Rests until the hand-over has come to its end, one way or the other. What comes meanwhile waits in the kernel.
+    fn rest(&mut self, resting: Sender<()>, now: Instant) -> ControlFlow<()> {
+        self.count_losses(); // What it counts goes to the other process.
+        let mut flows = self.table.export(now).into_iter();
+        let mut told = Vec::new();
+        let _ = resting.send(()); // nobody may wait for it
+        loop {
+            match self.commands.recv() {
+                Ok(Command::TellFlows(at_once, tell)) => {
+                    let some = self.move_some(&mut flows, at_once, &mut told, now);
+                    let _ = tell.send(some); // nobody may wait for it
+                }
+                Ok(Command::Leave(left)) => {
+                    self.leave(told);
+                    let _ = left.send(()); // nobody may wait for it
+                    return ControlFlow::Continue(());
+                }
+                Ok(Command::GoOn) => return ControlFlow::Continue(()),
+                Ok(Command::Rest(resting)) => _ = resting.send(()),
+                Ok(command) => self.carry_out(command, now)?,
+                Err(_) => return ControlFlow::Break(()),
+            }
+        }
+    }
+
+    /// The next flows, so many at most, and notes which they are. One for whose socket there is no other descriptor ends here.
+    fn move_some(
+        &self,
+        flows: &mut impl Iterator<Item = (FlowId, FlowRecord)>,
+        at_once: usize,
+        told: &mut Vec<FlowId>,
+        now: Instant,
+    ) -> Vec<MovingFlow> {
+        let moving = flows.filter_map(|(id, record)| Some((id, self.moving(id, record, now)?)));
+        let (ids, flows): (Vec<_>, _) = moving.take(at_once).unzip();
+        told.extend(ids);
+        flows
+    }
+
+    fn moving(&self, id: FlowId, record: FlowRecord, now: Instant) -> Option<MovingFlow> {
+        let (socket, choice) = (self.upstreams.get(id)?, self.table.choice(id)?);
+        let listener = self.listeners.get(record.listener.index())?.as_ref()?;
+        Some(MovingFlow {
+            listen: listener.key,
+            place: 0, // who knows all shards knows which one this is
+            client: record.client,
+            port: choice.port.name.clone(),
+            backend: record.backend,
+            entry: choice.entry,
+            state: record.state,
+            silent: record.silent,
+            parting: record.parting,
+            draft: self.table.draft(id).map(|draft| draft.record(now)),
+            doubt: self.upstreams.doubt(id).map(|doubt| doubt.record(now)),
+            socket: socket.as_fd().try_clone_to_owned().ok()?,
+        })
+    }
+
+    /// Lets go of what another process has from now on. What was not told of ends: its clients' datagrams go there.
+    fn leave(&mut self, told: Vec<FlowId>) {
+        for flow in told {
+            self.table.release(flow);
+            self.upstreams.release(flow, &self.epoll);
+        }
+        self.keys.clear();
+        for listener in mem::take(&mut self.listeners).into_iter().flatten() {
+            self.table.remove_listener(listener.id, CloseReason::Drain, |flow| self.upstreams.close(flow));
+            let _ = epoll::delete(&self.epoll, &listener.socket); // closing alone would not do
+        }
+    }
+
+    /// Takes flows over, the longest silent first, be they of several shards. Their sockets are looked at once their listeners
+    /// are there: an answer has to leave from somewhere.
+    fn take_over(&mut self, mut flows: Vec<ComingFlow>, now: Instant) {
+        flows.sort_by_key(|coming| std::cmp::Reverse(coming.flow.silent));
+        let mut served = BTreeSet::new();
+        for ComingFlow { flow: moving, choice } in flows {
+            let key = moving.listen;
+            let listener = self.keys.get(&key).copied().unwrap_or_else(|| self.heritage.listener(key, &mut self.table));
+            let Some(flow) = self.import(listener, &moving, choice, now) else { continue };
+            let doubt = moving.doubt.map(|doubt| Doubt::go_on(doubt, now));
+            match self.heritage.waiting.get_mut(&key) {
+                Some(heir) => heir.sockets.push((flow, moving.socket.into(), doubt)),
+                None => {
+                    self.inherit(flow, moving.socket.into(), doubt);
+                    served.insert(key);
+                }
+            }
+        }
+        served.iter().for_each(|key| self.sweep(key, now));
+    }
+
+    fn import(&mut self, listener: ListenerId, moving: &MovingFlow, choice: Choice, now: Instant) -> Option<FlowId> {
+        let MovingFlow { listen, client, backend, state, silent, parting, .. } = *moving;
+        let (port, entry) = (Arc::clone(&choice.port), choice.entry);
+        let record = FlowRecord { listener, client, backend, state, silent, parting };
+        let flow = self.table.import(listener, &record, choice, now)?;
+        if let (Some(tap), Some(so_far)) = (&self.access_log, moving.draft) {
+            self.table.tell(flow, Some(tap.go_on(client, listen, ListenerKind::of(entry), &port, so_far)));
+            if let Some(draft) = self.table.draft_mut(flow) {
+                draft.tries = so_far.tries; // The table knows of none but its own.
+            }
+        }
+        Some(flow)
+    }
+
+    /// Keeps the socket of a flow that was taken over, unless its time was over before its listener came.
+    fn inherit(&mut self, flow: FlowId, socket: UdpSocket, doubt: Option<Doubt>) {
+        if self.table.choice(flow).is_none() {
+            return;
+        }
+        match Owner::of(&socket).and_then(|owner| self.keep(flow, socket, owner, doubt)) {
+            Ok(()) => self.heritage.taken += 1,
+            Err(error) => {
+                debug!(%error, "a flow of the last process is lost");
+                self.table.release(flow);
+                self.upstreams.close(flow);
+            }
+        }
+    }
+
+    /// Nobody serves the listeners that have not come: their flows end. How many others were taken over.
+    fn forget_the_rest(&mut self) -> usize {
+        let Heritage { waiting, taken } = mem::take(&mut self.heritage);
+        for heir in waiting.into_values() {
+            self.table.remove_listener(heir.listener, CloseReason::Drain, |_| {});
+        }
+        taken
+    }
+
+    // ---- Listeners ----
+
+    fn add(
+        &mut self,
+        key: ListenKey,
+        socket: UdpSocket,
+        target: TargetCell,
+        idle: Arc<IdleTimes>,
+        past: Past,
+        now: Instant,
+    ) {
         self.remove(&key, now); // one socket for each key
-        self.listen(key, socket, target, idle, Losses::NONE);
+        let losses = Losses::after(past, &socket);
+        let Some(heir) = self.heritage.waiting.remove(&key) else {
+            let id = self.table.add_listener(*idle);
+            return self.listen(id, key, socket, target, idle, losses);
+        };
+        self.table.set_idle(heir.listener, *idle);
+        self.listen(heir.listener, key, socket, target, idle, losses);
+        heir.sockets.into_iter().for_each(|(flow, socket, doubt)| self.inherit(flow, socket, doubt));
+        self.sweep(&key, now); // what may not stay goes as it goes after any change
     }
 
     /// Asks for trains where they are wanted. A kernel that has none hands over single datagrams, which do as well.
@@ -585,8 +815,15 @@ impl Shard {
         }
     }
 
-    fn listen(&mut self, key: ListenKey, socket: UdpSocket, target: TargetCell, idle: Arc<IdleTimes>, losses: Losses) {
-        let id = self.table.add_listener(*idle);
+    fn listen(
+        &mut self,
+        id: ListenerId,
+        key: ListenKey,
+        socket: UdpSocket,
+        target: TargetCell,
+        idle: Arc<IdleTimes>,
+        losses: Losses,
+    ) {
         let data = epoll::EventData::new_u64(LISTENER_BIT | id.index() as u64);
         if let Err(errno) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
             error!(listen = %key, error = %errno, "cannot wait for datagrams: this listener does not serve");
@@ -609,6 +846,11 @@ impl Shard {
         }
     }
 
+    fn copy(&self, key: &ListenKey, reply: oneshot::Sender<io::Result<OwnedFd>>) {
+        let Some(Some(listener)) = self.keys.get(key).and_then(|id| self.listeners.get(id.index())) else { return };
+        let _ = reply.send(listener.socket.as_fd().try_clone_to_owned()); // nobody may wait for it
+    }
+
     fn set_idle(&mut self, key: &ListenKey, idle: Arc<IdleTimes>) {
         let Some(&id) = self.keys.get(key) else { return };
         self.table.set_idle(id, *idle);
@@ -617,14 +859,18 @@ impl Shard {
         }
     }
 
+    fn count_losses(&mut self) {
+        for listener in self.listeners.iter_mut().flatten() {
+            listener.count_losses();
+        }
+    }
+
     /// What the kernel has dropped up to now is counted for the filter that the socket had.
     fn set_filter(&mut self, key: &ListenKey, filter: Option<&Filter>) {
         let Some(id) = self.keys.get(key) else { return };
         let Some(Some(listener)) = self.listeners.get_mut(id.index()) else { return };
+        listener.count_losses();
         let target = listener.target.load();
-        if let Ok(dropped) = dropped_packets(&listener.socket) {
-            listener.losses.count(dropped, &target.port.stats);
-        }
         let attached = filter.map_or(Ok(false), |filter| filter.attach(&listener.socket).map(|()| true));
         let attached = attached.unwrap_or_else(|error| {
             PROCESS.filter_fallbacks.increment();
@@ -658,10 +904,12 @@ impl Shard {
         self.batch.clear();
         self.order.clear();
         self.keys.clear();
+        self.heritage = Heritage::default();
         self.table.reset(CloseReason::Panic, rand::random(), Instant::now());
         for listener in mem::take(&mut self.listeners).into_iter().flatten() {
             let _ = epoll::delete(&self.epoll, &listener.socket); // its index may be another one now
-            self.listen(listener.key, listener.socket, listener.target, listener.idle, listener.losses);
+            let id = self.table.add_listener(*listener.idle);
+            self.listen(id, listener.key, listener.socket, listener.target, listener.idle, listener.losses);
         }
         let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
     }
@@ -733,8 +981,10 @@ mod tests {
     use super::*;
     use crate::name::{Family, Protocol};
     use crate::serve::balancer::{Backend, Balancer};
+    use crate::serve::flow::FlowState;
     use crate::serve::mmsg::bind_udp;
     use crate::serve::udp::tests::{answer, backend, balancer, loopback, plain};
+    use crate::stats::Entry;
 
     /// A shard whose loop does not run: its steps are called by hand.
     fn still_shard() -> Shard {
@@ -742,6 +992,71 @@ mod tests {
         let (_, commands) = channel();
         let limits = FlowLimits::split(8, 1).next().expect("one shard");
         Shard::new(Arc::new(wake), commands, limits, Arc::default(), true, None).expect("a descriptor")
+    }
+
+    /// A flow as another process tells of it, through this socket.
+    fn coming(listen: ListenKey, balancer: &Balancer, backend: &Arc<Backend>, socket: UdpSocket) -> ComingFlow {
+        let flow = MovingFlow {
+            listen,
+            place: 0,
+            client: SocketAddr::from(([10, 9, 0, 1], 1_000)),
+            port: balancer.port.name.clone(),
+            backend: backend.address,
+            entry: Entry::ClusterIp,
+            state: FlowState::Stream,
+            silent: Duration::from_secs(100),
+            parting: false,
+            draft: None,
+            doubt: None,
+            socket: socket.into(),
+        };
+        let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&balancer.port), entry: Entry::ClusterIp };
+        ComingFlow { flow, choice }
+    }
+
+    #[test]
+    fn t192_given_a_flow_that_may_be_silent_for_long_when_it_waits_for_its_listener_then_it_is_there_when_that_comes() {
+        let (near, far) = (plain(loopback()), plain(loopback()));
+        near.connect(far.local_addr().expect("bound")).expect("connected");
+        let backend = Arc::new(Backend::new(1, far.local_addr().expect("bound")));
+        let balancer = balancer(Family::V4, &[&backend]);
+        let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
+        let key = ListenKey::new([127, 87, 3, 1].into(), 5300, Protocol::Udp);
+        let (mut shard, now) = (still_shard(), Instant::now());
+
+        shard.take_over(vec![coming(key, &balancer, &backend, near)], now);
+        let later = now + Duration::from_secs(5);
+        shard.table.expire(later, |_| panic!("nobody has said how long it may be silent"));
+        let long = IdleTimes { stream: Duration::from_secs(300), ..IdleTimes::default() };
+        shard.add(key, bind_udp(key.address()).expect("a free address"), target, Arc::new(long), Past::None, later);
+
+        assert_eq!(shard.forget_the_rest(), 1);
+        shard.table.expire(now + Duration::from_secs(190), |_| panic!("it has ten seconds left"));
+        let mut closed = 0;
+        shard.table.expire(now + Duration::from_secs(202), |_| closed += 1);
+        assert_eq!(closed, 1);
+    }
+
+    #[test]
+    fn f25_given_a_socket_that_has_dropped_datagrams_when_it_was_another_process_s_then_they_are_not_counted_again() {
+        let balancer = balancer(Family::V4, &[&Arc::new(Backend::new(1, SocketAddr::from(([127, 0, 0, 1], 9))))]);
+        let target: TargetCell = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
+        let dropped = || balancer.port.stats.dropped.get(DropReason::Memory);
+        for (number, past) in [(2, Past::Counted), (3, Past::None)] {
+            let key = ListenKey::new([127, 87, 3, number].into(), 5300, Protocol::Udp);
+            let socket = bind_udp(key.address()).expect("a free address");
+            socket2::SockRef::from(&socket).set_recv_buffer_size(1).expect("an option");
+            let client = plain(loopback());
+            while dropped_packets(&socket).expect("a number") == 0 {
+                client.send_to(&[0; 512], key.address()).expect("sent");
+            }
+            let mut shard = still_shard();
+
+            shard.add(key, socket, Arc::clone(&target), Arc::default(), past, Instant::now());
+            shard.count_losses();
+
+            assert_eq!(dropped() > 0, past == Past::None, "{past:?}");
+        }
     }
 
     /// A still shard that serves one address.
@@ -758,7 +1073,7 @@ mod tests {
             let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
             let mut still = Self { shard: still_shard(), address, balancer };
             let socket = bind_udp(address).expect("a free address");
-            still.shard.add(still.key(), socket, target, Arc::default(), Instant::now());
+            still.shard.add(still.key(), socket, target, Arc::default(), Past::None, Instant::now());
             still
         }
 
@@ -904,7 +1219,7 @@ mod tests {
         let mut shard = still_shard();
         let key = ListenKey::new(address.ip(), address.port(), Protocol::Udp);
         let target = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
-        shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default(), Instant::now());
+        shard.add(key, bind_udp(address).expect("a free address"), target, Arc::default(), Past::None, Instant::now());
         let client = plain(loopback());
 
         client.send_to(b"lost", address).expect("sent");

@@ -209,6 +209,18 @@ pub fn allow_foreign_source(socket: impl AsFd, family: Family) -> io::Result<()>
     }
 }
 
+/// True where [`allow_foreign_source`] was called for it.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn has_foreign_source(socket: impl AsFd, family: Family) -> io::Result<bool> {
+    let socket = socket.as_fd();
+    match family {
+        Family::V4 => SockRef::from(&socket).ip_transparent_v4(),
+        Family::V6 => SockRef::from(&socket).ip_transparent_v6(),
+    }
+}
+
 /// Sets a socket option to 1.
 fn set_flag(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
     set_option(socket, level, option, 1)

@@ -67,6 +67,11 @@ impl Stream {
         self.take_error()
     }
 
+    /// The event loop tells of it no more: another process has the socket from now on.
+    pub(crate) fn forget(&self) {
+        self.socket.forget();
+    }
+
     /// Has its age counted, for who is told of connections that last.
     pub(crate) fn count_age(&self, party: Party) {
         self.socket.count_age(party);

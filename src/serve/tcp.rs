@@ -32,7 +32,7 @@
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
@@ -43,15 +43,18 @@ use std::task::Poll;
 use std::thread::{available_parallelism, panicking};
 use std::time::{Duration, Instant};
 
+use rustix::event::epoll;
 use rustix::io::Errno;
+use socket2::SockRef;
 use tokio::select;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Level, debug, enabled, warn};
 
-use crate::name::{ListenKey, ServicePortName};
-use crate::serve::access::{AccessTap, Draft};
-use crate::serve::balancer::{Balancer, Counted, PortState};
+use crate::name::{ListenKey, Protocol, ServicePortName};
+use crate::plan::{ListenerKind, TcpSettings};
+use crate::serve::access::{AccessTap, Draft, DraftRecord};
+use crate::serve::balancer::{Backend, Balancer, Counted, PortState};
 use crate::serve::connect::{ConnectOptions, Reached, dial};
 use crate::serve::gate::{Allowance, Gate, remedy};
 use crate::serve::introduction::{Admission, Introduced};
@@ -59,14 +62,15 @@ use crate::serve::lasting::{IfLasting, KeepAlive, LastingOptions, set_if_they_la
 use crate::serve::limits::LimitOptions;
 use crate::serve::mailbox::Seat;
 use crate::serve::moment::Moment;
+use crate::serve::moving_stream::WorkerLines;
 use crate::serve::pool::{Listening, Pool};
 use crate::serve::proxy_header::Parties;
 use crate::serve::reactor::{Foreign, Unwatched};
-use crate::serve::relay::Connection;
+use crate::serve::relay::{Connection, SoFar};
 use crate::serve::stream::Stream;
 use crate::serve::worker::{Readable, Worker};
-use crate::serve::{TargetCell, socket};
-use crate::stats::{DropReason, Entry, PROCESS, PauseReason};
+use crate::serve::{TargetCell, socket, standstill};
+use crate::stats::{CloseReason, DropReason, Entry, PROCESS, PauseReason};
 use crate::vips::Hold;
 
 /// How TCP is served.
@@ -187,6 +191,27 @@ impl TcpShared {
     /// Has every connection look whether its backend [has left](crate::serve::balancer::Backend::leave).
     pub(crate) fn look_at_backends(&self) {
         self.workers.wake_all();
+    }
+
+    /// The workers, for a hand-over.
+    pub(crate) fn lines(&self) -> WorkerLines {
+        self.workers.lines()
+    }
+
+    /// Has the workers find no pipes, so that they copy.
+    #[cfg(test)]
+    pub(crate) fn refuse_pipes(&self) {
+        self.workers.ask(|| crate::serve::pipe::tests::REFUSING.set(true));
+    }
+
+    /// Goes on with a connection of another process.
+    pub(crate) fn take_over(self: &Arc<Self>, mut coming: ComingStream) {
+        let (shared, open, counted) = (Arc::clone(self), self.connections.token(), Counted::go_on(&coming.port));
+        let address = coming.address.take();
+        self.workers.place_anywhere(move |seat| {
+            let stay = Stay { _open: open, _seat: seat, _counted: counted, _address: address };
+            go_on(coming, shared, stay)
+        });
     }
 
     /// Tells an operator of what turns clients away and only he can change.
@@ -324,7 +349,14 @@ impl Readable for Acceptor {
         }
     }
 
+    fn unwatch(&self, epoll: &OwnedFd) {
+        let _ = epoll::delete(epoll, &self.server.listener); // Not there where it was muted.
+    }
+
     fn stays_mute(&self) -> Option<Duration> {
+        if !standstill::accepts() {
+            return Some(standstill::PAUSE);
+        }
         let reason = self.server.closed()?;
         // Another worker may have let in who waited: then there is no pause to be counted.
         socket::has_waiting(&self.server.listener).then(|| self.wait_for_room(reason))
@@ -334,6 +366,9 @@ impl Readable for Acceptor {
 impl Acceptor {
     /// Lets in some of those who wait. For how long to rest, where it cannot.
     fn accept(&self, worker: &Rc<Worker>) -> Option<Duration> {
+        if !standstill::accepts() {
+            return Some(standstill::PAUSE);
+        }
         for _ in 0..self.pace.get().burst {
             let counted = match self.server.take_place() {
                 Ok(counted) => counted,
@@ -602,7 +637,7 @@ fn turn_away(client: &impl AsFd, peer: SocketAddr, port: &PortState, reason: Dro
     socket::reset_on_close(client);
 }
 
-/// One connection. Its future is paid for by each open connection: what ends early lives in a box.
+/// One connection, from its client on.
 fn serve(
     guest: Guest<OwnedFd>,
     listen: ListenKey,
@@ -610,12 +645,31 @@ fn serve(
     shared: Arc<TcpShared>,
     stay: Stay,
 ) -> impl Future<Output = ()> {
-    let reaching = Box::pin(reach(guest, listen, admission, Arc::clone(&shared)));
+    carry(reach(guest, listen, admission, Arc::clone(&shared)), shared, stay)
+}
+
+/// One connection that another process has begun.
+fn go_on(coming: ComingStream, shared: Arc<TcpShared>, stay: Stay) -> impl Future<Output = ()> {
+    let this = Arc::clone(&shared);
+    let registering = async move {
+        let named = named(|| (Arc::clone(&coming.port), coming.listen(), coming.client_named()));
+        Some((coming.register(&this)?, named))
+    };
+    carry(registering, shared, stay)
+}
+
+/// One connection. Its future is paid for by each open connection: what ends early lives in a box.
+fn carry(
+    reaching: impl Future<Output = Option<(Connection, Named)>>,
+    shared: Arc<TcpShared>,
+    stay: Stay,
+) -> impl Future<Output = ()> {
+    let reaching = Box::pin(reaching);
     async move {
         let _stay = stay;
         let carry = pin!(async {
             let Some((mut connection, named)) = reaching.await else { return };
-            let reason = connection.relay(&shared.options.limits).await;
+            let Some(reason) = connection.relay(&shared.options.limits).await else { return };
             let Some((port, listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
@@ -630,6 +684,10 @@ fn serve(
 /// What the log is told of a connection at its end; `None` where it is told nothing.
 type Named = Option<Box<(Arc<PortState>, ListenKey, SocketAddr)>>;
 
+fn named(names: impl FnOnce() -> (Arc<PortState>, ListenKey, SocketAddr)) -> Named {
+    enabled!(Level::DEBUG).then(|| Box::new(names()))
+}
+
 /// Finds out who the client is and reaches a backend.
 async fn reach(
     guest: Guest<OwnedFd>,
@@ -640,7 +698,7 @@ async fn reach(
     let mut guest = guest.register()?;
     match guest.reach(listen, admission, &shared).await {
         Ok(connection) => {
-            let named = enabled!(Level::DEBUG).then(|| Box::new((Arc::clone(&guest.port), listen, guest.peer)));
+            let named = named(|| (Arc::clone(&guest.port), listen, guest.peer));
             Some((connection, named))
         }
         Err(reason) => {
@@ -663,7 +721,7 @@ impl Guest<Stream> {
         let Reached { backend, stream } = self.dial(&introduced.balancer, connect).await?;
         let client = self.client.take().ok_or(self.reason)?;
         set_if_they_last(&client, &stream, shared.options.if_lasting());
-        let mut connection = Connection::open(client, stream, backend, self.entry);
+        let mut connection = Connection::open(client, stream, backend, self.entry).of(&self.port);
         connection.begin_with(introduced.preface);
         connection.tell(self.take_draft());
         let own = introduced.balancer.tcp_settings().map(|settings| limits.of_service(&settings));
@@ -709,9 +767,81 @@ impl Guest<Stream> {
     }
 }
 
+/// A connection of another process, with what it belongs to here. Dropped, it goes on where it comes from.
+pub(crate) struct ComingStream {
+    pub(crate) client: OwnedFd,
+    pub(crate) upstream: OwnedFd,
+    pub(crate) entry: Entry,
+    pub(crate) port: Arc<PortState>,
+    pub(crate) backend: Arc<Backend>,
+    /// What the Service says about its connections,
+    pub(crate) settings: Option<Arc<TcpSettings>>,
+    /// or what the connection had where there is no such Service any more.
+    pub(crate) departed_with: Option<LimitOptions>,
+    pub(crate) so_far: (SoFar, [u64; 2]),
+    pub(crate) draft: Option<DraftRecord>,
+    /// What keeps the address local where the client came in.
+    pub(crate) address: Option<Hold>,
+}
+
+impl ComingStream {
+    /// Where the client came in. A connection that is broken may not know any more.
+    pub(crate) fn listen(&self) -> ListenKey {
+        let address = SockRef::from(&self.client).local_addr().ok().and_then(|address| address.as_socket());
+        ListenKey::at(address.unwrap_or(NOWHERE), Protocol::Tcp)
+    }
+
+    fn peer(&self) -> SocketAddr {
+        let address = SockRef::from(&self.client).peer_addr().ok().and_then(|address| address.as_socket());
+        address.unwrap_or(NOWHERE)
+    }
+
+    /// Who the client is, as far as it was noted that a balancer in front has said so.
+    fn client_named(&self) -> SocketAddr {
+        self.draft.and_then(|draft| draft.client).unwrap_or_else(|| self.peer())
+    }
+
+    /// Has the worker of this thread watch it; `None` where the kernel takes no more: then it is reset, as it is nobody
+    /// else's any more.
+    fn register(self, shared: &TcpShared) -> Option<Connection> {
+        let draft = self.draft.and_then(|so_far| self.draft(shared, so_far));
+        let options = shared.options.limits;
+        let own = self.departed_with.or_else(|| Some(options.of_service(self.settings.as_deref()?)));
+        let Self { client, upstream, entry, port, backend, so_far, .. } = self;
+        let (client, upstream) = match (Stream::new(client), Stream::new(upstream)) {
+            (Ok(client), Ok(upstream)) => (client, upstream),
+            (client, upstream) => {
+                for stream in [&client, &upstream] {
+                    socket::reset_on_close(match stream {
+                        Ok(stream) => stream.as_fd(),
+                        Err(unwatched) => unwatched.socket.as_fd(),
+                    });
+                }
+                backend.stats.closed.count(CloseReason::Drain);
+                warn!(service = %port.name, backend = %backend.address, "cannot watch a connection of the last process: it is reset");
+                return None;
+            }
+        };
+        set_if_they_last(&client, &upstream, shared.options.if_lasting());
+        let mut connection = Connection::go_on(client, upstream, backend, entry, so_far).of(&port);
+        connection.tell(draft);
+        Some(match own.filter(|own| *own != options) {
+            Some(own) => connection.limited(own),
+            None => connection,
+        })
+    }
+
+    fn draft(&self, shared: &TcpShared, so_far: DraftRecord) -> Option<Box<Draft>> {
+        let tap = shared.access_log.as_ref()?;
+        Some(tap.go_on(self.peer(), self.listen(), ListenerKind::of(self.entry), &self.port, so_far))
+    }
+}
+
+/// For what has no address any more.
+const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
     use std::thread;
 
     use arc_swap::ArcSwap;
@@ -719,8 +849,8 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::name::{Family, Protocol};
-    use crate::serve::balancer::{Backend, Table};
+    use crate::name::Family;
+    use crate::serve::balancer::Table;
     use crate::serve::connect::Steps;
     use crate::serve::scripted::{
         LOOPBACK, backend, backends, balancer, black_hole, echo, expect_reset, expect_turned_away, named, on_worker,
@@ -728,7 +858,7 @@ mod tests {
     };
     use crate::serve::worker;
     use crate::serve::{Target, Verdict};
-    use crate::stats::{CloseReason, ConnectFailure};
+    use crate::stats::ConnectFailure;
 
     /// A listener with its server, on an address of the test's own.
     struct Served {

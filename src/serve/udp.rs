@@ -3,7 +3,6 @@
 //! The loop of a shard is `shard`, its decisions are `flow`, its sockets (binding, parking) are `mmsg`.
 
 use std::future::Future;
-use std::hash::BuildHasher;
 use std::io;
 use std::net::UdpSocket;
 use std::num::NonZeroU16;
@@ -26,8 +25,9 @@ use crate::serve::filter::Filter;
 use crate::serve::flow::IdleTimes;
 use crate::serve::gate::FlowGate;
 pub use crate::serve::mmsg::{bind_udp, bind_udp_group, hold_udp};
+use crate::serve::moving_flow::{Line, ShardLines, first_shard};
 use crate::serve::room::FlowLimits;
-use crate::serve::shard::{Command, Shard};
+use crate::serve::shard::{Command, Past, Shard};
 use crate::serve::upstream::OwnSources;
 
 /// How UDP is served.
@@ -103,7 +103,7 @@ pub struct UdpServer {
 #[derive(Debug)]
 struct Handle {
     /// `None` once the shard is to end.
-    commands: Option<Sender<Command>>,
+    commands: Option<Arc<Sender<Command>>>,
     wake: Arc<OwnedFd>,
     /// True where commands were queued since the shard was woken last.
     queued: AtomicBool,
@@ -143,6 +143,13 @@ impl UdpShards {
         Arc::clone(&self.gate)
     }
 
+    /// The shards, for a hand-over.
+    pub(crate) fn lines(&self) -> ShardLines {
+        ShardLines::new(self.shards.iter().filter_map(|shard| {
+            Some(Line { commands: Arc::downgrade(shard.commands.as_ref()?), wake: Arc::clone(&shard.wake) })
+        }))
+    }
+
     /// Opens a listener's sockets and serves there: [`bind`](Self::bind) and [`add`](Self::add) in one.
     pub fn open(&self, key: ListenKey, target: TargetCell, settings: &UdpSettings) -> io::Result<UdpServer> {
         Ok(self.add(key, self.bind(key, settings)?, target, settings))
@@ -152,8 +159,18 @@ impl UdpShards {
     ///
     /// The number of shards stays as long as the listener lives: with another one, flows would lose their sockets.
     pub fn bind(&self, key: ListenKey, settings: &UdpSettings) -> io::Result<Vec<UdpSocket>> {
+        bind_udp_group(key.address(), self.sockets_of(settings))
+    }
+
+    /// How many shards there are.
+    pub(super) fn shard_count(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// How many sockets a listener has: one for each shard that is to share it.
+    fn sockets_of(&self, settings: &UdpSettings) -> usize {
         let wanted = settings.shards.unwrap_or(self.options.shards_per_listener).get();
-        bind_udp_group(key.address(), usize::from(wanted).min(self.shards.len()))
+        usize::from(wanted).min(self.shards.len())
     }
 
     /// Serves a listener on sockets of [`bind`](Self::bind) or [`bind_udp`], no more than there are shards. Takes the
@@ -165,10 +182,32 @@ impl UdpShards {
         target: TargetCell,
         settings: &UdpSettings,
     ) -> UdpServer {
+        self.listen(key, sockets, target, settings, Past::None)
+    }
+
+    /// The same, on sockets that another process has served on.
+    pub(super) fn take_over(
+        &self,
+        key: ListenKey,
+        sockets: Vec<UdpSocket>,
+        target: TargetCell,
+        settings: &UdpSettings,
+    ) -> UdpServer {
+        self.listen(key, sockets, target, settings, Past::Counted)
+    }
+
+    fn listen(
+        &self,
+        key: ListenKey,
+        sockets: Vec<UdpSocket>,
+        target: TargetCell,
+        settings: &UdpSettings,
+        past: Past,
+    ) -> UdpServer {
         let server = UdpServer { key, shards: sockets.len() };
         self.tell_all(|| Command::Opened(key.address()));
         for (shard, socket) in self.shards_of(server).zip(sockets) {
-            shard.queue(Command::Add(key, socket, Arc::clone(&target), self.idle(settings)));
+            shard.queue(Command::Add(key, socket, Arc::clone(&target), self.idle(settings), past));
         }
         server
     }
@@ -211,6 +250,29 @@ impl UdpShards {
         }
     }
 
+    /// Further descriptors of a listener's sockets, which are served as before.
+    ///
+    /// # Errors
+    /// No descriptor is left, or a shard has ended.
+    pub(super) fn copies(&self, server: UdpServer) -> impl Future<Output = io::Result<Vec<OwnedFd>>> + Send + use<> {
+        let copying: Vec<_> = self
+            .shards_of(server)
+            .map(|shard| {
+                let (reply, copy) = oneshot::channel();
+                shard.queue(Command::Copy(server.key, reply));
+                shard.flush();
+                copy
+            })
+            .collect();
+        async move {
+            let mut copies = Vec::with_capacity(copying.len());
+            for copy in copying {
+                copies.push(copy.await.unwrap_or_else(|_| Err(io::Error::other("nobody serves there")))?);
+            }
+            Ok(copies)
+        }
+    }
+
     /// To be called after the listener's table was swapped or its target stored: the flows whose backend the balancer no
     /// longer [`serves`](crate::serve::balancer::Balancer::serves) part with it, so that their clients' next datagrams go
     /// to a live one.
@@ -248,7 +310,7 @@ impl UdpShards {
 
     /// The same shards for the same listener, always: so many from a place on that its key tells.
     fn shards_of(&self, server: UdpServer) -> impl Iterator<Item = &Handle> {
-        let first = foldhash::fast::FixedState::default().hash_one(server.key) as usize % self.shards.len();
+        let first = first_shard(server.key, self.shards.len());
         self.shards.iter().cycle().skip(first).take(server.shards.min(self.shards.len()))
     }
 
@@ -271,7 +333,7 @@ impl Handle {
             drop(end);
         })?;
         Ok(Self {
-            commands: Some(commands),
+            commands: Some(Arc::new(commands)),
             wake,
             queued: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),

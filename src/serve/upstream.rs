@@ -4,11 +4,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::event::epoll;
+
+use crate::name::Family;
 use crate::serve::doubt::Doubt;
 use crate::serve::flow::FlowId;
+use crate::serve::socket::has_foreign_source;
 
 /// The sockets to backends of one shard, by [`FlowId::index`]. Owned by its thread.
 #[derive(Debug)]
@@ -31,13 +36,25 @@ struct Upstream {
 ///
 /// A process that takes a flow over with its socket has to know: it notes its own in [`OwnSources`], and those of clients need
 /// their answers led to it (`reply_path`) before the first one is served. The socket tells, by IP_TRANSPARENT. What is known of
-/// ways back need not be handed over, as it is found out anew. A TCP connection has nothing of the kind but its sockets.
+/// ways back need not be handed over, as it is found out anew; but a flow's [`Doubt`] has to. A TCP connection has nothing of
+/// the kind but its sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     /// This node.
     Node,
     /// The flow's client.
     Client,
+}
+
+impl Owner {
+    /// Whose source address a connected socket has, as the kernel knows it.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub(super) fn of(socket: &UdpSocket) -> io::Result<Self> {
+        let family = Family::of(socket.local_addr()?.ip());
+        Ok(if has_foreign_source(socket, family)? { Self::Client } else { Self::Node })
+    }
 }
 
 impl Upstreams {
@@ -102,6 +119,14 @@ impl Upstreams {
             self.doubts -= usize::from(upstream.doubt.is_some());
             upstream.port.into_iter().for_each(|port| self.sources.forget(port)); // before another process can have the port
         }
+    }
+
+    /// Lets go of a flow's socket that another process has, too: closing alone would leave it in the epoll instance.
+    pub(super) fn release(&mut self, flow: FlowId, epoll: &OwnedFd) {
+        if let Some(socket) = self.get(flow) {
+            let _ = epoll::delete(epoll, socket); // Not there only where it never was.
+        }
+        self.close(flow);
     }
 
     /// True where a client is a flow's socket of this process, of any shard.
@@ -192,6 +217,19 @@ mod tests {
         }
         sources.forget(40000);
         assert!(!sources.contains(address("10.0.0.1:40000")));
+    }
+
+    #[test]
+    fn f25_given_sockets_when_asked_whose_address_they_have_then_the_kernel_tells() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(socket) = UdpSocket::bind(address) else { continue }; // No IPv6 here.
+            assert_eq!(Owner::of(&socket).expect("it is bound"), Owner::Node);
+            let family = Family::of(socket.local_addr().expect("bound").ip());
+            match crate::serve::socket::allow_foreign_source(&socket, family) {
+                Ok(()) => assert_eq!(Owner::of(&socket).expect("it is bound"), Owner::Client),
+                Err(error) => eprintln!("skipped, that needs CAP_NET_ADMIN: {error}"),
+            }
+        }
     }
 
     #[test]

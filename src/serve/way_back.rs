@@ -8,6 +8,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::serve::moment::Moment;
 
 /// After how long a datagram without an answer tells something, when the client sends again.
@@ -25,7 +27,7 @@ const STRIKES_LAST: Duration = Duration::from_secs(1);
 const MOST_SILENT_DOUBLINGS: u64 = 2;
 
 /// Tells clients apart: an address, or of IPv6 the network that one host may have. Never 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ClientKey(u64);
 
 impl ClientKey {

@@ -49,6 +49,9 @@ pub(crate) trait Readable {
     /// Somebody waits. Called again in the next turn where that is still so.
     fn readable(&self, worker: &Rc<Worker>);
 
+    /// Nobody here is to be told of it any more: another process accepts.
+    fn unwatch(&self, _epoll: &OwnedFd) {}
+
     /// Its pause is over. For how long it goes on, where nobody may be accepted now either: that costs less than to be
     /// called for it.
     fn stays_mute(&self) -> Option<Duration> {
@@ -265,6 +268,12 @@ impl Worker {
     pub(crate) fn disown(&self, number: Foreign) {
         let gone = self.acceptors.borrow_mut().remove(&number.0);
         drop(gone); // With it may go the last owner of anything: nothing is borrowed here.
+    }
+
+    /// Looks at no listener any more: another process accepts.
+    pub(crate) fn retire(&self) {
+        let acceptors = self.acceptors.take();
+        acceptors.values().for_each(|acceptor| acceptor.unwatch(self.epoll()));
     }
 
     /// Begins a task. A panic ends that task alone.

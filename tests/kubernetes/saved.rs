@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 use crate::log::Log;
 use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
@@ -66,6 +67,25 @@ async fn t227_f2_given_a_saved_state_when_the_server_is_away_at_the_start_then_i
     stage.until_backends(&[site.backend(2)]).await;
     stage.until("contact", |status| status.contact.is_connected()).await;
     assert_eq!(saved_at(&stage), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f25_given_a_folder_that_is_still_another_process_s_when_the_server_is_followed_then_nothing_is_written_there()
+{
+    let (site, folder_taken) = (Site::new(85), CancellationToken::new());
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let mut setup = keeping_in(folder.path(), "authority-1.pem");
+    setup.selection.folder_taken = Some(folder_taken.clone());
+    let server = ApiServer::start(api_address(site)).await;
+    server.put("services", web(site));
+    server.put("endpointslices", slice("web-1", &[site.backend(1)]));
+    let stage = Stage::following_with(site, server, setup).await;
+    stage.until_backends(&[site.backend(1)]).await;
+    assert!(!folder.path().join(FILE).exists());
+
+    folder_taken.cancel();
+
+    stage.until("the state to be saved", |_| folder.path().join(FILE).exists()).await;
 }
 
 /// On one thread, so that all it logs is seen.

@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,14 +16,14 @@ use kube_relay::config::DEFAULT_ROUTE_PROTOCOL;
 use kube_relay::name::Family;
 use kube_relay::reply_message::route_table;
 use kube_relay::reply_path::{self, CHECK_INTERVAL};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::CapabilitySet;
 
 use crate::beside::load;
 use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, find, skip, with_only};
 use crate::stage::{
     Backends, ClusterIp, ENTRIES, Entry, ExternalIp, Outcome, Pod, Stage, UDP_BACKEND_PORT, Web, answer, ask_on,
-    ask_tcp, ask_udp, expect_at, until,
+    ask_tcp, ask_udp, ask_udp_on, expect_at, until,
 };
 use crate::verdicts::{backends, local, rig};
 use crate::vips::in_runtime;
@@ -44,6 +44,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
     f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
     f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_connects_then_it_has_a_port,
+    t126_f25_given_streams_and_flows_with_clients_addresses_when_upgraded_then_they_go_on_and_answers_still_come,
     given_a_relay_that_was_killed_when_another_runs_then_rules_are_there_once_and_cleanup_takes_them_away,
     given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answers_here,
 ];
@@ -565,6 +566,81 @@ fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_conn
     let outcome = stage.rig.node(0).run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
 
     assert!(outcome.pod().is_some(), "{outcome:?}");
+}
+
+/// Has a client's stream and flow be answered, whose backend sees the client.
+fn are_seen(client: &Namespace, family: Family, stream: &mut TcpStream, flow: &UdpSocket) {
+    for outcome in [ask_on(stream), ask_udp_on(flow)] {
+        let outcome = outcome.expect("it goes on");
+        assert!(is_from(&outcome, client.address(family)), "{outcome:?}");
+    }
+}
+
+/// The process that serves after upgrades, which is nobody's child here. Ended with the test.
+struct Serving(Option<Pid>);
+
+impl Serving {
+    fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.0 {
+            let _ = kill_process(pid, signal); // It may have ended.
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+/// Has the relay on a node replaced by another one; that one's process.
+fn upgrade(stage: &Stage, state: &Path) -> Pid {
+    let mut order = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
+    order.args(["upgrade", "--state-dir"]).arg(state);
+    let output = stage.rig.node(0).run(|| order.output()).expect("it starts");
+    assert!(output.status.success(), "{output:?}\n{}", stage.log());
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let pid = told.split(' ').nth(1).and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+    pid.unwrap_or_else(|| panic!("no process is told: {told}"))
+}
+
+fn t126_f25_given_streams_and_flows_with_clients_addresses_when_upgraded_then_they_go_on_and_answers_still_come() {
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let (_running, state) = (backends(&rig), tempfile::tempdir().expect("a folder can be made"));
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start_bare(rig, &preserving().with(pods), |command| {
+        command.args(["--vip-routes-at-exit", "remove", "--state-dir"]).arg(state.path());
+    });
+    let (client, node) = (stage.rig.client(), stage.rig.node(0));
+    let mut open = FAMILIES.map(|family| {
+        let (to, own) = (stage.at(ClusterIp, family), SocketAddr::new(client.address(family), 0));
+        let both = client.run(|| {
+            let flow = UdpSocket::bind(own)?;
+            flow.connect(to)?;
+            Ok((TcpStream::connect(to)?, flow))
+        });
+        (family, both.expect("it is served"))
+    });
+    for (family, (stream, flow)) in &mut open {
+        are_seen(client, *family, stream, flow);
+    }
+
+    let mut serving = Serving(None);
+    for _ in 0..2 {
+        serving.0 = Some(upgrade(&stage, state.path()));
+
+        for (family, (stream, flow)) in &mut open {
+            are_seen(client, *family, stream, flow);
+        }
+        sees(&stage, client, ClusterIp, client);
+        assert_eq!(rules(node), 2, "the last one has left them");
+    }
+    drop(open); // It would wait for these.
+    serving.signal(Signal::TERM);
+    until("the last one takes them along", || rules(node) == 0);
 }
 
 /// How many rules lead answers here, of both families.

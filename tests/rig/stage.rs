@@ -425,13 +425,18 @@ pub(crate) fn ask_udp(to: SocketAddr) -> Outcome {
     let exchange = || {
         let socket = UdpSocket::bind(any)?;
         socket.connect(to)?;
-        socket.set_read_timeout(Some(SILENCE))?;
-        socket.send(b"?")?;
-        let mut buffer = [0; 256];
-        let length = socket.recv(&mut buffer)?;
-        Ok(answer(&String::from_utf8_lossy(&buffer[..length])))
+        ask_udp_on(&socket)
     };
-    exchange().unwrap_or_else(|error: io::Error| Outcome::of(&error))
+    exchange().unwrap_or_else(|error| Outcome::of(&error))
+}
+
+/// A datagram of a flow.
+pub(crate) fn ask_udp_on(socket: &UdpSocket) -> io::Result<Outcome> {
+    socket.set_read_timeout(Some(SILENCE))?;
+    socket.send(b"?")?;
+    let mut buffer = [0; 256];
+    let length = socket.recv(&mut buffer)?;
+    Ok(answer(&String::from_utf8_lossy(&buffer[..length])))
 }
 
 pub(crate) fn answer(text: &str) -> Outcome {

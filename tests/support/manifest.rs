@@ -14,6 +14,7 @@ pub struct Manifest {
     node_port: bool,
     external_ips: Vec<IpAddr>,
     local_to: Option<&'static str>,
+    health_port: Option<u16>,
     affinity_seconds: Option<u32>,
     annotations: Vec<(&'static str, &'static str)>,
     endpoints: Vec<IpAddr>,
@@ -30,6 +31,7 @@ impl Manifest {
             node_port: false,
             external_ips: Vec::new(),
             local_to: None,
+            health_port: None,
             affinity_seconds: None,
             annotations: Vec::new(),
             endpoints: Vec::new(),
@@ -76,6 +78,12 @@ impl Manifest {
     /// Both traffic policies Local, and all endpoints on this node.
     pub fn local_to(mut self, node: &'static str) -> Self {
         self.local_to = Some(node);
+        self
+    }
+
+    /// Makes it one of a load balancer, which asks at this number: for a Service that is local to a node.
+    pub fn health_port(mut self, number: u16) -> Self {
+        self.health_port = Some(number);
         self
     }
 
@@ -130,6 +138,12 @@ impl Manifest {
         }
         if self.local_to.is_some() {
             writeln!(f, "  internalTrafficPolicy: Local\n  externalTrafficPolicy: Local")?;
+        }
+        if let Some(number) = self.health_port {
+            writeln!(
+                f,
+                "  type: LoadBalancer\n  allocateLoadBalancerNodePorts: false\n  healthCheckNodePort: {number}"
+            )?;
         }
         if let Some(seconds) = self.affinity_seconds {
             writeln!(f, "  sessionAffinity: ClientIP")?;

@@ -1,0 +1,60 @@
+//! Whether the relay that runs with this `--state-dir` could be upgraded, and what of it would be kept.
+
+use std::path::PathBuf;
+
+use tokio::task::spawn_blocking;
+
+use super::fact::{Fact, Unreadable};
+use super::finding::{Finding, Subject};
+use crate::handover::{self, Seen};
+
+const SUBJECT: Subject = Subject::Upgrade;
+
+/// Who answers in the state folder; `None`: nobody does.
+pub(super) async fn read(folder: PathBuf) -> Fact<Option<Seen>> {
+    let name = folder.display().to_string();
+    match spawn_blocking(move || handover::look(&folder)).await {
+        Ok(Ok(seen)) => Ok(Some(seen)),
+        Ok(Err(error)) if error.is_nobody() => Ok(None),
+        Ok(Err(error)) => Err(Unreadable::new(&name, error)),
+        Err(error) => Err(Unreadable::new(&name, error)),
+    }
+}
+
+pub(super) fn judge(seen: &Fact<Option<Seen>>) -> Finding {
+    match seen {
+        Ok(Some(seen)) if seen.is_ready() => Finding::ok(
+            SUBJECT,
+            format!("{seen}: an upgrade keeps listeners, connections, UDP flows, session affinity and counters"),
+        ),
+        Ok(Some(seen)) => Finding::note(SUBJECT, format!("{seen}: no upgrade from here now")),
+        Ok(None) => Finding::ok(SUBJECT, "no kube-relay runs with this --state-dir that could be upgraded"),
+        Err(why) => Finding::unknown(SUBJECT, why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Grade;
+    use super::*;
+
+    #[tokio::test]
+    async fn f25_given_a_state_folder_of_nobody_when_looked_at_then_there_is_nothing_to_keep() {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+
+        let seen = read(folder.path().to_owned()).await;
+
+        assert_eq!(judge(&seen).grade, Grade::Ok);
+        assert!(judge(&seen).message.starts_with("no kube-relay runs"), "{seen:?}");
+    }
+
+    #[test]
+    fn f25_given_who_answers_in_the_folder_when_judged_then_only_one_that_serves_here_can_be_upgraded() {
+        let told = |pid, ready| judge(&Ok(Some(Seen::of(pid, ready))));
+
+        assert_eq!(told(7, true).grade, Grade::Ok);
+        assert!(told(7, true).message.contains("(pid 7) serves: an upgrade keeps listeners"));
+        assert_eq!((told(7, false).grade, told(0, true).grade), (Grade::Note, Grade::Note));
+        assert_eq!(judge(&Err(Unreadable::new("/s", "no right"))).grade, Grade::Note);
+    }
+}

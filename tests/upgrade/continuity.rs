@@ -1,0 +1,180 @@
+//! What goes on over upgrades in a row: connections, UDP flows, pins and counters.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::net::TcpSocket;
+use tokio::sync::watch;
+
+use crate::load::Load;
+use crate::relay::{House, descriptors, lasting_descriptors};
+use crate::support::backend::{Backend, Talker};
+use crate::support::client::{Answer, Caller, ask_on};
+use crate::support::manifest::Manifest;
+use crate::support::site::{SERVICE_PORT, Site};
+use crate::support::{full, seen, within};
+use crate::talk::Talks;
+
+/// Descriptors of idle pipes that the threads of a relay may keep: two of each of eight pipes, on two threads.
+const IDLE_PIPES: usize = 32;
+
+/// How large it is.
+struct Size {
+    upgrades: usize,
+    talks: u64,
+    callers: usize,
+    pinned: u8,
+    connections_per_second: u32,
+}
+
+impl Size {
+    fn of_this_run() -> Self {
+        match full() {
+            true => Self { upgrades: 20, talks: 200, callers: 64, pinned: 20, connections_per_second: 1_000 },
+            false => Self { upgrades: 3, talks: 20, callers: 8, pinned: 4, connections_per_second: 200 },
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f25_f33_given_streams_flows_and_pins_when_upgraded_again_and_again_then_all_go_on_and_no_counter_falls() {
+    let (site, size) = (Site::new(16), Size::of_this_run());
+    let _backends = [Backend::named(site.backend(1)).await, Backend::named(site.backend(2)).await];
+    let _talkers = [Talker::named(site.backend(1)).await, Talker::named(site.backend(2)).await];
+    let web = Manifest::new(site).tcp().udp().endpoints([site.backend(1), site.backend(2)]);
+    let talks = Manifest::new(site).named("talks").cluster_ip(site.client(1)).tcp().endpoints([site.backend(3)]);
+    let sticky = Manifest::new(site).named("sticky").cluster_ip(site.client(2)).tcp().sticky(3_600);
+    let sticky = sticky.endpoints([site.backend(1), site.backend(2)]);
+    let (mut house, mut serving) = House::serving_all(site, &[&web, &talks, &sticky]).await;
+    let callers = callers(size.callers, site.service()).await;
+    let (answers, pins) = (ask_all(&callers).await, pins(site, size.pinned).await);
+    let asking = Caller::new(site.service()).await;
+    asking.ask().await;
+    let before = (descriptors(serving), lasting_descriptors(serving), seen::resident_bytes(serving)[0]);
+    let talks = Talks::begin(size.talks, SocketAddr::new(site.client(1), SERVICE_PORT), site.backend(3)).await;
+    let load = Load::start(site.service(), size.connections_per_second);
+    let (over, is_over) = watch::channel(());
+    let datagrams = tokio::spawn(ask_all_the_time(asking, is_over));
+    let mut waits = Vec::new();
+    talks.longest_waits().await; // As they began.
+
+    for _ in 0..size.upgrades {
+        load.answered(50).await;
+        let counted = counters(&house);
+        let output = house.upgrade(&[]).await;
+        waits.extend(talks.longest_waits().await);
+
+        let told = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}\n{}", house.log());
+        let last = std::mem::replace(&mut serving, house.serves().expect("somebody serves"));
+        // It has nothing to wait for, though all talks go on.
+        house.until("the last one ends", |house| house.has_ended(last)).await;
+        assert_eq!(ask_all(&callers).await, answers, "the same backends, and the same sockets to them");
+        assert_eq!(self::pins(site, size.pinned).await, pins);
+        assert_eq!(fallen(&counted, &counters(&house)), Vec::<String>::new());
+    }
+
+    drop(over);
+    println!("{} datagrams were answered", datagrams.await.expect("none was lost"));
+    let outcome = load.end().await;
+    assert_eq!(outcome.failed, Vec::<String>::new());
+    let bytes = talks.end().await;
+    println!("{} upgrades, {bytes} bytes of {} talks: {outcome:?}", size.upgrades, size.talks);
+    tell_waits(waits);
+    // A second more would be that of a client whose first packet was lost.
+    assert!(outcome.slowest < Duration::from_secs(1), "{:?}", outcome.slowest);
+    let finished = ["service=\"talks\"", "reason=\"finished\""];
+    let ends = |house: &House, labels: &[&str]| house.metric("kuberelay_service_closed_total", labels);
+    house.until("all talks have ended", |house| ends(house, &finished[..1]) == size.talks).await;
+    assert_eq!(ends(&house, &finished), size.talks, "none was cut off");
+    assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"success\""]), size.upgrades as u64);
+    assert_eq!(house.metric("kuberelay_upgrade_standstill_seconds_count", &[]), size.upgrades as u64);
+    let short = if is_measured() { "le=\"0.05\"" } else { "le=\"1\"" };
+    assert_eq!(house.metric("kuberelay_upgrade_standstill_seconds_bucket", &[short]), size.upgrades as u64);
+    let status = seen::page(house.admin(), "/status").expect("it answers");
+    assert!(status.contains("\"standstillMs\":"), "{status}");
+    let has_as_many = |pid| lasting_descriptors(pid) <= before.1 && descriptors(pid) <= before.0 + IDLE_PIPES;
+    house.until("nothing is left open", |_| has_as_many(serving)).await;
+    let after = seen::resident_bytes(serving)[0];
+    println!("resident: {} bytes before, {after} after", before.2);
+    assert!(after <= 2 * before.2, "{} bytes before, {after} after", before.2);
+}
+
+async fn callers(count: usize, service: SocketAddr) -> Vec<Caller> {
+    let mut callers = Vec::with_capacity(count);
+    for _ in 0..count {
+        callers.push(Caller::new(service).await);
+    }
+    callers
+}
+
+async fn ask_all(callers: &[Caller]) -> Vec<Answer> {
+    let mut answers = Vec::with_capacity(callers.len());
+    for caller in callers {
+        answers.push(caller.ask().await);
+    }
+    answers
+}
+
+/// One datagram after the other, each with its answer, and all from the same backend. How many that were.
+async fn ask_all_the_time(caller: Caller, mut is_over: watch::Receiver<()>) -> u64 {
+    let (first, mut count) = (caller.ask().await, 1);
+    while is_over.changed().now_or_never().is_none() {
+        assert_eq!(caller.ask().await, first);
+        count += 1;
+        tokio::time::sleep(Duration::from_millis(5)).await; // Its pace: nobody waits for this.
+    }
+    count
+}
+
+/// Whom session affinity leads each of some clients to.
+async fn pins(site: Site, count: u8) -> Vec<SocketAddr> {
+    let service = SocketAddr::new(site.client(2), SERVICE_PORT);
+    let mut backends = Vec::new();
+    for number in 0..count {
+        backends.push(ask_from(site.client(20 + number), service).await);
+    }
+    backends
+}
+
+async fn ask_from(client: IpAddr, service: SocketAddr) -> SocketAddr {
+    let socket = TcpSocket::new_v4().expect("descriptors are left");
+    socket.bind(SocketAddr::new(client, 0)).expect("a port is free");
+    let mut stream = within("a connection", socket.connect(service)).await.expect("it serves");
+    ask_on(&mut stream).await.expect("a backend answers")
+}
+
+/// All counters of a relay, by series.
+fn counters(house: &House) -> BTreeMap<String, f64> {
+    let page = seen::page(house.admin(), "/metrics").expect("it answers");
+    let series = page.lines().filter_map(|line| line.rsplit_once(' '));
+    let is_counter = |(series, _): &(&str, &str)| {
+        let name = series.split('{').next().unwrap_or_default();
+        let ours = name.starts_with("kuberelay_") || name.starts_with("kubeproxy_");
+        ours && (name.ends_with("_total") || name.ends_with("_count"))
+    };
+    series.filter(is_counter).filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?))).collect()
+}
+
+/// Those that are less than before, or are not there any more.
+fn fallen(before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> Vec<String> {
+    let has_fallen = |(series, count): &(&String, &f64)| after.get(*series).is_none_or(|now| now < *count);
+    let tell = |(series, count): (&String, &f64)| format!("{series}: {count}, then {:?}", after.get(series));
+    before.iter().filter(has_fallen).map(tell).collect()
+}
+
+/// True in what is built for speed, and with as many samples as it takes to tell how long anything lasts.
+fn is_measured() -> bool {
+    full() && !cfg!(debug_assertions)
+}
+
+/// Prints how long talks stood still. That has a limit, and a close one where it is measured.
+fn tell_waits(mut waits: Vec<Duration>) {
+    waits.sort_unstable();
+    let at = |percent: usize| waits[(waits.len() * percent / 100).min(waits.len() - 1)];
+    println!("longest wait of each talk and upgrade: median {:?}, p99 {:?}", at(50), at(99));
+    let limit = if is_measured() { Duration::from_millis(50) } else { Duration::from_secs(1) };
+    assert!(at(99) < limit, "{:?}", at(99));
+}

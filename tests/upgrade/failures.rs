@@ -1,0 +1,158 @@
+//! Hand-overs that fail: whatever it is, the process that runs serves on, and it is said why.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Output;
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use socket2::SockRef;
+
+use crate::relay::{BINARY, House, descriptors};
+use crate::support::backend::Backend;
+use crate::support::client::{ask_on, ask_times, connect};
+use crate::support::manifest::Manifest;
+use crate::support::site::Site;
+
+/// A program that is not ours, with this as its text.
+fn script(house: &House, text: &str) -> String {
+    let path = house.path().join("successor");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("the test's folder can be written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    path.display().to_string()
+}
+
+/// The exit code and what was said.
+fn refused(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[tokio::test]
+async fn f25_given_a_successor_that_fails_when_an_upgrade_is_ordered_then_the_old_one_serves_and_says_why() {
+    let site = Site::new(20);
+    let backend = Backend::named(site.backend(1)).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let serves = async |house: &mut House| {
+        assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+        assert_eq!(house.serves(), Some(first));
+        assert!(!house.has_ended(first));
+    };
+    let mut long = connect(site.service()).await.expect("it serves");
+    assert_eq!(ask_on(&mut long).await.expect("a backend answers"), backend.address);
+    let before = descriptors(first);
+
+    let missing = refused(&house.upgrade(&["--binary", "/nowhere/kube-relay"]).await);
+    assert!(missing.contains("/nowhere/kube-relay cannot be started"), "{missing}");
+    serves(&mut house).await;
+
+    let wrong = script(&house, "exit 3");
+    let ended = refused(&house.upgrade(&["--binary", &wrong]).await);
+    assert!(ended.contains("the new process has ended (exit status: 3)"), "{ended}");
+    serves(&mut house).await;
+
+    let slow = script(&house, "exec sleep 60");
+    let late = refused(&house.upgrade(&["--binary", &slow, "--timeout", "300ms"]).await);
+    assert!(late.contains("not ready to take over in time"), "{late}");
+    serves(&mut house).await;
+
+    let crashes = script(&house, "kill -9 $$");
+    let killed = refused(&house.upgrade(&["--binary", &crashes]).await);
+    assert!(killed.contains("signal: 9"), "{killed}");
+    serves(&mut house).await;
+
+    let counts = ["not_started", "ended", "timeout", "success"];
+    let counts = counts.map(|result| house.metric("kuberelay_upgrades_total", &[&format!("result=\"{result}\"")]));
+    assert_eq!(counts, [1, 2, 1, 0]);
+    assert!(house.log().contains("this process serves as before"), "{}", house.log());
+    house.until("no descriptor is left over", |_| descriptors(first) <= before).await;
+    assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
+    let done = house.upgrade(&[]).await;
+    assert!(done.status.success(), "{done:?}");
+    house.until("another one serves", |house| house.serves().is_some_and(|pid| pid != first)).await;
+    assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
+}
+
+/// Sets SO_REUSEPORT of a listening socket of another process, which nobody does but a test.
+fn share_port(pid: u32, address: SocketAddr, shares: bool) {
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process");
+    let process = pidfd_open(process, PidfdFlags::empty()).expect("it runs");
+    let numbers = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let copies = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
+    let is_it = |copy: &OwnedFd| {
+        let socket = SockRef::from(copy);
+        let is_there = socket.local_addr().is_ok_and(|local| local.as_socket() == Some(address));
+        is_there && socket.is_listener().unwrap_or(false)
+    };
+    let listener = copies.into_iter().find(is_it).expect("it listens there");
+    SockRef::from(&listener).set_reuse_port(shares).expect("a listener");
+}
+
+#[tokio::test]
+async fn f25_given_a_listener_with_another_option_when_an_upgrade_is_ordered_then_the_old_one_serves_on_it() {
+    let site = Site::new(23);
+    let backend = Backend::named(site.backend(1)).await;
+    let (house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let mut long = connect(site.service()).await.expect("it serves");
+    ask_on(&mut long).await.expect("a backend answers");
+
+    share_port(first, site.service(), true);
+    let told = refused(&house.upgrade(&[]).await);
+
+    assert!(told.contains("cannot be taken over: its SO_REUSEPORT is another one"), "{told}");
+    assert_eq!(house.serves(), Some(first));
+    assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"refused\""]), 1);
+    assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+    assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
+    share_port(first, site.service(), false);
+    let done = house.upgrade(&[]).await;
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
+}
+
+#[tokio::test]
+async fn f25_given_a_program_behind_a_link_when_that_leads_elsewhere_by_now_then_this_is_what_is_started() {
+    let site = Site::new(35);
+    let mut house = House::new(site, &Manifest::new(site).tcp());
+    let link = house.path().join("kube-relay");
+    symlink(BINARY, &link).expect("the test's folder can be written");
+    let first = house.start_program(&link, |_| {});
+    house.until("it is ready", |house| house.serves() == Some(first) && house.is_ready()).await;
+
+    fs::remove_file(&link).expect("it is ours");
+    symlink(script(&house, "exit 3"), &link).expect("the test's folder can be written");
+    let ended = refused(&house.upgrade(&[]).await);
+
+    assert!(ended.contains("the new process has ended (exit status: 3)"), "{ended}");
+    fs::remove_file(&link).expect("it is ours");
+    symlink(BINARY, &link).expect("the test's folder can be written");
+    let done = house.upgrade(&[]).await;
+    assert!(done.status.success(), "{done:?}");
+    assert!(house.log().contains(r#""same_program":true"#), "{}", house.log());
+}
+
+#[tokio::test]
+async fn f25_given_nobody_with_the_folder_when_an_upgrade_is_ordered_then_that_is_said() {
+    let site = Site::new(21);
+    let house = House::new(site, &Manifest::new(site).tcp());
+
+    let nobody = refused(&house.upgrade(&[]).await);
+
+    assert!(nobody.contains("no kube-relay with this --state-dir runs"), "{nobody}");
+}
+
+#[tokio::test]
+async fn f21_given_a_process_that_was_killed_when_another_one_starts_to_take_over_then_it_serves_at_once() {
+    let site = Site::new(22);
+    let backend = Backend::named(site.backend(1)).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+
+    House::signal(first, Signal::KILL);
+    house.until("it has ended", |house| house.has_ended(first)).await;
+    let second = house.start(|command| _ = command.arg("--take-over"));
+    house.until("the second one serves", |house| house.serves() == Some(second)).await;
+
+    assert_eq!(ask_times(1, site.service()).await, [backend.address]);
+}

@@ -1,0 +1,13 @@
+//! Hot upgrades, with the program as it is: one process takes over from another one while clients come and go.
+
+mod continuity;
+mod failures;
+mod faults;
+mod load;
+mod pods;
+mod relay;
+mod succession;
+mod talk;
+
+#[path = "../support/mod.rs"]
+mod support;
