@@ -380,11 +380,15 @@ pub struct RunArgs {
     #[command(flatten)]
     pub(crate) config: ConfigFlag,
 
-    /// Take over the sockets of the kube-relay that runs with the same --state-dir, without a moment in which nobody serves; where none runs, start as ever
+    /// Take over the sockets of the kube-relay that runs with the same --state-dir, without a moment in which nobody serves; one that cannot hand over is waited for; where none runs, start as ever
     #[arg(long, help_heading = "Process", value_name = "true|false", env = "KUBE_RELAY_TAKE_OVER")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
     take_over: bool,
+
+    /// The pod that this is, by its metadata.uid: with --take-over, a container that is started again does not take back what another pod has taken over
+    #[arg(long, help_heading = "Process", value_name = "UID", env = "KUBE_RELAY_POD_UID", value_parser = pod_uid)]
+    pod_uid: Option<String>,
 
     #[command(flatten)]
     flags: RunFlags,
@@ -1031,6 +1035,17 @@ pub struct ReadyArgs {
     /// The --state-dir of the kube-relay
     #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
     pub state_dir: PathBuf,
+
+    /// The pod that is asked about, by its metadata.uid: another pod's kube-relay does not answer for it
+    #[arg(long, value_name = "UID", env = "KUBE_RELAY_POD_UID", value_parser = pod_uid)]
+    pod_uid: Option<String>,
+}
+
+impl ReadyArgs {
+    /// The pod that is asked about; `None`: whichever has the folder.
+    pub fn pod_uid(&self) -> Option<&str> {
+        self.pod_uid.as_deref().filter(|uid| !uid.is_empty())
+    }
 }
 
 /// Arguments of `new service`.
@@ -1250,7 +1265,7 @@ impl TryFrom<RunArgs> for RunConfig {
                 right: "give it the --state-dir of the kube-relay that runs: there they meet".into(),
             });
         }
-        Ok(RunConfig { take_over: args.take_over, ..config })
+        Ok(RunConfig { take_over: args.take_over, pod_uid: non_empty(args.pod_uid), ..config })
     }
 }
 
@@ -1286,6 +1301,7 @@ impl RunFlags {
             },
             state_dir: non_empty_path(process.state_dir),
             take_over: false,
+            pod_uid: None,
             logs: LogOptions { level: process.log_level, format: process.log_format },
             access_log: access_log.options(),
             udp_shards: NonZeroU16::new(process.udp_shards).unwrap_or(NonZeroU16::MIN),
@@ -1479,6 +1495,14 @@ impl PlanFlags {
 /// An empty environment variable (`value: ""` in a pod) means that there is none.
 fn non_empty(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
+}
+
+/// One line of a file is for each.
+fn pod_uid(text: &str) -> Result<String, String> {
+    match text.len() <= 253 && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Ok(text.to_owned()),
+        false => Err("write the pod's metadata.uid".into()),
+    }
 }
 
 fn non_empty_path(path: Option<PathBuf>) -> Option<PathBuf> {
@@ -1719,7 +1743,10 @@ mod tests {
         assert!(twice.to_string().contains("once"), "{twice}");
         let alone = run("kube-relay run -f x --take-over").expect_err("they cannot meet").to_string();
         assert!(alone.contains("for '--take-over': give it the --state-dir"), "{alone}");
-        assert!(run_fine("kube-relay run -f x --take-over --state-dir /s").take_over);
+        let pod = run_fine("kube-relay run -f x --take-over --state-dir /s --pod-uid 7f3c-1");
+        assert_eq!((pod.take_over, pod.pod_uid.as_deref()), (true, Some("7f3c-1")));
+        assert_eq!(run_fine("kube-relay run -f x --pod-uid=").pod_uid, None);
+        assert!(pod_uid("a\nb").is_err() && pod_uid(&"a".repeat(300)).is_err());
         assert_eq!(zero.to_string(), "invalid value '0s' for '--udp-timeout-stream': write a time above 0, like 10s");
     }
 

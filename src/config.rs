@@ -120,6 +120,8 @@ pub struct RunConfig {
     pub state_dir: Option<PathBuf>,
     /// True where another process with this folder is to hand over what it serves with. From `--take-over`.
     pub take_over: bool,
+    /// The pod that this process runs in, by its UID; `None`: nobody says. From `--pod-uid`.
+    pub pod_uid: Option<String>,
     /// How to log.
     pub logs: LogOptions,
     /// What to write of each connection and flow; `None`: nothing. From `--access-log`.

@@ -287,6 +287,11 @@ impl Relay {
         self.tcp.open_connections()
     }
 
+    /// To be called once another process has all that this one served with: it guards addresses, too.
+    pub async fn leave_guard(&self) {
+        self.guard.end().await;
+    }
+
     /// The last thing to be called, after [`drain`](Self::drain): removes the routes to addresses of Services, where they
     /// are to go at exit, and with them their guard and what leads answers to clients' addresses here.
     pub async fn leave_addresses(&self) {
@@ -410,16 +415,18 @@ impl Control {
         }
     }
 
-    /// Lends the sockets to another process, and stands still until it is known whose they are.
+    /// Lends the sockets to another process, and stands still until it is known whose they are. Where listeners are closed
+    /// already, as this process is about to end, what is open may still go on there.
     async fn hand_over(&mut self, Handing { lent, end }: Handing) {
-        let all = match self.synced && !self.status.stopping {
+        let all = match self.synced {
             true => lend(&self.listeners, &self.health_ports).await,
-            false => Err(io::Error::other("it does not serve yet, or does not serve any more")),
+            false => Err(io::Error::other("it does not serve yet")),
         };
         if lent.send(all).is_err() {
             return;
         }
         let Ok(done) = end.await else { return }; // All goes on as before.
+        self.listeners.leave_addresses().await;
         self.stop_accepting().await;
         let _ = done.send(()); // Whoever waits for it goes on without, too.
     }

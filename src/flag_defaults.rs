@@ -258,8 +258,8 @@ mod tests {
     #[test]
     fn given_the_flags_of_run_when_compared_with_our_kind_then_each_has_its_field() {
         let flags: Vec<&str> = Kind::Relay.fields().iter().flat_map(|field| field.flags).copied().collect();
-        // The third one is the way in which a pod's environment is asked; the last one is of a start, not of a configuration.
-        let of_the_line = ["config", "help", "kubernetes_service_host", "take_over"];
+        // The third one is the way in which a pod's environment is asked; the last two are of a start, not of a configuration.
+        let of_the_line = ["config", "help", "kubernetes_service_host", "take_over", "pod_uid"];
         let command = Cli::command();
         let run = command.find_subcommand("run").expect("run");
 

@@ -23,7 +23,8 @@
 //! before it, somebody serves as well: the successor, with all of it where `End` has come, and else from the beginning.
 //!
 //! *Why a socket in `--state-dir`.* The lock of that folder says who is the one that serves, and goes over with the rest: two
-//! successors cannot take over from the same process. Two pods of a node find each other there, where nobody knows a pid.
+//! successors cannot take over from the same process. Two pods of a node find each other there, where nobody knows a pid; which
+//! of them came after the other is in the same folder (`line`), as either may be started again.
 //!
 //! *Why the running process starts its successor* (`kube-relay upgrade`, `successor`): the child has the same user, rights,
 //! namespaces, group of the supervisor and standard error, by whatever way these were come by. Whoever supervises is told
@@ -35,6 +36,8 @@
 //! | `post` | how messages travel |
 //! | `introduction` | who the two are, and whether they understand each other |
 //! | `door` | the socket in the state folder |
+//! | `arrival` | how a process comes to that folder: first, as a successor, or not yet |
+//! | `line` | which pods have served, in their order |
 //! | `sockets` | what is said of listening sockets |
 //! | `giving`, `taking` | the two sides of the conversation above |
 //! | `host` | who answers at the door |
@@ -46,6 +49,7 @@
 //! | `fault` | what tests have a successor do |
 //! | `order` | what `kube-relay upgrade` and `kube-relay ready` do |
 
+mod arrival;
 mod counts;
 mod door;
 pub(crate) mod exporter;
@@ -56,6 +60,7 @@ mod heirs;
 mod host;
 pub(crate) mod importer;
 mod introduction;
+mod line;
 mod office;
 mod order;
 pub(crate) mod parcel;
@@ -66,10 +71,13 @@ mod streams;
 mod successor;
 pub(crate) mod taking;
 
+pub use arrival::{Arrival, NotYet};
 pub use host::{Handed, Host};
+pub use line::enter;
 pub use office::{NoDoor, Office};
+pub(crate) use order::serving;
 pub use order::{OrderError, Seen, UpgradeReport, look, upgrade};
-pub use taking::{TakeError, TakeOver};
+pub use taking::{Decision, TakeError, TakeOver};
 
 #[cfg(test)]
 mod tests;

@@ -121,6 +121,7 @@ pub mod discovery;
 pub mod dns_records;
 pub mod dns_zone;
 pub mod doctor;
+pub mod elder;
 pub mod endpoints;
 #[cfg(feature = "kubernetes")]
 mod endpoints_watch;
@@ -217,6 +218,7 @@ mod reply_news;
 pub mod reply_path;
 mod reply_seats;
 mod report_pieces;
+pub mod retirement;
 pub mod route_claim;
 mod route_message;
 mod route_socket;

@@ -7,7 +7,8 @@ use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::net::SocketAddr;
 use std::path::{self, PathBuf};
-use std::process::{Child, ExitCode};
+use std::pin::pin;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::{Duration, SystemTime};
@@ -32,9 +33,12 @@ use kube_relay::control::{Relay, RelayOptions};
 use kube_relay::difference::difference;
 use kube_relay::discovery::{Discovery, DiscoveryConfig, DiscoverySource};
 use kube_relay::doctor::{DoctorConfig, examine};
+use kube_relay::elder::Descendants;
 use kube_relay::explain::{Explanation, explain};
 use kube_relay::flag_defaults::{self, StartError};
-use kube_relay::handover::{self, Handed, Host as SuccessionHost, NoDoor, Office, TakeError, TakeOver, UpgradeReport};
+use kube_relay::handover::{
+    self, Arrival, Decision, Handed, Host as SuccessionHost, NoDoor, Office, TakeError, TakeOver, UpgradeReport,
+};
 use kube_relay::heap;
 use kube_relay::host::{self, Host, node_port_advice};
 use kube_relay::host_watch::Hosts;
@@ -46,6 +50,7 @@ use kube_relay::manifest::{self, Input, Source};
 use kube_relay::model::{Event, Model};
 use kube_relay::place::{self, Place};
 use kube_relay::plan::{Plan, PlanOptions, Severity};
+use kube_relay::retirement::Retirement;
 use kube_relay::scaffold::new_service_yaml;
 use kube_relay::state_lock::{Holder, StateLock, StateLockError};
 use kube_relay::status::Report;
@@ -54,12 +59,16 @@ use kube_relay::{logs, manual, overview, panics, peer, printable, top};
 use serde::Serialize;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 /// Threads for everything but traffic, which has its own: one may be planning while another answers.
 const CONTROL_THREADS: usize = 2;
+
+/// How often it is looked whether a state folder is to be had that another process has.
+const FOLDER_RETRY: Duration = Duration::from_millis(500);
 
 /// Descriptors that are made room for at the start, in half a megabyte of the kernel: enough for 10,000 Services of a TCP
 /// and a UDP port each and 20,000 connections.
@@ -132,9 +141,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     let workers = config.workers.unwrap_or_else(available_parallelism_or_one);
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
-    let outcome = state_dir(&config).and_then(|folder| {
-        on(runtime.context("cannot start the runtime")?, serve(config, folder, workers, open_files))
-    });
+    let outcome = runtime.context("cannot start the runtime");
+    let outcome = outcome.and_then(|runtime| on(runtime, serve(config, workers, open_files)));
     Ok(match outcome {
         Ok(()) => EXIT_FINE,
         Err(error) => {
@@ -169,20 +177,48 @@ enum StateDir {
 /// What was begun with a state folder.
 enum Begun {
     Alone(StateDir),
-    InPlaceOf(oneshot::Receiver<Result<Office, TakeError>>),
+    InPlaceOf(oneshot::Receiver<Result<Office, TakeError>>, Decision),
 }
 
-fn state_dir(config: &RunConfig) -> anyhow::Result<StateDir> {
+/// Where another process has the folder and is to be taken over from, it is waited for until it can be, or ends.
+async fn state_dir(config: &RunConfig) -> anyhow::Result<StateDir> {
     let Some(folder) = config.state_dir.clone() else { return Ok(StateDir::None) };
     if !config.take_over {
         return Ok(lock_state_dir(config)?.map_or(StateDir::None, |lock| StateDir::Own(folder, lock)));
     }
-    let take_over = TakeOver { folder, holder: holder(config) };
-    match take_over.look()? {
-        true => info!("another kube-relay serves: it is taken over from once there is a plan"),
-        false => info!("nobody is there to take over from"),
+    let take_over = TakeOver {
+        folder: folder.clone(),
+        holder: holder(config),
+        pod: config.pod_uid.clone(),
+        decision: Decision::default(),
+    };
+    let mut told = String::new();
+    loop {
+        let arriving = take_over.clone();
+        let arrival = spawn_blocking(move || arriving.arrive()).await.context("nobody has looked at --state-dir")??;
+        match arrival {
+            Arrival::First(lock) => {
+                info!("nobody is there to take over from");
+                return Ok(StateDir::Own(folder, lock));
+            }
+            Arrival::Successor => {
+                info!("another kube-relay serves: it is taken over from once there is a plan");
+                return Ok(StateDir::TakeOver(take_over));
+            }
+            Arrival::Alone(error) => {
+                warn!("{:#}", anyhow!(error));
+                return Ok(StateDir::None);
+            }
+            Arrival::NotYet(why) => {
+                let why = why.to_string();
+                if told != why {
+                    info!("{why}");
+                    told = why;
+                }
+                sleep(FOLDER_RETRY).await;
+            }
+        }
     }
-    Ok(StateDir::TakeOver(take_over))
 }
 
 fn holder(config: &RunConfig) -> Holder {
@@ -221,26 +257,38 @@ fn available_parallelism_or_one() -> usize {
 }
 
 /// From the first listener to the last connection, and to the last line of the access log, however it ends.
-async fn serve(config: RunConfig, folder: StateDir, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+    let mut signals = Signals::catch().context("cannot catch signals")?;
+    let nothing_read = Notify::new();
+    let folder = tokio::select! {
+        biased;
+        folder = state_dir(&config) => folder?,
+        _ = end(&mut signals, &config, &nothing_read, None) => return Ok(()), // It has waited for another one.
+    };
     let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
-    let outcome = relay(config, folder, workers, open_files, access_log.as_ref()).await;
+    let outcome = relay(config, folder, workers, open_files, access_log.as_ref(), &mut signals).await;
     if let Some(access_log) = access_log {
         access_log.end().await;
     }
-    outcome?;
+    if let Some(after) = outcome? {
+        let ending = after.outlast(&mut signals).await;
+        if !ending.is_success() {
+            bail!("the process that has taken over has ended: {ending}");
+        }
+    }
     info!("stopped");
     Ok(())
 }
 
-/// From the first listener to the last connection.
+/// From the first listener to the last connection. Those for which this process has to stay after that, if any.
 async fn relay(
     mut config: RunConfig,
     folder: StateDir,
     workers: usize,
     open_files: Option<u64>,
     access_log: Option<&AccessLog>,
-) -> anyhow::Result<()> {
-    let mut signals = Signals::catch().context("cannot catch signals")?;
+    signals: &mut Signals,
+) -> anyhow::Result<Option<Descendants>> {
     let hosts = Hosts::follow().await;
     if config.source.is_cluster() {
         config.plan.node.name.get_or_insert_with(|| host::name().into());
@@ -257,7 +305,7 @@ async fn relay(
     let own_servers = OwnServers::of(&config);
     let answers = match begun {
         Begun::Alone(_) => own_servers.on(&host),
-        Begun::InPlaceOf(_) => AdminOptions::nowhere(), // Another process does.
+        Begun::InPlaceOf(..) => AdminOptions::nowhere(), // Another process does.
     };
     let mut admin = admin::start(answers, relay.status(), readiness.clone(), relay.health()).await?;
     for (surface, address) in admin.bound() {
@@ -266,35 +314,46 @@ async fn relay(
     let watching = tokio::spawn(lifecycle::watch_start(relay.status(), readiness.clone()));
 
     let (reload, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-    let folder_taken = matches!(begun, Begun::InPlaceOf(_)).then(CancellationToken::new);
+    let folder_taken = matches!(begun, Begun::InPlaceOf(..)).then(CancellationToken::new);
     let mut source =
         follow(&config, place.clone(), &relay, admin.unbound(), folder_taken.clone(), &reload, &stop).await?;
+    let mut asked = None;
     let (office, _lock) = match begun {
         Begun::Alone(folder) => found(folder),
-        Begun::InPlaceOf(office) => {
-            let mut office = tokio::select! {
+        Begun::InPlaceOf(mut office, decision) => {
+            let office = tokio::select! {
                 biased;
-                office = office => office.context("the control task has panicked, nothing was taken over")??,
-                // Nobody has come here yet, and nothing is left.
-                _ = end(&mut signals, &config, &reload, access_log) => return Ok(()),
+                office = &mut office => office,
+                times = end(signals, &config, &reload, access_log) => {
+                    if decision.leave() {
+                        return Ok(None); // Nobody has come here yet, and nothing is left.
+                    }
+                    asked = Some(times);
+                    office.await
+                }
                 () = panicked(&mut source) => bail!("the source task has panicked, nothing was taken over"),
             };
+            let mut office = office.context("the control task has panicked, nothing was taken over")??;
             admin.take_over(office.take_admin_sockets(), &own_servers.on(&place.hosts.now())).await;
             office.tell_serving();
             folder_taken.iter().for_each(CancellationToken::cancel);
             (Some(office), None)
         }
     };
+    if office.is_some() {
+        enter_line(&config);
+    }
     let handed = office.map(|office| {
         let host = SuccessionHost {
             office,
             admin: admin.sockets(),
             readiness: readiness.clone(),
             cannot_start: cannot_start(&config.source),
+            pod: config.pod_uid.clone(),
         };
         relay.attend(host)
     });
-    let handed = handed.transpose().context("cannot start a thread")?;
+    let mut handed = pin!(all_handed(handed.transpose().context("cannot start a thread")?));
     let telling = tokio::spawn({
         let readiness = readiness.clone();
         async move {
@@ -303,30 +362,55 @@ async fn relay(
         }
     });
     let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
+    let folder = config.state_dir.clone().unwrap_or_default();
+    let retirement =
+        |times| Retirement { relay: &relay, readiness: &readiness, access_log, times, folder: folder.as_path() };
     let times = tokio::select! {
-        times = end(&mut signals, &config, &reload, access_log) => times,
+        times = until_asked(asked, end(signals, &config, &reload, access_log)) => times,
         // Whoever supervises this process starts another one, which serves.
         () = relay.ended() => bail!("the control task has panicked, nothing is served any more"),
         () = panicked(&mut source) => bail!("the source task has panicked, no change is followed any more"),
-        mut handed = all_handed(handed) => {
+        mut handed = &mut handed => {
             let answered = handed.answered();
             watching.abort();
             admin.abort();
             stop.cancel();
-            retire(&relay, &readiness, &mut signals, access_log, config.shutdown, handed).await;
+            relay.leave_guard().await;
+            let after = retirement(config.shutdown).run(handed, signals).await;
             answered.await;
-            return Ok(());
+            return after.map_err(|ending| anyhow!("the process that has taken over has ended: {ending}"));
         }
     };
     telling.abort();
     supervisor::tell(News::Stopping);
-    // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
-    lifecycle::shut_down(&relay, &readiness, times, hurry(&mut signals, access_log)).await;
-    relay.leave_addresses().await;
+    let after = tokio::select! {
+        biased;
+        // The pod that comes in the place of this one has not waited for its end.
+        mut handed = &mut handed => {
+            let answered = handed.answered();
+            relay.leave_guard().await;
+            let after = retirement(times).run_asked(handed, signals).await;
+            answered.await;
+            after
+        }
+        // Until the last connection has ended, changes are followed and `/readyz` says what goes on.
+        _ = lifecycle::shut_down(&relay, &readiness, times, hurry(signals, access_log)) => {
+            relay.leave_addresses().await;
+            None
+        }
+    };
     watching.abort();
     stop.cancel();
     admin.abort();
-    Ok(())
+    Ok(after)
+}
+
+/// Notes that this pod serves now: no pod that has served before it takes its place back.
+fn enter_line(config: &RunConfig) {
+    let (Some(folder), Some(pod)) = (&config.state_dir, &config.pod_uid) else { return };
+    if let Err(error) = handover::enter(folder, pod) {
+        warn!(state_dir = %folder.display(), %error, "it cannot be noted that this pod serves: an older one that is started again takes over");
+    }
 }
 
 /// Resolves when a task has panicked. One that has ended otherwise is nobody's trouble.
@@ -340,8 +424,9 @@ async fn panicked(task: &mut JoinHandle<()>) {
 fn start_relay(options: RelayOptions, folder: StateDir) -> io::Result<(Relay, Begun)> {
     Ok(match folder {
         StateDir::TakeOver(take_over) => {
+            let decision = take_over.decision.clone();
             let (relay, told) = Relay::start_taking_over(options, take_over)?;
-            (relay, Begun::InPlaceOf(told))
+            (relay, Begun::InPlaceOf(told, decision))
         }
         folder => (Relay::start(options)?, Begun::Alone(folder)),
     })
@@ -380,71 +465,6 @@ fn cannot_start(source: &SourceConfig) -> Option<&'static str> {
     }
 }
 
-/// The last part of a process that another one has taken over from: what is open comes to its end, however long that
-/// takes, unless somebody says that it is enough.
-///
-/// A container's first process does not end by itself then: the container would, or would be started again and take all back.
-async fn retire(
-    relay: &Relay,
-    readiness: &Readiness,
-    signals: &mut Signals,
-    access_log: Option<&AccessLog>,
-    times: ShutdownTimes,
-    Handed { pid, child, .. }: Handed,
-) {
-    if let Ok(pid @ 1..) = u32::try_from(pid) {
-        supervisor::tell(News::Successor(pid));
-    }
-    info!(open = relay.open_connections(), "another process serves");
-    tokio::select! {
-        biased;
-        request = ending(signals, access_log, child.as_ref()) => {
-            let times = if request == Request::Stop { ShutdownTimes::NONE } else { times };
-            let times = ShutdownTimes { delay: Duration::ZERO, ..times };
-            lifecycle::shut_down(relay, readiness, times, hurry(signals, access_log)).await;
-            return;
-        }
-        () = relay.drained() => info!("the last connection has ended"),
-    }
-    if !lifecycle::is_container() {
-        return;
-    }
-    match child {
-        Some(mut child) => {
-            let number = child.id();
-            let ended = tokio::task::spawn_blocking(move || child.wait());
-            tokio::select! {
-                _ = ended => {}
-                () = pass_on(signals, number) => {}
-            }
-        }
-        None => _ = ending(signals, access_log, None).await,
-    }
-}
-
-/// The next signal to end. In a container's first process they are meant for the one that serves, too.
-async fn ending(signals: &mut Signals, access_log: Option<&AccessLog>, child: Option<&Child>) -> Request {
-    loop {
-        let request = signals.next().await;
-        if let (Request::Reload, Some(access_log)) = (request, access_log) {
-            access_log.reopen();
-        }
-        if let Some(child) = child.filter(|_| lifecycle::is_container()) {
-            lifecycle::pass_on(request, child.id());
-        }
-        if request != Request::Reload {
-            return request;
-        }
-    }
-}
-
-/// Passes all signals on, without end.
-async fn pass_on(signals: &mut Signals, pid: u32) {
-    loop {
-        lifecycle::pass_on(signals.next().await, pid);
-    }
-}
-
 /// Starts the source.
 async fn follow(
     config: &RunConfig,
@@ -479,6 +499,14 @@ async fn follow(
             kubernetes::start(&Api::find(server).await?, &selection, relay, place, unbound, stop)?
         }
     })
+}
+
+/// What somebody has asked for already, or will.
+async fn until_asked(asked: Option<ShutdownTimes>, end: impl Future<Output = ShutdownTimes>) -> ShutdownTimes {
+    match asked {
+        Some(times) => times,
+        None => end.await,
+    }
 }
 
 /// Waits for a signal to end, and passes those to reload on.
@@ -789,7 +817,7 @@ fn upgrade(args: UpgradeArgs) -> anyhow::Result<u8> {
 fn ready(args: &ReadyArgs) -> anyhow::Result<u8> {
     let here = handover::look(&args.state_dir)?;
     print(&format!("{here}\n"))?;
-    Ok(if here.is_ready() { EXIT_FINE } else { EXIT_PROBLEMS })
+    Ok(if here.is_ready_in(args.pod_uid()) { EXIT_FINE } else { EXIT_PROBLEMS })
 }
 
 /// The running process has another working directory. A bare name is looked for where commands are.

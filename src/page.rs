@@ -60,7 +60,7 @@ mod tests {
     use crate::recent::Happened;
     use crate::status::{
         BackendTraffic, HealthPortReport, ListenerReport, ListenerState, PortReport, PortTraffic, ScopedBackends,
-        ServiceReport, SourceTraffic,
+        ServiceReport, SourceTraffic, UpgradeFailure, UpgradeStatus,
     };
     use crate::summary::{Closeup, ServiceSummary, Summary};
 
@@ -84,12 +84,16 @@ mod tests {
         let status = sample::status();
         let mut summary = Summary::of(&status, UNIX_EPOCH);
         summary.contact = Some(contact());
+        summary.upgrade = Some(UpgradeStatus::default());
+        summary.upgrade_failure = Some(UpgradeFailure::default());
         let mut closeup = Closeup::of(&status, &ObjectName::parse("default/web"), UNIX_EPOCH).expect("web is there");
         closeup.report.notes = vec![problem()];
         let failed = ListenerState::Failed { reason: "in_use".into(), message: "ask ss".into() };
         vec![
             ("SourceStatus", fields(&summary.source)),
             ("ContactReport", fields(contact())),
+            ("UpgradeStatus", fields(UpgradeStatus::default())),
+            ("UpgradeFailure", fields(UpgradeFailure::default())),
             ("Summary", fields(&summary)),
             ("ServiceSummary", fields(service_summary())),
             ("Closeup", fields(&closeup)),

@@ -6,7 +6,7 @@
 use std::ops::Deref;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
@@ -641,6 +641,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
     access_log_dropped: Counter::new(),
     upgrades: Tally::new(),
+    upgrade_failure: LastFailure::new(),
     // Clients wait meanwhile: what is long for one of them is above 50 ms.
     standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
     healthz: HealthAnswers::new(),
@@ -680,6 +681,8 @@ pub struct ProcessStats {
     pub access_log_dropped: Counter,
     /// Hand-overs by what came of them: of the process that hands over, and of the one that has taken over.
     pub upgrades: Tally<{ UpgradeResult::ALL.len() }>,
+    /// The last one from this process that came to nothing.
+    pub upgrade_failure: LastFailure,
     /// How long connections and flows stood still in each hand-over to this process, and to those before it.
     pub standstill: Histogram<12>,
     /// Answers of `/healthz` at the health address.
@@ -688,6 +691,35 @@ pub struct ProcessStats {
     pub livez: HealthAnswers,
     /// From a change of endpoints, as the control plane noticed it, to its being served here.
     pub network_programming: Histogram<15>,
+}
+
+/// What came of the last upgrade that failed, and when. In one number, so that both are of the same one.
+#[derive(Debug)]
+pub struct LastFailure(AtomicU64);
+
+impl LastFailure {
+    /// A number for the word, in the lowest bits.
+    const WORD_BITS: u32 = 8;
+
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// In place of the one before. The time is kept in whole seconds.
+    pub fn note(&self, result: UpgradeResult, at: SystemTime) {
+        let seconds = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.0.store(seconds << Self::WORD_BITS | usize::from(result) as u64, Ordering::Relaxed);
+    }
+
+    /// `None` where there was none.
+    pub fn get(&self) -> Option<(UpgradeResult, SystemTime)> {
+        let (seconds, word) = match self.0.load(Ordering::Relaxed) {
+            0 => return None,
+            noted => (noted >> Self::WORD_BITS, noted & ((1 << Self::WORD_BITS) - 1)),
+        };
+        let result = UpgradeResult::ALL.get(usize::try_from(word).ok()?)?;
+        Some((*result, SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)))
+    }
 }
 
 /// Lines that were not logged, by why.
@@ -831,6 +863,18 @@ mod tests {
     use std::mem::offset_of;
 
     use super::*;
+
+    #[test]
+    fn given_failures_when_noted_then_the_last_one_is_known_with_its_time() {
+        let (failure, at) = (LastFailure::new(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        assert_eq!(failure.get(), None);
+
+        for result in UpgradeResult::ALL {
+            failure.note(*result, at);
+
+            assert_eq!(failure.get(), Some((*result, at)));
+        }
+    }
 
     #[test]
     fn given_durations_when_observed_then_each_counts_up_to_its_bound_and_beyond() {

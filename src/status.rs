@@ -22,7 +22,8 @@ use crate::recent::Recent;
 use crate::rejections::Rejections;
 use crate::serve::balancer::{Backend, Balancer, PortState};
 use crate::serve::departed::Departed;
-use crate::stats::BackendStats;
+use crate::stats::{BackendStats, PROCESS};
+use crate::timestamp::rfc3339;
 
 /// All Services and all problems: the document that `check -o json` prints.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -440,6 +441,36 @@ pub struct UpgradeStatus {
     pub standstill_ms: u64,
     /// How long all of it took, from the question to that this process served, in milliseconds.
     pub elapsed_ms: u64,
+}
+
+/// An upgrade from this process that came to nothing: it serves as before.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UpgradeFailure {
+    /// When that was, as in RFC 3339.
+    pub at: String,
+    /// A word of [`UpgradeResult`].
+    pub result: Cow<'static, str>,
+}
+
+impl UpgradeFailure {
+    /// The last one of this process; `None` where there was none.
+    pub fn of_process() -> Option<Self> {
+        let (result, at) = PROCESS.upgrade_failure.get()?;
+        Some(Self { at: rfc3339(at), result: result.as_str().into() })
+    }
+
+    /// `upgrade failed 2026-01-02T03:04:05Z (timeout)`: for who has room for a few words.
+    pub fn gist(&self) -> String {
+        format!("upgrade failed {} ({})", self.at, self.result)
+    }
+}
+
+impl UpgradeStatus {
+    /// `upgraded 2026-01-02T03:04:05Z, stood still 7 ms`: for who has room for a few words.
+    pub fn gist(&self) -> String {
+        format!("upgraded {}, stood still {} ms", self.at, self.standstill_ms)
+    }
 }
 
 /// How a source does. Sent by the source with each of its reports.

@@ -19,7 +19,7 @@ use crate::name::ObjectName;
 use crate::plan::{Problem, Severity};
 use crate::recent::Happened;
 use crate::stats::{BackendStats, CloseReason, ConnectFailure, DropReason, PROCESS, PauseReason, ServiceStats, Tally};
-use crate::status::{ListenerState, Report, ServiceStatus, SourceStatus, Status};
+use crate::status::{ListenerState, Report, ServiceStatus, SourceStatus, Status, UpgradeFailure, UpgradeStatus};
 use crate::timestamp::rfc3339;
 
 /// Problems that are told word by word. Where there are more they have few causes; all of them are in `/status`.
@@ -36,7 +36,7 @@ pub struct Summary {
     pub at_ms: u64,
     /// Version of the running program.
     pub version: Cow<'static, str>,
-    /// Process id of the running program. With another one, all counters have begun anew.
+    /// Process id of the running program. With another one, all counters have begun anew, but after an upgrade.
     pub pid: u32,
     /// Grows by one with each batch of events that changed something.
     pub revision: u64,
@@ -47,6 +47,12 @@ pub struct Summary {
     /// Whether the API server is heard; absent with a static source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contact: Option<ContactReport>,
+    /// How this process has taken over from another one, whose counters go on; left out where it has not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeStatus>,
+    /// The last try to upgrade this process that came to nothing; left out where there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade_failure: Option<UpgradeFailure>,
     /// Of all Services together: connections and datagrams that were turned away, by reason; reasons at 0 are left out.
     pub dropped: Counts,
     /// Of all backends together, those that left among them: failed tries, by reason; reasons at 0 are left out.
@@ -194,6 +200,8 @@ impl Summary {
             synced: status.synced,
             source: status.source.clone(),
             contact: status.contact.report(),
+            upgrade: status.upgrade.as_deref().cloned(),
+            upgrade_failure: UpgradeFailure::of_process(),
             dropped: totals.dropped,
             connect_failures: totals.connect_failures,
             closed: totals.closed,
@@ -369,6 +377,16 @@ mod tests {
             [("dns", ServiceState::Refusing), ("headless", ServiceState::Unserved), ("web", ServiceState::Failed)]
         );
         assert_eq!((summary.at_ms, summary.pid, summary.revision), (1_500, std::process::id(), 7));
+    }
+
+    #[test]
+    fn t234_given_a_process_that_has_taken_over_when_summed_up_then_that_is_told_and_else_takes_no_room() {
+        let never = serde_json::to_string(&summary(&sample::status())).expect("JSON");
+        let upgrade = UpgradeStatus { standstill_ms: 7, ..UpgradeStatus::default() };
+        let status = Status { upgrade: Some(Arc::new(upgrade.clone())), ..sample::status() };
+
+        assert!(!never.contains("\"upgrade\""), "{never}");
+        assert_eq!(summary(&status).upgrade, Some(upgrade));
     }
 
     #[test]

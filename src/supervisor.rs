@@ -35,6 +35,11 @@ impl News {
     }
 }
 
+/// True where somebody wants to know.
+pub fn is_there() -> bool {
+    std::env::var_os(SOCKET).is_some()
+}
+
 /// Tells it, where somebody wants to know.
 pub fn tell(news: News) {
     let Some(socket) = std::env::var_os(SOCKET) else { return };

@@ -178,8 +178,8 @@ enum Order {
     AllKnown,
     /// The process is about to end: nothing goes any more.
     Stop,
-    /// Another process has the addresses: nothing goes by this one any more, not even at its end.
-    Leave,
+    /// Another process has the addresses: nothing goes by this one any more, not even at its end. Told once its claim is free.
+    Leave(oneshot::Sender<()>),
     /// The process ends: what is to go at exit goes.
     End(oneshot::Sender<()>),
     /// Panic, to see what happens then.
@@ -229,9 +229,11 @@ impl Vips {
     }
 
     /// To be called when another process has taken over what is served at these addresses: routes are its own from now on,
-    /// and it may remove them.
-    pub(crate) fn leave(&self) {
-        self.tell(Order::Leave);
+    /// and it may remove them. Resolves when it may claim them; nobody has to wait for that.
+    pub(crate) fn leave(&self) -> oneshot::Receiver<()> {
+        let (done, left) = oneshot::channel();
+        self.tell(Order::Leave(done));
+        left
     }
 
     /// The end: removes our routes where that is asked for.
@@ -428,14 +430,16 @@ impl Keeper {
             }
             Order::AllKnown => {
                 self.all_known = true;
+                self.claim_due = now;
                 self.tell_state();
                 self.remove_what_may_go();
             }
             Order::Stop => self.stop(now),
-            Order::Leave => {
+            Order::Leave(done) => {
                 self.stop(now);
                 self.options.at_exit = AtExit::Keep;
                 self.claim = None; // The other one waits for it.
+                let _ = done.send(()); // Nobody may wait for that.
             }
             Order::End(done) => return Some(done),
             #[cfg(test)]
@@ -620,10 +624,13 @@ impl Keeper {
         self.hear();
     }
 
-    /// Not before there is a route to be claimed: on loopback addresses any number of relays live side by side.
+    /// Not before there is a route to be claimed: on loopback addresses any number of relays live side by side. And not before
+    /// all is known: nothing is removed until then, and who takes over from another process would find that one.
     async fn take_claim(&mut self) {
         let now = Instant::now();
-        if self.claim.is_some() || self.stopping || self.routes.tally().own == 0 || now < self.claim_due {
+        let is_too_early = !self.all_known && self.counted;
+        if self.claim.is_some() || self.stopping || is_too_early || self.routes.tally().own == 0 || now < self.claim_due
+        {
             return;
         }
         self.claim_due = now + CLAIM_INTERVAL;

@@ -136,7 +136,13 @@ impl Deployment {
 
     /// What the program makes of it, with files as the source.
     fn run_config(&self) -> RunConfig {
+        self.run_config_with(&[])
+    }
+
+    /// The same, with what the environment says.
+    fn run_config_with(&self, environment: &[&str]) -> RunConfig {
         let line = ["kube-relay".to_owned()].into_iter().chain(self.arguments()).chain(["--source=-".to_owned()]);
+        let line = line.chain(environment.iter().map(ToString::to_string));
         let parsed = flag_defaults::parse(line.map(OsString::from)).unwrap_or_else(|error| panic!("{error}"));
         let cli::Command::Run(args) = parsed.command else { panic!("not run") };
         let file = args.config_file().expect("a configuration file");
@@ -146,7 +152,9 @@ impl Deployment {
 }
 
 fn port_of(probe: Option<&Probe>) -> u16 {
-    let get = probe.and_then(|probe| probe.http_get.as_ref()).expect("a probe by HTTP");
+    let probe = probe.expect("a probe");
+    assert!(probe.exec.is_none(), "the API server takes one way of asking");
+    let get = probe.http_get.as_ref().expect("a probe by HTTP");
     assert_eq!(get.path.as_deref(), Some("/livez"), "/healthz fails where a node is about to go, and so would the pod");
     assert_eq!((get.host.as_ref(), get.scheme.as_ref()), (None, None));
     match &get.port {
@@ -216,14 +224,54 @@ fn given_each_overlay_when_read_then_the_pod_has_what_it_needs_of_the_node_and_n
 }
 
 #[test]
-fn given_an_update_when_a_pod_is_replaced_then_the_old_one_ends_first_and_has_the_time_that_it_wants() {
+fn t234_given_an_update_when_a_pod_is_replaced_then_the_new_one_starts_beside_it_and_takes_over_in_their_folder() {
     for deployment in Deployment::all() {
         let spec = deployment.daemon_set.spec.as_ref().expect("a spec");
-        let rolling = spec.update_strategy.as_ref().and_then(|strategy| strategy.rolling_update.as_ref());
-        let rolling = rolling.expect("a rolling update");
+        let strategy = spec.update_strategy.as_ref().expect("a strategy");
+        let rolling = strategy.rolling_update.as_ref().expect("a rolling update");
+        let (pod, container) = (deployment.pod(), deployment.container());
+
+        assert_eq!(strategy.type_.as_deref(), Some("RollingUpdate"));
+        let numbers = (&rolling.max_surge, &rolling.max_unavailable);
+        assert_eq!(
+            numbers,
+            (&Some(IntOrString::Int(1)), &Some(IntOrString::Int(0))),
+            "the API takes one of them alone"
+        );
+        assert!(container.ports.is_none(), "the second pod of a node could not have them");
+        assert_eq!((pod.host_pid, pod.share_process_namespace), (None, None), "`ready` knows its own by their numbers");
+        let value = |name: &str| container.env.iter().flatten().find(|variable| variable.name == name);
+        assert_eq!(value("KUBE_RELAY_TAKE_OVER").and_then(|variable| variable.value.as_deref()), Some("true"));
+        let uid = value("KUBE_RELAY_POD_UID").and_then(|variable| variable.value_from.as_ref()).expect("from the pod");
+        assert_eq!(uid.field_ref.as_ref().map(|field| field.field_path.as_str()), Some("metadata.uid"));
+        let config =
+            deployment.run_config_with(&["--state-dir=/var/lib/kube-relay", "--take-over=true", "--pod-uid=1"]);
+        assert!(config.take_over && config.pod_uid.is_some() && config.state_dir.is_some());
+    }
+}
+
+#[test]
+fn t234_given_two_pods_of_a_node_when_one_is_asked_whether_it_is_ready_then_its_own_process_answers() {
+    for deployment in Deployment::all() {
+        let probe = deployment.container().readiness_probe.as_ref().expect("a probe");
+
+        assert!(probe.http_get.is_none(), "at a port of the node the other pod may answer");
+        let command = probe.exec.as_ref().and_then(|exec| exec.command.as_ref()).expect("a command");
+        let (program, arguments) = command.split_first().expect("a program");
+        assert_eq!(program, "/kube-relay", "where the image has it");
+        let line = ["kube-relay"].into_iter().chain(arguments.iter().map(String::as_str));
+        let line = line.chain(["--state-dir", "/s"]); // As the environment says.
+        let parsed = flag_defaults::parse(line.map(OsString::from)).unwrap_or_else(|error| panic!("{error}"));
+        assert!(matches!(parsed.command, cli::Command::Ready(_)));
+        assert!(probe.timeout_seconds >= Some(5), "it may have to wait while another pod takes over");
+    }
+}
+
+#[test]
+fn given_a_pod_that_is_ended_when_it_drains_then_it_has_the_time_that_it_wants() {
+    for deployment in Deployment::all() {
         let shutdown = deployment.run_config().shutdown;
 
-        assert_eq!((&rolling.max_unavailable, &rolling.max_surge), (&Some(IntOrString::Int(1)), &None));
         assert_eq!(deployment.pod().termination_grace_period_seconds, Some(45));
         assert!(shutdown.delay + shutdown.drain_timeout + Duration::from_secs(5) <= Duration::from_secs(45));
     }
@@ -241,7 +289,6 @@ fn given_each_overlay_when_its_ports_are_compared_then_flags_probes_and_annotati
         assert_eq!((health.port(), metrics.port()), ports, "{}: kube-proxy has the others", deployment.name);
         assert!(health.ip().is_unspecified(), "load balancers ask from outside");
         assert_eq!(port_of(container.liveness_probe.as_ref()), health.port(), "{}", deployment.name);
-        assert_eq!(port_of(container.readiness_probe.as_ref()), health.port(), "{}", deployment.name);
         assert_eq!(deployment.annotation("prometheus.io/port"), metrics.port().to_string());
         let beside = config.plan.proxy_name.as_deref() == Some("kube-relay");
         assert_eq!(beside, deployment.name != "base", "beside kube-proxy only labelled Services are ours");
@@ -368,6 +415,9 @@ fn given_the_pod_monitor_when_nodes_have_either_family_then_the_address_is_the_n
         let address = scrape_address(HOST_IP.into(), deployment.annotation("prometheus.io/port"));
         assert_eq!(address.parse(), Ok(deployment.run_config().metrics_address.expect("an address")));
     }
+    let rules = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"].as_array().expect("rules");
+    let drops = rules.iter().filter(|rule| rule["action"] == "labeldrop").map(|rule| rule["regex"].as_str());
+    assert_eq!(drops.collect::<Vec<_>>(), [Some("pod")], "both pods of an update are one target");
     assert_eq!(scrape_address("fd00::5".parse().expect("an address"), "10249"), "[fd00::5]:10249");
 }
 

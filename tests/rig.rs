@@ -1,8 +1,8 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, clients whose addresses it is to `preserve` and whose `replies` it leads
-//! back, node `addresses`, a `registry`, `floods` and `beside` kube-proxy, on the `stage` that they share, and in place of it:
-//! `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of its `nodes`, among `strangers`, and among
-//! neighbours (`arp`), in the `cluster` that these share.
+//! back, node `addresses`, a `registry`, `floods`, a `surge` of pods and `beside` kube-proxy, on the `stage` that they share, and
+//! in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of its `nodes`, among `strangers`,
+//! and among neighbours (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -58,6 +58,8 @@ mod rights;
 mod stage;
 #[path = "rig/strangers.rs"]
 mod strangers;
+#[path = "rig/surge.rs"]
+mod surge;
 #[path = "rig/sysctls.rs"]
 mod sysctls;
 #[path = "rig/verdicts.rs"]
@@ -101,6 +103,7 @@ fn main() -> ExitCode {
         registry::CASES,
         preserve::CASES,
         replies::CASES,
+        surge::CASES,
     ]
     .concat();
     let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();

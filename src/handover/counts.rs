@@ -142,6 +142,7 @@ impl Counters for ProcessStats {
             log_lines_dropped,
             access_log_dropped,
             upgrades,
+            upgrade_failure: _, // Of that process alone.
             standstill,
             healthz,
             livez,

@@ -101,7 +101,7 @@ impl Exporter {
             warn!(left, "no descriptor was left to hand over some connections: they come to their end in this process");
         }
         // Before connections let go of their addresses: no route is removed here any more, and nothing that leads answers here.
-        self.estate.vips.leave();
+        drop(self.estate.vips.leave());
         self.estate.reply_path.leave();
         let flows = self.estate.udp.leave();
         self.workers.leave().and(flows)

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
@@ -49,6 +49,8 @@ pub struct Host {
     pub readiness: Readiness,
     /// Why it cannot start a successor by itself, if so.
     pub cannot_start: Option<&'static str>,
+    /// The pod that it runs in, by its UID; `None`: nobody says.
+    pub pod: Option<String>,
 }
 
 /// Everything is another process's now.
@@ -208,7 +210,7 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
             refuse(post, &failure);
             return None;
         }
-        let own = Introduction::own().ready(self.host.readiness.is_ready());
+        let own = Introduction::own().ready(self.host.readiness.is_ready()).of_pod(self.host.pod.as_deref());
         post.send(own.parcel(), CALLER_LIMIT).ok()?;
         Some(caller)
     }
@@ -354,6 +356,7 @@ fn refuse_within(limit: Duration, post: &Post, failure: &Failure) {
 
 fn tell(failure: &Failure) {
     PROCESS.upgrades.count(failure.result());
+    PROCESS.upgrade_failure.note(failure.result(), SystemTime::now());
     warn!(error = chain(failure), "nothing was handed over: this process serves as before");
 }
 
@@ -371,14 +374,13 @@ fn name_of(program: Option<PathBuf>) -> String {
 mod tests {
     use std::net::TcpListener;
     use std::sync::mpsc::{Receiver, channel};
-    use std::time::SystemTime;
 
     use socket2::SockRef;
 
     use super::*;
     use crate::handover::door::call;
     use crate::handover::giving::Lent;
-    use crate::handover::taking::{TakeOver, introduce, why};
+    use crate::handover::taking::{Decision, TakeOver, introduce, why};
     use crate::name::{ListenKey, ObjectName, Protocol, ServicePortName};
     use crate::serve::estate::Estate;
     use crate::serve::passed::{Passed, WantedSockets};
@@ -419,7 +421,7 @@ mod tests {
             let address = own.local_addr().expect("it is bound");
             let admin = watch::Sender::new([(address, Arc::new(OwnedFd::from(own)))].into());
             let readiness = Readiness::default();
-            let host = Host { office, admin: admin.subscribe(), readiness, cannot_start: None };
+            let host = Host { office, admin: admin.subscribe(), readiness, cannot_start: None, pod: None };
             let key = ListenKey::new([127, 85, 10, number].into(), 7500, Protocol::Tcp);
             let listener = Arc::new(socket::listen_tcp(key).expect("a free address"));
             let (tell, committed) = channel();
@@ -440,7 +442,12 @@ mod tests {
         }
 
         fn take_over(&self) -> TakeOver {
-            TakeOver { folder: self.folder.path().to_owned(), holder: holder(2) }
+            TakeOver {
+                folder: self.folder.path().to_owned(),
+                holder: holder(2),
+                pod: None,
+                decision: Decision::default(),
+            }
         }
 
         fn was_committed(&self) -> bool {
@@ -520,6 +527,24 @@ mod tests {
     }
 
     #[test]
+    fn f25_given_a_successor_that_is_asked_to_end_when_it_has_not_taken_yet_then_it_does_not_and_after_that_it_knows() {
+        let rig = Rig::start(6, SOON);
+
+        let take_over = rig.take_over();
+        let offer = take_over.ask(&anything(), nothing()).expect("it is given").expect("somebody is there");
+        assert!(take_over.decision.leave());
+        let left = offer.accept(holder(2)).expect_err("it is about to end");
+
+        assert!(matches!(left, crate::handover::TakeError::Left), "{left}");
+        assert!(!rig.was_committed());
+        let take_over = rig.take_over();
+        let offer = take_over.ask(&anything(), nothing()).expect("it is given").expect("somebody is there");
+        offer.accept(holder(2)).expect("it is ours");
+        assert!(!take_over.decision.leave(), "it has to be looked after");
+        assert!(rig.was_committed());
+    }
+
+    #[test]
     fn f25_given_a_successor_that_says_nothing_when_it_was_waited_for_then_it_cannot_begin_any_more() {
         let rig = Rig::start(3, Duration::from_millis(500));
         let post = rig.asks();
@@ -538,10 +563,11 @@ mod tests {
         let lock = StateLock::take(folder.path(), holder(1)).expect("nobody has it");
         let office = Office::found(folder.path(), lock).expect("a socket can be made");
         let admin = watch::Sender::default().subscribe();
-        let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None };
+        let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None, pod: None };
         let handed = host.attend_with(|_| panic!("a fault of the test's"), SOON).expect("threads are left");
 
-        let take_over = TakeOver { folder: folder.path().to_owned(), holder: holder(2) };
+        let take_over =
+            TakeOver { folder: folder.path().to_owned(), holder: holder(2), pod: None, decision: Decision::default() };
         take_over.ask(&anything(), nothing()).expect_err("nobody answers any more");
 
         handed.blocking_recv().expect_err("nothing was handed over");

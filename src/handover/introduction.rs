@@ -37,6 +37,9 @@ pub(crate) struct Introduction {
     /// True where it is about to take over, and not only to look on or to order something.
     #[serde(default)]
     pub(crate) takes_over: bool,
+    /// The pod that it runs in, by its UID; empty where nobody has told it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) pod: String,
 }
 
 /// Why two processes cannot hand over anything to each other.
@@ -71,6 +74,7 @@ impl Introduction {
             kinds: Kind::ALL.iter().map(|kind| kind.number()).collect(),
             ready: false,
             takes_over: false,
+            pod: String::new(),
         }
     }
 
@@ -82,6 +86,11 @@ impl Introduction {
     /// The same, of one that serves or does not.
     pub(crate) fn ready(self, ready: bool) -> Self {
         Self { ready, ..self }
+    }
+
+    /// The same, of one in a pod.
+    pub(crate) fn of_pod(self, pod: Option<&str>) -> Self {
+        Self { pod: pod.unwrap_or_default().to_owned(), ..self }
     }
 
     /// What is sent.

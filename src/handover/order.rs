@@ -59,23 +59,34 @@ pub struct Seen {
     /// As this process knows it; 0 where it is in another namespace of processes, as in another pod.
     pid: i32,
     ready: bool,
+    /// The pod that it runs in, by its UID; empty where it does not say.
+    pod: String,
 }
 
 impl Seen {
     #[cfg(test)]
     pub(crate) fn of(pid: i32, ready: bool) -> Self {
-        Self { version: "0.1.0".into(), pid, ready }
+        Self { version: "0.1.0".into(), pid, ready, pod: String::new() }
     }
 
     /// True where it serves, and runs here.
     pub fn is_ready(&self) -> bool {
         self.ready && self.pid > 0
     }
+
+    /// The same for who asks from this pod: with the node's processes in sight, numbers tell nothing of whose they are. `None`
+    /// is nobody's in particular.
+    pub fn is_ready_in(&self, pod: Option<&str>) -> bool {
+        match pod {
+            Some(pod) if !self.pod.is_empty() => self.ready && self.pod == pod,
+            _ => self.is_ready(),
+        }
+    }
 }
 
 impl fmt::Display for Seen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { version, pid, ready } = self;
+        let Self { version, pid, ready, .. } = self;
         match (pid, ready) {
             (..=0, _) => write!(f, "kube-relay {version} in another container has the folder"),
             (pid, true) => write!(f, "kube-relay {version} (pid {pid}) serves"),
@@ -94,11 +105,27 @@ pub fn look(folder: &Path) -> Result<Seen, OrderError> {
     Ok(see(folder)?)
 }
 
+/// The process that has a state folder; `None` where nobody has, 0 where it is in another namespace of processes. By the kernel's
+/// word alone: that one may be busy, or of another version.
+///
+/// # Errors
+/// It cannot be told.
+pub(crate) fn serving(folder: &Path) -> Result<Option<i32>, CallError> {
+    match call_to_ask(folder) {
+        Ok(post) => {
+            let peer = post.peer().map_err(|source| CallError::Failed { folder: folder.to_owned(), source })?;
+            Ok(Some(peer.pid))
+        }
+        Err(CallError::Nobody { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 fn see(folder: &Path) -> Result<Seen, Refusal> {
     let post = call_to_ask(folder)?;
     let pid = post.peer().map_err(|source| CallError::Failed { folder: folder.to_owned(), source })?.pid;
     let told = introduce(&post, Introduction::own())?;
-    Ok(Seen { version: told.version(), pid, ready: told.ready })
+    Ok(Seen { version: told.version(), pid, ready: told.ready, pod: told.pod })
 }
 
 /// Why nothing came of it: the running process serves as before, if there is one.
@@ -156,6 +183,10 @@ mod tests {
         let seen = Seen::of;
 
         assert!(seen(1, true).is_ready() && !seen(1, false).is_ready() && !seen(0, true).is_ready());
+        let in_pod = |ready| Seen { pod: "new".into(), ..seen(4711, ready) };
+        assert!(in_pod(true).is_ready_in(Some("new")) && !in_pod(true).is_ready_in(Some("old")));
+        assert!(!in_pod(false).is_ready_in(Some("new")) && in_pod(true).is_ready_in(None));
+        assert!(seen(1, true).is_ready_in(Some("new")), "it does not say where it is");
         assert_eq!(seen(0, true).to_string(), "kube-relay 0.1.0 in another container has the folder");
     }
 

@@ -12,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::elder;
+
 /// The flag by which it knows what it is for.
 const TAKE_OVER: &str = "--take-over";
 /// What the kernel adds to the path of a program whose file was replaced.
@@ -41,7 +43,10 @@ impl Successor {
                 &own
             }
         };
-        let mut child = Command::new(program).args(arguments(env::args_os())).stdin(Stdio::null()).spawn()?;
+        let mut command = Command::new(program);
+        command.args(arguments(env::args_os())).stdin(Stdio::null());
+        elder::prepare(&mut command);
+        let mut child = command.spawn()?;
         let is_own_file = is_own_file(program);
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
             Ok(ended) => Ok(Self { child, ended, is_own_file }),

@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -40,6 +41,29 @@ pub struct TakeOver {
     pub folder: PathBuf,
     /// What this process says of itself as the owner.
     pub holder: Holder,
+    /// The pod that this process runs in, by its UID; `None`: it is none. From `--pod-uid`.
+    pub pod: Option<String>,
+    /// Whether it comes to that.
+    pub decision: Decision,
+}
+
+/// Whether what another process serves with is taken, or left to it for good. Decided once, by whoever is first; clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct Decision(Arc<OnceLock<bool>>);
+
+impl Decision {
+    /// Leaves it to the other process. False where it is taken, or was in this moment: then it has to be looked after.
+    pub fn leave(&self) -> bool {
+        !*self.0.get_or_init(|| false)
+    }
+
+    /// Takes it.
+    ///
+    /// # Errors
+    /// It is left to the other process.
+    fn take(&self) -> Result<(), TakeError> {
+        if *self.0.get_or_init(|| true) { Ok(()) } else { Err(TakeError::Left) }
+    }
 }
 
 /// Why nothing was taken over: the other process serves as before, if there is one.
@@ -60,6 +84,9 @@ pub enum TakeError {
     /// The other one has ended before all was told, and nothing is left of it: whoever asks again may begin.
     #[error("the kube-relay that was to hand over has ended")]
     Ended,
+    /// This process was asked to end before.
+    #[error("this process is about to end")]
+    Left,
     /// The conversation broke off.
     #[error("the hand-over broke off")]
     Broken(#[source] BrokenKind),
@@ -129,6 +156,7 @@ pub(crate) struct Offer {
     listeners: Vec<Passed>,
     health_ports: Vec<Passed>,
     moving: Importer,
+    decision: Decision,
 }
 
 /// The process that hands over.
@@ -215,7 +243,7 @@ impl TakeOver {
         }
         let office = Office::passed(folder.ok_or(Break::NoFolder)?, admin)?;
         fault::at(Step::End);
-        Ok(Some(Offer { other, office, listeners, health_ports, moving }))
+        Ok(Some(Offer { other, office, listeners, health_ports, moving, decision: self.decision.clone() }))
     }
 
     /// Begins with nothing: nobody is there who could hand over.
@@ -287,8 +315,8 @@ impl Offer {
     /// # Errors
     /// It is the other one's as before.
     pub(crate) fn accept(self, holder: Holder) -> Result<Taken, TakeError> {
-        let Self { other, office, listeners, health_ports, moving } = self;
-        other.agree()?;
+        let Self { other, office, listeners, health_ports, moving, decision } = self;
+        other.agree(&decision)?;
         fault::at(Step::Taken);
         office.lock.tell(holder);
         office.door.own();
@@ -299,13 +327,14 @@ impl Offer {
 
 impl Other {
     /// Has it let go. Once this is done, all is ours and nobody else's.
-    fn agree(&self) -> Result<(), TakeError> {
+    fn agree(&self, decision: &Decision) -> Result<(), TakeError> {
         // Where it has hung up, it is looked at what it has said before.
         let _ = self.post.send(Parcel::new(Kind::Ready, &()), SEND_LIMIT);
         fault::at(Step::Ready);
         match self.hear() {
             Ok(parcel) if parcel.kind == Kind::Commit => {
                 fault::at(Step::Commit);
+                decision.take()?;
                 // The one moment that counts: once this is sent, the other side hears it, or has ended.
                 self.say(Parcel::new(Kind::Taken, &()))
             }
@@ -313,6 +342,7 @@ impl Other {
             // All that it had was told, and nothing of it has moved since: it says so before it goes on. So what is here is as it
             // left it, and in nobody else's hands.
             Err(TakeError::Ended) => {
+                decision.take()?;
                 let from_pid = self.told.pid;
                 warn!(
                     from_pid,

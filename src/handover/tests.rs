@@ -25,7 +25,7 @@ use crate::handover::giving::{Handing, Lent};
 use crate::handover::importer::{Importer, TakenOver};
 use crate::handover::parcel::Kind;
 use crate::handover::taking::{TakeError, Taken};
-use crate::handover::{Handed, Host, Office, TakeOver};
+use crate::handover::{Decision, Handed, Host, Office, TakeOver};
 use crate::lifecycle::Readiness;
 use crate::name::{ListenKey, Protocol};
 use crate::plan::UdpSettings;
@@ -474,7 +474,7 @@ fn attend(old: &Arc<Process>, folder: &Path) -> oneshot::Receiver<Handed> {
     let lock = StateLock::take(folder, holder(1)).expect("nobody has it");
     let office = Office::found(folder, lock).expect("a socket can be made");
     let admin = watch::Sender::default().subscribe();
-    let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None };
+    let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None, pod: None };
     let old = Arc::clone(old);
     let control = move |Handing { lent, end }: Handing| {
         let estate = old.estate();
@@ -502,7 +502,8 @@ async fn f25_given_a_successor_that_goes_away_with_all_it_was_told_when_the_next
     let talks = Talks::begin(12, &listener, server).await;
     let folder = tempfile::tempdir().expect("a folder can be made");
     let handed = attend(&old, folder.path());
-    let take_over = TakeOver { folder: folder.path().to_owned(), holder: holder(2) };
+    let take_over =
+        TakeOver { folder: folder.path().to_owned(), holder: holder(2), pod: None, decision: Decision::default() };
     let ask = || {
         let (take_over, estate) = (take_over.clone(), new.estate());
         elsewhere(move || take_over.ask(&WantedSockets::default(), estate))

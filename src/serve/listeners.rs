@@ -375,6 +375,13 @@ impl Listeners {
         }
     }
 
+    /// To be called once another process has what is served here, and before it is told to begin: that one keeps addresses
+    /// local from then on, and leads answers here.
+    pub(crate) async fn leave_addresses(&self) {
+        self.reply_path.leave();
+        let _ = self.vips.leave().await; // An error means that nobody here keeps any.
+    }
+
     /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
     pub async fn close(&mut self) {
         self.closed = true;

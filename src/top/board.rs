@@ -1,7 +1,7 @@
 //! Two readings make rates: how fast the counters of each Service and each backend grow.
 //!
-//! A counter that is lower than before has begun anew, and so have all of another process: then what it shows is what
-//! was added since. No rate is ever below 0. The counters of a Service are the relay's own sums, of which a backend that
+//! A counter that is lower than before has begun anew, and so have all of another process, unless that one has taken over
+//! from the last: then what it shows is what was added since. No rate is ever below 0. The counters of a Service are the relay's own sums, of which a backend that
 //! leaves takes nothing away; those of its backends are asked for while somebody looks at them.
 
 use std::collections::HashMap;
@@ -21,6 +21,10 @@ pub struct Board {
     pub version: String,
     /// Its process.
     pub pid: u32,
+    /// When it has taken over from another process, in a few words; empty where it has not.
+    pub upgrade: String,
+    /// When another one has last failed to take over from it; empty where none has.
+    pub upgrade_failure: String,
     /// True once its source has delivered the first complete state.
     pub synced: bool,
     /// How many problems it tells of.
@@ -127,9 +131,15 @@ fn growth(before: Option<u64>, after: u64) -> u64 {
 impl Board {
     /// Replaces what was read before.
     pub fn take(&mut self, reading: Reading, at: Instant) {
-        let Reading { version, pid, synced, problem_count, services } = reading;
+        let Reading { version, pid, upgrade, upgrade_failure, synced, problem_count, services } = reading;
         let seconds = self.at.and_then(|before| seconds_between(before, at));
-        let is_same_process = self.pid == pid;
+        let was_upgraded = !upgrade.is_empty() && upgrade != self.upgrade;
+        let is_same_process = self.pid == pid || was_upgraded;
+        if let Some((_, read)) =
+            self.closeup.as_mut().and_then(|closeup| closeup.read.as_mut()).filter(|_| was_upgraded)
+        {
+            *read = pid;
+        }
         let before = mem::take(&mut self.services).into_iter();
         let mut before: HashMap<_, _> = before.map(|service| (service.reading.name.clone(), service)).collect();
         let services = services.into_iter().map(|service| {
@@ -137,8 +147,8 @@ impl Board {
             ServiceLine::after(before, service, seconds, is_same_process)
         });
         self.services = services.collect();
-        (self.at, self.version, self.pid) = (Some(at), version, pid);
-        (self.synced, self.problem_count) = (synced, problem_count);
+        (self.at, self.version, self.pid, self.upgrade) = (Some(at), version, pid, upgrade);
+        (self.synced, self.problem_count, self.upgrade_failure) = (synced, problem_count, upgrade_failure);
         self.rates = seconds.map(|_| sum(self.services.iter().filter_map(|service| service.rates)));
         self.open = self.services.iter().map(|service| service.reading.counts.open).sum();
         self.history.push(self.rates.map_or(0.0, |rates| rates.begun));
@@ -296,6 +306,24 @@ mod tests {
 
         assert_eq!(board.rates.map(|rates| rates.begun), Some(60.0));
         assert_eq!(begun(&closeup([(1, &[backend("a", 100)]), (2, &[backend("a", 120)])])), [60.0]);
+    }
+
+    #[test]
+    fn t234_given_a_process_that_has_taken_over_when_taken_then_its_counters_go_on_from_those_of_the_last() {
+        let after = |begun| Reading { upgrade: "upgraded now".into(), ..reading(2, 0, begun) };
+        let (mut board, start) = (Board::default(), Instant::now());
+        let seconds = |count| start + Duration::from_secs(count);
+        let backends = |begun| CloseReading { backends: vec![backend("a", begun)], ..CloseReading::default() };
+
+        board.take(reading(1, 0, 100), start);
+        board.take_closely("default/web", Some(backends(100)), start);
+        board.take(after(120), seconds(2));
+        board.take_closely("default/web", Some(backends(120)), seconds(2));
+
+        assert_eq!(board.rates.map(|rates| rates.begun), Some(10.0));
+        assert_eq!(begun(board.closeup.as_ref().expect("it was read")), [10.0]);
+        board.take(Reading { pid: 3, ..after(130) }, seconds(4));
+        assert_eq!(board.rates.map(|rates| rates.begun), Some(65.0), "it says nothing new: this one has begun anew");
     }
 
     #[test]

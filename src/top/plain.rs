@@ -12,7 +12,7 @@ pub fn text(top: &Top) -> Option<String> {
         None => table(OF_SERVICES, top.services.iter().filter_map(|place| top.board.services.get(*place))),
         Some(_) => table(OF_BACKENDS, top.closeup().filter(|closeup| closeup.is_there)?.backends.iter()),
     };
-    Some(format!("{}\n\n{table}", sums(top)))
+    Some(format!("{}{}\n\n{table}", sums(top), upgrade(top)))
 }
 
 /// `kube-relay 0.1.0 (pid 7) at 127.0.0.1:10249: 3 Services, 12 open, 34 new/s, 0 failed/s, 1.2 MiB/s up, 3.4 MiB/s down`.
@@ -36,6 +36,16 @@ pub fn sums(top: &Top) -> String {
         byte_rate(&board.rates, |rates| rates.upstream_bytes),
         byte_rate(&board.rates, |rates| rates.downstream_bytes),
     )
+}
+
+/// `, upgraded 2026-01-02T03:04:05Z, stood still 7 ms`, for the end of that line; or that the next upgrade has failed; empty
+/// where there was none.
+pub fn upgrade(top: &Top) -> String {
+    match (top.board.upgrade.as_str(), top.board.upgrade_failure.as_str()) {
+        ("", "") => String::new(),
+        (upgrade, "") => format!(", {upgrade}"),
+        (_, failure) => format!(", {failure}"),
+    }
 }
 
 /// All columns but the graph.
@@ -74,6 +84,7 @@ mod tests {
             let mut reading = Reading::of(Summary::of(status, UNIX_EPOCH));
             reading.pid = 7;
             reading.version = "1.2.3".into();
+            reading.upgrade_failure.clear(); // Other tests fail to upgrade this process.
             reading
         };
         let hear = |top: &mut Top, at| {
@@ -113,6 +124,21 @@ mod tests {
         10.244.0.2:8000   http   web-1   ready   71.4%   1        10      0        0 B    2.0 MiB
         10.244.0.3:8000   http   -       ready   28.6%   0        5       0        0 B    0 B
         ");
+    }
+
+    #[test]
+    fn t234_given_a_process_that_has_taken_over_when_printed_then_the_line_of_sums_ends_with_when() {
+        let mut top = top(None);
+        top.board.upgrade = "upgraded 2026-01-02T03:04:05Z, stood still 7 ms".into();
+
+        let first = |top: &Top| text(top).expect("all Services").lines().next().map(str::to_owned).unwrap_or_default();
+
+        let upgraded = first(&top);
+        top.board.upgrade_failure = "upgrade failed 2026-01-02T04:00:00Z (timeout)".into();
+        let failed = first(&top);
+
+        assert!(upgraded.ends_with("2.0 MiB/s down, upgraded 2026-01-02T03:04:05Z, stood still 7 ms"), "{upgraded}");
+        assert!(failed.ends_with("2.0 MiB/s down, upgrade failed 2026-01-02T04:00:00Z (timeout)"), "{failed}");
     }
 
     #[test]

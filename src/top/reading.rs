@@ -16,8 +16,12 @@ use crate::summary::{Closeup, ServiceState, ServiceSummary, Summary};
 pub struct Reading {
     /// Version of the program that answered.
     pub version: String,
-    /// Its process. Another one has begun to count anew.
+    /// Its process. Another one has begun to count anew, but after an upgrade.
     pub pid: u32,
+    /// When it has taken over from another process, in a few words; empty where it has not.
+    pub upgrade: String,
+    /// When another one has last failed to take over from it; empty where none has.
+    pub upgrade_failure: String,
     /// True once its source has delivered the first complete state.
     pub synced: bool,
     /// How many problems it tells of.
@@ -128,6 +132,8 @@ impl Reading {
     pub fn of(summary: Summary) -> Self {
         Self {
             version: printable(&summary.version),
+            upgrade: summary.upgrade.as_ref().map(|upgrade| printable(&upgrade.gist())).unwrap_or_default(),
+            upgrade_failure: summary.upgrade_failure.map(|failure| printable(&failure.gist())).unwrap_or_default(),
             pid: summary.pid,
             synced: summary.synced,
             problem_count: summary.problem_count,

@@ -51,7 +51,8 @@ pub(super) fn draw(frame: &mut Frame<'_>, top: &mut Top, now: Instant) -> usize 
         Constraint::Length(1),
     ])
     .areas(area);
-    frame.render_widget(Line::styled(plain::sums(top), Modifier::BOLD), head);
+    let sums = Span::styled(plain::sums(top), Modifier::BOLD);
+    frame.render_widget(Line::from(vec![sums, Span::styled(plain::upgrade(top), Modifier::DIM)]), head);
     if let Some(news) = news {
         frame.render_widget(news, notice);
     }
@@ -262,6 +263,7 @@ mod tests {
     use super::*;
     use crate::live::sample;
     use crate::name::ObjectName;
+    use crate::status::UpgradeStatus;
     use crate::summary::{self, Summary};
     use crate::top::order::Sort;
     use crate::top::reading::{CloseReading, Counts, Reading};
@@ -312,6 +314,21 @@ mod tests {
         assert!(lines[3].starts_with("default/dns ") && lines[3].contains(" refusing "), "{lines:#?}");
         assert!(lines[5].starts_with("default/web ") && lines[5].contains(" failed "), "{lines:#?}");
         assert!(lines[11].starts_with("q quit  ? help  Enter open  / filter  s sort: name  r reverse"), "{lines:#?}");
+    }
+
+    #[test]
+    fn t234_given_a_relay_that_was_upgraded_when_drawn_then_that_is_said_where_there_is_room() {
+        let mut summary = Summary::of(&sample::status(), UNIX_EPOCH);
+        let (at, standstill_ms) = ("2026-01-02T03:04:05Z".into(), 7);
+        summary.upgrade = Some(UpgradeStatus { at, standstill_ms, ..UpgradeStatus::default() });
+        summary.upgrade_failure = None; // Other tests fail to upgrade this process.
+        let mut top = top();
+        top.hear(Reading::of(summary), Instant::now());
+
+        let [wide, narrow] = [200, 60].map(|width| lines(&mut top, width, 12));
+
+        assert!(wide[0].ends_with(" down, upgraded 2026-01-02T03:04:05Z, stood still 7 ms"), "{wide:#?}");
+        assert!(narrow[0].starts_with("kube-relay 0.1.0 (pid ") && !narrow[0].contains("upgraded"), "{narrow:#?}");
     }
 
     #[test]

@@ -106,7 +106,7 @@ pub(crate) struct Means {
 }
 
 /// A table of nf_tables, as long as nobody asks for anything else.
-const TABLE: Means =
+pub(crate) const TABLE: Means =
     Means { is_possible: has_nf_tables, ask_for: |_| (), remove: guard::remove, is_kept_away: is_refused };
 
 impl Means {

@@ -5,6 +5,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::mem;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -144,9 +145,20 @@ impl Stage {
         })
     }
 
+    /// Gives the relay away. In its place is a program that ends at once.
+    pub(crate) fn take_relay(&mut self) -> Process {
+        let ended = self.rig.node(0).spawn(Command::new("true")).expect("it starts");
+        mem::replace(&mut self.relay, ended)
+    }
+
+    /// Starts another relay with the same manifests on the same node.
+    pub(crate) fn start_next(&self, prepare: impl FnOnce(&mut Command)) -> Process {
+        spawn(self.rig.node(0), self.folder.path(), &self.log, prepare)
+    }
+
     /// Starts another relay, after the last has [ended](Self::end).
     pub(crate) fn start_again(&mut self, prepare: impl FnOnce(&mut Command)) {
-        self.relay = spawn(self.rig.node(0), self.folder.path(), &self.log, prepare);
+        self.relay = self.start_next(prepare);
         self.until_ready();
     }
 

@@ -2,15 +2,16 @@
 //! place of the other: neither sees the other's processes, and both are number 1.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
 
+use kube_relay::state_lock::{Holder, StateLock};
 use rustix::process::{Signal, geteuid};
 
 use crate::load::Load;
 use crate::relay::{BINARY, House};
 use crate::support::backend::Backend;
-use crate::support::client::ask_on;
-use crate::support::client::connect;
+use crate::support::client::{ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
 use crate::support::skip;
@@ -32,6 +33,38 @@ fn is_ready(house: &House, pid: u32) -> (bool, String) {
     let output = probe.env_clear().output().expect("util-linux is there");
     let told = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&told).into_owned())
+}
+
+#[tokio::test]
+async fn t234_given_a_folder_of_one_that_cannot_hand_over_when_a_process_is_to_take_over_then_it_waits_for_its_end() {
+    let site = Site::new(18);
+    let backend = Backend::named(site.backend(1)).await;
+    let mut house = House::new(site, &Manifest::new(site).tcp().endpoints([backend.address]));
+    let older = Holder { pid: 1, admin: None, since: SystemTime::now() };
+    let lock = StateLock::take(&house.state(), older).expect("nobody has it");
+
+    let ended = house.start(|command| _ = command.arg("--take-over"));
+    house.until("it says that it waits", |house| house.log().contains("does not hand over")).await;
+    House::signal(ended, Signal::TERM);
+    house.until("it ends", |house| house.has_ended(ended)).await;
+    let next = house.start(|command| _ = command.arg("--take-over"));
+    house.until("it waits as well", |house| house.log().matches("does not hand over").count() == 2).await;
+    assert_eq!(house.serves(), None);
+    drop(lock);
+
+    house.until("it serves", |house| house.serves() == Some(next) && house.is_ready()).await;
+    assert_eq!(ask_times(1, site.service()).await, [backend.address]);
+}
+
+#[tokio::test]
+async fn given_nobody_to_take_over_from_when_the_first_state_is_long_in_coming_then_it_answers_for_itself_meanwhile() {
+    let site = Site::new(19);
+    let mut house = House::new(site, &Manifest::new(site).tcp());
+
+    let first = house.start(|command| _ = command.arg("--take-over").args(["-f", "-"]).stdin(Stdio::piped()));
+
+    house.until("it answers", |house| house.serves() == Some(first)).await;
+    assert!(!house.is_ready(), "its manifests are not all there");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

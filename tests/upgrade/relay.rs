@@ -83,6 +83,8 @@ impl House {
         command
             .env_clear()
             .env("PATH", path)
+            // As under systemd, which is told of a successor's number: then nobody has to stay for the next one.
+            .env("NOTIFY_SOCKET", self.folder.path().join("supervisor"))
             .arg("run")
             .arg("-f")
             .arg(self.manifest())
@@ -157,6 +159,22 @@ impl House {
             }
         }
         fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    }
+
+    /// The one that was started last, of those that run.
+    pub(crate) fn newest(&self) -> Option<u32> {
+        let started = |pid: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let after_name = stat.rsplit_once(") ").map(|(_, rest)| rest.to_owned()).unwrap_or_default();
+            after_name.split(' ').nth(19).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or_default()
+        };
+        self.relays().into_iter().max_by_key(|pid| (started(pid), *pid))
+    }
+
+    /// The exit code of one that was started here and has ended.
+    pub(crate) fn code(&mut self, pid: u32) -> Option<i32> {
+        let child = self.started.iter_mut().find(|child| child.id() == pid)?;
+        child.try_wait().expect("it is our own child")?.code()
     }
 
     /// Waits for a condition that only looking tells.

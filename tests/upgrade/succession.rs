@@ -218,6 +218,29 @@ fn is_refusal(error: io::Error) -> bool {
 }
 
 #[tokio::test]
+async fn t234_given_a_process_that_is_about_to_end_when_it_is_upgraded_then_the_next_one_drains_and_ends_with_it() {
+    let site = Site::new(14);
+    let backend = Backend::named(site.backend(1)).await;
+    let manifest = Manifest::new(site).tcp().endpoints([backend.address]);
+    let mut house = House::new(site, &manifest);
+    let first = house.start(|command| _ = command.args(["--shutdown-delay", "2s", "--drain-timeout", "60s"]));
+    house.until("it is ready", |house| house.is_ready()).await;
+    let mut long = connect(site.service()).await.expect("it serves");
+    assert_eq!(ask_on(&mut long).await.expect("a backend answers"), backend.address);
+
+    House::signal(first, Signal::TERM);
+    house.until("it is about to end", |house| !house.is_ready()).await;
+    let output = house.upgrade(&[]).await;
+    house.until("the first one ends", |house| house.has_ended(first)).await;
+    house.until("nobody is let in", |house| house.log().contains("draining")).await;
+
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
+    drop(long);
+    house.until("the next one ends", |house| house.relays().is_empty()).await;
+}
+
+#[tokio::test]
 async fn given_nobody_to_take_over_from_when_one_starts_so_then_it_serves_as_ever_and_hands_over_in_its_turn() {
     let site = Site::new(13);
     let backend = Backend::named(site.backend(1)).await;
