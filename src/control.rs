@@ -18,7 +18,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::apply_stats::APPLIED;
 use crate::contact::Contact;
+use crate::fd_store::FdStore;
 use crate::frozen::pack;
+use crate::given::Given;
 use crate::guard::{Guard, VipGuard};
 use crate::handover::giving::{Handing, Lent};
 use crate::handover::importer::{Importer, TakenOver};
@@ -156,7 +158,15 @@ impl Relay {
     /// # Errors
     /// Where the kernel refuses what every relay needs: descriptors, threads.
     pub fn start(options: RelayOptions) -> io::Result<Self> {
-        Self::start_as(options, None)
+        Self::start_as(options, None, Given::default())
+    }
+
+    /// The same, on sockets that were open before this process, as far as they are of use.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_given(options: RelayOptions, given: Given) -> io::Result<Self> {
+        Self::start_as(options, None, given)
     }
 
     /// The same, in the place of another process: once there is a first state, what that one serves with is taken over, and
@@ -168,12 +178,13 @@ impl Relay {
     pub fn start_taking_over(
         options: RelayOptions,
         take_over: TakeOver,
+        given: Given,
     ) -> io::Result<(Self, oneshot::Receiver<Result<Office, TakeError>>)> {
         let (tell, told) = oneshot::channel();
-        Ok((Self::start_as(options, Some(Succession { take_over, tell }))?, told))
+        Ok((Self::start_as(options, Some(Succession { take_over, tell }), given)?, told))
     }
 
-    fn start_as(options: RelayOptions, succession: Option<Succession>) -> io::Result<Self> {
+    fn start_as(options: RelayOptions, succession: Option<Succession>, given: Given) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (orders, order_inbox) = mpsc::channel(1); // Nobody gives one before the last is carried out.
         let contact = Arc::new(Contact::default());
@@ -195,8 +206,10 @@ impl Relay {
             options.vips.as_ref().map(|vips| Guard::start(options.vip_guard, vips.protocol)).unwrap_or_default();
         let vips = options.vips.map(Vips::start).unwrap_or_default();
         let reply_path = options.reply_path.map(ReplyPath::start).unwrap_or_default();
-        let listeners = Listeners::new(options.inside.into(), Arc::clone(&tcp), udp).with_vips(vips.clone());
-        let listeners = listeners.with_reply_path(reply_path.clone());
+        let listeners = Listeners::new(options.inside.into(), Arc::clone(&tcp), udp)
+            .with_vips(vips.clone())
+            .with_reply_path(reply_path.clone())
+            .with_store(FdStore::start(given.room)?);
         let control = Control {
             options: options.plan,
             health: health.clone(),
@@ -214,6 +227,7 @@ impl Relay {
             news: false,
             status: first,
             publish,
+            given,
             succession,
             has_ended: false,
         };
@@ -371,6 +385,8 @@ struct Control {
     /// The next snapshot.
     status: Status,
     publish: watch::Sender<Arc<Status>>,
+    /// Sockets that were open before this process; empty once the first state is served.
+    given: Given,
     /// `Some` until the first state is served.
     succession: Option<Succession>,
     /// True where another process serves, as nothing could be taken over from it.
@@ -512,25 +528,28 @@ impl Control {
         let acts = self.synced && (!self.dirty.is_empty() || self.inside_moved || !self.status.synced);
         let mut taken = None;
         if acts {
-            let succession = self.succession.take();
-            if succession.is_some() {
+            let (succession, given) = (self.succession.take(), self.take_given());
+            if succession.is_some() || !given.is_empty() {
                 self.listeners.hold_back();
             }
             self.carry_out().await;
-            if let Some(Succession { take_over, tell }) = succession {
-                match self.succeed(take_over).await {
+            match succession {
+                Some(Succession { take_over, tell }) => match self.succeed(take_over, given).await {
                     Ok(office) => taken = Some((tell, office)),
                     Err(error) => {
                         let _ = error.map(|error| tell.send(Err(error))); // Who waits for it ends the process.
                         self.has_ended = true;
                         return false;
                     }
-                }
+                },
+                None if !given.is_empty() => self.begin_given(given).await,
+                None => {}
             }
             self.describe_failures();
             self.describe();
             if !std::mem::replace(&mut self.status.synced, true) {
                 self.listeners.all_required();
+                self.listeners.tell_of_kept();
             }
             self.status.revision += 1;
         }
@@ -585,22 +604,51 @@ impl Control {
     ///
     /// # Errors
     /// That one goes on: nothing was given, or (without a reason) a thread has panicked.
-    async fn succeed(&mut self, take_over: TakeOver) -> Result<Office, Option<TakeError>> {
+    async fn succeed(&mut self, take_over: TakeOver, given: Vec<Passed>) -> Result<Office, Option<TakeError>> {
         let began = Instant::now();
-        let Taken { mut office, listeners, health_ports, moving, from } =
-            take_all(take_over, self.listeners.wanted(), self.listeners.estate()).await?;
-        let from = from.map(Arc::new);
-        if let Some(from) = &from {
-            await_release(from).await;
-        }
+        let (wanted, estate) = (self.listeners.wanted(), self.listeners.estate());
+        let Taken { mut office, listeners, health_ports, moving, from } = take_all(take_over, wanted, estate).await?;
+        let Some(from) = from.map(Arc::new) else {
+            self.begin_given(given).await; // Nobody was there, and so there is nothing else.
+            return Ok(office);
+        };
+        await_release(&from).await;
+        // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
+        let listeners = given.into_iter().chain(listeners).collect();
         let (inherited, moved) = self.go_on(listeners, moving).await;
         self.health_ports.inherit(health_ports, Instant::now()).await;
-        if let Some(from) = from {
-            self.open_the_rest(&from).await;
-            self.tell_of_upgrade(&from, inherited, moved, began.elapsed());
-            office.owe_word_to(from);
-        }
+        self.open_the_rest(&from).await;
+        self.tell_of_upgrade(&from, inherited, moved, began.elapsed());
+        office.owe_word_to(from);
         Ok(office)
+    }
+
+    /// The sockets that were open before this process. What else came with them is not to be kept any more.
+    fn take_given(&mut self) -> Vec<Passed> {
+        let Given { sockets, other_names, strays, .. } = std::mem::take(&mut self.given);
+        if !strays.is_empty() {
+            let names = strays.iter().map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ");
+            tracing::warn!(names, "descriptors were passed to this process that no listener could have: closed");
+        }
+        other_names.into_iter().for_each(|name| self.listeners.forget_kept(name));
+        sockets
+    }
+
+    /// Serves the first state, where it can on sockets that were open before this process: who waits there is served.
+    async fn begin_given(&mut self, given: Vec<Passed>) {
+        let (is_news, now) = (!given.is_empty(), Instant::now().into_std());
+        let Inherited { adopted, differing, unwanted } = self.listeners.begin(given, now).await;
+        if is_news {
+            let (listeners, elapsed_ms) = (self.listeners.bound_count(), now.elapsed().as_millis() as u64);
+            tracing::info!(
+                listeners,
+                adopted,
+                differing,
+                unwanted,
+                elapsed_ms,
+                "sockets that were kept are served again"
+            );
+        }
     }
 
     fn tell_of_upgrade(

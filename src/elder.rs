@@ -110,12 +110,12 @@ impl fmt::Display for Ending {
 }
 
 impl Descendants {
-    /// With the first of them. To be called on a runtime.
+    /// With the first of them, whose end is waited for here. To be called on a runtime.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn after(child: &Child, folder: PathBuf) -> io::Result<Self> {
-        let pid = Pid::from_child(child);
+    pub fn after(child: Child, folder: PathBuf) -> io::Result<Self> {
+        let pid = Pid::from_child(&child);
         Ok(Self { folder, pid, ended: watch(pid)?, ending: None })
     }
 
@@ -224,7 +224,7 @@ mod tests {
             ("kill -9 $$", "signal: 9", false),
         ] {
             let child = shell(script);
-            let mut descendants = Descendants::after(&child, folder.path().into()).expect("descriptors are left");
+            let mut descendants = Descendants::after(child, folder.path().into()).expect("descriptors are left");
 
             let ending = descendants.end().await;
 
@@ -237,7 +237,7 @@ mod tests {
     async fn given_a_process_that_is_asked_to_end_when_that_is_passed_on_then_it_hears_of_it() {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let child = shell("exec sleep 1000");
-        let mut descendants = Descendants::after(&child, folder.path().into()).expect("descriptors are left");
+        let mut descendants = Descendants::after(child, folder.path().into()).expect("descriptors are left");
 
         descendants.pass_on(Request::Drain).await;
 

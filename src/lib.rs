@@ -60,6 +60,7 @@
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | the right to the state folder, and its door | the thread of [`handover`], from start to hand-over | whoever calls |
+//! | which sockets the service manager keeps for the next process | the listeners, by value: `fd_store` | the manager, told by a thread |
 //! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
@@ -134,6 +135,7 @@ mod event_news;
 #[cfg(feature = "kubernetes")]
 mod events;
 pub mod explain;
+mod fd_store;
 #[cfg(feature = "kubernetes")]
 mod file_stamps;
 mod filter_message;
@@ -141,6 +143,7 @@ mod findings;
 pub mod flag_defaults;
 mod follow;
 pub mod frozen;
+pub mod given;
 pub mod guard;
 mod guard_addresses;
 mod guard_filters;

@@ -36,6 +36,7 @@ use kube_relay::doctor::{DoctorConfig, examine};
 use kube_relay::elder::Descendants;
 use kube_relay::explain::{Explanation, explain};
 use kube_relay::flag_defaults::{self, StartError};
+use kube_relay::given::Given;
 use kube_relay::handover::{
     self, Arrival, Decision, Handed, Host as SuccessionHost, NoDoor, Office, TakeError, TakeOver, UpgradeReport,
 };
@@ -125,6 +126,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(args: RunArgs) -> anyhow::Result<u8> {
+    let given = Given::take(); // Before anything is opened.
     heap::keep_little(); // Before there are other threads.
     let file = args.config_file().cloned();
     let config = RunConfig::try_from(args)?;
@@ -142,7 +144,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     let mut builder = Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
     let outcome = runtime.context("cannot start the runtime");
-    let outcome = outcome.and_then(|runtime| on(runtime, serve(config, workers, open_files)));
+    let outcome = outcome.and_then(|runtime| on(runtime, serve(config, given, workers, open_files)));
     Ok(match outcome {
         Ok(()) => EXIT_FINE,
         Err(error) => {
@@ -257,7 +259,7 @@ fn available_parallelism_or_one() -> usize {
 }
 
 /// From the first listener to the last connection, and to the last line of the access log, however it ends.
-async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
+async fn serve(config: RunConfig, given: Given, workers: usize, open_files: Option<u64>) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     let nothing_read = Notify::new();
     let folder = tokio::select! {
@@ -266,7 +268,7 @@ async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> an
         _ = end(&mut signals, &config, &nothing_read, None) => return Ok(()), // It has waited for another one.
     };
     let access_log = config.access_log.as_ref().map(AccessLog::start).transpose()?;
-    let outcome = relay(config, folder, workers, open_files, access_log.as_ref(), &mut signals).await;
+    let outcome = relay(config, folder, given, workers, open_files, access_log.as_ref(), &mut signals).await;
     if let Some(access_log) = access_log {
         access_log.end().await;
     }
@@ -284,6 +286,7 @@ async fn serve(config: RunConfig, workers: usize, open_files: Option<u64>) -> an
 async fn relay(
     mut config: RunConfig,
     folder: StateDir,
+    given: Given,
     workers: usize,
     open_files: Option<u64>,
     access_log: Option<&AccessLog>,
@@ -301,7 +304,7 @@ async fn relay(
     let host = place.hosts.now();
     let mut options = config.relay_options(&host);
     options.access_log = access_log.map(AccessLog::tap);
-    let (relay, begun) = start_relay(options, folder).context("cannot start the relay")?;
+    let (relay, begun) = start_relay(options, folder, given).context("cannot start the relay")?;
     let own_servers = OwnServers::of(&config);
     let answers = match begun {
         Begun::Alone(_) => own_servers.on(&host),
@@ -358,7 +361,8 @@ async fn relay(
         let readiness = readiness.clone();
         async move {
             readiness.ready().await;
-            supervisor::tell(News::Ready);
+            // Elsewhere: as long as many sockets are being kept, it may have to wait.
+            let _ = tokio::task::spawn_blocking(|| supervisor::tell(News::Ready)).await;
         }
     });
     let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
@@ -421,14 +425,14 @@ async fn panicked(task: &mut JoinHandle<()>) {
     }
 }
 
-fn start_relay(options: RelayOptions, folder: StateDir) -> io::Result<(Relay, Begun)> {
+fn start_relay(options: RelayOptions, folder: StateDir, given: Given) -> io::Result<(Relay, Begun)> {
     Ok(match folder {
         StateDir::TakeOver(take_over) => {
             let decision = take_over.decision.clone();
-            let (relay, told) = Relay::start_taking_over(options, take_over)?;
+            let (relay, told) = Relay::start_taking_over(options, take_over, given)?;
             (relay, Begun::InPlaceOf(told, decision))
         }
-        folder => (Relay::start(options)?, Begun::Alone(folder)),
+        folder => (Relay::start_given(options, given)?, Begun::Alone(folder)),
     })
 }
 

@@ -41,7 +41,7 @@ impl Retirement<'_> {
     /// # Errors
     /// Those that came after this process have ended before it, and not well.
     pub async fn run(self, handed: Handed, signals: &mut Signals) -> Result<Option<Descendants>, Ending> {
-        let mut after = self.meet(&handed);
+        let mut after = self.meet(handed);
         let mut is_asked = false;
         loop {
             tokio::select! {
@@ -76,7 +76,7 @@ impl Retirement<'_> {
     /// The same, for one that was asked to end before. Whoever asked has not meant that a process goes on which this one has
     /// started.
     pub async fn run_asked(self, handed: Handed, signals: &mut Signals) -> Option<Descendants> {
-        let after = self.meet(&handed);
+        let after = self.meet(handed);
         if let Some(after) = &after {
             after.pass_on(Request::Drain).await;
         }
@@ -85,12 +85,12 @@ impl Retirement<'_> {
     }
 
     /// Whoever supervises this process is told of the one that serves, where that is known by its number here.
-    fn meet(&self, Handed { pid, child, .. }: &Handed) -> Option<Descendants> {
-        if let Ok(pid @ 1..) = u32::try_from(*pid) {
+    fn meet(&self, Handed { pid, child, .. }: Handed) -> Option<Descendants> {
+        if let Ok(pid @ 1..) = u32::try_from(pid) {
             supervisor::tell(News::Successor(pid));
         }
         info!(open = self.relay.open_connections(), "another process serves");
-        let after = Descendants::after(child.as_ref()?, self.folder.to_owned());
+        let after = Descendants::after(child?, self.folder.to_owned());
         after.inspect_err(|error| warn!(%error, "the end of the process that serves will not be noticed")).ok()
     }
 

@@ -642,6 +642,7 @@ pub static PROCESS: ProcessStats = ProcessStats {
     access_log_dropped: Counter::new(),
     upgrades: Tally::new(),
     upgrade_failure: LastFailure::new(),
+    kept_listeners: Latest::new(),
     // Clients wait meanwhile: what is long for one of them is above 50 ms.
     standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
     healthz: HealthAnswers::new(),
@@ -683,6 +684,8 @@ pub struct ProcessStats {
     pub upgrades: Tally<{ UpgradeResult::ALL.len() }>,
     /// The last one from this process that came to nothing.
     pub upgrade_failure: LastFailure,
+    /// Listeners whose sockets the service manager keeps: a crash does not close them.
+    pub kept_listeners: Latest,
     /// How long connections and flows stood still in each hand-over to this process, and to those before it.
     pub standstill: Histogram<12>,
     /// Answers of `/healthz` at the health address.

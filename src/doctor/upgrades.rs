@@ -25,11 +25,22 @@ pub(super) fn judge(seen: &Fact<Option<Seen>>) -> Finding {
     match seen {
         Ok(Some(seen)) if seen.is_ready() => Finding::ok(
             SUBJECT,
-            format!("{seen}: an upgrade keeps listeners, connections, UDP flows, session affinity and counters"),
+            format!(
+                "{seen}: an upgrade keeps listeners, connections, UDP flows, session affinity and counters; {}",
+                after_a_crash(seen.kept())
+            ),
         ),
         Ok(Some(seen)) => Finding::note(SUBJECT, format!("{seen}: no upgrade from here now")),
         Ok(None) => Finding::ok(SUBJECT, "no kube-relay runs with this --state-dir that could be upgraded"),
         Err(why) => Finding::unknown(SUBJECT, why),
+    }
+}
+
+fn after_a_crash(kept: u64) -> String {
+    match kept {
+        0 => "a crash or a restart keeps nothing (with systemd: FileDescriptorStoreMax=)".into(),
+        1 => "a crash or a restart keeps 1 listener".into(),
+        kept => format!("a crash or a restart keeps {kept} listeners"),
     }
 }
 
@@ -54,6 +65,9 @@ mod tests {
 
         assert_eq!(told(7, true).grade, Grade::Ok);
         assert!(told(7, true).message.contains("(pid 7) serves: an upgrade keeps listeners"));
+        assert!(told(7, true).message.ends_with("keeps nothing (with systemd: FileDescriptorStoreMax=)"));
+        let kept = judge(&Ok(Some(Seen::of(7, true).keeping(12)))).message;
+        assert!(kept.ends_with("a crash or a restart keeps 12 listeners"), "{kept}");
         assert_eq!((told(7, false).grade, told(0, true).grade), (Grade::Note, Grade::Note));
         assert_eq!(judge(&Err(Unreadable::new("/s", "no right"))).grade, Grade::Note);
     }

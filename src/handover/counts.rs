@@ -143,6 +143,7 @@ impl Counters for ProcessStats {
             access_log_dropped,
             upgrades,
             upgrade_failure: _, // Of that process alone.
+            kept_listeners: _,
             standstill,
             healthz,
             livez,

@@ -96,7 +96,7 @@ struct Upgrade {
 /// Why nothing came of an upgrade.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("{program} cannot be started: {source}")]
+    #[error("{program} cannot be started")]
     Start { program: String, source: std::io::Error },
     #[error("the new process has ended ({0}) before it took over: its log says why")]
     Ended(std::process::ExitStatus),
@@ -351,7 +351,7 @@ fn refuse(post: &Post, failure: &Failure) {
 }
 
 fn refuse_within(limit: Duration, post: &Post, failure: &Failure) {
-    let _ = post.send(Parcel::new(Kind::Refused, &failure.to_string()), limit); // It may be gone.
+    let _ = post.send(Parcel::new(Kind::Refused, &chain(failure)), limit); // It may be gone.
 }
 
 fn tell(failure: &Failure) {

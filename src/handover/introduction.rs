@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use serde::{Deserialize, Serialize};
 
 use super::parcel::{Kind, Parcel};
+use crate::stats::PROCESS;
 
 /// The newest way of speaking that this version knows. It grows where an older side would get something wrong; fields and
 /// kinds that come alone are no reason.
@@ -40,6 +41,9 @@ pub(crate) struct Introduction {
     /// The pod that it runs in, by its UID; empty where nobody has told it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(crate) pod: String,
+    /// How many of its listeners a crash would not close.
+    #[serde(default)]
+    pub(crate) kept: u64,
 }
 
 /// Why two processes cannot hand over anything to each other.
@@ -75,6 +79,7 @@ impl Introduction {
             ready: false,
             takes_over: false,
             pod: String::new(),
+            kept: PROCESS.kept_listeners.get(),
         }
     }
 

@@ -61,12 +61,24 @@ pub struct Seen {
     ready: bool,
     /// The pod that it runs in, by its UID; empty where it does not say.
     pod: String,
+    /// Listeners that a crash would not close.
+    kept: u64,
 }
 
 impl Seen {
     #[cfg(test)]
     pub(crate) fn of(pid: i32, ready: bool) -> Self {
-        Self { version: "0.1.0".into(), pid, ready, pod: String::new() }
+        Self { version: "0.1.0".into(), pid, ready, pod: String::new(), kept: 0 }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn keeping(self, kept: u64) -> Self {
+        Self { kept, ..self }
+    }
+
+    /// How many of its listeners a crash would not close: the service manager keeps their sockets.
+    pub fn kept(&self) -> u64 {
+        self.kept
     }
 
     /// True where it serves, and runs here.
@@ -125,7 +137,7 @@ fn see(folder: &Path) -> Result<Seen, Refusal> {
     let post = call_to_ask(folder)?;
     let pid = post.peer().map_err(|source| CallError::Failed { folder: folder.to_owned(), source })?.pid;
     let told = introduce(&post, Introduction::own())?;
-    Ok(Seen { version: told.version(), pid, ready: told.ready, pod: told.pod })
+    Ok(Seen { version: told.version(), pid, ready: told.ready, pod: told.pod, kept: told.kept })
 }
 
 /// Why nothing came of it: the running process serves as before, if there is one.

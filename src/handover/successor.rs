@@ -13,6 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::elder;
+use crate::given::FOR_THIS_PROCESS;
 
 /// The flag by which it knows what it is for.
 const TAKE_OVER: &str = "--take-over";
@@ -30,7 +31,7 @@ pub(super) struct Successor {
 
 impl Successor {
     /// Starts a program with our own arguments; without a name it is what is at the place now where ours was found. It has our
-    /// environment and standard error, and no standard input.
+    /// environment but for what is said of descriptors there, our standard error, and no standard input.
     ///
     /// # Errors
     /// There is none, or it cannot be run.
@@ -44,6 +45,7 @@ impl Successor {
             }
         };
         let mut command = Command::new(program);
+        FOR_THIS_PROCESS.iter().for_each(|name| _ = command.env_remove(name));
         command.args(arguments(env::args_os())).stdin(Stdio::null());
         elder::prepare(&mut command);
         let mut child = command.spawn()?;

@@ -14,10 +14,12 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, OwnedFd};
+use std::slice;
 use std::sync::Arc;
 
 use tracing::warn;
 
+use crate::fd_store::{self, FdStore};
 use crate::name::{Family, ListenKey, Protocol};
 use crate::plan::Listener;
 use crate::serve::filter::{Filter, TooLong};
@@ -32,6 +34,8 @@ use crate::stats::PROCESS;
 pub(super) struct Servers {
     tcp: Arc<TcpShared>,
     pub(super) udp: UdpShards,
+    /// What of their sockets outlives this process.
+    pub(super) store: FdStore,
     /// Why sockets got no filter, as far as it was said.
     told: BTreeSet<String>,
 }
@@ -85,7 +89,7 @@ pub(super) struct TcpSocket {
 impl Servers {
     /// Nothing is bound yet.
     pub(super) fn new(tcp: Arc<TcpShared>, udp: UdpShards) -> Self {
-        Self { tcp, udp, told: BTreeSet::new() }
+        Self { tcp, udp, store: FdStore::default(), told: BTreeSet::new() }
     }
 
     /// Opens a listener's sockets in the state that its target asks for; nobody serves there yet. System calls and nothing
@@ -124,6 +128,7 @@ impl Servers {
             }
             Opened::ParkedTcp(socket) => Bound::ParkedTcp(socket),
             Opened::Udp(sockets) => {
+                self.store.keep(key, &sockets);
                 let server = self.udp.add(key, sockets, Arc::clone(target), wanted.udp_settings());
                 let filtered = self.filter_udp(key, server, false, &target.load());
                 Bound::Udp { server, filtered }
@@ -144,6 +149,7 @@ impl Servers {
             (Bound::Tcp(bound, server), true) => {
                 server.stop().await; // A parked socket that is still registered makes its event loop spin.
                 socket::park_tcp(&bound.socket)?;
+                self.store.forget(&key);
                 Ok(Bound::ParkedTcp(bound))
             }
             (Bound::Tcp(mut bound, server), false) => {
@@ -159,7 +165,7 @@ impl Servers {
             }
             (Bound::Udp { server, .. }, true) => {
                 self.udp.remove(server).await;
-                Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
+                self.hold_udp(key).await
             }
             (Bound::Udp { server, filtered }, false) => {
                 self.udp.set_idle(server, wanted.udp_settings());
@@ -202,6 +208,9 @@ impl Servers {
         target: &TargetCell,
     ) -> io::Result<Bound> {
         let Passed { key, parked, sockets } = passed;
+        if !parked && !self.store.keep(key, &sockets) {
+            self.store.forget_name(fd_store::name(&key)); // The other process has had it kept, maybe.
+        }
         match (key.protocol, parked) {
             (Protocol::Tcp, false) if !wanted.target.parked() => {
                 let mut bound = TcpSocket::passed(sockets)?;
@@ -212,6 +221,7 @@ impl Servers {
             (Protocol::Tcp, false) => {
                 let bound = TcpSocket::passed(sockets)?;
                 socket::park_tcp(&bound.socket)?;
+                self.store.forget(&key);
                 Ok(Bound::ParkedTcp(bound))
             }
             (Protocol::Tcp, true) => {
@@ -220,7 +230,7 @@ impl Servers {
             }
             (_, false) if wanted.target.parked() => {
                 drop(sockets);
-                Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
+                self.hold_udp(key).await
             }
             (_, false) => {
                 let sockets = sockets.into_iter().map(|socket| Ok(UdpSocket::from(own(socket)?)));
@@ -251,7 +261,25 @@ impl Servers {
         self.tcp.look_at_backends();
     }
 
-    /// Closes a socket. When this is done, its address is free.
+    /// Closes a listener's sockets that are of no use here, for good.
+    pub(super) fn discard(&mut self, passed: Passed) {
+        self.store.forget_name(fd_store::name(&passed.key));
+        passed.close_for_all();
+    }
+
+    /// Closes a listener's sockets for good: nobody is let in from now on, whoever has copies of them.
+    pub(super) async fn end(&mut self, key: ListenKey, bound: Bound) {
+        self.store.forget(&key);
+        match bound {
+            Bound::Tcp(bound, server) => {
+                drop(bound);
+                socket::shut(server.stop().await);
+            }
+            bound => self.release(bound).await,
+        }
+    }
+
+    /// Closes a listener's sockets here. When this is done, its address is free, unless they are kept for the next process.
     pub(super) async fn release(&self, bound: Bound) {
         match bound {
             Bound::Tcp(bound, server) => {
@@ -263,9 +291,17 @@ impl Servers {
         }
     }
 
-    fn accept_from(&self, key: ListenKey, bound: TcpSocket, target: &TargetCell) -> io::Result<Bound> {
+    fn accept_from(&mut self, key: ListenKey, bound: TcpSocket, target: &TargetCell) -> io::Result<Bound> {
         let server = TcpServer::start(Arc::clone(&bound.socket), key, Arc::clone(target), Arc::clone(&self.tcp))?;
+        self.store.keep(key, slice::from_ref(&bound.socket));
         Ok(Bound::Tcp(bound, server))
+    }
+
+    /// Parks a UDP listener whose sockets are closed here.
+    async fn hold_udp(&mut self, key: ListenKey) -> io::Result<Bound> {
+        self.store.forget(&key);
+        self.store.settled().await; // Until then the address is not free.
+        Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
     }
 
     /// Has the shards filter as the target asks for; true where they do. Without a filter they judge each datagram:

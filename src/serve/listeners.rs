@@ -19,6 +19,7 @@ use tokio::task::coop::consume_budget;
 use tracing::info;
 
 use crate::entrance::inside_at;
+use crate::fd_store::FdStore;
 use crate::frozen::add_all;
 use crate::name::{BalancerKey, Family, ListenKey, Protocol, ServicePortName};
 use crate::parts::in_parts;
@@ -47,6 +48,9 @@ const BINDS_AT_ONCE: usize = 512;
 const BINDS_PER_THREAD: usize = 64;
 /// More threads would only wait for each other in the kernel: for its tables of ports and of this process's descriptors.
 const MOST_BINDERS: usize = 4;
+
+/// Listeners that are named when many are closed that nobody wants.
+const TOLD_AT_ONCE: usize = 10;
 
 /// What runs. Steps change it; nothing else does.
 #[derive(Debug)]
@@ -163,9 +167,13 @@ impl Listeners {
     /// Binds what was held back, on sockets that another process has had where there are some that fit. That one has
     /// let go of them.
     pub(crate) async fn begin(&mut self, passed: Vec<Passed>, now: Instant) -> Inherited {
-        let mut passed: BTreeMap<_, _> = passed.into_iter().map(|passed| (passed.key, passed)).collect();
-        let mut count = Inherited::default();
-        for HeldBack { bind, target, refused } in self.held_back.take().unwrap_or_default() {
+        let held_back = self.held_back.take().unwrap_or_default();
+        let wanted: HashSet<_, RandomState> = held_back.iter().map(|held_back| held_back.bind.key).collect();
+        let passed = passed.into_iter().map(|passed| (passed.key, passed));
+        let (mut passed, unwanted) = passed.partition::<BTreeMap<_, _>, _>(|(key, _)| wanted.contains(key));
+        let mut count = Inherited { unwanted: unwanted.len(), ..Inherited::default() };
+        self.discard(unwanted); // Before others are kept in their place.
+        for HeldBack { bind, target, refused } in held_back {
             consume_budget().await;
             let Some(sockets) = passed.remove(&bind.key) else {
                 self.open_late(bind, target, refused, now);
@@ -179,15 +187,23 @@ impl Listeners {
                 Err(difference) => {
                     count.differing += 1;
                     info!(listen = %bind.key, %difference, "the last process's socket is not taken over: it is opened anew");
-                    drop(sockets);
+                    self.servers.discard(sockets);
+                    self.servers.store.settled().await; // Until then the address is not free.
                     self.open_late(bind, target, refused, now);
                 }
             }
         }
-        count.unwanted = passed.len();
-        drop(passed);
         self.finish().await;
         count
+    }
+
+    fn discard(&mut self, unwanted: BTreeMap<ListenKey, Passed>) {
+        if unwanted.is_empty() {
+            return;
+        }
+        let told: Vec<_> = unwanted.keys().take(TOLD_AT_ONCE).map(ToString::to_string).collect();
+        info!(sockets = unwanted.len(), listen = told.join(", "), "nobody wants these listeners any more: closed");
+        unwanted.into_values().for_each(|sockets| self.servers.discard(sockets));
     }
 
     async fn adopt(&mut self, bind: Bind, target: Target, sockets: Passed, now: Instant) {
@@ -213,6 +229,22 @@ impl Listeners {
     /// Has answers to clients' addresses led here where a Service needs that.
     pub fn with_reply_path(self, reply_path: ReplyPath) -> Self {
         Self { reply_path, ..self }
+    }
+
+    /// Has sockets kept for the process that comes after a crash of this one.
+    pub(crate) fn with_store(mut self, store: FdStore) -> Self {
+        self.servers.store = store;
+        self
+    }
+
+    /// What is called so is not kept any more, whoever has had it kept.
+    pub(crate) fn forget_kept(&mut self, name: String) {
+        self.servers.store.forget_name(name);
+    }
+
+    /// Says how much of what runs is kept, where anything may be.
+    pub(crate) fn tell_of_kept(&self) {
+        self.servers.store.tell();
     }
 
     /// Sets what counts as this node and its pods, for targets made from now on. True where it is something else.
@@ -246,7 +278,7 @@ impl Listeners {
                 self.servers.udp.flush();
             }
             if binds.len() == BINDS_AT_ONCE || !matches!(step, Step::Bind(..)) {
-                self.bind_all(std::mem::take(&mut binds), now);
+                self.bind_all(std::mem::take(&mut binds), now).await;
             }
             match step {
                 Step::Swap(key, backends) => {
@@ -264,7 +296,7 @@ impl Listeners {
                 }
             }
         }
-        self.bind_all(binds, now);
+        self.bind_all(binds, now).await;
         // Not at each swap: a backend may leave one scope and come to the other in the same batch.
         let ends = changed_ports.iter().fold(false, |ends, port| self.ports.forget(port, now) | ends);
         if ends {
@@ -309,7 +341,7 @@ impl Listeners {
         self.require(due.iter().filter_map(|due| vip(&due.key, &due.wanted)).collect()).await;
         for Due { key, wanted, hold, waited } in due {
             consume_budget().await;
-            self.bind_all(vec![Bind { key, wanted, waited: Some(waited) }], now);
+            self.bind_all(vec![Bind { key, wanted, waited: Some(waited) }], now).await;
             drop(hold); // Not before: an address that nobody holds in between would count as one never tried.
         }
         self.finish().await;
@@ -382,7 +414,8 @@ impl Listeners {
         let _ = self.vips.leave().await; // An error means that nobody here keeps any.
     }
 
-    /// Closes every listener, and opens none from now on. Open connections go on, flows end; tables still follow.
+    /// Closes every listener here, and opens none from now on: what is kept for the next process stays open for it. Open
+    /// connections go on, flows end; tables still follow.
     pub async fn close(&mut self) {
         self.closed = true;
         self.vips.stop();
@@ -428,13 +461,14 @@ impl Listeners {
 
     /// Opens listeners, or notes why they could not be opened. What the kernel has to do is shared among threads where it
     /// is much, as that is most of a start; all else is done here and in the order of the binds.
-    fn bind_all(&mut self, binds: Vec<Bind>, now: Instant) {
+    async fn bind_all(&mut self, binds: Vec<Bind>, now: Instant) {
         if self.closed || binds.is_empty() {
             return;
         }
         if self.held_back.is_some() {
             return self.keep_for_later(binds);
         }
+        self.servers.store.settled().await; // One of the addresses may have been another listener's until now.
         let (this, threads) = (&*self, self.binders.min(binds.len() / BINDS_PER_THREAD));
         let opened = in_parts(&binds, threads, |part| part.iter().map(|bind| this.open(bind)).collect::<Vec<_>>());
         let opened: Vec<_> = opened.into_iter().flatten().collect();
@@ -492,7 +526,10 @@ impl Listeners {
                 self.own(&key, &port);
                 self.opened.push((key, Running { port, target, bound }));
             }
-            Err(source) => self.failures.note(key, wanted, hold, source, waited, now),
+            Err(source) => {
+                self.servers.store.forget(&key);
+                self.failures.note(key, wanted, hold, source, waited, now);
+            }
         }
     }
 
@@ -521,6 +558,7 @@ impl Listeners {
             }
             Err(source) => {
                 self.turned.insert(key);
+                self.servers.store.forget(&key);
                 let hold = running.target.load().address.clone();
                 self.failures.note(key, wanted, hold, source, None, now);
             }
@@ -532,7 +570,7 @@ impl Listeners {
         let Some(running) = self.listeners.remove(&key) else { return };
         self.turned.insert(key);
         self.ports.disown(&running.port.name, &key);
-        self.servers.release(running.bound).await;
+        self.servers.end(key, running.bound).await;
     }
 
     /// The running form of a planned target; `None` where a side names a balancer that is not there.

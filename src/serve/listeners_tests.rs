@@ -547,3 +547,46 @@ async fn t061_t158_given_services_that_come_and_go_when_the_last_is_gone_then_no
     assert!(failures.next_due().is_none());
     assert!(bench.plan.service(&ObjectName::parse("default/s1")).is_none());
 }
+
+#[tokio::test]
+async fn f21_given_a_listener_that_others_have_copies_of_when_its_service_goes_then_nobody_is_let_in() {
+    let backend = named("one").await;
+    let (mut bench, service) = (Bench::new(), web("default/web", 60));
+    bench.take([put(&service), endpoints(&service, &[backend])]).await;
+    let copies = bench.listeners.lend().await.expect("descriptors are left");
+
+    bench.take([delete(&service)]).await;
+    assert!(is_refused(tcp_key(60)).await);
+    bench.take([put(&service), endpoints(&service, &[backend])]).await;
+
+    assert_eq!(ask(tcp_key(60)).await, "one");
+    assert_eq!((copies.len(), bench.listeners.bound_count()), (1, 1));
+}
+
+#[tokio::test]
+async fn f21_given_sockets_that_were_open_before_when_begun_then_each_is_served_on_or_closed_for_good() {
+    let backend = named("one").await;
+    let (mut bench, kept, differs) = (Bench::new(), web("default/kept", 61), dns("default/differs", 62));
+    let listen = |number| Arc::new(socket::listen_tcp(tcp_key(number)).expect("a free address"));
+    let group = udp::bind_udp_group(udp_key(62).address(), 2).expect("a free address");
+    let group = group.into_iter().map(|socket| Arc::new(socket.into())).collect();
+    let (wanted, unwanted) = (listen(61), listen(63));
+    let waiting = soon(TcpStream::connect(tcp_key(61).address())).await.expect("a listener");
+    let passed = |key, sockets| Passed { key, parked: false, sockets };
+
+    bench.listeners.hold_back();
+    bench.take([put(&kept), endpoints(&kept, &[backend]), put(&differs), endpoints(&differs, &[backend])]).await;
+    let passed = vec![
+        passed(tcp_key(61), vec![wanted]),
+        passed(udp_key(62), group),
+        passed(tcp_key(63), vec![Arc::clone(&unwanted)]),
+    ];
+    let inherited = bench.listeners.begin(passed, bench.now).await;
+
+    assert_eq!(inherited, Inherited { adopted: 1, differing: 1, unwanted: 1 });
+    assert_eq!(bench.listeners.bound_count(), 2);
+    let mut waiting = waiting;
+    waiting.shutdown().await.expect("a connection");
+    assert_eq!(read_all(&mut waiting).await.0, b"one", "who has waited is served");
+    assert!(is_refused(tcp_key(63)).await, "though a copy is open here");
+}

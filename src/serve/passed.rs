@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::net::SocketType;
@@ -14,6 +14,7 @@ use rustix::net::sockopt::{ip_freebind, ipv6_v6only, socket_acceptconn, socket_r
 use socket2::SockRef;
 
 use crate::name::{ListenKey, Protocol, ServicePortName};
+use crate::serve::socket;
 
 /// The sockets of one listener.
 #[derive(Debug)]
@@ -105,6 +106,14 @@ impl Passed {
         self.sockets.iter().try_for_each(|socket| self.check_one(socket, found > 1))
     }
 
+    /// Closes them, and for others that have copies of them, too, as far as the kernel does that: it lets no client in any
+    /// more. Datagrams wait there until the last copy is closed.
+    pub(crate) fn close_for_all(self) {
+        if self.key.protocol == Protocol::Tcp {
+            self.sockets.iter().for_each(socket::shut);
+        }
+    }
+
     fn check_one(&self, socket: &OwnedFd, shared: bool) -> Result<(), Difference> {
         let options = SockRef::from(socket);
         let is_tcp = self.key.protocol == Protocol::Tcp;
@@ -124,8 +133,11 @@ impl Passed {
                 same("IP_TRANSPARENT", !options.ip_transparent_v4()?)?;
             }
         }
-        // Those of the open file, not of this descriptor: the other process may have changed them.
-        SockRef::from(&socket.as_fd()).set_nonblocking(true)?;
+        // Those of the open file, not of this descriptor: the other process may have changed them, or it was no kube-relay.
+        options.set_nonblocking(true)?;
+        if is_tcp {
+            options.set_tcp_nodelay(true)?;
+        }
         Ok(())
     }
 }
@@ -140,7 +152,7 @@ mod tests {
 
     use super::*;
     use crate::name::ObjectName;
-    use crate::serve::{socket, udp};
+    use crate::serve::udp;
 
     fn key(number: u8, protocol: Protocol) -> ListenKey {
         ListenKey::new([127, 85, 9, number].into(), 7500, protocol)

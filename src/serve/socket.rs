@@ -83,6 +83,14 @@ pub fn park_tcp(listener: impl AsFd) -> io::Result<()> {
     listener.set_reuse_address(false) // Two sockets that may reuse share a port on which neither listens.
 }
 
+/// Has nobody let in at a TCP listener any more, in whichever process there are copies of it; who waits there is reset. Its
+/// address may be bound again. Nobody may watch it, as with [`park_tcp`].
+///
+/// Best effort: one that does not listen lets nobody in.
+pub fn shut(listener: impl AsFd) {
+    let _ = SockRef::from(&listener.as_fd()).shutdown(Shutdown::Both);
+}
+
 /// Revives a parked TCP listener. Its options and its filter are those that it had.
 pub fn revive_tcp(listener: impl AsFd) -> io::Result<()> {
     let listener = listener.as_fd();

@@ -131,6 +131,14 @@ impl House {
         seen::sum(&seen::page(self.admin(), "/metrics").expect("it answers"), metric, labels)
     }
 
+    /// What was turned away or cut off since the first one, and why.
+    pub(crate) fn losses(&self) -> String {
+        let page = seen::page(self.admin(), "/metrics").expect("it answers");
+        let names = ["dropped", "connect_failures", "closed"].map(|name| format!("kuberelay_service_{name}_total"));
+        let is_one = |line: &&str| names.iter().any(|name| line.starts_with(name)) && !line.ends_with(" 0");
+        page.lines().filter(is_one).collect::<Vec<_>>().join("\n")
+    }
+
     /// Runs `kube-relay upgrade`.
     pub(crate) async fn upgrade(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(BINARY);
