@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -17,7 +18,8 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
@@ -149,6 +151,7 @@ pub struct Admin {
     sockets: watch::Sender<AdminSockets>,
     /// Those of the last process that nobody listens at yet.
     passed: BTreeMap<SocketAddr, OwnedFd>,
+    closing: CancellationToken,
     view: Arc<View>,
 }
 
@@ -166,6 +169,12 @@ impl Admin {
         self.unbound.subscribe()
     }
 
+    /// Cancelled, all of it is closing: nobody is accepted any more, which another process does, and [`follow`](Self::follow)
+    /// ends when those who were have had their answers.
+    pub fn closing(&self) -> CancellationToken {
+        self.closing.clone()
+    }
+
     /// The sockets that listen now, for another process.
     pub fn sockets(&self) -> watch::Receiver<AdminSockets> {
         self.sockets.subscribe()
@@ -179,13 +188,21 @@ impl Admin {
         self.passed.clear();
     }
 
-    /// Answers at the addresses of this machine as they come and go, without end. `options` are those on a machine. An
+    /// Answers at the addresses of this machine as they come and go, until it is [closing](Self::closing). `options` are those on a machine. An
     /// address that stays is not touched, and one that cannot be bound is tried again every 5 s, however hard a failure at
     /// the start would have been.
     pub async fn follow(mut self, mut hosts: Hosts, options: impl Fn(&Host) -> AdminOptions) {
+        let closing = self.closing.clone();
         loop {
-            let host = hosts.changed().await;
+            let host = tokio::select! {
+                biased;
+                () = closing.cancelled() => break,
+                host = hosts.changed() => host,
+            };
             self.move_to(&options(&host)).await;
+        }
+        for server in mem::take(&mut self.servers).into_values() {
+            let _ = server.await; // A panic has been told.
         }
     }
 
@@ -226,7 +243,8 @@ impl Admin {
             Ok(listener) => {
                 let bound = listener.local_addr().unwrap_or(address);
                 note(&self.sockets, address, &listener);
-                self.spawn(surface, address, serve(listener, surface, Arc::clone(&self.view), HEADER_TIMEOUT));
+                let server = serve(listener, surface, Arc::clone(&self.view), HEADER_TIMEOUT, self.closing.clone());
+                self.spawn(surface, address, server);
                 Ok(bound)
             }
             Err(source) => Err(AdminError { address, remedy: remedy_of(address, &source).await, source }),
@@ -245,7 +263,13 @@ impl Admin {
         self.spawn(
             surface,
             *address,
-            serve_once_bound(failure, self.unbound.clone(), self.sockets.clone(), Arc::clone(&self.view)),
+            serve_once_bound(
+                failure,
+                self.unbound.clone(),
+                self.sockets.clone(),
+                Arc::clone(&self.view),
+                self.closing.clone(),
+            ),
         );
     }
 
@@ -268,6 +292,7 @@ pub async fn start(
         servers: BTreeMap::new(),
         sockets: watch::Sender::default(),
         passed: BTreeMap::new(),
+        closing: CancellationToken::new(),
         view,
     };
     for (surface, address) in options.servers() {
@@ -299,16 +324,16 @@ async fn serve_once_bound(
     unbound: watch::Sender<Vec<Unbound>>,
     sockets: watch::Sender<AdminSockets>,
     view: Arc<View>,
+    closing: CancellationToken,
 ) {
     let Unbound { surface, address, .. } = failure;
-    loop {
-        tokio::time::sleep(BIND_RETRY).await;
+    while timeout(BIND_RETRY, closing.cancelled()).await.is_err() {
         match TcpListener::bind(address).await {
             Ok(listener) => {
                 info!(listen = %address, "admin server listens now");
                 unbound.send_modify(|all| all.retain(|other| *other != failure));
                 note(&sockets, address, &listener);
-                return serve(listener, surface, view, HEADER_TIMEOUT).await;
+                return serve(listener, surface, view, HEADER_TIMEOUT, closing).await;
             }
             Err(error) => debug!(listen = %address, %error, "admin server still cannot listen"),
         }
@@ -360,9 +385,15 @@ impl View {
     }
 }
 
-async fn serve(listener: TcpListener, surface: Surface, view: Arc<View>, header_timeout: Duration) {
+async fn serve(
+    listener: TcpListener,
+    surface: Surface,
+    view: Arc<View>,
+    header_timeout: Duration,
+    closing: CancellationToken,
+) {
     let answer = move |request| answer(request, surface, Arc::clone(&view));
-    http_server::serve(listener, header_timeout, answer).await;
+    http_server::serve(listener, header_timeout, closing, answer).await;
 }
 
 async fn answer(request: Request<Incoming>, surface: Surface, view: Arc<View>) -> Answer {
@@ -977,7 +1008,13 @@ mod tests {
         let (status, readiness, health) = (served.status.subscribe(), served.readiness.clone(), served.health.clone());
         let view = View::new(status, readiness, health);
         let mut servers = tokio::task::JoinSet::new();
-        servers.spawn(serve(listener, Surface::Metrics, Arc::new(view), Duration::from_millis(20)));
+        servers.spawn(serve(
+            listener,
+            Surface::Metrics,
+            Arc::new(view),
+            Duration::from_millis(20),
+            CancellationToken::new(),
+        ));
 
         let mut stream = TcpStream::connect(address).await.expect("it listens");
         stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: ").await.expect("it reads");

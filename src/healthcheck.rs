@@ -20,6 +20,7 @@ use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::health::Health;
@@ -294,7 +295,7 @@ async fn serve(mut calls: Calls<Arc<Notice>>, health: Health) {
         let health = health.clone();
         // Whatever is asked for, and however.
         let answer = move |_| ready(notice.answer(health.check(Instant::now()).proxy_is_well()));
-        connections.add(converse(stream, HEADER_TIMEOUT, answer));
+        connections.add(converse(stream, HEADER_TIMEOUT, CancellationToken::new(), answer));
     }
 }
 

@@ -61,9 +61,12 @@ use serde::Serialize;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
+
+/// How long those may take who have asked our own servers when another process answers there from now on.
+const OWN_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Threads for everything but traffic, which has its own: one may be planning while another answers.
 const CONTROL_THREADS: usize = 2;
@@ -365,7 +368,8 @@ async fn relay(
             let _ = tokio::task::spawn_blocking(|| supervisor::tell(News::Ready)).await;
         }
     });
-    let admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
+    let closing = admin.closing();
+    let mut admin = tokio::spawn(admin.follow(place.hosts, move |host| own_servers.on(host)));
     let folder = config.state_dir.clone().unwrap_or_default();
     let retirement =
         |times| Retirement { relay: &relay, readiness: &readiness, access_log, times, folder: folder.as_path() };
@@ -377,7 +381,10 @@ async fn relay(
         mut handed = &mut handed => {
             let answered = handed.answered();
             watching.abort();
+            closing.cancel();
+            let _ = timeout(OWN_ANSWERS_LIMIT, &mut admin).await; // Who has asked here is answered here.
             admin.abort();
+            handed.look_away();
             stop.cancel();
             relay.leave_guard().await;
             let after = retirement(config.shutdown).run(handed, signals).await;
@@ -392,6 +399,9 @@ async fn relay(
         // The pod that comes in the place of this one has not waited for its end.
         mut handed = &mut handed => {
             let answered = handed.answered();
+            closing.cancel();
+            let _ = timeout(OWN_ANSWERS_LIMIT, &mut admin).await;
+            handed.look_away();
             relay.leave_guard().await;
             let after = retirement(times).run_asked(handed, signals).await;
             answered.await;

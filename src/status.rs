@@ -449,7 +449,7 @@ pub struct UpgradeStatus {
 pub struct UpgradeFailure {
     /// When that was, as in RFC 3339.
     pub at: String,
-    /// A word of [`UpgradeResult`].
+    /// A word of [`UpgradeResult`](crate::stats::UpgradeResult).
     pub result: Cow<'static, str>,
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -33,6 +34,8 @@ const CALLER_LIMIT: Duration = Duration::from_secs(1);
 const STANDSTILL: Duration = Duration::from_secs(2);
 /// How long the process that has taken over may take until it serves: its listeners are bound by then.
 const SERVING_LIMIT: Duration = Duration::from_secs(10);
+/// How much longer whoever has ordered it waits for this process's own servers to close.
+const LOOK_AWAY_LIMIT: Duration = Duration::from_secs(3);
 /// The most that an upgrade may take, whatever is asked for.
 const LONGEST_LIMIT: Duration = Duration::from_secs(24 * 3_600);
 /// How long is waited after the door could not be opened.
@@ -61,9 +64,17 @@ pub struct Handed {
     /// Where we have started it: its end can be waited for.
     pub child: Option<Child>,
     answered: Option<oneshot::Receiver<()>>,
+    /// Dropped once our own servers accept nobody any more.
+    looks: Option<Sender<()>>,
 }
 
 impl Handed {
+    /// Has whoever has ordered the upgrade told that it is done. To be called when the own servers of this process accept
+    /// nobody any more: who asks then who serves is answered by the other one.
+    pub fn look_away(&mut self) {
+        self.looks = None;
+    }
+
     /// Resolves once whoever has ordered the upgrade knows what came of it: this process has to be there until then. At
     /// once the second time.
     pub fn answered(&mut self) -> impl Future<Output = ()> + Send + use<> {
@@ -82,6 +93,8 @@ struct Farewell {
     /// Where the other process says so; `None` where its version does not.
     post: Option<Post>,
     report: UpgradeReport,
+    /// Hangs up once our own servers accept nobody any more.
+    looks: Receiver<()>,
     /// Dropped once it is said.
     _answered: oneshot::Sender<()>,
 }
@@ -305,12 +318,14 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         let (tell, answered) = oneshot::channel();
         let answered = Some(answered);
         let Some(Upgrade { asker, successor, .. }) = self.upgrade.take() else {
-            return Some((Handed { pid, child: None, answered }, None));
+            return Some((Handed { pid, child: None, answered, looks: None }, None));
         };
         let report =
             UpgradeReport { pid: successor.pid(), version: to.version(), listeners, streams, flows, elapsed_ms };
-        let farewell = Farewell { asker, post: to.understands(Kind::Serving).then_some(post), report, _answered: tell };
-        Some((Handed { pid, child: Some(successor.released()), answered }, Some(farewell)))
+        let (looks, looks_away) = channel();
+        let post = to.understands(Kind::Serving).then_some(post);
+        let farewell = Farewell { asker, post, report, looks: looks_away, _answered: tell };
+        Some((Handed { pid, child: Some(successor.released()), answered, looks: Some(looks) }, Some(farewell)))
     }
 
     /// Lends everything, until it is the other's; where that fails it is ours as before.
@@ -331,10 +346,11 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
 
 impl Farewell {
     fn say(self) {
-        let Self { asker, post, report, _answered } = self;
+        let Self { asker, post, report, looks, _answered } = self;
         let heard = post.map_or(Ok(Kind::Serving), |post| post.receive(SERVING_LIMIT).map(|parcel| parcel.kind));
         let failure = match heard {
             Ok(_) => {
+                let _ = looks.recv_timeout(LOOK_AWAY_LIMIT); // It is true in any case.
                 let _ = asker.send(Parcel::new(Kind::Upgraded, &report), CALLER_LIMIT); // It may not wait any more.
                 return;
             }
@@ -373,7 +389,6 @@ fn name_of(program: Option<PathBuf>) -> String {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
-    use std::sync::mpsc::{Receiver, channel};
 
     use socket2::SockRef;
 

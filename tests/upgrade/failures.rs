@@ -65,7 +65,7 @@ async fn f25_given_a_successor_that_fails_when_an_upgrade_is_ordered_then_the_ol
     let counts = ["not_started", "ended", "timeout", "success"];
     let counts = counts.map(|result| house.metric("kuberelay_upgrades_total", &[&format!("result=\"{result}\"")]));
     assert_eq!(counts, [1, 2, 1, 0]);
-    assert!(house.log().contains("this process serves as before"), "{}", house.log());
+    house.until_told("this process serves as before").await;
     house.until("no descriptor is left over", |_| descriptors(first) <= before).await;
     assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
     let done = house.upgrade(&[]).await;
@@ -130,7 +130,7 @@ async fn f25_given_a_program_behind_a_link_when_that_leads_elsewhere_by_now_then
     symlink(BINARY, &link).expect("the test's folder can be written");
     let done = house.upgrade(&[]).await;
     assert!(done.status.success(), "{done:?}");
-    assert!(house.log().contains(r#""same_program":true"#), "{}", house.log());
+    house.until_told(r#""same_program":true"#).await;
 }
 
 #[tokio::test]
@@ -152,7 +152,7 @@ async fn f21_given_a_process_that_was_killed_when_another_one_starts_to_take_ove
     House::signal(first, Signal::KILL);
     house.until("it has ended", |house| house.has_ended(first)).await;
     let second = house.start(|command| _ = command.arg("--take-over"));
-    house.until("the second one serves", |house| house.serves() == Some(second)).await;
+    house.until("the second one serves", |house| house.serves() == Some(second) && house.is_ready()).await;
 
     assert_eq!(ask_times(1, site.service()).await, [backend.address]);
 }

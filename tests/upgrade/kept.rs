@@ -36,7 +36,12 @@ async fn start(manager: &Manager, house: &mut House, wanted: &BTreeSet<String>) 
 
 async fn end(house: &mut House, pid: u32, signal: Signal) {
     House::signal(pid, signal);
-    house.until("it has ended", |house| house.has_ended(pid)).await;
+    // Its first thread may have ended while others still have its state folder.
+    house.until("it has ended", |house| house.has_ended(pid) && threads(pid) <= 1).await;
+}
+
+fn threads(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
 /// Gives the one that runs other manifests.

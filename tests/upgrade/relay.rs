@@ -194,6 +194,11 @@ impl House {
         }
     }
 
+    /// Waits until the log says this: a process writes it down somewhat later than it acts.
+    pub(crate) async fn until_told(&mut self, text: &str) {
+        self.until(text, |house| house.log().contains(text)).await;
+    }
+
     /// The relays among [`all`](Self::all), not who has started them.
     pub(crate) fn relays(&self) -> Vec<u32> {
         let is_relay = |pid: &u32| {

@@ -47,8 +47,8 @@ async fn t234_given_a_thousand_new_connections_a_second_when_another_process_tak
     assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"success\""]), 1);
     house.until("the first one ends by itself", |house| house.has_ended(first)).await;
     assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend);
-    let log = house.log();
-    assert!(log.contains("handed over") && log.contains("taken over"), "{log}");
+    house.until_told("handed over").await;
+    house.until_told("taken over").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -103,9 +103,8 @@ async fn t234_given_udp_and_parked_listeners_when_another_process_takes_over_the
     assert_eq!(ask_times(1, site.service()).await, [backend.address]);
     let parked = SocketAddr::new(site.client(1), site.service().port());
     assert!(refused(parked).await);
-    let log = house.log();
-    assert!(log.contains(r#""adopted":4,"differing":0,"unwanted":0,"streams":0,"flows":1"#), "{log}");
-    assert!(!log.contains("cannot listen"), "{log}");
+    house.until_told(r#""adopted":4,"differing":0,"unwanted":0,"streams":0,"flows":1"#).await;
+    assert!(!house.log().contains("cannot listen"), "{}", house.log());
 }
 
 #[tokio::test]
@@ -150,8 +149,7 @@ async fn t192_t234_given_a_port_that_threads_share_when_the_next_one_has_fewer_f
     for (answer, caller) in callers {
         assert_eq!(caller.ask().await, answer);
     }
-    let log = house.log();
-    assert!(log.contains(r#""adopted":1,"differing":0,"unwanted":0,"streams":0,"flows":16"#), "{log}");
+    house.until_told(r#""adopted":1,"differing":0,"unwanted":0,"streams":0,"flows":16"#).await;
 }
 
 #[tokio::test]
