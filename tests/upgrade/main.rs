@@ -6,10 +6,10 @@ mod failures;
 mod faults;
 mod kept;
 mod load;
-mod manager;
 mod pods;
 mod relay;
 mod succession;
+mod supervisor;
 mod talk;
 
 #[path = "../support/mod.rs"]

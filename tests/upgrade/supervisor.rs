@@ -1,4 +1,4 @@
-//! Plays the service manager: keeps the descriptors that it is sent, and starts the next process with them, as systemd does.
+//! Plays the supervisor: keeps the descriptors that it is sent, and starts the next process with them, as systemd does.
 #![allow(unsafe_code)] // pre_exec and dup2: one call a block.
 
 use std::collections::BTreeSet;
@@ -27,7 +27,7 @@ const FAR_UP: RawFd = 500;
 const END: &str = "X_END=1";
 
 /// Keeps descriptors as long as it lives.
-pub(crate) struct Manager {
+pub(crate) struct Supervisor {
     folder: tempfile::TempDir,
     limit: usize,
     kept: Arc<Mutex<Vec<Kept>>>,
@@ -39,7 +39,7 @@ struct Kept {
     descriptor: OwnedFd,
 }
 
-impl Manager {
+impl Supervisor {
     /// One that has room for so many descriptors.
     pub(crate) fn new(limit: usize) -> Self {
         let folder = tempfile::tempdir().expect("a folder can be made");
@@ -87,7 +87,7 @@ impl Manager {
     }
 }
 
-impl Drop for Manager {
+impl Drop for Supervisor {
     fn drop(&mut self) {
         let ended = UnixDatagram::unbound().and_then(|sender| sender.send_to(END.as_bytes(), self.socket()));
         if let (Ok(_), Some(hearing)) = (ended, self.hearing.take()) {
