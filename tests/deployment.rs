@@ -1,6 +1,7 @@
 //! The manifests under `examples/kubernetes`: what they say fits together, and fits the program that they start.
 //!
-//! Each is read with the API's own types. An overlay's patches are applied as kustomize does it.
+//! Each is read with the API's own types. An overlay's patches are applied as kustomize does it. The unit for a machine without
+//! a cluster is in `systemd`.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -25,6 +26,8 @@ use serde_json::Value;
 use support::DEADLINE;
 
 mod support;
+#[path = "deployment/systemd.rs"]
+mod systemd;
 
 /// The overlays, each with the folders whose DaemonSets are put on top of each other.
 const DEPLOYMENTS: [(&str, &[&str]); 4] = [
