@@ -256,14 +256,17 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
     )]
     Env(EnvArgs),
 
-    /// Have a running kube-relay replaced by another version of it, without a moment in which nobody serves
+    /// Replace a running kube-relay by another version of it, with nobody refused in between
     #[command(
-        long_about = "Has the kube-relay with this --state-dir start a program that takes over from it: by default what is now at the \
-                      place of its own program, with the same arguments. It serves from the moment that the new one says that \
-                      all is its own, and goes on with open connections, UDP flows and what is known of clients and backends. \
-                      What cannot be moved comes to its end in the old process, which ends with the last of it.\n\n\
-                      Whatever fails leaves the old one serving: then the exit code is 1, and a line says why. A supervisor that \
-                      understands sd_notify (systemd, Type=notify) is told the new main process.",
+        long_about = "Has the kube-relay with this --state-dir start the program that is now in the place of its \
+                      own, with the same arguments, and hand over to it: listening sockets, open connections, \
+                      UDP flows, session affinity, counters. Connections that cannot be moved come to their end \
+                      in the old process, which ends with the last of them.\n\n\
+                      A supervisor that understands sd_notify (systemd, Type=notify) is told the new main \
+                      process; for any other one the first process stays, with nothing of its own. A kube-relay \
+                      that reads standard input starts no successor: that cannot be read again.\n\n\
+                      Exits with 0 once the new process serves, else with 1 and a line that says why: whatever \
+                      fails leaves the old one serving.",
         after_long_help = "Examples:
   After a package has put the new version in place:
     kube-relay upgrade --state-dir /var/lib/kube-relay
@@ -271,20 +274,25 @@ Signals: SIGTERM drains and ends; a second one, or Ctrl-C on a terminal, ends at
   To a version somewhere else:
     kube-relay upgrade --state-dir /var/lib/kube-relay --binary ./kube-relay
 
-  By hand, with other arguments; the old process is told by the folder:
+  With other arguments: start the new one yourself, it finds the old one by the folder:
     kube-relay run -f manifests/ --state-dir /var/lib/kube-relay --take-over"
     )]
     Upgrade(UpgradeArgs),
 
-    /// Tell whether the kube-relay of this container serves: for a readiness probe of a pod
+    /// Tell whether the kube-relay of this pod serves: for its readiness probe
     #[command(
-        long_about = "Asks the kube-relay with this --state-dir whether it serves, and whether it runs here: two pods of a node that \
-                      share its network and the folder are told apart, as an HTTP probe could not, while one of them takes \
-                      over from the other.\n\n\
-                      Exits with 1 where it does not serve, or runs in another container.",
-        after_long_help = "Example, in a pod:
+        long_about = "Asks the kube-relay with this --state-dir whether it serves everything, and whether it is \
+                      this pod's own. While one pod of a node takes over from another, they share the node's \
+                      ports and the folder: an HTTP probe of either is answered by whichever serves.\n\n\
+                      Exits with 0 where it serves here; with 1 where it does not or not yet, runs in another \
+                      pod, or does not answer.",
+        after_long_help = "Examples:
+  In a pod whose containers set KUBE_RELAY_STATE_DIR and KUBE_RELAY_POD_UID:
     readinessProbe:
-      exec: {command: [/kube-relay, ready, --state-dir=/var/lib/kube-relay]}"
+      exec: {command: [/kube-relay, ready]}
+
+  By hand:
+    kube-relay ready --state-dir /var/lib/kube-relay && echo serves"
     )]
     Ready(ReadyArgs),
 
@@ -380,13 +388,13 @@ pub struct RunArgs {
     #[command(flatten)]
     pub(crate) config: ConfigFlag,
 
-    /// Take over the sockets of the kube-relay that runs with the same --state-dir, without a moment in which nobody serves; one that cannot hand over is waited for; where none runs, start as ever
+    /// Take over from the kube-relay that has the same --state-dir: its sockets, connections and UDP flows. Where none has, start as ever; where one cannot hand over, wait until it can, or ends; where it comes to nothing, exit with 1, and that one serves on
     #[arg(long, help_heading = "Process", value_name = "true|false", env = "KUBE_RELAY_TAKE_OVER")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(default_value_t = false, value_parser = FalseyValueParser::new(), hide_possible_values = true)]
     take_over: bool,
 
-    /// The pod that this is, by its metadata.uid: with --take-over, a container that is started again does not take back what another pod has taken over
+    /// metadata.uid of the pod that this runs in: with --take-over, a container that is started again does not take back what a later pod has taken over
     #[arg(long, help_heading = "Process", value_name = "UID", env = "KUBE_RELAY_POD_UID", value_parser = pod_uid)]
     pod_uid: Option<String>,
 
@@ -566,7 +574,7 @@ struct AccessLogFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Process")]
 struct ProcessFlags {
-    /// Folder of this kube-relay alone: a second one with it refuses to start. Keeps the last state, to be served when the API server is away at the start
+    /// Folder, made before, of this kube-relay alone: another one with it refuses to start, or takes over (--take-over, `kube-relay upgrade`). Keeps the last state, which is served where the API server is away at the start
     #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
@@ -1013,11 +1021,11 @@ pub struct UpgradeArgs {
     #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
     pub state_dir: PathBuf,
 
-    /// The program to start [default: what is at the place of the running one]
+    /// Program to start; a mere name is looked for where the running one's PATH says [default: what is now in the place of its own]
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,
 
-    /// Time that it gets to read its sources and take over; after that it is ended, and the running one goes on
+    /// Time that the new process gets to read its sources and take over; after that it is killed, and the running one serves on
     #[arg(long, value_name = "TIME", default_value_t = Time(DEFAULT_UPGRADE_TIMEOUT))]
     timeout: Time,
 }
@@ -1032,11 +1040,11 @@ impl UpgradeArgs {
 /// Arguments of `ready`.
 #[derive(Debug, Args)]
 pub struct ReadyArgs {
-    /// The --state-dir of the kube-relay
+    /// The --state-dir of the kube-relay to ask
     #[arg(long, value_name = "FOLDER", env = "KUBE_RELAY_STATE_DIR")]
     pub state_dir: PathBuf,
 
-    /// The pod that is asked about, by its metadata.uid: another pod's kube-relay does not answer for it
+    /// metadata.uid of the pod that is asked about: one in another pod does not count [default: one that this container cannot see does not]
     #[arg(long, value_name = "UID", env = "KUBE_RELAY_POD_UID", value_parser = pod_uid)]
     pod_uid: Option<String>,
 }

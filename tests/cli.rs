@@ -613,6 +613,20 @@ mod ask {
     }
 
     #[test]
+    fn given_a_folder_of_nobody_when_an_upgrade_or_readiness_is_asked_for_then_the_codes_are_those_of_the_help() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path().to_str().expect("a path of letters");
+
+        for command in ["upgrade", "ready"] {
+            refuses(&[command, "--state-dir", folder], 1, &[folder, "no kube-relay with this --state-dir runs"]);
+            refuses(&[command], 64, &["--state-dir <FOLDER>"]);
+            refuses(&[command, "--help"], 0, &["Exits with 0 ", "/var/lib/kube-relay"]);
+            refuses(&["man", command], 0, &["Exits with 0 ", "with 1 ", "EXAMPLES", "/var/lib/kube\\-relay"]);
+        }
+        refuses(&["run", "-f", "x", "--take-over"], 64, &["--take-over", "--state-dir"]);
+    }
+
+    #[test]
     fn given_a_shell_or_a_command_when_its_script_or_page_is_asked_for_then_it_is_printed() {
         for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
             assert!(say(kube_relay(&["completions", shell])).text.contains("kube-relay"), "{shell}");
