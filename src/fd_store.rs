@@ -1,17 +1,17 @@
-//! The sockets that the service manager keeps for the next process: systemd's descriptor store (`FileDescriptorStoreMax=`).
+//! The sockets that the supervisor keeps for the next process: systemd's descriptor store (`FileDescriptorStoreMax=`).
 //!
 //! A crash, `kill -9` or `systemctl restart` closes no listener then: who comes meanwhile waits in the kernel until the next
-//! process is given them (`given`). How the manager is told is in `supervisor`, when, in `serve::bound`.
+//! process is given them (`given`). How the supervisor is told is in `supervisor`, when, in `serve::bound`.
 //!
 //! *What is kept*: the sockets of listeners that let somebody in. Not those that are parked: the kernel refuses who comes
 //! there, with a socket and without. Not those of our own servers: a probe is to hear at once that nobody answers. And no
 //! connections: bytes that were read from one side and not yet written to the other are in this process or in a pipe of it
 //! at any moment, and after a kill at such a moment the peers would go on with a gap between them. A reset tells them.
 //!
-//! *What it takes.* A kept socket is open until the manager closes it, too, whatever is done here: the kernel lets clients in
-//! whom nobody will ever serve, and the address is taken. So the manager is told of each listener that ends for good, a TCP
-//! socket is shut down besides, which no copy of it survives, and nothing is bound before the manager has done what it was
-//! told. What a process that is killed has not told is made good by the next one: it closes what nobody wants.
+//! *What it takes.* A kept socket is open until the supervisor closes it, too, whatever is done here: the kernel lets
+//! clients in whom nobody will ever serve, and the address is taken. So the supervisor is told of each listener that ends for
+//! good, a TCP socket is shut down besides, which no copy of it survives, and nothing is bound before the supervisor has done
+//! what it was told. What a process that is killed has not told is made good by the next one: it closes what nobody wants.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,23 +27,23 @@ use crate::name::ListenKey;
 use crate::stats::PROCESS;
 use crate::supervisor::{MOST_DESCRIPTORS, Supervisor};
 
-/// When the manager is told again what it did not take.
+/// When the supervisor is told again what it did not take.
 const RETRY: Duration = Duration::from_secs(1);
 /// While nothing has to be told again, there is nothing to wake up for.
 const NO_HURRY: Duration = Duration::from_secs(3600);
 
-/// What is kept. Owned by the listeners, by value; a thread tells the manager. `Default`: nothing is.
+/// What is kept. Owned by the listeners, by value; a thread tells the supervisor. `Default`: nothing is.
 #[derive(Debug, Default)]
 pub(crate) struct FdStore {
-    /// To the thread; `None` where there is no manager.
+    /// To the thread; `None` where there is no supervisor.
     orders: Option<Sender<Order>>,
-    /// Descriptors that the manager keeps at most. From its `FDSTORE`.
+    /// Descriptors that the supervisor keeps at most. From its `FDSTORE`.
     limit: usize,
     /// How many more these may be.
     room: usize,
     /// How many sockets each listener has there.
     kept: BTreeMap<ListenKey, usize>,
-    /// True where the manager was told to forget, and may still have it.
+    /// True where the supervisor was told to forget, and may still have it.
     is_unsettled: bool,
     /// True once it was said that not all are kept.
     has_told: bool,
@@ -58,25 +58,26 @@ enum Order {
     Settle(oneshot::Sender<()>),
 }
 
-/// What a listener's sockets are called: ASCII without a colon, which is the manager's own. It is never read: what a socket
-/// is, the kernel tells.
+/// What a listener's sockets are called: ASCII without a colon, which is the supervisor's own. It is never read: what a
+/// socket is, the kernel tells.
 pub(crate) fn name(key: &ListenKey) -> String {
     let protocol = key.protocol.as_str().to_ascii_lowercase();
     format!("{protocol}-{}-{}", key.ip().to_string().replace(':', "_"), key.port())
 }
 
 impl FdStore {
-    /// Nothing is kept yet. `limit`: how many descriptors may be, as the manager says; with 0 it is only told what to forget.
+    /// Nothing is kept yet. `limit`: how many descriptors may be, as the supervisor says; with 0 it is only told what to
+    /// forget.
     ///
     /// # Errors
     /// No thread is left.
     pub(crate) fn start(limit: usize) -> io::Result<Self> {
-        Supervisor::of_this_process().map_or_else(|| Ok(Self::default()), |manager| Self::of(manager, limit))
+        Supervisor::of_this_process().map_or_else(|| Ok(Self::default()), |supervisor| Self::of(supervisor, limit))
     }
 
-    fn of(manager: Supervisor, limit: usize) -> io::Result<Self> {
+    fn of(supervisor: Supervisor, limit: usize) -> io::Result<Self> {
         let (orders, inbox) = channel();
-        let teller = Teller { manager, owed: Vec::new(), has_warned: false };
+        let teller = Teller { supervisor, owed: Vec::new(), has_warned: false };
         thread::Builder::new().name("fd-store".into()).spawn(move || teller.run(&inbox))?;
         Ok(Self { orders: Some(orders), limit, room: limit, ..Self::default() })
     }
@@ -90,7 +91,7 @@ impl FdStore {
             return true;
         }
         if sockets.len() > self.room {
-            self.tell_once(&key, "the service manager has no room for more", "raise FileDescriptorStoreMax=");
+            self.tell_once(&key, "the supervisor has no room for more", "raise FileDescriptorStoreMax=");
             return false;
         }
         let copies: io::Result<Vec<_>> = sockets.iter().map(|socket| socket.as_fd().try_clone_to_owned()).collect();
@@ -131,7 +132,7 @@ impl FdStore {
     pub(crate) fn tell(&self) {
         if self.limit > 0 && self.orders.is_some() {
             let (listeners, limit) = (self.kept.len(), self.limit);
-            info!(listeners, limit, "the service manager keeps sockets: a crash or a restart does not close them");
+            info!(listeners, limit, "the supervisor keeps sockets: a crash or a restart does not close them");
         }
     }
 
@@ -149,9 +150,9 @@ impl FdStore {
     }
 }
 
-/// The thread: the manager takes messages one by one, and who serves does not wait for it.
+/// The thread: the supervisor takes messages one by one, and who serves does not wait for it.
 struct Teller {
-    manager: Supervisor,
+    supervisor: Supervisor,
     /// What it is still to forget.
     owed: Vec<String>,
     /// True while it does not take what it is told.
@@ -173,8 +174,8 @@ impl Teller {
                 Some(Order::Keep(name, sockets)) => self.keep(&name, &sockets),
                 Some(Order::Forget(name)) => self.forget(name),
                 Some(Order::Settle(tell)) => {
-                    if let Err(error) = self.manager.settle() {
-                        debug!(%error, "the service manager does not say that it has closed what it was to forget");
+                    if let Err(error) = self.supervisor.settle() {
+                        debug!(%error, "the supervisor does not say that it has closed what it was to forget");
                     }
                     let _ = tell.send(()); // Whoever has asked may be gone.
                 }
@@ -187,18 +188,18 @@ impl Teller {
         if self.owed.iter().any(|owed| owed == name) {
             return; // It would be forgotten together with what went before.
         }
-        // FDPOLL=0: else the manager watches for their end, and the kernel calls on it for each client and each datagram.
+        // FDPOLL=0: else the supervisor watches for their end, and the kernel calls on it for each client and each datagram.
         let text = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
         for some in sockets.chunks(MOST_DESCRIPTORS) {
             let some: Vec<_> = some.iter().map(AsFd::as_fd).collect();
-            let outcome = self.manager.send(&text, &some);
+            let outcome = self.supervisor.send(&text, &some);
             self.note(&outcome);
         }
     }
 
     /// Until it has done so, whoever comes there waits for nobody.
     fn forget(&mut self, name: String) {
-        let outcome = self.manager.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
+        let outcome = self.supervisor.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
         self.note(&outcome);
         if outcome.is_err() {
             self.owed.push(name);
@@ -209,7 +210,7 @@ impl Teller {
         match outcome {
             Ok(()) => self.has_warned = false,
             Err(error) if !std::mem::replace(&mut self.has_warned, true) => {
-                warn!(%error, "the service manager cannot be told which sockets to keep");
+                warn!(%error, "the supervisor cannot be told which sockets to keep");
             }
             Err(_) => {}
         }
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn f21_given_listen_keys_when_named_then_each_name_is_another_one_that_the_manager_takes() {
+    fn f21_given_listen_keys_when_named_then_each_name_is_another_one_that_the_supervisor_takes() {
         let keys = ["10.96.0.1:80", "10.96.0.1:8080", "[fd96::1]:80", "[fd96::1:80]:80", "[::]:80"]
             .map(|address| address.parse::<SocketAddr>().expect("an address"))
             .map(|address| [ListenKey::at(address, Protocol::Tcp), ListenKey::at(address, Protocol::Udp)]);
@@ -255,8 +256,8 @@ mod tests {
 
     #[test]
     fn f21_given_room_for_three_when_more_are_to_be_kept_then_these_wait_until_some_are_forgotten() {
-        let (listener, manager) = Listener::new("room");
-        let mut store = FdStore::of(manager, 3).expect("a thread");
+        let (listener, supervisor) = Listener::new("room");
+        let mut store = FdStore::of(supervisor, 3).expect("a thread");
 
         assert!(store.keep(key(1), &sockets(2)));
         assert!(!store.keep(key(2), &sockets(2)), "no room");
@@ -274,9 +275,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn f21_given_something_to_forget_when_settled_then_the_manager_has_read_it_and_else_nobody_waits() {
-        let (listener, manager) = Listener::new("settled");
-        let mut store = FdStore::of(manager, 1).expect("a thread");
+    async fn f21_given_something_to_forget_when_settled_then_the_supervisor_has_read_it_and_else_nobody_waits() {
+        let (listener, supervisor) = Listener::new("settled");
+        let mut store = FdStore::of(supervisor, 1).expect("a thread");
         store.settled().await;
         assert!(store.keep(key(1), &sockets(1)));
         store.settled().await;
@@ -290,13 +291,13 @@ mod tests {
     }
 
     #[test]
-    fn f21_given_a_manager_that_cannot_be_told_when_something_is_to_be_forgotten_then_it_is_owed() {
+    fn f21_given_a_supervisor_that_cannot_be_told_when_something_is_to_be_forgotten_then_it_is_owed() {
         let nobody = Supervisor::at(Path::new("/nowhere/notify")).expect("a short path");
-        let mut teller = Teller { manager: nobody, owed: Vec::new(), has_warned: false };
+        let mut teller = Teller { supervisor: nobody, owed: Vec::new(), has_warned: false };
 
         teller.forget("a".into());
-        let (listener, manager) = Listener::new("owed");
-        teller.manager = manager;
+        let (listener, supervisor) = Listener::new("owed");
+        teller.supervisor = supervisor;
         teller.keep("a", &[sockets(1).remove(0).into()]);
         teller.keep("b", &[sockets(1).remove(0).into()]);
 
@@ -305,7 +306,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_no_manager_when_a_listener_comes_and_goes_then_nothing_is_kept_and_nobody_waits() {
+    async fn given_no_supervisor_when_a_listener_comes_and_goes_then_nothing_is_kept_and_nobody_waits() {
         let mut store = FdStore::default();
 
         assert!(!store.keep(key(1), &sockets(1)));

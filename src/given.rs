@@ -65,7 +65,7 @@ impl Given {
     }
 
     /// Sorts descriptors by what they are. The same socket may be there twice: as one that was kept, and as one that a unit
-    /// of the manager opens.
+    /// of the supervisor opens.
     fn of<'a>(descriptors: impl Iterator<Item = (&'a str, OwnedFd)>) -> Self {
         let (mut given, mut listeners, mut known) = (Self::default(), BTreeMap::new(), BTreeSet::new());
         for (name, descriptor) in descriptors {

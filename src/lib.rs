@@ -60,7 +60,7 @@
 //! | what this machine is: addresses, default routes | the follower of [`host_watch`], by value | a `watch` snapshot: [`host_watch::Hosts`] |
 //! | credentials for the API server | `login`, for the API source alone: whoever asks while they are read anew waits for that | nobody |
 //! | the right to the state folder, and its door | the thread of [`handover`], from start to hand-over | whoever calls |
-//! | which sockets the service manager keeps for the next process | the listeners, by value: `fd_store` | the manager, told by a thread |
+//! | which sockets the supervisor keeps for the next process | the listeners, by value: `fd_store` | the supervisor, told by a thread |
 //! | lines that the log has yet to write | a thread of `log_queue` | a queue with an end: nobody waits |
 //! | objects as the API server has them | the API source (`kubernetes`), shared with the model | [`control::Message`], [`contact::Contact`] |
 //!
