@@ -407,12 +407,12 @@ impl Who {
         }
     }
 
-    /// Where such a client may be. By its address alone, this node and its pods are not told apart.
+    /// Where such a client may be. By its address alone, this node and pods are not told apart.
     fn places(self) -> &'static [ClientPlace] {
         match self {
             Self::Anybody => &ClientPlace::ALL,
             Self::Outside(_) => &[ClientPlace::Elsewhere],
-            Self::Inside(_) => &[ClientPlace::PodHere, ClientPlace::Node],
+            Self::Inside(_) => &[ClientPlace::PodHere, ClientPlace::PodElsewhere, ClientPlace::Node],
         }
     }
 }
@@ -729,10 +729,11 @@ mod tests {
         };
 
         assert_eq!(seen("192.0.2.1:30080", Some(STRANGER)), "Backends See:      client unless hostNetwork");
-        assert_eq!(seen("10.96.0.10:80", Some(STRANGER)), "Backends See:      client if the backend is here");
+        assert_eq!(seen("10.96.0.10:80", Some(STRANGER)), "Backends See:      client if here, unless hostNetwork");
         assert_eq!(
             seen("10.96.0.10:80", Some(POD)),
-            "Backends See:      pod of this node: client unless on one bridge | this node: this node"
+            "Backends See:      pod of this node: client unless hostNetwork or one bridge \
+             | other pod in --cluster-cidr: client if here, unless hostNetwork | this node: this node"
         );
     }
 

@@ -542,10 +542,11 @@ mod tests {
         Type:              NodePort
         IP:                127.96.0.10
         Session Affinity:  None
-        Backends See:      CLIENT                 AT                   BACKENDS   NOW         WITH preserve                   WITH proxy-protocol
-                           pod of this node       clusterIP,nodePort   every      this node   client unless on one bridge     client
-                           outside, other nodes   clusterIP,nodePort   every      this node   client if the backend is here   client
-                           this node              clusterIP,nodePort   every      this node   this node                       this node, or the VIP
+        Backends See:      CLIENT                        AT                   BACKENDS   NOW         WITH preserve                             WITH proxy-protocol
+                           pod of this node              clusterIP,nodePort   every      this node   client unless hostNetwork or one bridge   client
+                           other pod in --cluster-cidr   clusterIP,nodePort   every      this node   client if here, unless hostNetwork        client
+                           outside, other nodes          clusterIP,nodePort   every      this node   client if here, unless hostNetwork        client
+                           this node                     clusterIP,nodePort   every      this node   this node                                 this node, or the VIP
 
         Port:              http  80/TCP
         TargetPort:        8000/TCP
@@ -617,7 +618,7 @@ mod tests {
         };
         assert_eq!(titles(&described(refused)), ["WITH THE REMEDY", "WITH proxy-protocol"]);
         let row = described(refused).lines().find(|line| line.contains("outside, other nodes")).map(str::to_owned);
-        assert!(row.is_some_and(|row| row.contains("every      this node   client if the backend is here")));
+        assert!(row.is_some_and(|row| row.contains("every      this node   client if here, unless hostNetwork")));
         let why = "\nSource Address:    preserve, but backends see this node: it may not: let it\n";
         assert!(described(refused).contains(why));
         let over_udp = titles(&described(|web| web.ports[0].protocol = Protocol::Udp));
