@@ -1,8 +1,8 @@
 //! The rig itself: everybody reaches whom they should, in both families, and nothing is left behind. Then a relay in
 //! it: `verdicts`, `vips`, `repairs`, `rights`, `guard`, clients whose addresses it is to `preserve` and whose `replies` it leads
-//! back, node `addresses`, a `registry`, `floods`, a `surge` of pods and `beside` kube-proxy, on the `stage` that they share, and
-//! in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of its `nodes`, among `strangers`,
-//! and among neighbours (`arp`), in the `cluster` that these share.
+//! back, the `matrix` of whom backends see, node `addresses`, a `registry`, `floods`, a `surge` of pods and `beside` kube-proxy, on
+//! the `stage` that they share, and in place of it: `bootstrap`, `own_node`; and what the `doctor` says of it. Then one on each of
+//! its `nodes`, among `strangers`, and among neighbours (`arp`), in the `cluster` that these share.
 //!
 //! Needs namespaces of its own (no root where the kernel gives them to everyone); skips with the reason otherwise.
 
@@ -37,6 +37,8 @@ mod floods;
 mod guard;
 #[path = "rig/guard_filters.rs"]
 mod guard_filters;
+#[path = "rig/matrix.rs"]
+mod matrix;
 #[path = "rig/neighbours.rs"]
 mod neighbours;
 #[path = "rig/nodes.rs"]
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         addresses::CASES,
         registry::CASES,
         preserve::CASES,
+        matrix::CASES,
         replies::CASES,
         surge::CASES,
     ]

@@ -13,6 +13,7 @@
 //! namespace ends with its last descriptor, thread and process. [`Rig::loopback`] has the same parts on loopback.
 #![allow(dead_code)] // shared by several binaries, each of which uses its part
 
+mod bridge;
 mod cases;
 mod clock;
 mod distance;
