@@ -18,8 +18,11 @@ use tokio::net::{TcpSocket, TcpStream};
 use crate::support::backend::{Backend, Script, refusing};
 use crate::support::manifest::Manifest;
 use crate::support::relay::{Relay, problems, service_of};
-use crate::support::site::Site;
+use crate::support::site::{SERVICE_PORT, Site};
 use crate::support::within;
+
+/// On a machine that does nothing else, an answer takes a thousandth of it.
+const SILENCE: Duration = Duration::from_millis(300);
 
 async fn connect_from(source: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
@@ -172,6 +175,71 @@ async fn given_a_balancer_in_front_when_its_header_names_a_client_then_lists_jud
     // Its health check is its own connection: it is the client, and in no list.
     expect_reset(balancer, service, b"\r\n\r\n\0\r\nQUIT\n\x20\x00\x00\x00").await;
     relay.until("a denied balancer", |_| dropped(&relay, DropReason::DeniedAddress) == 2).await;
+}
+
+/// A Service with a load-balancer IP, where the ranges hold, and these annotations.
+fn balanced(site: Site, annotations: &str, ranges: &str) -> String {
+    let ip = load_balancer(site).ip();
+    let service = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: web, annotations: {{{annotations}}}}}\nspec:\n  type: LoadBalancer\n  \
+         clusterIP: {}\n  loadBalancerSourceRanges: [{ranges}]\n  ports: [{{name: on-tcp, port: {SERVICE_PORT}}}]\n\
+         status: {{loadBalancer: {{ingress: [{{ip: {ip}}}]}}}}\n---\n",
+        site.cluster_ip()
+    );
+    let slice = echoing(site).to_string();
+    service + slice.split_once("---\n").expect("two documents").1
+}
+
+fn load_balancer(site: Site) -> SocketAddr {
+    SocketAddr::new(site.client(50), SERVICE_PORT)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t107_t126_given_source_ranges_when_a_balancer_names_clients_then_these_are_judged_and_not_the_balancer() {
+    let site = Site::new(55);
+    let _backend = Backend::start(site.backend(1), Script::Echo).await;
+    let (balancer, in_range, entry) = (site.client(1), site.client(2), load_balancer(site));
+    let ranges = format!("203.0.113.0/24, '2001:db8::/32', {in_range}/32");
+    let manifest = balanced(site, "kube-relay.dev/accept-proxy: 'true'", &ranges);
+    let relay = Relay::start_with(site, manifest, behind_a_balancer(site)).await;
+    let outsider = b"PROXY TCP4 198.51.100.7 192.0.2.80 40000 443\r\nhello";
+
+    for line in ["PROXY TCP4 203.0.113.7 192.0.2.80 40000 443\r\n", "PROXY TCP6 2001:db8::7 2001:db8::80 40000 443\r\n"]
+    {
+        let (_, answer) = say_from(balancer, entry, format!("{line}hello").as_bytes()).await.expect("an answer");
+        assert_eq!(answer, b"hello", "{line}");
+    }
+    expect_reset(balancer, entry, outsider).await;
+    expect_reset(balancer, entry, b"PROXY UNKNOWN\r\nhello").await; // The balancer itself, which is in no range.
+    relay.until("two denied clients", |_| dropped(&relay, DropReason::DeniedAddress) == 2).await;
+    let (_, answer) = say_from(balancer, site.service(), outsider).await.expect("ranges do not hold there");
+    assert_eq!(answer, b"hello");
+
+    // Who is in a range, but no balancer, is not asked: neither for whom it comes, nor who it is.
+    expect_reset(in_range, entry, b"PROXY TCP4 203.0.113.7 192.0.2.80 40000 443\r\nhello").await;
+    expect_reset(in_range, entry, b"hello").await;
+    relay.until("two strangers", |_| dropped(&relay, DropReason::UnknownBalancer) == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t107_t126_given_a_service_that_asks_nobody_when_clients_send_headers_then_lists_judge_the_sockets_address() {
+    let site = Site::new(56);
+    let _backend = Backend::start(site.backend(1), Script::Echo).await;
+    let [balancer, allowed, denied] = [1, 2, 3].map(|number| site.client(number));
+    let manifest = balanced(site, &format!("kube-relay.dev/allow-from: {allowed}"), &format!("{allowed}/32"));
+    let _relay = Relay::start_with(site, manifest, behind_a_balancer(site)).await;
+
+    // By the list at the cluster IP, by the ranges at the load balancer's.
+    for entry in [site.service(), load_balancer(site)] {
+        let naming = |client: IpAddr| format!("PROXY TCP4 {client} 192.0.2.80 40000 443\r\nhello").into_bytes();
+        let (_, answer) = say_from(allowed, entry, &naming(denied)).await.expect("an answer");
+        assert_eq!(answer, naming(denied), "payload, like all that it says");
+        // Nor is the balancer believed that other Services ask.
+        for stranger in [denied, balancer] {
+            let outcome = tokio::time::timeout(SILENCE, say_from(stranger, entry, &naming(allowed))).await;
+            assert!(!matches!(outcome, Ok(Ok(_))), "{stranger} at {entry}: {outcome:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

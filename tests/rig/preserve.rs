@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kube_relay::cleanup::{Removed, remove_routes};
-use kube_relay::config::DEFAULT_ROUTE_PROTOCOL;
+use kube_relay::config::{DEFAULT_EJECT_AFTER, DEFAULT_ROUTE_PROTOCOL};
 use kube_relay::name::Family;
 use kube_relay::reply_message::route_table;
 use kube_relay::reply_path::{self, CHECK_INTERVAL};
@@ -37,6 +37,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_one_client_that_a_pod_refuses_when_others_are_let_in_then_it_alone_is_not_served,
     t126_given_a_pod_that_answers_nobody_when_a_client_goes_on_then_it_is_seen_until_the_service_wants_that_no_more,
     t126_given_a_pod_that_refuses_all_but_the_node_when_clients_ask_then_they_are_served_from_the_node,
+    f07_t126_given_a_pod_that_refuses_when_clients_ask_then_another_one_sees_them_at_once_and_it_is_ejected,
     t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node,
     t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node,
     t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_that_one,
@@ -391,6 +392,29 @@ fn t126_given_a_pod_that_refuses_all_but_the_node_when_clients_ask_then_they_are
     assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
 }
 
+fn f07_t126_given_a_pod_that_refuses_when_clients_ask_then_another_one_sees_them_at_once_and_it_is_ejected() {
+    const ENOUGH: usize = 4 * DEFAULT_EJECT_AFTER.get() as usize;
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = Backends::start([rig.pod(0, 0)]);
+    let web = preserving().with(local(&rig));
+    let stage = Stage::start(rig, &web);
+    let client = stage.rig.client();
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        for _ in 0..ENOUGH {
+            let outcome = client.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+            assert!(is_from(&outcome, client.address(family)), "{outcome:?}");
+        }
+    }
+    assert_eq!(stage.metric("kuberelay_ejections_total", ""), 2, "one in each family");
+    let tries = stage.metric("kuberelay_connect_failures_total", "reason=\"refused\"");
+    assert_eq!(tries, 2 * u64::from(DEFAULT_EJECT_AFTER.get()), "each a connection that the other pod has got");
+}
+
 fn t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_sees_the_node() {
     let rig = Rig::build(Shape { nodes: 2, pods_per_node: 1, router: true }).expect("the rig builds");
     if !is_possible(rig.node(0)) {
@@ -555,17 +579,21 @@ fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_conn
     }
     let pods = [Pod::of(&rig, 0, 0)];
     let stage = Stage::start(rig, &preserving().with(pods));
-    let (client, to) = (stage.rig.client(), stage.at(ClusterIp, Family::V4));
-    let mut open = client
-        .run(|| (0..PORTS).map(|_| TcpStream::connect(to)).collect::<Result<Vec<_>, _>>())
-        .expect("it has so many ports");
-    for stream in &mut open {
-        assert!(is_from(&ask_on(stream).expect("it answers"), client.address(Family::V4)));
+    let (client, node) = (stage.rig.client(), stage.rig.node(0));
+
+    for family in FAMILIES {
+        let to = stage.at(ClusterIp, family);
+        let mut open = client
+            .run(|| (0..PORTS).map(|_| TcpStream::connect(to)).collect::<Result<Vec<_>, _>>())
+            .expect("it has so many ports");
+        for stream in &mut open {
+            assert!(is_from(&ask_on(stream).expect("it answers"), client.address(family)));
+        }
+
+        let outcome = node.run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
+
+        assert!(outcome.pod().is_some(), "{outcome:?}");
     }
-
-    let outcome = stage.rig.node(0).run(|| Ok(ask_tcp(to))).expect("the namespace is ours");
-
-    assert!(outcome.pod().is_some(), "{outcome:?}");
 }
 
 /// Has a client's stream and flow be answered, whose backend sees the client.
