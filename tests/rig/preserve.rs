@@ -44,6 +44,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told,
     t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
     f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
+    f15_given_two_source_ports_when_several_clients_have_flows_then_each_client_has_both,
     f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_connects_then_it_has_a_port,
     t126_f25_given_streams_and_flows_with_clients_addresses_when_upgraded_then_they_go_on_and_answers_still_come,
     given_a_relay_that_was_killed_when_another_runs_then_rules_are_there_once_and_cleanup_takes_them_away,
@@ -594,6 +595,37 @@ fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_conn
 
         assert!(outcome.pod().is_some(), "{outcome:?}");
     }
+}
+
+fn f15_given_two_source_ports_when_several_clients_have_flows_then_each_client_has_both() {
+    const PORTS: [u16; 2] = [40_000, 40_001];
+    let rig = rig();
+    if !is_possible(rig.node(0)) {
+        return;
+    }
+    let _running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    let stage = Stage::start(rig, &preserving().with(pods));
+    let Stage { rig, .. } = &stage;
+    let clients = [rig.client(), rig.pod(0, 1), rig.pod(1, 1), rig.node(1)];
+    clients.into_iter().for_each(|client| sees(&stage, client, ClusterIp, client));
+    rig.node(0).sysctl("net/ipv4/ip_local_port_range", "40000 40001").expect("it is ours");
+
+    let each = FAMILIES.into_iter().flat_map(|family| clients.map(|client| (family, client)));
+    let each = each.flat_map(|(family, client)| PORTS.map(|port| (family, client, port)));
+    let flows: Vec<_> = each
+        .map(|(family, client, port)| {
+            let flow = client.run(|| UdpSocket::bind((client.address(family), port))).expect("its own port is free");
+            flow.connect(stage.at(ClusterIp, family)).expect("there is a route");
+            (client.address(family), flow)
+        })
+        .collect();
+
+    for (client, flow) in flows.iter().chain(&flows) {
+        let outcome = ask_udp_on(flow).expect("it answers");
+        assert!(is_from(&outcome, *client), "{outcome:?}");
+    }
+    assert_eq!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"local_ports\""), 0);
 }
 
 /// Has a client's stream and flow be answered, whose backend sees the client.
