@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::CapabilitySet;
 
 use crate::beside::load;
-use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, find, skip, with_only};
+use crate::rig::{Case, FAMILIES, Lan, Namespace, Rig, Shape, find, skip, with_only, without_netfilter};
 use crate::stage::{
     Backends, ClusterIp, ENTRIES, Entry, ExternalIp, Outcome, Pod, Stage, UDP_BACKEND_PORT, Web, answer, ask_on,
     ask_tcp, ask_udp, ask_udp_on, expect_at, until,
@@ -42,6 +42,7 @@ pub(crate) const CASES: &[Case] = cases![
     t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node,
     t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_that_one,
     t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told,
+    t126_given_a_kernel_without_netfilter_when_clients_ask_then_they_are_served_and_the_reason_is_told,
     t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so,
     f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port,
     f15_given_two_source_ports_when_several_clients_have_flows_then_each_client_has_both,
@@ -491,6 +492,15 @@ fn t126_given_a_balancer_in_front_when_it_names_a_client_then_the_backend_sees_t
 }
 
 fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and_the_reason_is_told() {
+    served_without_preserving(|command| with_only(CapabilitySet::NET_BIND_SERVICE, command), "CAP_NET_ADMIN");
+}
+
+fn t126_given_a_kernel_without_netfilter_when_clients_ask_then_they_are_served_and_the_reason_is_told() {
+    served_without_preserving(without_netfilter, "nft_socket");
+}
+
+/// Starts a relay in such a way: it serves from the node's address, and says why, with a remedy.
+fn served_without_preserving(prepare: fn(&mut Command), remedy: &str) {
     let rig = rig();
     let _running = backends(&rig);
     let web = preserving().with(local(&rig));
@@ -500,16 +510,17 @@ fn t126_given_no_right_to_lead_answers_when_clients_ask_then_they_are_served_and
             rig.vip(0, number).expect("an address can be added");
         }
         rig.routed_vip(0, 2).expect("a route can be added");
-        Stage::start_bare(rig, &web, |command: &mut Command| with_only(CapabilitySet::NET_BIND_SERVICE, command))
+        Stage::start_bare(rig, &web, prepare)
     };
 
     sees_node(&stage, stage.rig.client(), ClusterIp);
     assert!(stage.metric("kuberelay_source_fallbacks_total", "reason=\"reply_path\"") > 0);
     assert!(stage.reports("reply_path"), "status tells it, too");
-    let is_said = |log: &str| log.lines().any(|line| line.contains("preserved") && line.contains("CAP_NET_ADMIN"));
+    let is_said = |log: &str| log.lines().any(|line| line.contains("preserved") && line.contains(remedy));
     assert!(is_said(&stage.log()), "it is said, with the remedy");
     let report = stage.report_of("default/web");
-    assert!(report.contains("\"sourceAddressRefused\":\"") && report.contains("CAP_NET_ADMIN"), "{report}");
+    assert!(report.contains("\"sourceAddressRefused\":\"") && report.contains(remedy), "{report}");
+    assert_eq!(rules(stage.rig.node(0)), 0, "nothing is left of what was tried");
 }
 
 fn t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connections_are_seen_so() {
