@@ -41,6 +41,7 @@
 //! | `sockets` | what is said of listening sockets |
 //! | `giving`, `taking` | the two sides of the conversation above |
 //! | `host` | who answers at the door |
+//! | `failure` | why nothing came of it, for the side that hands over |
 //! | `successor` | the next program |
 //! | `exporter`, `importer` | what the two sides have beside listeners: when each stands still, and when it goes on |
 //! | `services`, `counts` | what is said of ServicePorts: pins, turns, ejections, counters |
@@ -53,6 +54,7 @@ mod arrival;
 mod counts;
 mod door;
 pub(crate) mod exporter;
+mod failure;
 mod fault;
 mod flows;
 pub(crate) mod giving;

@@ -11,13 +11,14 @@ use std::process::Child;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use super::door::Caller;
-use super::giving::{GiveError, Handing, Loan, Moved};
+use super::failure::Failure;
+use super::giving::{Handing, Loan, Moved};
 use super::introduction::Introduction;
 use super::office::Office;
 use super::order::{Order, UpgradeReport};
@@ -106,43 +107,6 @@ struct Upgrade {
     deadline: Instant,
 }
 
-/// Why nothing came of an upgrade.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("{program} cannot be started")]
-    Start { program: String, source: std::io::Error },
-    #[error("the new process has ended ({0}) before it took over: its log says why")]
-    Ended(std::process::ExitStatus),
-    #[error("the new process was not ready to take over in time, and was ended")]
-    Limit,
-    #[error("{0}")]
-    Impossible(&'static str),
-    #[error("another upgrade is under way")]
-    Busy,
-    #[error("the new process has taken over and has ended then: nobody serves, its log says why")]
-    Lost,
-    #[error("the new process has taken over and does not say that it serves: its log says why")]
-    Silent,
-    #[error(transparent)]
-    Stranger(#[from] super::introduction::Stranger),
-    #[error(transparent)]
-    Give(#[from] GiveError),
-}
-
-impl Failure {
-    fn result(&self) -> UpgradeResult {
-        match self {
-            Self::Start { .. } => UpgradeResult::NotStarted,
-            Self::Ended(_) | Self::Lost => UpgradeResult::Ended,
-            Self::Limit | Self::Silent => UpgradeResult::Timeout,
-            Self::Stranger(_) => UpgradeResult::Version,
-            Self::Give(GiveError::Post { source: PostError::Limit, .. }) => UpgradeResult::Timeout,
-            Self::Give(GiveError::Post { source: PostError::Closed, .. }) => UpgradeResult::Ended,
-            Self::Impossible(_) | Self::Busy | Self::Give(_) => UpgradeResult::Refused,
-        }
-    }
-}
-
 impl Host {
     /// Answers from now on. `control` is asked to lend its sockets. Resolves when all is handed over, and never if it is
     /// not.
@@ -218,9 +182,9 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         if let Err(stranger) = caller.check() {
             let failure = stranger.into();
             if caller.takes_over {
-                tell(&failure);
+                failure.tell();
             }
-            refuse(post, &failure);
+            failure.refuse(post);
             return None;
         }
         let own = Introduction::own().ready(self.host.readiness.is_ready()).of_pod(self.host.pod.as_deref());
@@ -258,8 +222,8 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
                 Err(source) => Failure::Start { program: name_of(program), source },
             },
         };
-        tell(&failure);
-        refuse(&asker, &failure);
+        failure.tell();
+        failure.refuse(&asker);
     }
 
     /// Whether the successor has ended, or has to.
@@ -274,18 +238,18 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     }
 
     fn end_upgrade(&mut self, failure: &Failure) {
-        tell(failure);
+        failure.tell();
         if let Some(Upgrade { asker, successor, .. }) = self.upgrade.take() {
             successor.kill();
-            refuse(&asker, failure);
+            failure.refuse(&asker);
         }
     }
 
     fn hand_over(&mut self, post: Post, to: &Introduction, pid: i32) -> Option<(Handed, Option<Farewell>)> {
         let is_ours = |upgrade: &Upgrade| i32::try_from(upgrade.successor.pid()) == Ok(pid);
         if self.upgrade.as_ref().is_some_and(|upgrade| !is_ours(upgrade)) {
-            tell(&Failure::Busy);
-            refuse(&post, &Failure::Busy);
+            Failure::Busy.tell();
+            Failure::Busy.refuse(&post);
             return None;
         }
         let began = Instant::now();
@@ -295,7 +259,7 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
                 drop(post); // The other side hears that there is no more to come, before anything else is done.
                 match self.upgrade {
                     Some(_) => self.end_upgrade(&failure),
-                    None => tell(&failure),
+                    None => failure.tell(),
                 }
                 return None;
             }
@@ -332,7 +296,7 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     fn give(&self, post: &Post, to: &Introduction) -> Result<Loan, Failure> {
         let refused = |error| {
             let failure = Failure::Give(error);
-            refuse_within(Duration::ZERO, post, &failure); // Where it does not go at once, much else was not heard either.
+            failure.refuse_at_once(post); // Where it does not go at once, much else was not heard either.
             failure
         };
         let mut loan = Loan::take(&self.control).map_err(refused)?;
@@ -358,28 +322,8 @@ impl Farewell {
             Err(_) => Failure::Silent,
         };
         error!(pid = report.pid, "{failure}");
-        refuse(&asker, &failure);
+        failure.refuse(&asker);
     }
-}
-
-fn refuse(post: &Post, failure: &Failure) {
-    refuse_within(CALLER_LIMIT, post, failure);
-}
-
-fn refuse_within(limit: Duration, post: &Post, failure: &Failure) {
-    let _ = post.send(Parcel::new(Kind::Refused, &chain(failure)), limit); // It may be gone.
-}
-
-fn tell(failure: &Failure) {
-    PROCESS.upgrades.count(failure.result());
-    PROCESS.upgrade_failure.note(failure.result(), SystemTime::now());
-    warn!(error = chain(failure), "nothing was handed over: this process serves as before");
-}
-
-/// The whole of an error in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |source| source.source())
-        .fold(error.to_string(), |told, source| format!("{told}: {source}"))
 }
 
 fn name_of(program: Option<PathBuf>) -> String {
@@ -389,6 +333,7 @@ fn name_of(program: Option<PathBuf>) -> String {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::time::SystemTime;
 
     use socket2::SockRef;
 
