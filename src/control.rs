@@ -865,7 +865,8 @@ async fn take_all(take_over: TakeOver, wanted: WantedSockets, estate: Estate) ->
     loop {
         match try_to_take_all(take_over.clone(), wanted.clone(), estate.clone()).await {
             Err(Some(TakeError::Ended)) => {
-                tracing::warn!("the process that was to hand over has ended: looking again who is there");
+                let reason = UpgradeResult::Ended;
+                tracing::warn!(%reason, "the process that was to hand over has ended: looking again who is there");
             }
             outcome => return outcome,
         }

@@ -34,6 +34,7 @@
 //! |---|---|
 //! | `parcel` | what one message carries |
 //! | `post` | how messages travel |
+//! | `refusal` | why one of them will not |
 //! | `introduction` | who the two are, and whether they understand each other |
 //! | `door` | the socket in the state folder |
 //! | `arrival` | how a process comes to that folder: first, as a successor, or not yet |
@@ -67,6 +68,7 @@ mod office;
 mod order;
 pub(crate) mod parcel;
 mod post;
+mod refusal;
 mod services;
 mod sockets;
 mod streams;

@@ -151,7 +151,10 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     Ok(match outcome {
         Ok(()) => EXIT_FINE,
         Err(error) => {
-            error!("{error:#}");
+            match error.downcast_ref::<TakeError>() {
+                Some(failure) => error!(reason = %failure.reason(), "{error:#}"),
+                None => error!("{error:#}"),
+            }
             EXIT_PROBLEMS
         }
     })

@@ -14,6 +14,7 @@ use crate::control::Relay;
 use crate::elder::{self, Descendants, Ending};
 use crate::handover::Handed;
 use crate::lifecycle::{self, Readiness, Request, ShutdownTimes, Signals};
+use crate::stats::UpgradeResult;
 use crate::supervisor::{self, News};
 
 /// What there is to bring to an end.
@@ -57,7 +58,7 @@ impl Retirement<'_> {
                     break;
                 }
                 ending = ended(after.as_mut()) => {
-                    error!(%ending, "the process that has taken over has ended, nothing is served any more");
+                    error!(%ending, reason = %UpgradeResult::Ended, "the process that has taken over has ended, nothing is served any more");
                     self.finish(self.times, signals, None).await;
                     return if ending.is_success() { Ok(None) } else { Err(ending) };
                 }

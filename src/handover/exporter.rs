@@ -98,7 +98,11 @@ impl Exporter {
         self.released = true;
         let left = self.streams.saturating_sub(self.told.streams.get());
         if left > 0 {
-            warn!(left, "no descriptor was left to hand over some connections: they come to their end in this process");
+            warn!(
+                left,
+                reason = "fd_limit",
+                "no descriptor was left to hand over some connections: they come to their end in this process"
+            );
         }
         // Before connections let go of their addresses: no route is removed here any more, and nothing that leads answers here.
         drop(self.estate.vips.leave());

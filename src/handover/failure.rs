@@ -1,6 +1,6 @@
 //! Why a hand-over came to nothing, for the side that hands over: told in one line, and counted once.
 //!
-//! What the other side says of its own failures is in `taking`.
+//! What the other side says of its own failures is in `taking`; how each tells the other, in `refusal`.
 
 use std::io;
 use std::process::ExitStatus;
@@ -10,8 +10,8 @@ use tracing::warn;
 
 use super::giving::GiveError;
 use super::introduction::Stranger;
-use super::parcel::{Kind, Parcel};
 use super::post::{Post, PostError};
+use super::refusal::Refusal;
 use crate::causes::causes;
 use crate::stats::{PROCESS, UpgradeResult};
 
@@ -51,6 +51,7 @@ impl Failure {
             Self::Stranger(_) => UpgradeResult::Version,
             Self::Give(GiveError::Post { source: PostError::Limit, .. }) => UpgradeResult::Timeout,
             Self::Give(GiveError::Post { source: PostError::Closed, .. }) => UpgradeResult::Ended,
+            Self::Give(GiveError::Refused(refusal)) => refusal.reason,
             Self::Impossible(_) | Self::Busy | Self::Give(_) => UpgradeResult::Refused,
         }
     }
@@ -59,7 +60,7 @@ impl Failure {
     pub(super) fn tell(&self) {
         PROCESS.upgrades.count(self.result());
         PROCESS.upgrade_failure.note(self.result(), SystemTime::now());
-        warn!(error = causes(self), "nothing was handed over: this process serves as before");
+        warn!(reason = %self.result(), error = causes(self), "nothing was handed over: this process serves as before");
     }
 
     /// Says so to the other side.
@@ -73,6 +74,6 @@ impl Failure {
     }
 
     fn refuse_within(&self, limit: Duration, post: &Post) {
-        let _ = post.send(Parcel::new(Kind::Refused, &causes(self)), limit); // It may be gone.
+        let _ = post.send(Refusal::parcel(&causes(self), self.result()), limit); // It may be gone.
     }
 }

@@ -19,8 +19,8 @@ use super::introduction::Introduction;
 use super::office::Office;
 use super::parcel::{Kind, Parcel};
 use super::post::{Post, PostError};
+use super::refusal::Refusal;
 use super::sockets;
-use super::taking::why;
 use crate::serve::estate::Estate;
 use crate::serve::moving_flow::Unanswered;
 use crate::serve::passed::Passed;
@@ -90,8 +90,8 @@ pub(super) enum GiveError {
         source: PostError,
     },
     /// The successor will not.
-    #[error("the successor will not: {0}")]
-    Refused(String),
+    #[error("the successor will not: {}", .0.why)]
+    Refused(Refusal),
     /// It says what it should not.
     #[error("the successor says {0:?} out of turn")]
     OutOfTurn(Kind),
@@ -213,7 +213,7 @@ impl Talk<'_> {
         let parcel = heard.map_err(|source| GiveError::Post { at: wanted, source })?;
         match parcel.kind {
             kind if kind == wanted => Ok(()),
-            Kind::Refused => Err(refused(&parcel)),
+            Kind::Refused => Err(GiveError::Refused(Refusal::of(&parcel))),
             kind => Err(GiveError::OutOfTurn(kind)),
         }
     }
@@ -229,11 +229,8 @@ impl Talk<'_> {
 
 /// Why the other side has hung up, where it has said so.
 fn last_word(post: &Post) -> Option<GiveError> {
-    post.settle().filter(|parcel| parcel.kind == Kind::Refused).map(|parcel| refused(&parcel))
-}
-
-fn refused(parcel: &Parcel) -> GiveError {
-    GiveError::Refused(why(parcel))
+    let said = post.settle().filter(|parcel| parcel.kind == Kind::Refused)?;
+    Some(GiveError::Refused(Refusal::of(&said)))
 }
 
 #[cfg(test)]

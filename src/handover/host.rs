@@ -321,7 +321,7 @@ impl Farewell {
             Err(PostError::Closed) => Failure::Lost,
             Err(_) => Failure::Silent,
         };
-        error!(pid = report.pid, "{failure}");
+        error!(pid = report.pid, reason = %failure.result(), "{failure}");
         failure.refuse(&asker);
     }
 }
@@ -340,7 +340,8 @@ mod tests {
     use super::*;
     use crate::handover::door::call;
     use crate::handover::giving::Lent;
-    use crate::handover::taking::{Decision, TakeOver, introduce, why};
+    use crate::handover::refusal::Refusal;
+    use crate::handover::taking::{Decision, TakeOver, introduce};
     use crate::name::{ListenKey, ObjectName, Protocol, ServicePortName};
     use crate::serve::estate::Estate;
     use crate::serve::passed::{Passed, WantedSockets};
@@ -546,10 +547,9 @@ mod tests {
         };
 
         let answer = says(Kind::Hello, r#"{"oldest":8,"newest":9,"version":"9.1.0","pid":1}"#).expect("it is answered");
-        assert_eq!(
-            (answer.kind, why(&answer).contains("kube-relay 9.1.0 speaks versions 8 to 9")),
-            (Kind::Refused, true)
-        );
+        let Refusal { why, reason } = Refusal::of(&answer);
+        assert_eq!((answer.kind, reason), (Kind::Refused, UpgradeResult::Version));
+        assert!(why.contains("kube-relay 9.1.0 speaks versions 8 to 9"), "{why}");
         assert!(says(Kind::Take, "{}").is_err() && says(Kind::Hello, "}").is_err());
 
         assert!(rig.take_over().look().expect("it is of our version"));

@@ -10,7 +10,8 @@ use super::door::{CallError, call_to_ask};
 use super::introduction::Introduction;
 use super::parcel::{Kind, Parcel, ParcelError};
 use super::post::PostError;
-use super::taking::{Greeting, introduce, why};
+use super::refusal::Refusal;
+use super::taking::{Greeting, introduce};
 use crate::config::DEFAULT_UPGRADE_TIMEOUT;
 
 /// How long the order itself may take.
@@ -133,7 +134,7 @@ pub(crate) fn serving(folder: &Path) -> Result<Option<i32>, CallError> {
     }
 }
 
-fn see(folder: &Path) -> Result<Seen, Refusal> {
+fn see(folder: &Path) -> Result<Seen, NotDone> {
     let post = call_to_ask(folder)?;
     let pid = post.peer().map_err(|source| CallError::Failed { folder: folder.to_owned(), source })?.pid;
     let told = introduce(&post, Introduction::own())?;
@@ -143,23 +144,23 @@ fn see(folder: &Path) -> Result<Seen, Refusal> {
 /// Why nothing came of it: the running process serves as before, if there is one.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-pub struct OrderError(#[from] Refusal);
+pub struct OrderError(#[from] NotDone);
 
 impl OrderError {
     /// True where nobody is there to be asked.
     pub fn is_nobody(&self) -> bool {
-        matches!(self.0, Refusal::Call(CallError::Nobody { .. }))
+        matches!(self.0, NotDone::Call(CallError::Nobody { .. }))
     }
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+enum NotDone {
     #[error(transparent)]
     Call(#[from] CallError),
     #[error("the kube-relay that runs cannot be asked: {0}")]
     Greeting(#[from] Greeting),
-    #[error("no upgrade: {0}")]
-    Refused(String),
+    #[error("no upgrade ({}): {}", .0.reason, .0.why)]
+    Refused(Refusal),
     #[error("nobody knows what came of it: {0}")]
     Post(#[from] PostError),
     #[error("nobody knows what came of it: {0}")]
@@ -174,7 +175,7 @@ pub fn upgrade(folder: &Path, program: Option<PathBuf>, limit: Duration) -> Resu
     Ok(ask(folder, program, limit)?)
 }
 
-fn ask(folder: &Path, program: Option<PathBuf>, limit: Duration) -> Result<UpgradeReport, Refusal> {
+fn ask(folder: &Path, program: Option<PathBuf>, limit: Duration) -> Result<UpgradeReport, NotDone> {
     let post = call_to_ask(folder)?;
     introduce(&post, Introduction::own())?;
     let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
@@ -182,7 +183,7 @@ fn ask(folder: &Path, program: Option<PathBuf>, limit: Duration) -> Result<Upgra
     let answer = post.receive(limit.saturating_add(ANSWER_LIMIT))?;
     match answer.kind {
         Kind::Upgraded => Ok(answer.said()?),
-        _ => Err(Refusal::Refused(why(&answer))),
+        _ => Err(NotDone::Refused(Refusal::of(&answer))),
     }
 }
 

@@ -17,10 +17,12 @@ use super::introduction::{Introduction, Stranger};
 use super::office::{NoDoor, Office};
 use super::parcel::{Kind, Parcel, ParcelError};
 use super::post::{Post, PostError};
+use super::refusal::Refusal;
 use super::sockets;
 use crate::serve::estate::Estate;
 use crate::serve::passed::{Fit, Passed, Unlike, WantedSockets};
 use crate::state_lock::{Holder, StateLock, StateLockError};
+use crate::stats::UpgradeResult;
 
 /// How long the other side may take to say who it is. It may be busy with another caller.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -76,8 +78,13 @@ pub enum TakeError {
     #[error("nothing can be taken over")]
     Stranger(#[source] StrangerKind),
     /// The other one will not.
-    #[error("the kube-relay that runs does not hand over: {0}")]
-    Refused(String),
+    #[error("the kube-relay that runs does not hand over: {why}")]
+    Refused {
+        /// As it says itself.
+        why: String,
+        /// The word for it.
+        reason: UpgradeResult,
+    },
     /// A listener of the other one is not as it would be here.
     #[error("nothing is taken over: {0}")]
     Unlike(String),
@@ -128,6 +135,29 @@ enum Break {
     OutOfTurn(Kind),
     #[error("the other process does not hand its folder over")]
     NoFolder,
+}
+
+impl TakeError {
+    /// What it counts as where upgrades are counted: the same word as on the other side.
+    pub fn reason(&self) -> UpgradeResult {
+        match self {
+            Self::Call(CallErrorKind(CallError::Silent { .. })) => UpgradeResult::Timeout,
+            Self::Stranger(_) | Self::Broken(BrokenKind(Break::Parcel(_))) => UpgradeResult::Version,
+            Self::Refused { reason, .. } => *reason,
+            Self::Ended | Self::Left => UpgradeResult::Ended,
+            Self::Broken(BrokenKind(Break::Post(PostError::Limit))) => UpgradeResult::Timeout,
+            Self::Broken(BrokenKind(Break::Post(PostError::Closed))) => UpgradeResult::Ended,
+            Self::Call(_) | Self::Unlike(_) | Self::Broken(_) | Self::Lock(_) | Self::Door { .. } => {
+                UpgradeResult::Refused
+            }
+        }
+    }
+}
+
+impl From<Refusal> for TakeError {
+    fn from(Refusal { why, reason }: Refusal) -> Self {
+        Self::Refused { why, reason }
+    }
 }
 
 impl From<Break> for TakeError {
@@ -266,7 +296,7 @@ impl TakeOver {
         let process = post.process();
         let told = introduce(&post, Introduction::own().taking_over()).map_err(|error| match error {
             Greeting::Stranger(stranger) => TakeError::Stranger(StrangerKind(stranger)),
-            Greeting::Refused(why) => TakeError::Refused(why),
+            Greeting::Refused(refusal) => refusal.into(),
             Greeting::Post(error) => broken(error, process.as_ref()),
             Greeting::Parcel(error) => error.into(),
         })?;
@@ -279,8 +309,8 @@ impl TakeOver {
 pub(super) enum Greeting {
     #[error(transparent)]
     Stranger(Stranger),
-    #[error("{0}")]
-    Refused(String),
+    #[error("{}", .0.why)]
+    Refused(Refusal),
     #[error(transparent)]
     Post(#[from] PostError),
     #[error(transparent)]
@@ -292,16 +322,11 @@ pub(super) fn introduce(post: &Post, own: Introduction) -> Result<Introduction, 
     post.send(own.parcel(), SEND_LIMIT)?;
     let answer = post.receive(HELLO_LIMIT)?;
     if answer.kind == Kind::Refused {
-        return Err(Greeting::Refused(why(&answer)));
+        return Err(Greeting::Refused(Refusal::of(&answer)));
     }
     let told: Introduction = answer.said()?;
     told.check().map_err(Greeting::Stranger)?;
     Ok(told)
-}
-
-/// What the other side gives as its reason, as it is for a log.
-pub(super) fn why(refused: &Parcel) -> String {
-    refused.said::<String>().unwrap_or_default().escape_debug().to_string()
 }
 
 impl Offer {
@@ -343,9 +368,10 @@ impl Other {
             // left it, and in nobody else's hands.
             Err(TakeError::Ended) => {
                 decision.take()?;
-                let from_pid = self.told.pid;
+                let (from_pid, reason) = (self.told.pid, UpgradeResult::Ended);
                 warn!(
                     from_pid,
+                    %reason,
                     "the process that hands over has ended in the middle: this one goes on with all it has told"
                 );
                 Ok(())
@@ -360,14 +386,14 @@ impl Other {
 
     fn hear(&self) -> Result<Parcel, TakeError> {
         let parcel = self.post.receive(NEXT_LIMIT).map_err(|error| broken(error, self.process.as_ref()))?;
-        if parcel.kind == Kind::Refused { Err(TakeError::Refused(why(&parcel))) } else { Ok(parcel) }
+        if parcel.kind == Kind::Refused { Err(Refusal::of(&parcel).into()) } else { Ok(parcel) }
     }
 
     /// Tells it why nothing is taken over.
     fn refuse(&self, unlike: &Unlike) -> TakeError {
-        let why = unlike.to_string();
-        let _ = self.post.send(Parcel::new(Kind::Refused, &why), SEND_LIMIT); // It may be gone.
-        TakeError::Unlike(why)
+        let error = TakeError::Unlike(unlike.to_string());
+        let _ = self.post.send(Refusal::parcel(&unlike.to_string(), error.reason()), SEND_LIMIT); // It may be gone.
+        error
     }
 }
 
