@@ -37,6 +37,8 @@ pub(super) enum Failure {
     Silent,
     #[error(transparent)]
     Stranger(#[from] Stranger),
+    #[error("the other process does not say who it is in a way that kube-relay {} can read", env!("CARGO_PKG_VERSION"))]
+    Unreadable,
     #[error(transparent)]
     Give(#[from] GiveError),
 }
@@ -48,7 +50,7 @@ impl Failure {
             Self::Start { .. } => UpgradeResult::NotStarted,
             Self::Ended(_) | Self::Lost => UpgradeResult::Ended,
             Self::Limit | Self::Silent => UpgradeResult::Timeout,
-            Self::Stranger(_) => UpgradeResult::Version,
+            Self::Stranger(_) | Self::Unreadable => UpgradeResult::Version,
             Self::Give(GiveError::Post { source: PostError::Limit, .. }) => UpgradeResult::Timeout,
             Self::Give(GiveError::Post { source: PostError::Closed, .. }) => UpgradeResult::Ended,
             Self::Give(GiveError::Refused(refusal)) => refusal.reason,

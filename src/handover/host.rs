@@ -39,6 +39,8 @@ const SERVING_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AWAY_LIMIT: Duration = Duration::from_secs(3);
 /// The most that an upgrade may take, whatever is asked for.
 const LONGEST_LIMIT: Duration = Duration::from_secs(24 * 3_600);
+/// How long a successor that was refused may take to say so and to end.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(3);
 /// How long is waited after the door could not be opened.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -175,31 +177,40 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         }
     }
 
-    /// Hears who calls and says who we are. `None` where it is nobody whom we can talk to.
-    fn greet(&self, post: &Post) -> Option<Introduction> {
-        let hello = post.receive(CALLER_LIMIT).ok().filter(|parcel| parcel.kind == Kind::Hello)?;
-        let caller: Introduction = hello.said().ok()?;
-        if let Err(stranger) = caller.check() {
-            let failure = stranger.into();
-            if caller.takes_over {
-                failure.tell();
-            }
-            failure.refuse(post);
-            return None;
+    /// Hears who calls and says who we are. `None` where it is nobody whom we can talk to; where that is the successor that was
+    /// started here, nothing can come of it any more.
+    fn greet(&mut self, post: &Post, pid: i32) -> Option<Introduction> {
+        let (failure, takes_over) = match hear_who(post)? {
+            Ok(caller) => match caller.check() {
+                Ok(()) => {
+                    let own = Introduction::own().ready(self.host.readiness.is_ready());
+                    post.send(own.of_pod(self.host.pod.as_deref()).parcel(), CALLER_LIMIT).ok()?;
+                    return Some(caller);
+                }
+                Err(stranger) => (stranger.into(), caller.takes_over),
+            },
+            Err(unreadable) => (unreadable, false),
+        };
+        failure.refuse(post);
+        match &self.upgrade {
+            Some(upgrade) if upgrade.is_of(pid) => self.end_upgrade(&failure),
+            _ if takes_over => failure.tell(),
+            _ => {} // It has only asked for something, and knows why it gets none.
         }
-        let own = Introduction::own().ready(self.host.readiness.is_ready()).of_pod(self.host.pod.as_deref());
-        post.send(own.parcel(), CALLER_LIMIT).ok()?;
-        Some(caller)
+        None
     }
 
     /// `Some` where everything was handed over.
     fn answer(&mut self, Caller { post, pid }: Caller) -> Option<(Handed, Option<Farewell>)> {
-        let caller = self.greet(&post)?;
+        let caller = self.greet(&post, pid)?;
         // A caller that only looks hangs up now.
         let asked = post.receive(CALLER_LIMIT).ok()?;
         match asked.kind {
             Kind::Upgrade => {
-                self.begin_upgrade(post, asked.said().ok()?);
+                match asked.said() {
+                    Ok(order) => self.begin_upgrade(post, order),
+                    Err(_) => Failure::Unreadable.refuse(&post),
+                }
                 None
             }
             Kind::Take => self.hand_over(post, &caller, pid),
@@ -240,14 +251,16 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     fn end_upgrade(&mut self, failure: &Failure) {
         failure.tell();
         if let Some(Upgrade { asker, successor, .. }) = self.upgrade.take() {
-            successor.kill();
             failure.refuse(&asker);
+            drop(asker);
+            // One that was told why says so, and ends. One that is too slow, or stands still, would take as long as it is given.
+            let patience = if failure.result() == UpgradeResult::Timeout { Duration::ZERO } else { LAST_WORDS_LIMIT };
+            successor.end(patience);
         }
     }
 
     fn hand_over(&mut self, post: Post, to: &Introduction, pid: i32) -> Option<(Handed, Option<Farewell>)> {
-        let is_ours = |upgrade: &Upgrade| i32::try_from(upgrade.successor.pid()) == Ok(pid);
-        if self.upgrade.as_ref().is_some_and(|upgrade| !is_ours(upgrade)) {
+        if self.upgrade.as_ref().is_some_and(|upgrade| !upgrade.is_of(pid)) {
             Failure::Busy.tell();
             Failure::Busy.refuse(&post);
             return None;
@@ -305,6 +318,22 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         // end, goes on with what it was told.
         loan.offer(post, to, &self.host.office, &admin, self.standstill).map_err(refused)?;
         Ok(loan)
+    }
+}
+
+/// Who calls. `None` where nothing is said: it may call again.
+fn hear_who(post: &Post) -> Option<Result<Introduction, Failure>> {
+    match post.receive(CALLER_LIMIT) {
+        Ok(hello) if hello.kind == Kind::Hello => Some(hello.said().map_err(|_| Failure::Unreadable)),
+        Ok(_) | Err(PostError::Broken(_)) => Some(Err(Failure::Unreadable)),
+        Err(_) => None,
+    }
+}
+
+impl Upgrade {
+    /// True where this process is the one that was started for it.
+    fn is_of(&self, pid: i32) -> bool {
+        i32::try_from(self.successor.pid()) == Ok(pid)
     }
 }
 
@@ -550,7 +579,10 @@ mod tests {
         let Refusal { why, reason } = Refusal::of(&answer);
         assert_eq!((answer.kind, reason), (Kind::Refused, UpgradeResult::Version));
         assert!(why.contains("kube-relay 9.1.0 speaks versions 8 to 9"), "{why}");
-        assert!(says(Kind::Take, "{}").is_err() && says(Kind::Hello, "}").is_err());
+        for (kind, body) in [(Kind::Take, "{}"), (Kind::Hello, "}")] {
+            let Refusal { why, reason } = Refusal::of(&says(kind, body).expect("it is answered"));
+            assert_eq!((reason, why.contains("does not say who it is")), (UpgradeResult::Version, true), "{why}");
+        }
 
         assert!(rig.take_over().look().expect("it is of our version"));
     }

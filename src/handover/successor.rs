@@ -9,7 +9,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{self, Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::elder;
@@ -79,9 +82,11 @@ impl Successor {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Ends it, whatever it does.
-    pub(super) fn kill(mut self) {
-        let _ = self.child.kill(); // It may have ended by itself.
+    /// Ends it, whatever it does, where it has not by itself by then.
+    pub(super) fn end(mut self, patience: Duration) {
+        let patience = Timespec::try_from(patience).ok();
+        let _ = retry_on_intr(|| poll(&mut [PollFd::new(&self.ended, PollFlags::IN)], patience.as_ref()));
+        let _ = self.child.kill(); // It may have ended.
         let _ = self.child.wait();
     }
 

@@ -8,6 +8,7 @@ mod kept;
 mod load;
 mod pods;
 mod relay;
+mod strangers;
 mod succession;
 mod supervisor;
 mod talk;

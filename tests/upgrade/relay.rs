@@ -199,6 +199,20 @@ impl House {
         self.until(text, |house| house.log().contains(text)).await;
     }
 
+    /// Lines of the log with this in them.
+    pub(crate) fn told(&self, text: &str) -> Vec<String> {
+        self.log().lines().filter(|line| line.contains(text)).map(ToOwned::to_owned).collect()
+    }
+
+    /// Processes that were started by order, whatever became of them.
+    pub(crate) fn successors(&self) -> Vec<u32> {
+        let number = |line: &String| {
+            let (_, rest) = line.split_once(r#""pid":"#)?;
+            rest.split(|byte: char| !byte.is_ascii_digit()).next()?.parse().ok()
+        };
+        self.told("upgrade: a new process is started").iter().filter_map(number).collect()
+    }
+
     /// The relays among [`all`](Self::all), not who has started them.
     pub(crate) fn relays(&self) -> Vec<u32> {
         let is_relay = |pid: &u32| {
