@@ -19,6 +19,8 @@ use rustix::net::{
 use rustix::process::geteuid;
 
 use super::post::Post;
+use super::refusal::Refusal;
+use crate::stats::UpgradeResult;
 
 /// Its name in the folder.
 const NAME: &str = "kube-relay.sock";
@@ -117,7 +119,9 @@ impl Door {
         };
         let peer = post.peer()?;
         if !is_trusted(peer.uid) {
-            tracing::warn!(uid = peer.uid, pid = peer.pid, "a hand-over is asked for by another user: refused");
+            let reason = UpgradeResult::Refused;
+            tracing::warn!(uid = peer.uid, pid = peer.pid, %reason, "a hand-over is asked for by another user: refused");
+            let _ = post.send(Refusal::parcel("it belongs to another user", reason), Duration::ZERO); // There is room for one.
             return Ok(None);
         }
         Ok(Some(Caller { post, pid: peer.pid }))

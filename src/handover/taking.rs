@@ -319,7 +319,10 @@ pub(super) enum Greeting {
 
 /// Says who we are and hears who it is.
 pub(super) fn introduce(post: &Post, own: Introduction) -> Result<Introduction, Greeting> {
-    post.send(own.parcel(), SEND_LIMIT)?;
+    match post.send(own.parcel(), SEND_LIMIT) {
+        Ok(()) | Err(PostError::Closed) => {} // Who has hung up may have said why.
+        Err(error) => return Err(error.into()),
+    }
     let answer = post.receive(HELLO_LIMIT)?;
     if answer.kind == Kind::Refused {
         return Err(Greeting::Refused(Refusal::of(&answer)));

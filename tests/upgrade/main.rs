@@ -12,6 +12,7 @@ mod strangers;
 mod succession;
 mod supervisor;
 mod talk;
+mod users;
 
 #[path = "../support/mod.rs"]
 mod support;
