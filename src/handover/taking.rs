@@ -19,6 +19,7 @@ use super::parcel::{Kind, Parcel, ParcelError};
 use super::post::{Post, PostError};
 use super::refusal::Refusal;
 use super::sockets;
+use crate::causes::causes;
 use crate::serve::estate::Estate;
 use crate::serve::passed::{Fit, Passed, Unlike, WantedSockets};
 use crate::state_lock::{Holder, StateLock, StateLockError};
@@ -86,8 +87,8 @@ pub enum TakeError {
         reason: UpgradeResult,
     },
     /// A listener of the other one is not as it would be here.
-    #[error("nothing is taken over: {0}")]
-    Unlike(String),
+    #[error("{0}")]
+    Unlike(UnlikeKind),
     /// The other one has ended before all was told, and nothing is left of it: whoever asks again may begin.
     #[error("the kube-relay that was to hand over has ended")]
     Ended,
@@ -119,6 +120,11 @@ pub struct CallErrorKind(CallError);
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct StrangerKind(Stranger);
+
+/// See [`TakeError::Unlike`].
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct UnlikeKind(Unlike);
 
 /// See [`TakeError::Broken`].
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +166,12 @@ impl From<Refusal> for TakeError {
     }
 }
 
+impl From<Unlike> for TakeError {
+    fn from(unlike: Unlike) -> Self {
+        Self::Unlike(UnlikeKind(unlike))
+    }
+}
+
 impl From<Break> for TakeError {
     fn from(error: Break) -> Self {
         Self::Broken(BrokenKind(error))
@@ -182,11 +194,16 @@ impl From<ParcelError> for TakeError {
 #[derive(Debug)]
 pub(crate) struct Offer {
     other: Other,
+    offered: Offered,
+    decision: Decision,
+}
+
+#[derive(Debug)]
+struct Offered {
     office: Office,
     listeners: Vec<Passed>,
     health_ports: Vec<Passed>,
     moving: Importer,
-    decision: Decision,
 }
 
 /// The process that hands over.
@@ -239,41 +256,8 @@ impl TakeOver {
     /// It was not given, or not whole, or a socket is another one.
     pub(crate) fn ask(&self, wanted: &WantedSockets, estate: Estate) -> Result<Option<Offer>, TakeError> {
         let Some(other) = self.greet()? else { return Ok(None) };
-        other.say(Parcel::new(Kind::Take, &()))?;
-        let (mut folder, mut admin, mut moving) = (None, None, Importer::new(estate));
-        let (mut listeners, mut health_ports) = (Vec::new(), Vec::new());
-        loop {
-            let parcel = other.hear()?;
-            match parcel.kind {
-                Kind::Folder => {
-                    folder = Some(parcel);
-                    fault::at(Step::Folder);
-                }
-                Kind::Admin => admin = Some(parcel),
-                Kind::Listener => {
-                    let told = sockets::listeners(parcel)?;
-                    // Now, while streams still flow there, and nothing has been decided.
-                    for passed in &told {
-                        if wanted.check(passed).map_err(|unlike| other.refuse(&unlike))? == Fit::Anew {
-                            moving.leave_out(passed.key);
-                        }
-                    }
-                    listeners.extend(told);
-                }
-                Kind::HealthPort => health_ports.extend(sockets::listeners(parcel)?),
-                kind if kind.moves() => {
-                    moving.take(parcel)?;
-                    if kind == Kind::Stream {
-                        fault::at(Step::Stream);
-                    }
-                }
-                Kind::End => break,
-                kind => return Err(Break::OutOfTurn(kind).into()),
-            }
-        }
-        let office = Office::passed(folder.ok_or(Break::NoFolder)?, admin)?;
-        fault::at(Step::End);
-        Ok(Some(Offer { other, office, listeners, health_ports, moving, decision: self.decision.clone() }))
+        let offered = other.hear_all(wanted, estate).inspect_err(|error| other.refuse(error))?;
+        Ok(Some(Offer { other, offered, decision: self.decision.clone() }))
     }
 
     /// Begins with nothing: nobody is there who could hand over.
@@ -335,7 +319,7 @@ pub(super) fn introduce(post: &Post, own: Introduction) -> Result<Introduction, 
 impl Offer {
     /// Has everything ready that it needs here. To be called before [`accept`](Self::accept); no byte moves meanwhile.
     pub(crate) async fn prepare(&mut self) {
-        self.moving.prepare().await;
+        self.offered.moving.prepare().await;
     }
 
     /// Takes it. Where this succeeds, it is ours and nobody else's.
@@ -343,7 +327,7 @@ impl Offer {
     /// # Errors
     /// It is the other one's as before.
     pub(crate) fn accept(self, holder: Holder) -> Result<Taken, TakeError> {
-        let Self { other, office, listeners, health_ports, moving, decision } = self;
+        let Self { other, offered: Offered { office, listeners, health_ports, moving }, decision } = self;
         other.agree(&decision)?;
         fault::at(Step::Taken);
         office.lock.tell(holder);
@@ -354,6 +338,45 @@ impl Offer {
 }
 
 impl Other {
+    /// Has it tell all it has.
+    fn hear_all(&self, wanted: &WantedSockets, estate: Estate) -> Result<Offered, TakeError> {
+        self.say(Parcel::new(Kind::Take, &()))?;
+        let (mut folder, mut admin, mut moving) = (None, None, Importer::new(estate));
+        let (mut listeners, mut health_ports) = (Vec::new(), Vec::new());
+        loop {
+            let parcel = self.hear()?;
+            match parcel.kind {
+                Kind::Folder => {
+                    folder = Some(parcel);
+                    fault::at(Step::Folder);
+                }
+                Kind::Admin => admin = Some(parcel),
+                Kind::Listener => {
+                    let told = sockets::listeners(parcel)?;
+                    // Now, while streams still flow there, and nothing has been decided.
+                    for passed in &told {
+                        if wanted.check(passed)? == Fit::Anew {
+                            moving.leave_out(passed.key);
+                        }
+                    }
+                    listeners.extend(told);
+                }
+                Kind::HealthPort => health_ports.extend(sockets::listeners(parcel)?),
+                kind if kind.moves() => {
+                    moving.take(parcel)?;
+                    if kind == Kind::Stream {
+                        fault::at(Step::Stream);
+                    }
+                }
+                Kind::End => break,
+                kind => return Err(Break::OutOfTurn(kind).into()),
+            }
+        }
+        let office = Office::passed(folder.ok_or(Break::NoFolder)?, admin)?;
+        fault::at(Step::End);
+        Ok(Offered { office, listeners, health_ports, moving })
+    }
+
     /// Has it let go. Once this is done, all is ours and nobody else's.
     fn agree(&self, decision: &Decision) -> Result<(), TakeError> {
         // Where it has hung up, it is looked at what it has said before.
@@ -392,11 +415,9 @@ impl Other {
         if parcel.kind == Kind::Refused { Err(Refusal::of(&parcel).into()) } else { Ok(parcel) }
     }
 
-    /// Tells it why nothing is taken over.
-    fn refuse(&self, unlike: &Unlike) -> TakeError {
-        let error = TakeError::Unlike(unlike.to_string());
-        let _ = self.post.send(Refusal::parcel(&unlike.to_string(), error.reason()), SEND_LIMIT); // It may be gone.
-        error
+    /// Tells it why nothing is taken over, where it has not said so itself.
+    fn refuse(&self, error: &TakeError) {
+        let _ = self.post.send(Refusal::parcel(&causes(error), error.reason()), SEND_LIMIT); // It may be gone.
     }
 }
 

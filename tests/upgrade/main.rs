@@ -4,6 +4,7 @@ mod continuity;
 mod elders;
 mod failures;
 mod faults;
+mod few_descriptors;
 mod kept;
 mod load;
 mod pods;
