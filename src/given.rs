@@ -136,6 +136,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+    use crate::serve::fresh::Fresh;
     use crate::serve::{socket, udp};
 
     fn key(number: u8, protocol: Protocol) -> ListenKey {
@@ -181,7 +182,9 @@ mod tests {
         let other_names = ["dns", "kube-relay.socket", "stored", "tcp-127.85.11.2-7500"];
         assert_eq!(given.other_names, other_names.map(str::to_owned).into());
         for (listener, wanted) in given.sockets.iter().zip([1, 1, 2, 1]) {
-            listener.check(wanted).unwrap_or_else(|difference| panic!("{}: {difference}", listener.key));
+            listener
+                .check(wanted, &Fresh::look())
+                .unwrap_or_else(|difference| panic!("{}: {difference}", listener.key));
         }
     }
 }

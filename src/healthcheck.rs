@@ -28,6 +28,7 @@ use crate::health_port::HealthPort;
 use crate::http_server::{Answer, Connections, HEADER_TIMEOUT, converse, response};
 use crate::listener_set::{Calls, ListenerSet, Number, listener_set};
 use crate::name::{ListenKey, ObjectName};
+use crate::serve::fresh::Fresh;
 use crate::serve::passed::Passed;
 use crate::serve::{next_wait, socket};
 
@@ -181,7 +182,8 @@ impl HealthPorts {
 
     /// Opens what failed as another process has had it, on that one's sockets: no balancer is refused in between.
     pub(crate) async fn inherit(&mut self, passed: Vec<Passed>, now: Instant) {
-        let fitting = passed.into_iter().filter(|passed| passed.check(1).is_ok());
+        let fresh = Fresh::look();
+        let fitting = passed.into_iter().filter(|passed| passed.check(1, &fresh).is_ok());
         let socket = |Passed { key, mut sockets, .. }: Passed| Some((key, Arc::into_inner(sockets.pop()?)?));
         self.passed = fitting.filter_map(socket).collect();
         self.hasten_all(now);

@@ -21,6 +21,7 @@ mod fault;
 pub(crate) mod few_lines;
 mod filter;
 pub mod flow;
+pub(crate) mod fresh;
 pub(crate) mod gate;
 mod header_decoder;
 mod introduction;

@@ -216,6 +216,7 @@ impl Servers {
                 let mut bound = TcpSocket::passed(sockets)?;
                 let missing = bound.filter(key, &target.load())?;
                 self.tell_of(key, missing);
+                socket::settle_passed(&bound.socket)?;
                 self.accept_from(key, bound, target)
             }
             (Protocol::Tcp, false) => {
@@ -235,6 +236,7 @@ impl Servers {
             (_, false) => {
                 let sockets = sockets.into_iter().map(|socket| Ok(UdpSocket::from(own(socket)?)));
                 let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
+                sockets.iter().try_for_each(udp::settle_passed)?;
                 let server = self.udp.take_over(key, sockets, Arc::clone(target), wanted.udp_settings());
                 let filtered = self.filter_udp(key, server, true, &target.load());
                 Ok(Bound::Udp { server, filtered })

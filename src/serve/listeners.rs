@@ -30,6 +30,7 @@ use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::departed::Departed;
 use crate::serve::estate::Estate;
 use crate::serve::failures::{Due, Failures};
+use crate::serve::fresh::Fresh;
 use crate::serve::passed::{Passed, WantedSockets};
 use crate::serve::ports::Ports;
 use crate::serve::tcp::TcpShared;
@@ -147,7 +148,7 @@ impl Listeners {
         let wanted = |HeldBack { bind: Bind { key, wanted, .. }, .. }: &HeldBack| {
             (*key, (wanted.port.clone(), self.servers.most_sockets(key.protocol)))
         };
-        WantedSockets(held_back.map(wanted).collect())
+        WantedSockets { listeners: held_back.map(wanted).collect(), fresh: Fresh::look() }
     }
 
     /// The sockets of all listeners, for another process. They are served as before.
@@ -173,13 +174,14 @@ impl Listeners {
         let (mut passed, unwanted) = passed.partition::<BTreeMap<_, _>, _>(|(key, _)| wanted.contains(key));
         let mut count = Inherited { unwanted: unwanted.len(), ..Inherited::default() };
         self.discard(unwanted); // Before others are kept in their place.
+        let fresh = if passed.is_empty() { Fresh::default() } else { Fresh::look() };
         for HeldBack { bind, target, refused } in held_back {
             consume_budget().await;
             let Some(sockets) = passed.remove(&bind.key) else {
                 self.open_late(bind, target, refused, now);
                 continue;
             };
-            match sockets.check(self.servers.most_sockets(bind.key.protocol)) {
+            match sockets.check(self.servers.most_sockets(bind.key.protocol), &fresh) {
                 Ok(()) => {
                     count.adopted += 1;
                     self.adopt(bind, target, sockets, now).await;

@@ -44,10 +44,22 @@ pub fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(listening(bound(address)?))
 }
 
-/// Room for what comes before anybody reads; all other options wait for the first datagram ([`equip`]).
+/// All other options than its room wait for the first datagram ([`equip`]).
 fn listening(socket: Socket) -> UdpSocket {
-    let _ = socket.set_recv_buffer_size(LISTENER_BUFFER_BYTES); // Better with more, but a socket with less is one, too.
+    make_room(&socket);
     socket.into()
+}
+
+/// Gives a listener's socket room for what comes before anybody reads. Best effort: one with less is one, too.
+fn make_room(socket: &Socket) {
+    let _ = socket.set_recv_buffer_size(LISTENER_BUFFER_BYTES);
+}
+
+/// Gives a listener's socket that was opened by somebody else what those have that are opened here, and what can be given later.
+pub(super) fn settle_passed(socket: &UdpSocket) -> io::Result<()> {
+    let options = SockRef::from(socket);
+    make_room(&options);
+    options.set_reuse_address(false)
 }
 
 /// Gives a listener's socket what it needs once datagrams come: to be called before the first one is received, as

@@ -1,7 +1,20 @@
 //! The sockets of a listener on their way from one process to another, and whether they are what they should be.
 //!
-//! What the other process says of them is not taken for granted: the kernel tells what a socket is. Options that are set
-//! again in any case (filters, what datagrams are told with) are not looked at.
+//! What the other process says of them is not taken for granted: the kernel tells what a socket is.
+//!
+//! | Option | In a socket that is opened here | In one that comes |
+//! |---|---|---|
+//! | type, address, peer, whether it listens | as the key says, and whether it is parked | has to be so |
+//! | SO_REUSEPORT | where threads share it (UDP) | has to be so: others would get a part of the clients |
+//! | SO_REUSEADDR | TCP that is not parked | has to be so in a hand-over. systemd gives it to each: set in `bound` |
+//! | IPV6_V6ONLY | yes, as the kernel has it where an address is bound | has to be so |
+//! | IP_FREEBIND, IP_TRANSPARENT, IPV6_TRANSPARENT | no | has to be so |
+//! | IPV6_FREEBIND | where a route alone makes it local | either: nothing depends on it once it is bound |
+//! | SO_BINDTODEVICE, SO_MARK, SO_LOCK_FILTER, SO_PROTOCOL | as in any new one (`fresh`) | has to be so |
+//! | SO_LINGER, TCP_DEFER_ACCEPT | as in any new one (`fresh`) | has to be so |
+//! | O_NONBLOCK, TCP_NODELAY | yes | set here |
+//! | backlog, SO_RCVBUF, filter | yes | set in `bound` |
+//! | SO_SNDBUF, SO_RXQ_OVFL, IP_RECVTOS, UDP_GRO | from the first datagram on | set with the next datagram |
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,10 +23,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::net::SocketType;
-use rustix::net::sockopt::{ip_freebind, ipv6_v6only, socket_acceptconn, socket_reuseport, socket_type};
+use rustix::net::sockopt::{
+    ip_freebind, ipv6_v6only, socket_acceptconn, socket_reuseaddr, socket_reuseport, socket_type,
+};
 use socket2::SockRef;
 
-use crate::name::{ListenKey, Protocol, ServicePortName};
+use crate::name::{Family, ListenKey, Protocol, ServicePortName};
+use crate::serve::fresh::Fresh;
 use crate::serve::socket;
 
 /// The sockets of one listener.
@@ -46,9 +62,14 @@ pub(crate) enum Difference {
     Unknown(#[from] io::Error),
 }
 
-/// The listeners that a process is to have, with the number of sockets that each can have.
+/// The listeners that a process is to have.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct WantedSockets(pub(crate) BTreeMap<ListenKey, (ServicePortName, usize)>);
+pub(crate) struct WantedSockets {
+    /// With the number of sockets that each can have.
+    pub(crate) listeners: BTreeMap<ListenKey, (ServicePortName, usize)>,
+    /// What others are like.
+    pub(crate) fresh: Fresh,
+}
 
 /// A listener whose socket is not as this process would have it: it cannot be served on, nor can another one be had beside it.
 #[derive(Debug, thiserror::Error)]
@@ -76,8 +97,8 @@ impl WantedSockets {
     /// # Errors
     /// They are not the same.
     pub(crate) fn check(&self, passed: &Passed) -> Result<Fit, Unlike> {
-        let Some((service, most)) = self.0.get(&passed.key) else { return Ok(Fit::Whole) };
-        match passed.check(*most) {
+        let Some((service, most)) = self.listeners.get(&passed.key) else { return Ok(Fit::Whole) };
+        match passed.check(*most, &self.fresh).and_then(|()| passed.check_reuse()) {
             Ok(()) => Ok(Fit::Whole),
             Err(Difference::Count { .. }) if passed.key.protocol == Protocol::Udp => Ok(Fit::Anew),
             Err(difference) => Err(Unlike { service: service.clone(), key: passed.key, difference }),
@@ -97,13 +118,19 @@ impl Passed {
     ///
     /// # Errors
     /// They are not the same.
-    pub(crate) fn check(&self, most: usize) -> Result<(), Difference> {
+    pub(crate) fn check(&self, most: usize, fresh: &Fresh) -> Result<(), Difference> {
         let found = self.sockets.len();
         let most = if self.parked { 1 } else { most };
         if !(1..=most).contains(&found) {
             return Err(Difference::Count { found, most });
         }
-        self.sockets.iter().try_for_each(|socket| self.check_one(socket, found > 1))
+        self.sockets.iter().try_for_each(|socket| self.check_one(socket, found > 1, fresh))
+    }
+
+    /// What only another kube-relay has as it would be here.
+    fn check_reuse(&self) -> Result<(), Difference> {
+        let wanted = self.key.protocol == Protocol::Tcp && !self.parked;
+        self.sockets.iter().try_for_each(|socket| same("SO_REUSEADDR", socket_reuseaddr(socket)? == wanted))
     }
 
     /// Closes them, and for others that have copies of them, too, as far as the kernel does that: it lets no client in any
@@ -114,7 +141,7 @@ impl Passed {
         }
     }
 
-    fn check_one(&self, socket: &OwnedFd, shared: bool) -> Result<(), Difference> {
+    fn check_one(&self, socket: &OwnedFd, shared: bool, fresh: &Fresh) -> Result<(), Difference> {
         let options = SockRef::from(socket);
         let is_tcp = self.key.protocol == Protocol::Tcp;
         let kind = if is_tcp { SocketType::STREAM } else { SocketType::DGRAM };
@@ -126,12 +153,19 @@ impl Passed {
         same("peer", peer == wanted_peer)?;
         same("state", socket_acceptconn(socket)? == (is_tcp && !self.parked))?;
         same("SO_REUSEPORT", socket_reuseport(socket)? == shared)?;
-        match self.key.ip().is_ipv6() {
-            true => same("IPV6_V6ONLY", ipv6_v6only(socket)?)?,
-            false => {
-                same("IP_FREEBIND", !ip_freebind(socket)?)?;
-                same("IP_TRANSPARENT", !options.ip_transparent_v4()?)?;
+        let family = Family::of(self.key.ip());
+        match family {
+            Family::V6 => {
+                same("IPV6_V6ONLY", ipv6_v6only(socket)?)?;
+                same("IPV6_TRANSPARENT", !socket::has_foreign_source(socket, family)?)?;
             }
+            Family::V4 => {
+                same("IP_FREEBIND", !ip_freebind(socket)?)?;
+                same("IP_TRANSPARENT", !socket::has_foreign_source(socket, family)?)?;
+            }
+        }
+        if let Some(option) = fresh.difference(socket, family, self.key.protocol)? {
+            return Err(Difference::Option(option));
         }
         // Those of the open file, not of this descriptor: the other process may have changed them, or it was no kube-relay.
         options.set_nonblocking(true)?;
@@ -148,10 +182,15 @@ fn same(option: &'static str, is_same: bool) -> Result<(), Difference> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{IpAddr, Ipv6Addr, TcpListener, UdpSocket};
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use socket2::{Domain, Socket, Type};
 
     use super::*;
     use crate::name::ObjectName;
+    use crate::serve::socket::set_option;
     use crate::serve::udp;
 
     fn key(number: u8, protocol: Protocol) -> ListenKey {
@@ -163,7 +202,7 @@ mod tests {
     }
 
     fn difference(passed: &Passed, wanted: usize) -> String {
-        passed.check(wanted).expect_err("it is another one").to_string()
+        passed.check(wanted, &Fresh::look()).expect_err("it is another one").to_string()
     }
 
     #[test]
@@ -183,7 +222,7 @@ mod tests {
             (passed(key(4, Protocol::Udp), true, vec![held.into()]), 3),
             (passed(key(5, Protocol::Udp), false, vec![alone.into()]), 3),
         ] {
-            passed.check(wanted).unwrap_or_else(|difference| panic!("{}: {difference}", passed.key));
+            passed.check(wanted, &Fresh::look()).unwrap_or_else(|difference| panic!("{}: {difference}", passed.key));
         }
     }
 
@@ -208,7 +247,7 @@ mod tests {
             "it has 0 sockets, and can have 2"
         );
         let name = ServicePortName::new(ObjectName::new("default", "dns"), "dns", Protocol::Udp);
-        let wanted = WantedSockets([(group.key, (name, 2))].into());
+        let wanted = WantedSockets { listeners: [(group.key, (name, 2))].into(), fresh: Fresh::look() };
         assert_eq!(wanted.check(&group).expect("others can be had"), Fit::Anew);
         let foreign: OwnedFd = shared(16);
         SockRef::from(&foreign).set_reuse_port(true).expect("a listener");
@@ -216,5 +255,95 @@ mod tests {
             difference(&passed(key(16, Protocol::Tcp), false, vec![foreign]), 1),
             "its SO_REUSEPORT is another one"
         );
+    }
+
+    const TCP: [(Family, Protocol); 2] = [(Family::V4, Protocol::Tcp), (Family::V6, Protocol::Tcp)];
+    const UDP: [(Family, Protocol); 2] = [(Family::V4, Protocol::Udp), (Family::V6, Protocol::Udp)];
+    const BOTH: [(Family, Protocol); 4] = [TCP[0], TCP[1], UDP[0], UDP[1]];
+    const OF_V4: [(Family, Protocol); 2] = [TCP[0], UDP[0]];
+    fn loopback(family: Family, number: u8, protocol: Protocol) -> ListenKey {
+        match family {
+            Family::V4 => key(number, protocol),
+            Family::V6 => ListenKey::new(Ipv6Addr::LOCALHOST.into(), 7500 + u16::from(number), protocol),
+        }
+    }
+
+    /// The option that a listener is not taken over for, when it comes from another process.
+    fn refused_for(key: ListenKey, socket: OwnedFd) -> String {
+        let name = ServicePortName::new(ObjectName::new("default", "web"), "http", key.protocol);
+        let wanted = WantedSockets { listeners: [(key, (name, 1))].into(), fresh: Fresh::look() };
+        let told = wanted.check(&passed(key, false, vec![socket])).expect_err("it differs").to_string();
+        let prefix = format!("default/web:http: the socket at {key} cannot be taken over: its ");
+        let option = told.strip_prefix(&prefix).and_then(|told| told.strip_suffix(" is another one"));
+        option.unwrap_or_else(|| panic!("{told}")).to_owned()
+    }
+
+    #[test]
+    fn f25_given_a_listener_with_an_option_that_ours_have_not_when_handed_over_then_it_is_not_taken_for_that() {
+        type Case<'a> = (&'a str, &'a [(Family, Protocol)], fn(&SockRef<'_>) -> io::Result<()>);
+        let cases: [Case<'_>; 10] = [
+            ("SO_BINDTODEVICE", &BOTH, |socket| socket.bind_device(Some(b"lo"))),
+            ("SO_MARK", &BOTH, |socket| socket.set_mark(7)),
+            ("SO_LOCK_FILTER", &BOTH, |socket| set_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1)),
+            ("SO_REUSEPORT", &BOTH, |socket| socket.set_reuse_port(true)),
+            ("SO_REUSEADDR", &TCP, |socket| socket.set_reuse_address(false)),
+            ("SO_REUSEADDR", &UDP, |socket| socket.set_reuse_address(true)),
+            ("SO_LINGER", &TCP, |socket| socket.set_linger(Some(Duration::ZERO))),
+            ("TCP_DEFER_ACCEPT", &TCP, |socket| {
+                set_option(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 5)
+            }),
+            ("IP_FREEBIND", &OF_V4, |socket| socket.set_freebind_v4(true)),
+            ("TRANSPARENT", &BOTH, |socket| match Family::of(local_ip(socket)) {
+                Family::V4 => socket.set_ip_transparent_v4(true),
+                Family::V6 => socket.set_ip_transparent_v6(true),
+            }),
+        ];
+        let cases = cases.iter().flat_map(|(option, kinds, sets)| kinds.iter().map(move |kind| (option, kind, sets)));
+
+        for (number, (option, (family, protocol), sets)) in (21..).zip(cases) {
+            let key = loopback(*family, number, *protocol);
+            let socket: OwnedFd = match protocol {
+                Protocol::Udp => udp::bind_udp(key.address()).expect("a free address").into(),
+                _ => socket::listen_tcp(key).expect("a free address"),
+            };
+            match sets(&SockRef::from(&socket)) {
+                Ok(()) => assert!(refused_for(key, socket).ends_with(option), "{option} of {key}"),
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{option} of {key}: {error}");
+                    println!("skipped ({option} of {key}): needs CAP_NET_ADMIN");
+                }
+            }
+        }
+    }
+
+    fn local_ip(socket: &SockRef<'_>) -> IpAddr {
+        socket.local_addr().ok().and_then(|local| local.as_socket()).expect("it is bound").ip()
+    }
+
+    #[test]
+    fn f25_given_a_listener_of_another_protocol_with_streams_when_handed_over_then_it_is_not_taken_for_that() {
+        let key = key(91, Protocol::Tcp);
+        let of_many_paths = Socket::new(Domain::IPV4, Type::STREAM, Some(socket2::Protocol::MPTCP));
+        let Ok(socket) = of_many_paths.inspect_err(|error| println!("skipped: this kernel has no MPTCP ({error})"))
+        else {
+            return;
+        };
+        socket.set_reuse_address(true).expect("an option");
+        socket.bind(&key.address().into()).and_then(|()| socket.listen(1)).expect("a free address");
+
+        assert_eq!(refused_for(key, socket.into()), "SO_PROTOCOL");
+    }
+
+    #[test]
+    fn f21_given_sockets_of_a_service_manager_when_compared_then_that_others_may_use_their_address_is_no_difference() {
+        let socket: OwnedFd = udp::bind_udp(key(92, Protocol::Udp).address()).expect("a free address").into();
+        SockRef::from(&socket).set_reuse_address(true).expect("an option"); // As systemd does with each.
+
+        let passed = passed(key(92, Protocol::Udp), false, vec![socket]);
+        passed.check(1, &Fresh::look()).expect("it is set again where it is served");
+
+        udp::settle_passed(&passed.sockets[0].try_clone().map(UdpSocket::from).expect("descriptors are left"))
+            .expect("it is a socket for datagrams");
+        assert!(!SockRef::from(&passed.sockets[0]).reuse_address().expect("an option"));
     }
 }

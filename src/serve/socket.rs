@@ -72,6 +72,14 @@ fn is_routed_here(address: SocketAddr) -> bool {
     probe().is_ok()
 }
 
+/// Gives a TCP listener that was opened by somebody else what those have that are opened here, and what can be given later:
+/// as many may wait as the kernel allows now.
+pub(super) fn settle_passed(listener: impl AsFd) -> io::Result<()> {
+    let listener = listener.as_fd();
+    SockRef::from(&listener).set_reuse_address(true)?;
+    listen(listener)
+}
+
 /// Parks a TCP listener: the port stays held and connects are refused; accepted connections go on, waiting ones are reset.
 ///
 /// The socket must not be registered with an event loop: a parked socket is always readable, and the loop would
@@ -236,7 +244,12 @@ fn set_flag(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int) -> 
 
 /// Sets a socket option whose value is a number.
 #[allow(unsafe_code)]
-fn set_option(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+pub(super) fn set_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the descriptor is open while it is borrowed; the pointer is to a live `c_int` and the length is its size.
     let outcome = unsafe {
         libc::setsockopt(
@@ -248,6 +261,25 @@ fn set_option(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, v
         )
     };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A socket option whose value is a number.
+///
+/// # Errors
+/// The kernel does not tell: there is no such option for this socket.
+#[allow(unsafe_code)]
+pub(super) fn number_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the descriptor is open while it is borrowed; the kernel writes at most `length` bytes to `value`, a number of
+    // which every bit pattern is one.
+    let outcome =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut length) };
+    if outcome == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes the next close of the connection a reset: what is still on its way is given up, and the peer is told.

@@ -24,6 +24,7 @@ use crate::serve::access::AccessTap;
 use crate::serve::filter::Filter;
 use crate::serve::flow::IdleTimes;
 use crate::serve::gate::FlowGate;
+pub(super) use crate::serve::mmsg::settle_passed;
 pub use crate::serve::mmsg::{bind_udp, bind_udp_group, hold_udp};
 use crate::serve::moving_flow::{Line, ShardLines, first_shard};
 use crate::serve::room::FlowLimits;

@@ -1,15 +1,16 @@
 //! Hand-overs that fail: whatever it is, the process that runs serves on, and it is said why.
 
 use std::fs;
+use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Output;
+use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use rustix::process::Signal;
 use socket2::SockRef;
 
-use crate::relay::{BINARY, House, descriptors};
+use crate::relay::{BINARY, House, copies, descriptors};
 use crate::support::backend::Backend;
 use crate::support::client::{ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
@@ -74,39 +75,45 @@ async fn f25_given_a_successor_that_fails_when_an_upgrade_is_ordered_then_the_ol
     assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
 }
 
-/// Sets SO_REUSEPORT of a listening socket of another process, which nobody does but a test.
-fn share_port(pid: u32, address: SocketAddr, shares: bool) {
-    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process");
-    let process = pidfd_open(process, PidfdFlags::empty()).expect("it runs");
-    let numbers = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
-    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let copies = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
-    let is_it = |copy: &OwnedFd| {
-        let socket = SockRef::from(copy);
-        let is_there = socket.local_addr().is_ok_and(|local| local.as_socket() == Some(address));
-        is_there && socket.is_listener().unwrap_or(false)
-    };
-    let listener = copies.into_iter().find(is_it).expect("it listens there");
-    SockRef::from(&listener).set_reuse_port(shares).expect("a listener");
+/// Changes the listening socket of another process, which nobody does but a test.
+fn change(pid: u32, address: SocketAddr, sets: impl Fn(&SockRef<'_>) -> io::Result<()>) {
+    let listener = copies(pid, address).into_iter().find(|copy| SockRef::from(copy).is_listener().is_ok_and(|is| is));
+    let listener = listener.expect("it listens there");
+    sets(&SockRef::from(&listener)).expect("a listener");
 }
 
 #[tokio::test]
 async fn f25_given_a_listener_with_another_option_when_an_upgrade_is_ordered_then_the_old_one_serves_on_it() {
     let site = Site::new(23);
     let backend = Backend::named(site.backend(1)).await;
-    let (house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
     let mut long = connect(site.service()).await.expect("it serves");
     ask_on(&mut long).await.expect("a backend answers");
 
-    share_port(first, site.service(), true);
-    let told = refused(&house.upgrade(&[]).await);
+    type Sets = fn(&SockRef<'_>, bool) -> io::Result<()>;
+    let options: [(&str, Sets); 3] = [
+        ("SO_REUSEPORT", |socket, is_set| socket.set_reuse_port(is_set)),
+        ("SO_BINDTODEVICE", |socket, is_set| socket.bind_device(is_set.then_some(b"lo"))),
+        ("SO_LINGER", |socket, is_set| socket.set_linger(is_set.then_some(Duration::ZERO))),
+    ];
+    for (number, (option, sets)) in (1..).zip(options) {
+        change(first, site.service(), |socket| sets(socket, true));
+        let told = refused(&house.upgrade(&[]).await);
+        change(first, site.service(), |socket| sets(socket, false));
 
-    assert!(told.contains("cannot be taken over: its SO_REUSEPORT is another one"), "{told}");
-    assert_eq!(house.serves(), Some(first));
-    assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"refused\""]), 1);
-    assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
-    assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
-    share_port(first, site.service(), false);
+        let why = format!(
+            "default/web:on-tcp: the socket at {}/TCP cannot be taken over: its {option} is another one",
+            site.service()
+        );
+        assert!(told.contains(&why), "{told}");
+        house.until("both have said why", |house| house.told(&why).len() >= 2).await;
+        let lines = house.told(&why);
+        assert!(lines.len() == 2 && lines.iter().all(|line| line.contains(r#""reason":"refused""#)), "{lines:?}");
+        assert_eq!(house.serves(), Some(first));
+        assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"refused\""]), number);
+        assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+        assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
+    }
     let done = house.upgrade(&[]).await;
     assert!(done.status.success(), "{done:?}");
     assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);

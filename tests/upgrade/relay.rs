@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
+use socket2::{SockRef, Type};
 
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
@@ -248,6 +250,21 @@ impl Drop for House {
         }
         self.started.iter_mut().for_each(|child| drop(child.wait()));
     }
+}
+
+/// Copies of the sockets of a process that clients come to at this address.
+pub(crate) fn copies(pid: u32, address: SocketAddr) -> Vec<OwnedFd> {
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process");
+    let process = pidfd_open(process, PidfdFlags::empty()).expect("it runs");
+    let numbers = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let copies = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
+    let is_one = |copy: &OwnedFd| {
+        let socket = SockRef::from(copy);
+        let is_there = socket.local_addr().is_ok_and(|local| local.as_socket() == Some(address));
+        is_there && (socket.is_listener().is_ok_and(|is| is) || socket.r#type().is_ok_and(|kind| kind == Type::DGRAM))
+    };
+    copies.filter(is_one).collect()
 }
 
 /// The number of open descriptors, but for pipes: idle ones of these are kept, some more or less.
