@@ -27,6 +27,8 @@ pub(super) enum Failure {
     Ended(ExitStatus),
     #[error("the new process was not ready to take over in time, and was ended")]
     Limit,
+    #[error("the new process comes too late: nobody waits for it any more")]
+    Late,
     #[error("{0}")]
     Impossible(&'static str),
     #[error("another upgrade is under way")]
@@ -49,7 +51,7 @@ impl Failure {
         match self {
             Self::Start { .. } => UpgradeResult::NotStarted,
             Self::Ended(_) | Self::Lost => UpgradeResult::Ended,
-            Self::Limit | Self::Silent => UpgradeResult::Timeout,
+            Self::Limit | Self::Late | Self::Silent => UpgradeResult::Timeout,
             Self::Stranger(_) | Self::Unreadable => UpgradeResult::Version,
             Self::Give(GiveError::Post { source: PostError::Limit, .. }) => UpgradeResult::Timeout,
             Self::Give(GiveError::Post { source: PostError::Closed, .. }) => UpgradeResult::Ended,
@@ -60,8 +62,11 @@ impl Failure {
 
     /// Counts it and says so. Once for each hand-over that comes to nothing.
     pub(super) fn tell(&self) {
-        PROCESS.upgrades.count(self.result());
-        PROCESS.upgrade_failure.note(self.result(), SystemTime::now());
+        // One that comes too late is of an upgrade that was counted.
+        if !matches!(self, Self::Late) {
+            PROCESS.upgrades.count(self.result());
+            PROCESS.upgrade_failure.note(self.result(), SystemTime::now());
+        }
         warn!(reason = %self.result(), error = causes(self), "nothing was handed over: this process serves as before");
     }
 

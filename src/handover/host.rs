@@ -105,6 +105,8 @@ struct Farewell {
 /// A successor that was started, and who wants to know what becomes of it.
 struct Upgrade {
     asker: Post,
+    /// By which a process can tell that it was started for this one.
+    number: u64,
     successor: Successor,
     deadline: Instant,
 }
@@ -181,13 +183,13 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     /// started here, nothing can come of it any more.
     fn greet(&mut self, post: &Post, pid: i32) -> Option<Introduction> {
         let (failure, takes_over) = match hear_who(post)? {
-            Ok(caller) => match caller.check() {
+            Ok(caller) => match self.judge(&caller) {
                 Ok(()) => {
                     let own = Introduction::own().ready(self.host.readiness.is_ready());
                     post.send(own.of_pod(self.host.pod.as_deref()).parcel(), CALLER_LIMIT).ok()?;
                     return Some(caller);
                 }
-                Err(stranger) => (stranger.into(), caller.takes_over),
+                Err(failure) => (failure, caller.takes_over),
             },
             Err(unreadable) => (unreadable, false),
         };
@@ -198,6 +200,14 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
             _ => {} // It has only asked for something, and knows why it gets none.
         }
         None
+    }
+
+    /// Whether a caller can be talked to. Where a program was to be started that starts another one, that one may still come when
+    /// whoever has ordered the upgrade was told that nothing came of it.
+    fn judge(&self, caller: &Introduction) -> Result<(), Failure> {
+        caller.check()?;
+        let awaited = self.upgrade.as_ref().map(|upgrade| upgrade.number);
+        if caller.upgrade == 0 || awaited == Some(caller.upgrade) { Ok(()) } else { Err(Failure::Late) }
     }
 
     /// `Some` where everything was handed over.
@@ -219,15 +229,16 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     }
 
     fn begin_upgrade(&mut self, asker: Post, Order { program, limit_ms }: Order) {
+        let number = rand::random::<u64>().max(1); // Another process's successors have others.
         let failure = match self.host.cannot_start {
             Some(why) => Failure::Impossible(why),
             None if self.upgrade.is_some() => Failure::Busy,
-            None => match Successor::start(program.as_deref()) {
+            None => match Successor::start(program.as_deref(), number) {
                 Ok(successor) => {
                     let same_program = successor.is_own_file();
                     info!(pid = successor.pid(), program = ?program, same_program, "upgrade: a new process is started");
                     let deadline = Instant::now() + Duration::from_millis(limit_ms).min(LONGEST_LIMIT);
-                    self.upgrade = Some(Upgrade { asker, successor, deadline });
+                    self.upgrade = Some(Upgrade { asker, number, successor, deadline });
                     return;
                 }
                 Err(source) => Failure::Start { program: name_of(program), source },

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use serde::{Deserialize, Serialize};
 
 use super::parcel::{Kind, Parcel};
+use super::successor;
 use crate::stats::PROCESS;
 
 /// The newest way of speaking that this version knows. It grows where an older side would get something wrong; fields and
@@ -38,6 +39,9 @@ pub(crate) struct Introduction {
     /// True where it is about to take over, and not only to look on or to order something.
     #[serde(default)]
     pub(crate) takes_over: bool,
+    /// Which upgrade it was started for; 0: none, or it does not say.
+    #[serde(default)]
+    pub(crate) upgrade: u64,
     /// The pod that it runs in, by its UID; empty where nobody has told it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(crate) pod: String,
@@ -78,6 +82,7 @@ impl Introduction {
             kinds: Kind::ALL.iter().map(|kind| kind.number()).collect(),
             ready: false,
             takes_over: false,
+            upgrade: 0,
             pod: String::new(),
             kept: PROCESS.kept_listeners.get(),
         }
@@ -85,7 +90,7 @@ impl Introduction {
 
     /// The same, of one that is about to take over.
     pub(crate) fn taking_over(self) -> Self {
-        Self { takes_over: true, ..self }
+        Self { takes_over: true, upgrade: successor::own_upgrade(), ..self }
     }
 
     /// The same, of one that serves or does not.

@@ -20,6 +20,8 @@ use crate::given::FOR_THIS_PROCESS;
 
 /// The flag by which it knows what it is for.
 const TAKE_OVER: &str = "--take-over";
+/// By which it knows the upgrade that it is started for.
+const UPGRADE: &str = "KUBE_RELAY_UPGRADE";
 /// What the kernel adds to the path of a program whose file was replaced.
 const DELETED: &[u8] = b" (deleted)";
 
@@ -33,12 +35,12 @@ pub(super) struct Successor {
 }
 
 impl Successor {
-    /// Starts a program with our own arguments; without a name it is what is at the place now where ours was found. It has our
+    /// Starts a program with our own arguments, for the upgrade with this number; without a name it is what is at the place now where ours was found. It has our
     /// environment but for what is said of descriptors there, our standard error, and no standard input.
     ///
     /// # Errors
     /// There is none, or it cannot be run.
-    pub(super) fn start(program: Option<&Path>) -> io::Result<Self> {
+    pub(super) fn start(program: Option<&Path>, upgrade: u64) -> io::Result<Self> {
         let own;
         let program = match program {
             Some(program) => program,
@@ -49,6 +51,7 @@ impl Successor {
         };
         let mut command = Command::new(program);
         FOR_THIS_PROCESS.iter().for_each(|name| _ = command.env_remove(name));
+        command.env(UPGRADE, upgrade.to_string());
         command.args(arguments(env::args_os())).stdin(Stdio::null());
         elder::prepare(&mut command);
         let mut child = command.spawn()?;
@@ -94,6 +97,11 @@ impl Successor {
     pub(super) fn released(self) -> Child {
         self.child
     }
+}
+
+/// The upgrade that this process was started for; 0: for none.
+pub(super) fn own_upgrade() -> u64 {
+    env::var(UPGRADE).ok().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 /// Those of this process, without its own name.
@@ -186,7 +194,7 @@ mod tests {
 
     #[test]
     fn f25_given_no_such_program_when_it_is_started_then_that_is_an_error() {
-        let error = Successor::start(Some(Path::new("/nowhere/kube-relay"))).expect_err("it is not there");
+        let error = Successor::start(Some(Path::new("/nowhere/kube-relay")), 1).expect_err("it is not there");
 
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }

@@ -75,6 +75,31 @@ async fn f25_given_a_successor_that_fails_when_an_upgrade_is_ordered_then_the_ol
     assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
 }
 
+#[tokio::test]
+async fn f25_given_a_successor_that_comes_when_its_time_is_over_then_it_is_turned_away_and_the_old_one_serves() {
+    let site = Site::new(54);
+    let backend = Backend::named(site.backend(1)).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let go = house.path().join("go");
+    // Who is started has another one come, and is all that can be ended.
+    let wait = format!("while [ ! -e '{}' ]; do sleep 0.05; done", go.display());
+    let starts_another = script(&house, &format!("({wait}; exec '{BINARY}' \"$@\") &\nexec sleep 60"));
+
+    let late = refused(&house.upgrade(&["--binary", &starts_another, "--timeout", "300ms"]).await);
+    fs::write(&go, "").expect("the test's folder can be written");
+    house.until_told("the new process comes too late").await;
+    house.until("it has ended", |house| house.relays() == [first]).await;
+
+    assert!(late.contains("no upgrade (timeout): the new process was not ready"), "{late}");
+    let told = house.told("comes too late");
+    assert!(told.len() == 2 && told.iter().all(|line| line.contains(r#""reason":"timeout""#)), "{told:?}");
+    assert_eq!(house.metric("kuberelay_upgrades_total", &[]), 1, "it is the same upgrade");
+    assert_eq!((house.serves(), house.is_ready()), (Some(first), true));
+    assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+    let done = house.upgrade(&[]).await;
+    assert!(done.status.success(), "{done:?}");
+}
+
 /// Changes the listening socket of another process, which nobody does but a test.
 fn change(pid: u32, address: SocketAddr, sets: impl Fn(&SockRef<'_>) -> io::Result<()>) {
     let listener = copies(pid, address).into_iter().find(|copy| SockRef::from(copy).is_listener().is_ok_and(|is| is));
