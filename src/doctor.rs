@@ -67,9 +67,10 @@ pub async fn examine(config: &RunConfig, planned: Option<Report>) -> Diagnosis {
     let duty = Duty::new(config, planned.or(serving).as_ref(), running);
 
     let mut findings = of_process(&duty);
-    if let Some(folder) = &config.state_dir {
-        findings.push(upgrades::judge(&upgrades::read(folder.clone()).await));
-    }
+    findings.push(match &config.state_dir {
+        Some(folder) => upgrades::judge(&upgrades::read(folder.clone()).await),
+        None => upgrades::without_folder(duty.running.is_some()),
+    });
     findings.extend(of_addresses(&duty, &neighbours, &interfaces));
     findings.extend(of_kernel(&duty));
     #[cfg(feature = "kubernetes")]

@@ -144,6 +144,7 @@ fn given_a_machine_when_the_doctor_looks_then_each_subject_is_told_worst_first_a
         "queues",
         "source-address",
         "source-ports",
+        "upgrade",
         "vip-routes",
         "wildcard-listeners",
     ];

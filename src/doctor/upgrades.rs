@@ -9,6 +9,8 @@ use super::finding::{Finding, Subject};
 use crate::handover::{self, Seen};
 
 const SUBJECT: Subject = Subject::Upgrade;
+/// What a successor is handed.
+const ALL: &str = "listeners, connections, UDP flows, session affinity and counters";
 
 /// Who answers in the state folder; `None`: nobody does.
 pub(super) async fn read(folder: PathBuf) -> Fact<Option<Seen>> {
@@ -23,17 +25,28 @@ pub(super) async fn read(folder: PathBuf) -> Fact<Option<Seen>> {
 
 pub(super) fn judge(seen: &Fact<Option<Seen>>) -> Finding {
     match seen {
-        Ok(Some(seen)) if seen.is_ready() => Finding::ok(
-            SUBJECT,
-            format!(
-                "{seen}: an upgrade keeps listeners, connections, UDP flows, session affinity and counters; {}",
-                after_a_crash(seen.kept())
-            ),
-        ),
+        Ok(Some(seen)) if seen.is_ready() => {
+            let after_a_crash = after_a_crash(seen.kept());
+            match seen.starts_none() {
+                None => Finding::ok(SUBJECT, format!("{seen}: an upgrade keeps {ALL}; {after_a_crash}")),
+                Some(why) => Finding::note(SUBJECT, format!("{seen}: it starts no successor ({why}); {after_a_crash}"))
+                    .remedy(format!("`kube-relay run --take-over` with this --state-dir: it is handed {ALL}")),
+            }
+        }
         Ok(Some(seen)) => Finding::note(SUBJECT, format!("{seen}: no upgrade from here now")),
         Ok(None) => Finding::ok(SUBJECT, "no kube-relay runs with this --state-dir that could be upgraded"),
         Err(why) => Finding::unknown(SUBJECT, why),
     }
+}
+
+/// Without a folder nobody can be asked.
+pub(super) fn without_folder(is_running: bool) -> Finding {
+    let nothing = "without --state-dir there is no upgrade: the next process begins with nothing of the last one";
+    if !is_running {
+        return Finding::ok(SUBJECT, nothing);
+    }
+    Finding::note(SUBJECT, format!("the --state-dir of the kube-relay that runs is not named; {nothing}"))
+        .remedy("name it here, to see what an upgrade keeps; where it has none, start it with one")
 }
 
 fn after_a_crash(kept: u64) -> String {
@@ -60,6 +73,14 @@ mod tests {
     }
 
     #[test]
+    fn f25_given_no_state_folder_when_judged_then_nothing_is_kept_and_a_relay_that_runs_is_worth_a_note() {
+        let [none, some] = [false, true].map(without_folder);
+
+        assert_eq!((none.grade, some.grade), (Grade::Ok, Grade::Note));
+        assert!(some.message.contains("begins with nothing") && some.remedy.is_some(), "{some:?}");
+    }
+
+    #[test]
     fn f25_given_who_answers_in_the_folder_when_judged_then_only_one_that_serves_here_can_be_upgraded() {
         let told = |pid, ready| judge(&Ok(Some(Seen::of(pid, ready))));
 
@@ -68,6 +89,13 @@ mod tests {
         assert!(told(7, true).message.ends_with("keeps nothing (with systemd: FileDescriptorStoreMax=)"));
         let kept = judge(&Ok(Some(Seen::of(7, true).keeping(12)))).message;
         assert!(kept.ends_with("a crash or a restart keeps 12 listeners"), "{kept}");
+        let by_hand = judge(&Ok(Some(Seen::of(7, true).starting_none("its manifests came from standard input"))));
+        assert_eq!(by_hand.grade, Grade::Note);
+        assert!(
+            by_hand.message.contains("starts no successor (its manifests came from standard input)"),
+            "{by_hand:?}"
+        );
+        assert!(by_hand.remedy.is_some_and(|remedy| remedy.contains("run --take-over")));
         assert_eq!((told(7, false).grade, told(0, true).grade), (Grade::Note, Grade::Note));
         assert_eq!(judge(&Err(Unreadable::new("/s", "no right"))).grade, Grade::Note);
     }

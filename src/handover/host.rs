@@ -186,7 +186,8 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
             Ok(caller) => match self.judge(&caller) {
                 Ok(()) => {
                     let own = Introduction::own().ready(self.host.readiness.is_ready());
-                    post.send(own.of_pod(self.host.pod.as_deref()).parcel(), CALLER_LIMIT).ok()?;
+                    let own = own.of_pod(self.host.pod.as_deref()).starting_none(self.host.cannot_start);
+                    post.send(own.parcel(), CALLER_LIMIT).ok()?;
                     return Some(caller);
                 }
                 Err(failure) => (failure, caller.takes_over),

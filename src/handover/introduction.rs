@@ -14,8 +14,9 @@ use crate::stats::PROCESS;
 const NEWEST: u32 = 1;
 /// The oldest one.
 const OLDEST: u32 = 1;
-/// The longest version that is told on: it is another process's word.
+/// The longest version and the longest reason that are told on: they are another process's words.
 const LONGEST_VERSION: usize = 40;
+const LONGEST_REASON: usize = 200;
 
 /// The first parcel of each side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,9 @@ pub(crate) struct Introduction {
     /// The pod that it runs in, by its UID; empty where nobody has told it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(crate) pod: String,
+    /// Why it starts no successor by itself; empty where it does.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) starts_none: String,
     /// How many of its listeners a crash would not close.
     #[serde(default)]
     pub(crate) kept: u64,
@@ -84,6 +88,7 @@ impl Introduction {
             takes_over: false,
             upgrade: 0,
             pod: String::new(),
+            starts_none: String::new(),
             kept: PROCESS.kept_listeners.get(),
         }
     }
@@ -103,6 +108,11 @@ impl Introduction {
         Self { pod: pod.unwrap_or_default().to_owned(), ..self }
     }
 
+    /// The same, of one that starts no successor for this reason.
+    pub(crate) fn starting_none(self, why: Option<&str>) -> Self {
+        Self { starts_none: why.unwrap_or_default().to_owned(), ..self }
+    }
+
     /// What is sent.
     pub(crate) fn parcel(&self) -> Parcel {
         Parcel::new(Kind::Hello, self)
@@ -116,6 +126,12 @@ impl Introduction {
     /// The other program's version, as it is for a log.
     pub(crate) fn version(&self) -> String {
         self.version.chars().take(LONGEST_VERSION).collect::<String>().escape_debug().to_string()
+    }
+
+    /// Why it starts no successor, as it is for a log; `None` where it does.
+    pub(crate) fn why_none_is_started(&self) -> Option<String> {
+        let why = self.starts_none.chars().take(LONGEST_REASON).collect::<String>();
+        (!why.is_empty()).then(|| why.escape_debug().to_string())
     }
 
     /// Whether this process can work with that one.

@@ -62,6 +62,8 @@ pub struct Seen {
     ready: bool,
     /// The pod that it runs in, by its UID; empty where it does not say.
     pod: String,
+    /// Why it starts no successor; `None` where it does.
+    starts_none: Option<String>,
     /// Listeners that a crash would not close.
     kept: u64,
 }
@@ -69,12 +71,22 @@ pub struct Seen {
 impl Seen {
     #[cfg(test)]
     pub(crate) fn of(pid: i32, ready: bool) -> Self {
-        Self { version: "0.1.0".into(), pid, ready, pod: String::new(), kept: 0 }
+        Self { version: "0.1.0".into(), pid, ready, pod: String::new(), starts_none: None, kept: 0 }
     }
 
     #[cfg(test)]
     pub(crate) fn keeping(self, kept: u64) -> Self {
         Self { kept, ..self }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn starting_none(self, why: &str) -> Self {
+        Self { starts_none: Some(why.to_owned()), ..self }
+    }
+
+    /// Why it does not do what `kube-relay upgrade` asks for, if so. Another one can take over all the same.
+    pub fn starts_none(&self) -> Option<&str> {
+        self.starts_none.as_deref()
     }
 
     /// How many of its listeners a crash would not close: the service manager keeps their sockets.
@@ -138,7 +150,8 @@ fn see(folder: &Path) -> Result<Seen, NotDone> {
     let post = call_to_ask(folder)?;
     let pid = post.peer().map_err(|source| CallError::Failed { folder: folder.to_owned(), source })?.pid;
     let told = introduce(&post, Introduction::own())?;
-    Ok(Seen { version: told.version(), pid, ready: told.ready, pod: told.pod, kept: told.kept })
+    let (version, starts_none) = (told.version(), told.why_none_is_started());
+    Ok(Seen { version, pid, ready: told.ready, pod: told.pod, starts_none, kept: told.kept })
 }
 
 /// Why nothing came of it: the running process serves as before, if there is one.
