@@ -15,6 +15,7 @@ pub struct Manifest {
     external_ips: Vec<IpAddr>,
     local_to: Option<&'static str>,
     health_port: Option<u16>,
+    load_balancer: Option<(IpAddr, Vec<IpAddr>)>,
     affinity_seconds: Option<u32>,
     annotations: Vec<(&'static str, &'static str)>,
     endpoints: Vec<IpAddr>,
@@ -32,6 +33,7 @@ impl Manifest {
             external_ips: Vec::new(),
             local_to: None,
             health_port: None,
+            load_balancer: None,
             affinity_seconds: None,
             annotations: Vec::new(),
             endpoints: Vec::new(),
@@ -93,6 +95,12 @@ impl Manifest {
         self
     }
 
+    /// With an address of a load balancer, where none but these clients are served.
+    pub fn load_balancer(mut self, ip: IpAddr, clients: impl IntoIterator<Item = IpAddr>) -> Self {
+        self.load_balancer = Some((ip, clients.into_iter().collect()));
+        self
+    }
+
     /// Adds an annotation under `kube-relay.dev/`.
     pub fn annotation(mut self, key: &'static str, value: &'static str) -> Self {
         self.annotations.push((key, value));
@@ -145,6 +153,11 @@ impl Manifest {
                 "  type: LoadBalancer\n  allocateLoadBalancerNodePorts: false\n  healthCheckNodePort: {number}"
             )?;
         }
+        if let Some((_, clients)) = &self.load_balancer {
+            let ranges: Vec<_> = clients.iter().map(|client| format!("{client}/32")).collect();
+            writeln!(f, "  type: LoadBalancer\n  allocateLoadBalancerNodePorts: false")?;
+            writeln!(f, "  loadBalancerSourceRanges: {ranges:?}")?;
+        }
         if let Some(seconds) = self.affinity_seconds {
             writeln!(f, "  sessionAffinity: ClientIP")?;
             writeln!(f, "  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}")?;
@@ -156,6 +169,9 @@ impl Manifest {
             if self.node_port {
                 writeln!(f, "      nodePort: {NODE_PORT}")?;
             }
+        }
+        if let Some((ip, _)) = &self.load_balancer {
+            writeln!(f, "status: {{loadBalancer: {{ingress: [{{ip: \"{ip}\"}}]}}}}")?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ mod elders;
 mod failures;
 mod faults;
 mod few_descriptors;
+mod filters;
 mod kept;
 mod load;
 mod pods;
