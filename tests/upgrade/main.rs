@@ -4,6 +4,7 @@ mod continuity;
 mod doctor;
 mod elders;
 mod failures;
+#[cfg(debug_assertions)] // What makes a process fail at a step is in no build for use.
 mod faults;
 mod few_descriptors;
 mod filters;
