@@ -48,7 +48,7 @@ impl Changes {
 }
 
 impl ApplyStats {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             swaps: Counter::new(),
             // kube-proxy's own bounds: 1 ms, and twice as much each time.

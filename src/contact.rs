@@ -185,6 +185,12 @@ impl Line {
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
     }
+
+    /// All that is counted: lists that had to be made again, and failures.
+    pub(crate) fn tallies(&self) -> (&WatchFailureTally, &WatchFailureTally) {
+        let Self { watched: _, connected: _, heard_ms: _, relists, failures } = self;
+        (relists, failures)
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use crate::given::Given;
 use crate::guard::{Guard, VipGuard};
 use crate::handover::giving::{Handing, Lent};
 use crate::handover::importer::{Importer, TakenOver};
+use crate::handover::source::{SourceCounts, SourceSaid};
 use crate::handover::taking::{Predecessor, Taken};
 use crate::handover::{Handed, Host, Office, TakeError, TakeOver};
 use crate::headroom;
@@ -220,6 +221,7 @@ impl Relay {
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
             refused: Rejections::default(),
+            rejected_before: None,
             synced: false,
             inside_moved: false,
             local: BTreeSet::new(),
@@ -370,8 +372,11 @@ struct Control {
     health_ports: HealthPorts,
     dirty: BTreeSet<ObjectName>,
     source_problems: Vec<Problem>,
-    /// What could be read and not be served, since the start; the source counts the rest.
+    /// What could be read and not be served, since the start; the source counts the rest. And what a process before this one has
+    /// counted that is rejected no more.
     refused: Rejections,
+    /// What was rejected in the process before this one; `None` where there was none, and once it is counted.
+    rejected_before: Option<Rejections>,
     /// True once the source has delivered its first complete state. The snapshot says so after the steps of that state.
     synced: bool,
     /// True where another set of addresses counts as inside than the listeners were told.
@@ -435,7 +440,7 @@ impl Control {
     /// already, as this process is about to end, what is open may still go on there.
     async fn hand_over(&mut self, Handing { lent, end }: Handing) {
         let all = match self.synced {
-            true => lend(&self.listeners, &self.health_ports).await,
+            true => self.lend().await,
             false => Err(io::Error::other("it does not serve yet")),
         };
         if lent.send(all).is_err() {
@@ -445,6 +450,13 @@ impl Control {
         self.listeners.leave_addresses().await;
         self.stop_accepting().await;
         let _ = done.send(()); // Whoever waits for it goes on without, too.
+    }
+
+    async fn lend(&self) -> io::Result<Lent> {
+        let (passed, health_ports) = (self.listeners.lend().await?, self.health_ports.lend().await?);
+        let (contact, rejections) = (Arc::clone(&self.status.contact), self.status.source.rejections.clone());
+        let source = SourceCounts { contact, rejections };
+        Ok(Lent { passed, health_ports, estate: self.listeners.estate(), source })
     }
 
     async fn stop_accepting(&mut self) {
@@ -607,11 +619,15 @@ impl Control {
     async fn succeed(&mut self, take_over: TakeOver, given: Vec<Passed>) -> Result<Office, Option<TakeError>> {
         let began = Instant::now();
         let (wanted, estate) = (self.listeners.wanted(), self.listeners.estate());
-        let Taken { mut office, listeners, health_ports, moving, from } = take_all(take_over, wanted, estate).await?;
+        let taken = take_all(take_over, wanted, estate).await?;
+        let Taken { mut office, listeners, health_ports, source, moving, from } = taken;
         let Some(from) = from.map(Arc::new) else {
             self.begin_given(given).await; // Nobody was there, and so there is nothing else.
             return Ok(office);
         };
+        let SourceSaid { api, rejections } = source;
+        api.add_to(&*self.status.contact);
+        self.rejected_before = Some(rejections);
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
         let listeners = given.into_iter().chain(listeners).collect();
@@ -851,13 +867,14 @@ impl Control {
             self.status.source.rejections.add(refused);
             self.status.problems = Arc::new(problems);
         }
+        // Not before: what this process finds wrong itself is known by now, and is the same.
+        if let Some(before) = self.rejected_before.take() {
+            let before = before.beyond(&self.status.source.rejections);
+            self.refused.add(before.clone());
+            self.status.source.rejections.add(before);
+        }
         self.publish.send_replace(Arc::new(self.status.clone()));
     }
-}
-
-async fn lend(listeners: &Listeners, health_ports: &HealthPorts) -> io::Result<Lent> {
-    let (passed, health_ports) = (listeners.lend().await?, health_ports.lend().await?);
-    Ok(Lent { passed, health_ports, estate: listeners.estate() })
 }
 
 /// Everything of the process that runs, or the start of one where none does. `estate` is what goes on with it.

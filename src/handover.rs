@@ -46,6 +46,7 @@
 //! | `successor` | the next program |
 //! | `exporter`, `importer` | what the two sides have beside listeners: when each stands still, and when it goes on |
 //! | `services`, `counts` | what is said of ServicePorts: pins, turns, ejections, counters |
+//! | `source` | what is said of the source: what was rejected, and how it was with the API server |
 //! | `flows`, `streams` | what is said of UDP flows and of connections |
 //! | `heirs` | to whom these belong in the process that takes over |
 //! | `fault` | what tests have a successor do |
@@ -71,6 +72,7 @@ mod post;
 mod refusal;
 mod services;
 mod sockets;
+pub(crate) mod source;
 mod streams;
 mod successor;
 pub(crate) mod taking;

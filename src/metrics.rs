@@ -24,7 +24,7 @@ use crate::plan::{Listener, ListenerKind, ServicePlan, Verdict};
 use crate::serve::balancer::Backend;
 use crate::stats::{
     BackendStats, CloseReason, ConnectFailure, DropReason, Entry, EntryCounter, Histogram, PROCESS, PauseReason,
-    SourceFallback, UpgradeResult, VipAddresses,
+    ProcessStats, SourceFallback, UpgradeResult, VipAddresses,
 };
 use crate::status::{ListenerState, PortCounters, ServiceStatus, Status};
 
@@ -169,11 +169,17 @@ const BACKENDS_WITH_SERIES: usize = 10_000;
 ///
 /// Reads each counter once; work and size are proportional to the backends that have series.
 pub fn render(status: &Status, ready: bool) -> String {
-    render_up_to(BACKENDS_WITH_SERIES, status, ready)
+    render_with(BACKENDS_WITH_SERIES, &PROCESS, &APPLIED, status, ready)
 }
 
-/// The same with series for so many backends.
-fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
+/// The same with series for so many backends, and with what the process as a whole has counted.
+pub(crate) fn render_with(
+    backends: usize,
+    process: &ProcessStats,
+    applied: &ApplyStats,
+    status: &Status,
+    ready: bool,
+) -> String {
     let mut page = Page::with_room_for(backends);
     page.sample(Id::BuildInfo, &label("version", env!("CARGO_PKG_VERSION")), 1);
     page.sample(Id::Ready, "", u8::from(ready));
@@ -183,7 +189,7 @@ fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
         let labels = format!("{},{}", label("kind", kind), label("reason", reason));
         page.sample(Id::ObjectsRejected, &labels, count);
     }
-    page.contact(&status.contact);
+    page.contact(&status.contact, process);
     page.listeners(status);
     for service in status.services.values() {
         page.service(service);
@@ -191,39 +197,39 @@ fn render_up_to(backends: usize, status: &Status, ready: bool) -> String {
     let folded = page.folded;
     page.sample(Id::BackendsFolded, "", folded);
     for reason in PauseReason::ALL {
-        let seconds = PROCESS.accept_paused[usize::from(*reason)].seconds();
+        let seconds = process.accept_paused[usize::from(*reason)].seconds();
         page.sample(Id::AcceptPaused, &label("reason", reason.as_str()), seconds);
     }
-    page.sample(Id::ConnectionsLimit, "", PROCESS.connections_limit.get());
+    page.sample(Id::ConnectionsLimit, "", process.connections_limit.get());
     if let Some(most) = CAPACITY.flows.most() {
         page.sample(Id::FlowsLimit, "", most);
     }
-    page.sample(Id::StalledConnections, "", PROCESS.stalled.get());
-    page.sample(Id::SpliceFallbacks, "", PROCESS.splice_fallbacks.get());
-    page.sample(Id::FilterFallbacks, "", PROCESS.filter_fallbacks.get());
-    page.vip_addresses(&PROCESS.vip_addresses);
-    page.sample(Id::RoutesRepaired, "", PROCESS.routes_repaired.get());
-    page.sample(Id::HostReadErrors, "", PROCESS.host_read_errors.get());
+    page.sample(Id::StalledConnections, "", process.stalled.get());
+    page.sample(Id::SpliceFallbacks, "", process.splice_fallbacks.get());
+    page.sample(Id::FilterFallbacks, "", process.filter_fallbacks.get());
+    page.vip_addresses(&process.vip_addresses);
+    page.sample(Id::RoutesRepaired, "", process.routes_repaired.get());
+    page.sample(Id::HostReadErrors, "", process.host_read_errors.get());
     if let Some(count) = listen_overflows::read() {
         page.sample(Id::ListenOverflows, "", count);
     }
-    page.sample(Id::GuardedAddresses, "", PROCESS.guarded_addresses.get());
-    page.sample(Id::Panics, "", PROCESS.panics.get());
-    let lines = &PROCESS.log_lines_dropped;
+    page.sample(Id::GuardedAddresses, "", process.guarded_addresses.get());
+    page.sample(Id::Panics, "", process.panics.get());
+    let lines = &process.log_lines_dropped;
     page.sample(Id::LogLinesDropped, &label("reason", "storm"), lines.storm.get());
     page.sample(Id::LogLinesDropped, &label("reason", "unread"), lines.unread.get());
-    page.sample(Id::AccessLogDropped, "", PROCESS.access_log_dropped.get());
+    page.sample(Id::AccessLogDropped, "", process.access_log_dropped.get());
     for result in UpgradeResult::ALL {
-        page.sample(Id::Upgrades, &label("result", result.as_str()), PROCESS.upgrades.get(*result));
+        page.sample(Id::Upgrades, &label("result", result.as_str()), process.upgrades.get(*result));
     }
-    if PROCESS.standstill.count() > 0 {
-        page.histogram(Id::UpgradeStandstill, "", &PROCESS.standstill);
+    if process.standstill.count() > 0 {
+        page.histogram(Id::UpgradeStandstill, "", &process.standstill);
     }
-    for (id, answers) in [(Id::Healthz, &PROCESS.healthz), (Id::Livez, &PROCESS.livez)] {
+    for (id, answers) in [(Id::Healthz, &process.healthz), (Id::Livez, &process.livez)] {
         page.sample(id, &label("code", "200"), answers.healthy.get());
         page.sample(id, &label("code", "503"), answers.unhealthy.get());
     }
-    page.applied(&APPLIED);
+    page.applied(applied);
     page.no_local_endpoints(status);
     page.process(&collector::collect());
     page.text()
@@ -289,9 +295,9 @@ impl Page {
         text
     }
 
-    fn contact(&mut self, contact: &Contact) {
+    fn contact(&mut self, contact: &Contact, process: &ProcessStats) {
         if let Some(report) = contact.report() {
-            self.histogram(Id::NetworkProgramming, "", &PROCESS.network_programming);
+            self.histogram(Id::NetworkProgramming, "", &process.network_programming);
             self.sample(Id::SourceConnected, "", u8::from(report.connected));
             self.sample(Id::SourceAge, "", report.age_seconds);
             self.sample(Id::KubeEvents, &label("result", "sent"), contact.events.sent.get());
@@ -704,7 +710,7 @@ mod tests {
 
     #[test]
     fn f24_given_more_backends_than_may_have_series_when_rendered_then_their_ports_sums_tell_of_them() {
-        let text = |backends| render_up_to(backends, &sample::status(), true);
+        let text = |backends| render_with(backends, &PROCESS, &APPLIED, &sample::status(), true);
 
         let [all, none] = [text(2), text(1)];
 

@@ -35,6 +35,21 @@ impl Rejections {
         }
     }
 
+    /// What is counted here beyond what somebody else has counted.
+    pub(crate) fn beyond(&self, other: &Self) -> Self {
+        let mut beyond = Self::default();
+        for (kind, reasons) in &self.0 {
+            for (reason, count) in reasons {
+                let known = other.0.get(kind).and_then(|reasons| reasons.get(reason));
+                match count.saturating_sub(known.copied().unwrap_or(0)) {
+                    0 => {}
+                    more => beyond.grow(kind.clone(), reason.clone(), more),
+                }
+            }
+        }
+        beyond
+    }
+
     /// Counts the objects that are refused `now` and were not `before`: each once for each reason, as long as it holds.
     pub(crate) fn count_refused(&mut self, before: &[Problem], now: &[Problem]) {
         let before = refused(before);
@@ -89,6 +104,32 @@ mod tests {
             serde_json::to_value(&all).expect("it is JSON"),
             serde_json::json!({"Service": {"decode": 2}, "unknown": {"permission": 1}})
         );
+    }
+
+    #[test]
+    fn t234_given_what_two_have_counted_when_the_one_goes_on_from_the_other_then_what_both_know_counts_once() {
+        let (mut old, mut new) = (Rejections::default(), Rejections::default());
+        (0..3).for_each(|_| old.count(Some("Service"), "decode"));
+        old.count(Some("EndpointSlice"), "decode");
+        old.count(None, "permission");
+        new.count(Some("Service"), "decode");
+        new.count(None, "permission");
+        new.count(Some("Service"), "sctp");
+
+        let before = old.beyond(&new);
+        new.add(before);
+
+        let counts: Vec<_> = new.iter().collect();
+        assert_eq!(
+            counts,
+            [
+                ("EndpointSlice", "decode", 1),
+                ("Service", "decode", 3),
+                ("Service", "sctp", 1),
+                ("unknown", "permission", 1)
+            ]
+        );
+        assert!(old.beyond(&old).is_empty());
     }
 
     #[test]

@@ -627,31 +627,7 @@ impl Zeros for ServiceStats {
 }
 
 /// What happened in this process as a whole.
-pub static PROCESS: ProcessStats = ProcessStats {
-    splice_fallbacks: Counter::new(),
-    filter_fallbacks: Counter::new(),
-    vip_addresses: VipAddresses { own: Latest::new(), foreign: Latest::new(), missing: Latest::new() },
-    routes_repaired: Counter::new(),
-    host_read_errors: Counter::new(),
-    guarded_addresses: Latest::new(),
-    accept_paused: [const { WallTime::new() }; PauseReason::ALL.len()],
-    connections_limit: Latest::new(),
-    stalled: BusyGauge(Gauge::new()),
-    panics: Counter::new(),
-    log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
-    access_log_dropped: Counter::new(),
-    upgrades: Tally::new(),
-    upgrade_failure: LastFailure::new(),
-    kept_listeners: Latest::new(),
-    // Clients wait meanwhile: what is long for one of them is above 50 ms.
-    standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
-    healthz: HealthAnswers::new(),
-    livez: HealthAnswers::new(),
-    // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
-    network_programming: Histogram::new(&[
-        5, 10, 25, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000,
-    ]),
-};
+pub static PROCESS: ProcessStats = ProcessStats::new();
 
 /// See [`PROCESS`].
 #[derive(Debug)]
@@ -694,6 +670,36 @@ pub struct ProcessStats {
     pub livez: HealthAnswers,
     /// From a change of endpoints, as the control plane noticed it, to its being served here.
     pub network_programming: Histogram<15>,
+}
+
+impl ProcessStats {
+    pub(crate) const fn new() -> Self {
+        Self {
+            splice_fallbacks: Counter::new(),
+            filter_fallbacks: Counter::new(),
+            vip_addresses: VipAddresses { own: Latest::new(), foreign: Latest::new(), missing: Latest::new() },
+            routes_repaired: Counter::new(),
+            host_read_errors: Counter::new(),
+            guarded_addresses: Latest::new(),
+            accept_paused: [const { WallTime::new() }; PauseReason::ALL.len()],
+            connections_limit: Latest::new(),
+            stalled: BusyGauge(Gauge::new()),
+            panics: Counter::new(),
+            log_lines_dropped: LogLinesDropped { storm: Counter::new(), unread: Counter::new() },
+            access_log_dropped: Counter::new(),
+            upgrades: Tally::new(),
+            upgrade_failure: LastFailure::new(),
+            kept_listeners: Latest::new(),
+            // Clients wait meanwhile: what is long for one of them is above 50 ms.
+            standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
+            healthz: HealthAnswers::new(),
+            livez: HealthAnswers::new(),
+            // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
+            network_programming: Histogram::new(&[
+                5, 10, 25, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000,
+            ]),
+        }
+    }
 }
 
 /// What came of the last upgrade that failed, and when. In one number, so that both are of the same one.

@@ -9,9 +9,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::apply_stats::{APPLIED, ApplyStats};
+use crate::contact::{Contact, EventCounts};
 use crate::stats::{
     BackendStats, Counter, HealthAnswers, Histogram, PROCESS, PauseReason, ProcessStats, ServiceStats, SourceFallback,
-    SourceStats, Tally, UpgradeResult, Word,
+    SourceStats, Tally, UpgradeResult, WatchFailure, WatchedKind, Word,
 };
 
 /// What was counted, by `counter` or `counter/word`; none that is 0.
@@ -55,6 +56,8 @@ pub(crate) struct Name<'n>(&'n str, Of<'n>);
 enum Of<'n> {
     All,
     Word(&'n str),
+    /// Two words: a kind, and what became of it.
+    Words(&'n str, &'n str),
     Bound(u64),
 }
 
@@ -64,6 +67,7 @@ impl fmt::Display for Name<'_> {
         match of {
             Of::All => f.write_str(name),
             Of::Word(word) => write!(f, "{name}/{word}"),
+            Of::Words(kind, word) => write!(f, "{name}/{kind}/{word}"),
             Of::Bound(bound) => write!(f, "{name}/{bound}"),
         }
     }
@@ -168,6 +172,22 @@ impl Counters for ProcessStats {
     }
 }
 
+impl Counters for Contact {
+    fn walk(&self, visit: Visit<'_>) {
+        let EventCounts { sent, dropped } = &self.events;
+        visit(Name("events", Of::Word("sent")), sent);
+        visit(Name("events", Of::Word("dropped")), dropped);
+        for kind in WatchedKind::ALL {
+            let (relists, failures) = self.line(*kind).tallies();
+            for reason in WatchFailure::ALL {
+                let of = Of::Words(kind.as_str(), reason.as_str());
+                visit(Name("relists", of), relists.of(*reason));
+                visit(Name("watch_errors", of), failures.of(*reason));
+            }
+        }
+    }
+}
+
 /// What is counted once in a process.
 pub(crate) struct Whole;
 
@@ -213,10 +233,16 @@ fn answers(name: &str, answers: &HealthAnswers, visit: Visit<'_>) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
+    use crate::live::sample;
+    use crate::metrics::{Kind, METRICS, render_with};
+    use crate::name::ObjectName;
+    use crate::serve::balancer::Backend;
     use crate::stats::{CloseReason, DropReason, Entry};
+    use crate::status::Status;
 
     #[test]
     fn t234_given_counters_when_another_process_goes_on_with_them_then_none_goes_back_and_gauges_begin_anew() {
@@ -250,11 +276,83 @@ mod tests {
         let json = serde_json::to_string(&Counts::of(&stats)).expect("a map of texts");
 
         assert_eq!(json, r#"{"dropped/loop":1}"#);
-        let all = [names(&stats), names(&SourceStats::default()), names(&BackendStats::default()), names(&Whole)];
+        let sources = names(&SourceStats::default());
+        let all = [names(&stats), sources, names(&BackendStats::default()), names(&Whole), names(&Contact::default())];
         for (count, names) in all {
             assert_eq!(count, names.len());
         }
         assert!(Counts::of(&ServiceStats::default()).is_empty());
+    }
+
+    /// Counters that are nobody's to hand over: one of the process, and one of the kernel.
+    const OTHERS: [&str; 2] = ["process_cpu_seconds_total", "kuberelay_host_listen_overflows_total"];
+
+    /// A relay with a Service of each protocol, and all that it counts.
+    struct Counting {
+        status: Status,
+        process: ProcessStats,
+        applied: ApplyStats,
+    }
+
+    impl Counting {
+        fn new() -> Self {
+            let mut status = sample::status();
+            status.contact.watch(WatchedKind::Service);
+            let dns = status.services.get_mut(&ObjectName::parse("dns")).expect("a Service");
+            Arc::make_mut(dns).ports[0].backends = [Arc::new(Backend::new(1, ([10, 244, 0, 9], 53).into()))].into();
+            Self { status, process: ProcessStats::new(), applied: ApplyStats::new() }
+        }
+
+        /// One more of all that another process is told of.
+        fn count(&mut self) {
+            fn one_more<C: Counters>(counters: &C) {
+                counters.walk(&mut |_, counter| counter.increment());
+            }
+            one_more(&self.process);
+            one_more(&self.applied);
+            one_more(&*self.status.contact);
+            self.status.source.rejections.count(Some("Service"), "decode");
+            for port in self.status.services.values().flat_map(|service| &service.ports) {
+                let Some(state) = &port.state else { continue };
+                one_more::<ServiceStats>(&state.stats);
+                one_more::<SourceStats>(&state.preserve.stats);
+                state.affinity.evicted.increment();
+                port.backends.iter().for_each(|backend| one_more::<BackendStats>(&backend.stats));
+            }
+        }
+
+        fn page(&self) -> String {
+            render_with(usize::MAX, &self.process, &self.applied, &self.status, true)
+        }
+    }
+
+    /// The lines of a metric, as series and number.
+    fn series<'p>(page: &'p str, metric: &str) -> BTreeMap<&'p str, f64> {
+        let is_its = |series: &str| {
+            let name = series.split('{').next().unwrap_or_default();
+            let rest = name.strip_prefix(metric);
+            rest.is_some_and(|rest| ["", "_bucket", "_sum", "_count"].contains(&rest))
+        };
+        let lines = page.lines().filter_map(|line| line.rsplit_once(' ')).filter(|(series, _)| is_its(series));
+        lines.map(|(series, number)| (series, number.parse().expect("a number"))).collect()
+    }
+
+    #[test]
+    fn t234_given_one_more_of_all_that_goes_over_when_rendered_then_each_counter_that_there_is_has_grown() {
+        let mut counting = Counting::new();
+        counting.count();
+        let before = counting.page();
+
+        counting.count();
+        let after = counting.page();
+
+        let counters = METRICS.iter().filter(|metric| matches!(metric.kind, Kind::Counter | Kind::Histogram));
+        for metric in counters.filter(|metric| !OTHERS.contains(&metric.name)) {
+            let (before, after) = (series(&before, metric.name), series(&after, metric.name));
+            assert!(!before.is_empty(), "{} is not there", metric.name);
+            let stuck: Vec<_> = before.iter().filter(|(series, count)| after[*series] <= **count).collect();
+            assert!(stuck.is_empty(), "would begin anew in another process: {stuck:?}");
+        }
     }
 
     #[test]

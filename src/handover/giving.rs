@@ -21,6 +21,7 @@ use super::parcel::{Kind, Parcel};
 use super::post::{Post, PostError};
 use super::refusal::Refusal;
 use super::sockets;
+use super::source::{SourceCounts, SourceSaid};
 use crate::serve::estate::Estate;
 use crate::serve::moving_flow::Unanswered;
 use crate::serve::passed::Passed;
@@ -48,6 +49,8 @@ pub(crate) struct Lent {
     pub(crate) health_ports: Vec<Passed>,
     /// What runs.
     pub(crate) estate: Estate,
+    /// What was counted of the source.
+    pub(crate) source: SourceCounts,
 }
 
 /// How much was handed over.
@@ -127,6 +130,7 @@ impl Loan {
         for parcel in sockets::parcels(Kind::Listener, &self.lent.passed).chain(health_ports) {
             talk.say(parcel.map_err(GiveError::Lend)?)?;
         }
+        talk.say(SourceSaid::from(&self.lent.source).parcel())?;
         self.say_what_moves(&mut talk, standstill)?;
         talk.say(Parcel::new(Kind::End, &()))?;
         talk.hear(Kind::Ready)?;
@@ -159,7 +163,7 @@ impl Loan {
     /// `say_so` is called as soon as the other process may begin: all that moves stands still until then, and to close ten
     /// thousand listeners takes a while.
     pub(super) fn release(self, say_so: impl FnOnce()) -> Moved {
-        let Self { lent: Lent { passed, health_ports, estate }, frozen, end } = self;
+        let Self { lent: Lent { passed, health_ports, estate, .. }, frozen, end } = self;
         let (streams, flows) = frozen.as_ref().map(Exporter::told).unwrap_or_default();
         let moved = Moved { listeners: passed.len(), streams, flows };
         let mut say_so = Some(say_so);

@@ -433,7 +433,8 @@ mod tests {
                 let (tell, sockets) = (tell.clone(), vec![Arc::clone(&shared)]);
                 thread::spawn(move || {
                     let passed = vec![Passed { key, parked: false, sockets }];
-                    let _ = lent.send(Ok(Lent { passed, health_ports: Vec::new(), estate: nothing() }));
+                    let (health_ports, source) = Default::default();
+                    let _ = lent.send(Ok(Lent { passed, health_ports, estate: nothing(), source }));
                     let done = end.blocking_recv();
                     let _ = tell.send(done.is_ok());
                     done.map(|done| done.send(()))

@@ -19,6 +19,7 @@ use super::parcel::{Kind, Parcel, ParcelError};
 use super::post::{Post, PostError};
 use super::refusal::Refusal;
 use super::sockets;
+use super::source::SourceSaid;
 use crate::causes::causes;
 use crate::serve::estate::Estate;
 use crate::serve::passed::{Fit, Passed, Unlike, WantedSockets};
@@ -203,6 +204,7 @@ struct Offered {
     office: Office,
     listeners: Vec<Passed>,
     health_ports: Vec<Passed>,
+    source: SourceSaid,
     moving: Importer,
 }
 
@@ -224,6 +226,8 @@ pub(crate) struct Taken {
     pub(crate) listeners: Vec<Passed>,
     /// Those of health ports.
     pub(crate) health_ports: Vec<Passed>,
+    /// What was counted of the source; nothing where nobody was there before.
+    pub(crate) source: SourceSaid,
     /// What goes on, beside them; `None` where nobody was there before.
     pub(crate) moving: Option<Importer>,
     /// The last owner; `None` where there was none.
@@ -268,7 +272,8 @@ impl TakeOver {
         let lock = StateLock::take(&self.folder, self.holder)?;
         let no_door = |NoDoor { source, .. }| TakeError::Door { folder: self.folder.clone(), source };
         let office = Office::found(&self.folder, lock).map_err(no_door)?;
-        Ok(Taken { office, listeners: Vec::new(), health_ports: Vec::new(), moving: None, from: None })
+        let (listeners, health_ports, source) = Default::default();
+        Ok(Taken { office, listeners, health_ports, source, moving: None, from: None })
     }
 
     fn greet(&self) -> Result<Option<Other>, TakeError> {
@@ -327,13 +332,13 @@ impl Offer {
     /// # Errors
     /// It is the other one's as before.
     pub(crate) fn accept(self, holder: Holder) -> Result<Taken, TakeError> {
-        let Self { other, offered: Offered { office, listeners, health_ports, moving }, decision } = self;
+        let Self { other, offered: Offered { office, listeners, health_ports, source, moving }, decision } = self;
         other.agree(&decision)?;
         fault::at(Step::Taken);
         office.lock.tell(holder);
         office.door.own();
         let from = Predecessor { pid: other.told.pid, version: other.told.version(), other };
-        Ok(Taken { office, listeners, health_ports, moving: Some(moving), from: Some(from) })
+        Ok(Taken { office, listeners, health_ports, source, moving: Some(moving), from: Some(from) })
     }
 }
 
@@ -342,7 +347,7 @@ impl Other {
     fn hear_all(&self, wanted: &WantedSockets, estate: Estate) -> Result<Offered, TakeError> {
         self.say(Parcel::new(Kind::Take, &()))?;
         let (mut folder, mut admin, mut moving) = (None, None, Importer::new(estate));
-        let (mut listeners, mut health_ports) = (Vec::new(), Vec::new());
+        let (mut listeners, mut health_ports, mut source) = (Vec::new(), Vec::new(), SourceSaid::default());
         loop {
             let parcel = self.hear()?;
             match parcel.kind {
@@ -362,6 +367,7 @@ impl Other {
                     listeners.extend(told);
                 }
                 Kind::HealthPort => health_ports.extend(sockets::listeners(parcel)?),
+                Kind::Source => source = parcel.said()?,
                 kind if kind.moves() => {
                     moving.take(parcel)?;
                     if kind == Kind::Stream {
@@ -374,7 +380,7 @@ impl Other {
         }
         let office = Office::passed(folder.ok_or(Break::NoFolder)?, admin)?;
         fault::at(Step::End);
-        Ok(Offered { office, listeners, health_ports, moving })
+        Ok(Offered { office, listeners, health_ports, source, moving })
     }
 
     /// Has it let go. Once this is done, all is ours and nobody else's.

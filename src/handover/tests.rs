@@ -481,7 +481,8 @@ fn attend(old: &Arc<Process>, folder: &Path) -> oneshot::Receiver<Handed> {
     let control = move |Handing { lent, end }: Handing| {
         let estate = old.estate();
         thread::spawn(move || {
-            let lending = Lent { passed: Vec::new(), health_ports: Vec::new(), estate };
+            let (passed, health_ports, source) = Default::default();
+            let lending = Lent { passed, health_ports, estate, source };
             let _ = lent.send(Ok(lending)); // Who asked may be gone.
             end.blocking_recv().map(|done| done.send(()))
         });

@@ -1,6 +1,5 @@
 //! What goes on over upgrades in a row: connections, UDP flows, pins and counters.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use futures_util::FutureExt;
 use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
+use crate::counters::{counted, fallen};
 use crate::load::Load;
 use crate::relay::{House, descriptors, lasting_descriptors};
 use crate::support::backend::{Backend, Talker};
@@ -65,7 +65,7 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
 
     for _ in 0..size.upgrades {
         load.answered(50).await;
-        let counted = counters(&house);
+        let before = counted(&house);
         let output = house.upgrade(&[]).await;
         waits.extend(talks.longest_waits().await);
 
@@ -76,7 +76,7 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
         house.until("the last one ends", |house| house.has_ended(last)).await;
         assert_eq!(ask_all(&callers).await, answers, "the same backends, and the same sockets to them");
         assert_eq!(self::pins(site, size.pinned).await, pins);
-        assert_eq!(fallen(&counted, &counters(&house)), Vec::<String>::new());
+        assert_eq!(fallen(&before, &counted(&house)), Vec::<String>::new());
     }
 
     drop(over);
@@ -147,25 +147,6 @@ async fn ask_from(client: IpAddr, service: SocketAddr) -> SocketAddr {
     socket.bind(SocketAddr::new(client, 0)).expect("a port is free");
     let mut stream = within("a connection", socket.connect(service)).await.expect("it serves");
     ask_on(&mut stream).await.expect("a backend answers")
-}
-
-/// All counters of a relay, by series.
-fn counters(house: &House) -> BTreeMap<String, f64> {
-    let page = seen::page(house.admin(), "/metrics").expect("it answers");
-    let series = page.lines().filter_map(|line| line.rsplit_once(' '));
-    let is_counter = |(series, _): &(&str, &str)| {
-        let name = series.split('{').next().unwrap_or_default();
-        let ours = name.starts_with("kuberelay_") || name.starts_with("kubeproxy_");
-        ours && (name.ends_with("_total") || name.ends_with("_count"))
-    };
-    series.filter(is_counter).filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?))).collect()
-}
-
-/// Those that are less than before, or are not there any more.
-fn fallen(before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> Vec<String> {
-    let has_fallen = |(series, count): &(&String, &f64)| after.get(*series).is_none_or(|now| now < *count);
-    let tell = |(series, count): (&String, &f64)| format!("{series}: {count}, then {:?}", after.get(series));
-    before.iter().filter(has_fallen).map(tell).collect()
 }
 
 /// True in what is built for speed, and with as many samples as it takes to tell how long anything lasts.

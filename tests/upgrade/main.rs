@@ -1,6 +1,7 @@
 //! Hot upgrades, with the program as it is: one process takes over from another one while clients come and go.
 
 mod continuity;
+mod counters;
 mod doctor;
 mod elders;
 mod failures;

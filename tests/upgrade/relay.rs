@@ -1,5 +1,6 @@
 //! The program with a state folder, started by hand or by its predecessor.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
 use socket2::{SockRef, Type};
 
+#[cfg(feature = "kubernetes")]
+use crate::support::api_server::ApiServer;
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
 use crate::support::{DEADLINE, seen};
@@ -17,11 +20,16 @@ use crate::support::{DEADLINE, seen};
 /// The program as cargo has built it.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_kube-relay");
 
+/// The file of its manifests.
+const MANIFEST: &str = "web.yaml";
+
 /// A folder with manifests and state, and all processes that were started with it. These are killed when it is dropped,
 /// whoever started them.
 pub(crate) struct House {
     site: Site,
     folder: tempfile::TempDir,
+    /// Where its objects come from.
+    source: Vec<OsString>,
     node_addresses: String,
     started: Vec<Child>,
 }
@@ -32,13 +40,17 @@ impl House {
     }
 
     fn of_all(site: Site, manifests: &[&Manifest]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder can be made");
-        fs::create_dir(folder.path().join("state")).expect("the test's folder can be written");
-        let node_addresses = format!("{}/32", site.node_ip());
-        let house = Self { site, folder, node_addresses, started: Vec::new() };
+        let house = Self::empty(site);
         let manifests: Vec<_> = manifests.iter().map(ToString::to_string).collect();
         fs::write(house.manifest(), manifests.join("\n---\n")).expect("the test's folder can be written");
         house
+    }
+
+    fn empty(site: Site) -> Self {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        fs::create_dir(folder.path().join("state")).expect("the test's folder can be written");
+        let source = vec!["-f".into(), folder.path().join(MANIFEST).into()];
+        Self { site, folder, source, node_addresses: format!("{}/32", site.node_ip()), started: Vec::new() }
     }
 
     /// With node ports at addresses that this machine has: of the site's own it has none.
@@ -52,7 +64,7 @@ impl House {
     }
 
     pub(crate) fn manifest(&self) -> PathBuf {
-        self.folder.path().join("web.yaml")
+        self.folder.path().join(MANIFEST)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -88,8 +100,7 @@ impl House {
             // As under systemd, which is told of a successor's number: then nobody has to stay for the next one.
             .env("NOTIFY_SOCKET", self.folder.path().join("supervisor"))
             .arg("run")
-            .arg("-f")
-            .arg(self.manifest())
+            .args(&self.source)
             .arg("--state-dir")
             .arg(self.state());
         command.args(["--healthz-bind-address", "none", "--vip-routes", "none", "--log-level", "info"]);
@@ -112,9 +123,25 @@ impl House {
     /// The same, with several Services.
     pub(crate) async fn serving_all(site: Site, manifests: &[&Manifest]) -> (Self, u32) {
         let mut house = Self::of_all(site, manifests);
-        let pid = house.start(|_| {});
-        house.until("it is ready", |house| house.serves() == Some(pid) && house.is_ready()).await;
+        let pid = house.begin().await;
         (house, pid)
+    }
+
+    /// One that follows an API server, ready.
+    #[cfg(feature = "kubernetes")]
+    pub(crate) async fn following(site: Site, server: &ApiServer) -> Self {
+        let mut house = Self::empty(site);
+        let kubeconfig = house.path().join("config");
+        fs::write(&kubeconfig, server.kubeconfig()).expect("the test's folder can be written");
+        house.source = vec!["--kubeconfig".into(), kubeconfig.into(), "--node-name".into(), "node-1".into()];
+        house.begin().await;
+        house
+    }
+
+    async fn begin(&mut self) -> u32 {
+        let pid = self.start(|_| {});
+        self.until("it is ready", |house| house.serves() == Some(pid) && house.is_ready()).await;
+        pid
     }
 
     /// The process that answers.

@@ -1,0 +1,194 @@
+//! What is counted goes on over upgrades, whoever counts it: none is less, gone, or counted once more.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+
+use rustix::process::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::relay::House;
+use crate::support::backend::{Backend, Script, Talker, refusing};
+use crate::support::client::{Caller, ask, ask_times, connect};
+use crate::support::manifest::Manifest;
+use crate::support::seen;
+use crate::support::site::{SERVICE_PORT, Site};
+
+/// What a successor does itself, and so counts: it plans, stores tables, and has taken over. And what the kernel counts.
+const OF_SUCCESSORS: [&str; 6] = [
+    "kuberelay_table_swaps_total",
+    "kubeproxy_sync_proxy_rules_",
+    "kuberelay_upgrades_total{result=\"success\"}",
+    "kuberelay_upgrade_standstill_seconds",
+    "kuberelay_kube_events_total",
+    "kuberelay_host_listen_overflows_total",
+];
+
+/// Each series of a counter or a histogram, with its number; but for what is a process's own.
+pub(crate) fn counted(house: &House) -> BTreeMap<String, f64> {
+    let page = seen::page(house.admin(), "/metrics").expect("it answers");
+    let (mut counted, mut counts) = (BTreeMap::new(), false);
+    for line in page.lines() {
+        if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let is_own = kind.starts_with("process_");
+            counts = !is_own && [" counter", " histogram"].iter().any(|wanted| kind.ends_with(wanted));
+        } else if let (true, Some((series, number))) = (counts && !line.starts_with('#'), line.rsplit_once(' ')) {
+            counted.insert(series.to_owned(), number.parse().expect("a number"));
+        }
+    }
+    counted
+}
+
+/// Those that are less than before, or are not there any more.
+pub(crate) fn fallen(before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> Vec<String> {
+    let has_fallen = |(series, count): &(&String, &f64)| after.get(*series).is_none_or(|now| now < *count);
+    before.iter().filter(has_fallen).map(|(series, count)| told(series, *count, after)).collect()
+}
+
+fn told(series: &str, count: f64, after: &BTreeMap<String, f64>) -> String {
+    format!("{series}: {count}, then {:?}", after.get(series))
+}
+
+/// Those that have grown though nothing has happened but an upgrade.
+fn counted_again(before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> Vec<String> {
+    let is_ones = |series: &str| OF_SUCCESSORS.iter().any(|name| series.starts_with(name));
+    let has_grown = |(series, count): &(&String, &f64)| after.get(*series).is_some_and(|now| now > *count);
+    let grown = before.iter().filter(has_grown).filter(|(series, _)| !is_ones(series));
+    grown.map(|(series, count)| told(series, *count, after)).collect()
+}
+
+/// Upgrades twice, and looks at all counters each time.
+async fn upgrade_twice(house: &mut House) {
+    for _ in 0..2 {
+        let (before, last) = (counted(house), house.serves().expect("somebody serves"));
+        let output = house.upgrade(&[]).await;
+        assert!(output.status.success(), "{output:?}\n{}", house.log());
+        house.until("the last one ends", |house| house.has_ended(last)).await;
+        let after = counted(house);
+
+        assert_eq!(fallen(&before, &after), Vec::<String>::new());
+        assert_eq!(counted_again(&before, &after), Vec::<String>::new());
+    }
+}
+
+async fn until_counted(house: &mut House, metric: &'static str, labels: &[&str]) {
+    house.until(metric, |house| house.metric(metric, labels) > 0).await;
+}
+
+/// A Service with a port that is not served, and an object that cannot be read.
+const REJECTED: &str = "
+---
+{apiVersion: v1, kind: Service, metadata: {name: odd}, spec: {ports: [{name: a, port: 1, protocol: SCTP}]}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: wrong}, spec: 7}
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t234_given_some_of_everything_that_is_counted_when_upgraded_twice_then_no_counter_falls_or_counts_again() {
+    let site = Site::new(56);
+    let (_one, _talker) = (Backend::named(site.backend(1)).await, Talker::named(site.backend(1)).await);
+    let (_refusing, _gone) = (refusing(site.backend(2)), refusing(site.backend(4)));
+    let _resetting = Backend::start(site.backend(3), Script::Reset).await;
+    let web = Manifest::new(site).tcp().udp().endpoints([site.backend(1), site.backend(2)]);
+    let resets = Manifest::new(site).named("resets").cluster_ip(site.client(1)).tcp().endpoints([site.backend(3)]);
+    let gone = Manifest::new(site).named("gone").cluster_ip(site.client(2)).tcp().endpoints([site.backend(4)]);
+    let (mut house, first) = House::serving_all(site, &[&web, &resets, &gone]).await;
+    fs::write(house.manifest(), format!("{web}\n---\n{resets}\n---\n{gone}{REJECTED}")).expect("it can be written");
+    House::signal(first, Signal::HUP);
+    ask_times(12, site.service()).await;
+    Caller::new(site.service()).await.ask_until_answered().await;
+    let mut reset = connect(SocketAddr::new(site.client(1), SERVICE_PORT)).await.expect("it serves");
+    reset.write_all(b"?").await.expect("it is taken");
+    reset.read_u8().await.expect_err("the backend resets it");
+    ask(SocketAddr::new(site.client(2), SERVICE_PORT)).await.expect_err("nobody is there");
+    for (metric, labels) in [
+        ("kuberelay_objects_rejected_total", &["reason=\"sctp\""] as &[_]),
+        ("kuberelay_objects_rejected_total", &["reason=\"decode\""]),
+        ("kuberelay_service_dropped_total", &["reason=\"ejected_all\""]),
+        ("kuberelay_service_retries_total", &[]),
+        ("kuberelay_connect_failures_total", &["reason=\"refused\""]),
+        ("kuberelay_connect_duration_seconds_count", &[]),
+        ("kuberelay_closed_total", &["reason=\"finished\""]),
+        ("kuberelay_closed_total", &["reason=\"reset\""]),
+        ("kuberelay_flows_total", &[]),
+        ("kuberelay_datagrams_total", &["direction=\"downstream\""]),
+    ] {
+        until_counted(&mut house, metric, labels).await;
+    }
+    let upgrading = ["result=\"not_started\""];
+    assert!(!house.upgrade(&["--binary", "/nowhere"]).await.status.success());
+    assert_eq!(house.metric("kuberelay_upgrades_total", &upgrading), 1);
+
+    upgrade_twice(&mut house).await;
+
+    let another = REJECTED.replace("odd", "odder");
+    let pid = house.serves().expect("somebody serves");
+    fs::write(house.manifest(), format!("{web}{REJECTED}{another}")).expect("it can be written");
+    House::signal(pid, Signal::HUP);
+    let refused = ["reason=\"sctp\""];
+    house.until("one more is rejected", |house| house.metric("kuberelay_objects_rejected_total", &refused) == 2).await;
+}
+
+#[cfg(feature = "kubernetes")]
+mod with_an_api_server {
+    use std::net::IpAddr;
+
+    use k8s_openapi::jiff::Timestamp;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::support::api_server::{ApiServer, Mood};
+
+    fn service(name: &str, ip: IpAddr, protocol: &str) -> Value {
+        json!({
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {
+                "type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip],
+                "ports": [{"name": "http", "protocol": protocol, "port": SERVICE_PORT}],
+            },
+        })
+    }
+
+    /// What the Service `web` has, from this moment on. Nobody asks this backend: a cluster has none on loopback.
+    fn slice_of_now(backend: &str) -> Value {
+        let now = Timestamp::now().to_string();
+        json!({
+            "metadata": {
+                "name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"},
+                "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": now},
+            },
+            "addressType": "IPv4", "ports": [{"name": "http", "protocol": "TCP", "port": 8000}],
+            "endpoints": [{"addresses": [backend]}],
+        })
+    }
+
+    async fn api_server(site: Site) -> ApiServer {
+        let server = ApiServer::start(SocketAddr::new(site.client(8), 6443)).await;
+        server.put("services", service("web", site.cluster_ip(), "TCP"));
+        server.put("endpointslices", slice_of_now("192.0.2.1"));
+        server
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn t234_given_an_api_server_that_has_failed_when_upgraded_twice_then_no_counter_falls_or_counts_again() {
+        let site = Site::new(58);
+        let mut server = api_server(site).await;
+        server.put("services", service("odd", site.client(3), "SCTP"));
+        server.put("endpointslices", json!({"metadata": {"name": "wrong", "namespace": "default"}}));
+        let mut house = House::following(site, &server).await;
+
+        server.put("endpointslices", slice_of_now("192.0.2.2"));
+        until_counted(&mut house, "kubeproxy_network_programming_duration_seconds_count", &[]).await;
+        server.expire();
+        until_counted(&mut house, "kuberelay_kube_relists_total", &["reason=\"expired\""]).await;
+        server.mood(Mood::Refuse(500));
+        server.cut().await;
+        until_counted(&mut house, "kuberelay_kube_watch_errors_total", &["reason=\"server\""]).await;
+        server.mood(Mood::Well);
+        until_counted(&mut house, "kuberelay_objects_rejected_total", &["reason=\"sctp\""]).await;
+        until_counted(&mut house, "kuberelay_objects_rejected_total", &["reason=\"decode\""]).await;
+        house.until("it is heard again", |house| house.metric("kuberelay_source_connected", &[]) == 1).await;
+
+        upgrade_twice(&mut house).await;
+    }
+}
