@@ -226,6 +226,7 @@ impl Relay {
             inside_moved: false,
             local: BTreeSet::new(),
             triggers: Vec::new(),
+            changed_since: SystemTime::UNIX_EPOCH,
             news: false,
             status: first,
             publish,
@@ -385,6 +386,8 @@ struct Control {
     local: BTreeSet<IpAddr>,
     /// When changes of this batch had come about.
     triggers: Vec<SystemTime>,
+    /// Those that came about before have been served, and measured, by the process before this one.
+    changed_since: SystemTime,
     /// True where the source has said something that is not in the last snapshot.
     news: bool,
     /// The next snapshot.
@@ -582,7 +585,9 @@ impl Control {
 
     /// How long the changes took that are carried out by now. A time to come is another clock's: it says nothing.
     fn measure(&mut self, now: SystemTime) {
-        for took in self.triggers.drain(..).filter_map(|trigger| now.duration_since(trigger).ok()) {
+        let since = self.changed_since;
+        let own = self.triggers.drain(..).filter(|trigger| *trigger >= since);
+        for took in own.filter_map(|trigger| now.duration_since(trigger).ok()) {
             PROCESS.network_programming.observe(took);
         }
     }
@@ -617,7 +622,7 @@ impl Control {
     /// # Errors
     /// That one goes on: nothing was given, or (without a reason) a thread has panicked.
     async fn succeed(&mut self, take_over: TakeOver, given: Vec<Passed>) -> Result<Office, Option<TakeError>> {
-        let began = Instant::now();
+        let (began, asked_at) = (Instant::now(), SystemTime::now());
         let (wanted, estate) = (self.listeners.wanted(), self.listeners.estate());
         let taken = take_all(take_over, wanted, estate).await?;
         let Taken { mut office, listeners, health_ports, source, moving, from } = taken;
@@ -628,6 +633,7 @@ impl Control {
         let SourceSaid { api, rejections } = source;
         api.add_to(&*self.status.contact);
         self.rejected_before = Some(rejections);
+        self.changed_since = asked_at;
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
         let listeners = given.into_iter().chain(listeners).collect();

@@ -191,4 +191,36 @@ mod with_an_api_server {
 
         upgrade_twice(&mut house).await;
     }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn t064_given_a_change_that_the_old_process_has_served_when_the_next_one_reads_it_then_its_time_counts_once()
+    {
+        let site = Site::new(59);
+        let server = api_server(site).await;
+        let mut house = House::following(site, &server).await;
+        let programmed = |house: &House| house.metric("kubeproxy_network_programming_duration_seconds_count", &[]);
+        // What the next one lists is refused for a while; the watches of the one that serves are open.
+        house
+            .until("it watches", |_| ["services", "endpointslices"].iter().all(|kind| server.count(kind, true) > 0))
+            .await;
+        server.refuse_only(Some("endpointslices"));
+        let lists = server.count("endpointslices", false);
+        let second = house.start(|command| _ = command.arg("--take-over"));
+        house.until("the next one asks", |_| server.count("endpointslices", false) > lists).await;
+
+        server.put("endpointslices", slice_of_now("192.0.2.2"));
+        house.until("it is served", |house| programmed(house) == 1).await;
+        server.refuse_only(None);
+        house.until("the next one serves", |house| house.serves() == Some(second) && house.is_ready()).await;
+        house.until("it has read all", |house| house.metric("kuberelay_source_connected", &[]) == 1).await;
+        server.put("endpointslices", slice_of_now("192.0.2.3"));
+        let knows = |text: &'static str| {
+            move |house: &mut House| seen::page(house.admin(), "/status").is_ok_and(|page| page.contains(text))
+        };
+        house.until("another change is served", knows("192.0.2.3")).await;
+        server.put("services", service("later", site.client(3), "TCP"));
+        house.until("all before is counted", knows("later")).await;
+
+        assert_eq!(programmed(&house), 2);
+    }
 }
