@@ -22,8 +22,9 @@ use crate::fd_store::FdStore;
 use crate::frozen::pack;
 use crate::given::Given;
 use crate::guard::{Guard, VipGuard};
-use crate::handover::giving::{Handing, Lent};
+use crate::handover::giving::{Ask, Handing, Lent};
 use crate::handover::importer::{Importer, TakenOver};
+use crate::handover::late::LateCounts;
 use crate::handover::source::{SourceCounts, SourceSaid};
 use crate::handover::taking::{Predecessor, Taken};
 use crate::handover::{Handed, Host, Office, TakeError, TakeOver};
@@ -141,7 +142,7 @@ pub struct Relay {
 #[derive(Debug)]
 enum Order {
     StopAccepting(oneshot::Sender<()>),
-    HandOver(Handing),
+    OfSuccession(Ask),
 }
 
 /// That the first state is to be served in the place of another process.
@@ -271,7 +272,7 @@ impl Relay {
     /// No thread is left.
     pub fn attend(&self, host: Host) -> io::Result<oneshot::Receiver<Handed>> {
         let orders = self.orders.clone();
-        host.attend(move |handing| orders.blocking_send(Order::HandOver(handing)).is_ok())
+        host.attend(move |ask| orders.blocking_send(Order::OfSuccession(ask)).is_ok())
     }
 
     /// Waits until the open connections have ended, however long that takes.
@@ -414,7 +415,8 @@ impl Control {
                         self.stop_accepting().await;
                         let _ = done.send(()); // the asker may have been cancelled
                     }
-                    Some(Order::HandOver(handing)) => self.hand_over(handing).await,
+                    Some(Order::OfSuccession(Ask::Lend(handing))) => self.hand_over(handing).await,
+                    Some(Order::OfSuccession(Ask::Count(late))) => self.count(late),
                     None => return,
                 },
                 () = at(self.next_retry()) => self.retry().await,
@@ -453,6 +455,24 @@ impl Control {
         self.listeners.leave_addresses().await;
         self.stop_accepting().await;
         let _ = done.send(()); // Whoever waits for it goes on without, too.
+    }
+
+    /// Counts what another process has counted since it was taken over from.
+    fn count(&mut self, late: LateCounts) {
+        let now = Instant::now().into_std();
+        let departed = late.commit(&self.listeners.estate(), &self.status.contact, now);
+        if departed.is_empty() {
+            return; // Whoever reads the counters reads these.
+        }
+        self.listeners.inherit(&departed, now);
+        for port in departed.keys() {
+            // One that has not been described yet will be.
+            let told = self.status.services.contains_key(&port.service).then(|| self.service_status(&port.service));
+            if let Some(told) = told.flatten() {
+                self.status.services.insert(port.service.clone(), Arc::new(told));
+            }
+        }
+        self.publish();
     }
 
     async fn lend(&self) -> io::Result<Lent> {
@@ -756,22 +776,22 @@ impl Control {
                     Arc::make_mut(&mut self.status.recent).add(&at, name, news);
                 }
             }
-            match (self.model.service(name), self.plan.service(name)) {
-                (Some(service), Some(plan)) => {
-                    let ports = service.ports.iter().map(|port| self.counters(plan, port)).collect();
-                    let slices = self.model.slices(name).cloned().collect();
-                    let (service, plan) = (Arc::clone(service), Arc::clone(plan));
-                    let told = ServiceStatus { service, plan, slices, ports };
-                    self.status.services.insert(name.clone(), Arc::new(told));
-                }
-                _ => {
-                    self.status.services.remove(name);
-                }
+            match self.service_status(name) {
+                Some(told) => drop(self.status.services.insert(name.clone(), Arc::new(told))),
+                None => drop(self.status.services.remove(name)),
             }
         }
         if self.plan.touched().len() > self.status.services.len() / 2 {
             pack(&mut self.status.services);
         }
+    }
+
+    /// What there is to tell of a Service; `None` where it is not there.
+    fn service_status(&self, name: &ObjectName) -> Option<ServiceStatus> {
+        let (service, plan) = (self.model.service(name)?, self.plan.service(name)?);
+        let ports = service.ports.iter().map(|port| self.counters(plan, port)).collect();
+        let slices = self.model.slices(name).cloned().collect();
+        Some(ServiceStatus { service: Arc::clone(service), plan: Arc::clone(plan), slices, ports })
     }
 
     /// Where the counters of one ServicePort are.

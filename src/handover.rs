@@ -13,6 +13,7 @@
 //! closes                ──── Closed ────▶      what could not be taken over is opened anew
 //! keeps what has not moved to its end
 //!                       ◀─── Serving ────      whoever has asked for the upgrade is told
+//! tells what it counts  ───── Late ─────▶      at the door, whoever serves by then
 //! ```
 //!
 //! *Who serves is never in doubt.* `Taken` is the one message that decides, and the kernel knows whether it was sent: it
@@ -47,6 +48,7 @@
 //! | `exporter`, `importer` | what the two sides have beside listeners: when each stands still, and when it goes on |
 //! | `services`, `counts` | what is said of ServicePorts: pins, turns, ejections, counters |
 //! | `source` | what is said of the source: what was rejected, and how it was with the API server |
+//! | `late` | what is counted by the one that hands over once these were said |
 //! | `flows`, `streams` | what is said of UDP flows and of connections |
 //! | `heirs` | to whom these belong in the process that takes over |
 //! | `fault` | what tests have a successor do |
@@ -64,6 +66,7 @@ mod heirs;
 mod host;
 pub(crate) mod importer;
 mod introduction;
+pub(crate) mod late;
 mod line;
 mod office;
 mod order;

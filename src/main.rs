@@ -355,6 +355,7 @@ async fn relay(
     let handed = office.map(|office| {
         let host = SuccessionHost {
             office,
+            folder: config.state_dir.clone().unwrap_or_default(),
             admin: admin.sockets(),
             readiness: readiness.clone(),
             cannot_start: cannot_start(&config.source),

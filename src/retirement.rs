@@ -41,8 +41,8 @@ impl Retirement<'_> {
     ///
     /// # Errors
     /// Those that came after this process have ended before it, and not well.
-    pub async fn run(self, handed: Handed, signals: &mut Signals) -> Result<Option<Descendants>, Ending> {
-        let mut after = self.meet(handed);
+    pub async fn run(self, mut handed: Handed, signals: &mut Signals) -> Result<Option<Descendants>, Ending> {
+        let mut after = self.meet(&mut handed);
         let mut is_asked = false;
         loop {
             tokio::select! {
@@ -60,6 +60,7 @@ impl Retirement<'_> {
                 ending = ended(after.as_mut()) => {
                     error!(%ending, reason = %UpgradeResult::Ended, "the process that has taken over has ended, nothing is served any more");
                     self.finish(self.times, signals, None).await;
+                    handed.settle().await;
                     return if ending.is_success() { Ok(None) } else { Err(ending) };
                 }
                 () = self.relay.drained() => {
@@ -68,6 +69,7 @@ impl Retirement<'_> {
                 }
             }
         }
+        handed.settle().await;
         if after.is_none() && !is_asked && (lifecycle::is_container() || elder::is_held()) {
             self.wait_to_be_ended(signals).await;
         }
@@ -76,22 +78,23 @@ impl Retirement<'_> {
 
     /// The same, for one that was asked to end before. Whoever asked has not meant that a process goes on which this one has
     /// started.
-    pub async fn run_asked(self, handed: Handed, signals: &mut Signals) -> Option<Descendants> {
-        let after = self.meet(handed);
+    pub async fn run_asked(self, mut handed: Handed, signals: &mut Signals) -> Option<Descendants> {
+        let after = self.meet(&mut handed);
         if let Some(after) = &after {
             after.pass_on(Request::Drain).await;
         }
         self.finish(self.times, signals, after.as_ref()).await;
+        handed.settle().await;
         after.filter(|_| elder::stays())
     }
 
     /// Whoever supervises this process is told of the one that serves, where that is known by its number here.
-    fn meet(&self, Handed { pid, child, .. }: Handed) -> Option<Descendants> {
-        if let Ok(pid @ 1..) = u32::try_from(pid) {
+    fn meet(&self, handed: &mut Handed) -> Option<Descendants> {
+        if let Ok(pid @ 1..) = u32::try_from(handed.pid) {
             supervisor::tell(News::Successor(pid));
         }
         info!(open = self.relay.open_connections(), "another process serves");
-        let after = Descendants::after(child?, self.folder.to_owned());
+        let after = Descendants::after(handed.child.take()?, self.folder.to_owned());
         after.inspect_err(|error| warn!(%error, "the end of the process that serves will not be noticed")).ok()
     }
 

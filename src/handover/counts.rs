@@ -42,6 +42,15 @@ impl Counts {
         });
     }
 
+    /// How much more was counted than before.
+    pub(crate) fn beyond(&self, before: &Self) -> Self {
+        let more = |(name, count): (&String, &u64)| {
+            let more = count.saturating_sub(before.0.get(name).copied().unwrap_or(0));
+            (more > 0).then(|| (name.clone(), more))
+        };
+        Self(self.0.iter().filter_map(more).collect())
+    }
+
     /// True where nothing was counted.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -7,12 +7,13 @@
 //!
 //! Nothing here waits for the network; every call waits for threads that answer within a turn of their loop.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::time::Instant;
 
 use tracing::{debug, warn};
 
 use crate::handover::parcel::Parcel;
+use crate::handover::services::CountersSaid;
 use crate::handover::{flows, services, streams};
 use crate::serve::estate::Estate;
 use crate::serve::moving_flow::Unanswered;
@@ -26,6 +27,8 @@ pub(crate) struct Exporter {
     /// Connections that stand still.
     streams: usize,
     told: Told,
+    /// What was said of counters.
+    counted: RefCell<CountersSaid>,
     /// When it was told which clients stay where.
     pins_said_at: Instant,
     released: bool,
@@ -60,7 +63,8 @@ impl Exporter {
     /// A thread does not answer. Then all goes on.
     pub(crate) fn freeze(estate: Estate, pins_said_at: Instant) -> Result<Self, Unanswered> {
         let workers = estate.tcp.lines();
-        let mut frozen = Self { estate, workers, streams: 0, told: Told::default(), pins_said_at, released: false };
+        let (told, counted) = Default::default();
+        let mut frozen = Self { estate, workers, streams: 0, told, counted, pins_said_at, released: false };
         frozen.streams = frozen.workers.rest()?;
         frozen.estate.udp.rest()?;
         debug!(streams = frozen.streams, "connections and flows stand still");
@@ -78,12 +82,17 @@ impl Exporter {
         (self.told.streams.get(), self.told.flows.get())
     }
 
+    /// What was said of counters. Nothing the second time.
+    pub(super) fn take_counted(&self) -> CountersSaid {
+        self.counted.take()
+    }
+
     /// All there is to say, made as it is asked for: so that few copies of descriptors are there at a time. To be asked for
     /// once, and to its end: what was not said stays here.
     ///
     /// An error is the last there is. Then nothing may be [released](Self::release): some may have been told that nobody heard of.
     pub(crate) fn parcels(&self) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
-        let services = services::parcels(&self.estate, Instant::now(), self.pins_said_at).map(Ok);
+        let services = services::parcels(&self.estate, Instant::now(), self.pins_said_at, &self.counted).map(Ok);
         let flows = flows::parcels(&self.estate.udp, &self.told.flows);
         services.chain(flows).chain(streams::parcels(&self.workers, &self.told.streams))
     }

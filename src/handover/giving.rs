@@ -16,6 +16,7 @@ use tracing::warn;
 
 use super::exporter::{self, Exporter};
 use super::introduction::Introduction;
+use super::late::{LateCounts, Ledger};
 use super::office::Office;
 use super::parcel::{Kind, Parcel};
 use super::post::{Post, PostError};
@@ -29,7 +30,16 @@ use crate::serve::passed::Passed;
 /// How long the successor may take for all listeners. Traffic flows meanwhile, but no change is followed.
 const LENDING_LIMIT: Duration = Duration::from_secs(10);
 
-/// What the control task is asked for: copies of its sockets, and to change nothing until the end is told.
+/// What the control task is asked for.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    /// All that it has.
+    Lend(Handing),
+    /// To count what a process has counted that was taken over from.
+    Count(LateCounts),
+}
+
+/// To lend what it has: copies of its sockets, and to change nothing until the end is told.
 ///
 /// The end is either a `oneshot::Sender`, to be told once everything is closed here, or nothing: then all goes on as before.
 #[derive(Debug)]
@@ -67,6 +77,8 @@ pub(super) struct Moved {
 #[derive(Debug)]
 pub(super) struct Loan {
     lent: Lent,
+    /// What was said of the source.
+    source_said: SourceSaid,
     /// What stands still here; `None` before it does, and where the successor does not know what to do with it.
     frozen: Option<Exporter>,
     end: oneshot::Sender<oneshot::Sender<()>>,
@@ -102,14 +114,14 @@ pub(super) enum GiveError {
 
 impl Loan {
     /// Asks the control task, and waits for its answer. It stands still from then on.
-    pub(super) fn take(control: impl Fn(Handing) -> bool) -> Result<Self, GiveError> {
+    pub(super) fn take(control: impl Fn(Ask) -> bool) -> Result<Self, GiveError> {
         let (lent, is_lent) = oneshot::channel();
         let (end, ends) = oneshot::channel();
-        if !control(Handing { lent, end: ends }) {
+        if !control(Ask::Lend(Handing { lent, end: ends })) {
             return Err(GiveError::Ending);
         }
         let lent = is_lent.blocking_recv().map_err(|_| GiveError::Ending)?.map_err(GiveError::Lend)?;
-        Ok(Self { lent, frozen: None, end })
+        Ok(Self { lent, source_said: SourceSaid::default(), frozen: None, end })
     }
 
     /// Offers everything, and returns once it is the successor's. Nothing stands still here for longer than `standstill` by that.
@@ -130,7 +142,8 @@ impl Loan {
         for parcel in sockets::parcels(Kind::Listener, &self.lent.passed).chain(health_ports) {
             talk.say(parcel.map_err(GiveError::Lend)?)?;
         }
-        talk.say(SourceSaid::from(&self.lent.source).parcel())?;
+        self.source_said = (&self.lent.source).into();
+        talk.say(self.source_said.parcel())?;
         self.say_what_moves(&mut talk, standstill)?;
         talk.say(Parcel::new(Kind::End, &()))?;
         talk.hear(Kind::Ready)?;
@@ -158,25 +171,28 @@ impl Loan {
         frozen.parcels().try_for_each(|parcel| talk.say(parcel?))
     }
 
-    /// It is theirs: lets go of what moves, has everything else closed here, and returns once it is. How much it was.
+    /// It is theirs: lets go of what moves, has everything else closed here, and returns once it is. How much it was, and what
+    /// goes on counting; `None` where nobody was told of counters.
     ///
     /// `say_so` is called as soon as the other process may begin: all that moves stands still until then, and to close ten
     /// thousand listeners takes a while.
-    pub(super) fn release(self, say_so: impl FnOnce()) -> Moved {
-        let Self { lent: Lent { passed, health_ports, estate, .. }, frozen, end } = self;
+    pub(super) fn release(self, say_so: impl FnOnce()) -> (Moved, Option<Ledger>) {
+        let Self { lent: Lent { passed, health_ports, estate, source }, source_said, frozen, end } = self;
+        let counted = frozen.as_ref().map(Exporter::take_counted);
         let (streams, flows) = frozen.as_ref().map(Exporter::told).unwrap_or_default();
         let moved = Moved { listeners: passed.len(), streams, flows };
         let mut say_so = Some(say_so);
         if looks_away(frozen) {
             say_so.take().into_iter().for_each(|say_so| say_so());
         }
+        let ledger = counted.map(|counted| Ledger::new(&estate, source.contact, counted, source_said));
         drop((passed, health_ports, estate));
         let (done, is_done) = oneshot::channel();
         if end.send(done).is_ok() {
             let _ = is_done.blocking_recv(); // An error means that control is gone, and what it had with it.
         }
         say_so.into_iter().for_each(|say_so| say_so());
-        moved
+        (moved, ledger)
     }
 }
 

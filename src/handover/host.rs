@@ -18,15 +18,16 @@ use tracing::{error, info, warn};
 
 use super::door::Caller;
 use super::failure::Failure;
-use super::giving::{Handing, Loan, Moved};
+use super::giving::{Ask, Loan, Moved};
 use super::introduction::Introduction;
+use super::late::{Accounts, LateCounts, Ledger, Reporter};
 use super::office::Office;
 use super::order::{Order, UpgradeReport};
 use super::parcel::{Kind, Parcel};
 use super::post::{Post, PostError};
 use super::successor::Successor;
 use crate::lifecycle::Readiness;
-use crate::stats::{PROCESS, UpgradeResult};
+use crate::stats::UpgradeResult;
 
 /// How long a caller may take to say who it is and what it wants: nobody else is heard meanwhile.
 const CALLER_LIMIT: Duration = Duration::from_secs(1);
@@ -49,6 +50,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Host {
     /// What it has as such.
     pub office: Office,
+    /// Where it can be met, and meets those that come after it. From `--state-dir`.
+    pub folder: PathBuf,
     /// The sockets of its own servers, as they come and go.
     pub admin: watch::Receiver<BTreeMap<SocketAddr, Arc<OwnedFd>>>,
     /// Whether it serves.
@@ -67,6 +70,8 @@ pub struct Handed {
     /// Where we have started it: its end can be waited for.
     pub child: Option<Child>,
     answered: Option<oneshot::Receiver<()>>,
+    /// Who tells what is counted here yet.
+    accounts: Option<Accounts>,
     /// Dropped once our own servers accept nobody any more.
     looks: Option<Sender<()>>,
 }
@@ -76,6 +81,14 @@ impl Handed {
     /// nobody any more: who asks then who serves is answered by the other one.
     pub fn look_away(&mut self) {
         self.looks = None;
+    }
+
+    /// Has whoever serves told what this process has counted since it was taken over from, and resolves once that is done, or
+    /// cannot be. To be called when nothing is open here any more.
+    pub async fn settle(&mut self) {
+        if let Some(accounts) = self.accounts.take() {
+            accounts.settle().await;
+        }
     }
 
     /// Resolves once whoever has ordered the upgrade knows what came of it: this process has to be there until then. At
@@ -88,6 +101,14 @@ impl Handed {
             }
         }
     }
+}
+
+/// What there is once everything was handed over.
+struct Gone {
+    handed: Handed,
+    farewell: Option<Farewell>,
+    /// What goes on counting here.
+    ledger: Option<Ledger>,
 }
 
 /// What is left to say when everything is another process's: whoever has ordered that waits until it serves.
@@ -119,25 +140,29 @@ impl Host {
     /// No thread, or no descriptor, is left.
     pub(crate) fn attend(
         self,
-        control: impl Fn(Handing) -> bool + Send + 'static,
+        control: impl Fn(Ask) -> bool + Send + 'static,
     ) -> std::io::Result<oneshot::Receiver<Handed>> {
         self.attend_with(control, STANDSTILL)
     }
 
     fn attend_with(
         self,
-        control: impl Fn(Handing) -> bool + Send + 'static,
+        control: impl Fn(Ask) -> bool + Send + 'static,
         standstill: Duration,
     ) -> std::io::Result<oneshot::Receiver<Handed>> {
         let (tell, handed) = oneshot::channel();
         // What is not dropped where the thread panics: the process serves on then, and the folder stays its own.
         let folder = ManuallyDrop::new(self.office.lock.copy()?);
+        let door_folder = self.folder.clone();
         let attendant = Attendant { host: self, standstill, control, upgrade: None, is_deaf: false };
         thread::Builder::new().name("handover".into()).spawn(move || {
-            let (handed, farewell) = attendant.run();
+            let Gone { mut handed, farewell, ledger } = attendant.run();
             drop(ManuallyDrop::into_inner(folder));
+            let (reporter, accounts) = ledger.map(|ledger| Reporter::new(ledger, door_folder)).unzip();
+            handed.accounts = accounts;
             let _ = tell.send(handed); // Who asked may be about to end.
             farewell.into_iter().for_each(Farewell::say);
+            reporter.into_iter().for_each(Reporter::run);
         })?;
         Ok(handed)
     }
@@ -153,8 +178,8 @@ struct Attendant<C> {
     is_deaf: bool,
 }
 
-impl<C: Fn(Handing) -> bool> Attendant<C> {
-    fn run(mut self) -> (Handed, Option<Farewell>) {
+impl<C: Fn(Ask) -> bool> Attendant<C> {
+    fn run(mut self) -> Gone {
         loop {
             let patience =
                 self.upgrade.as_ref().map(|upgrade| upgrade.deadline.saturating_duration_since(Instant::now()));
@@ -163,8 +188,8 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
             self.is_deaf &= heard.is_err();
             match heard {
                 Ok(Some(caller)) => {
-                    if let Some(handed) = self.answer(caller) {
-                        return handed;
+                    if let Some(gone) = self.answer(caller) {
+                        return gone;
                     }
                 }
                 Ok(None) => {}
@@ -212,7 +237,7 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
     }
 
     /// `Some` where everything was handed over.
-    fn answer(&mut self, Caller { post, pid }: Caller) -> Option<(Handed, Option<Farewell>)> {
+    fn answer(&mut self, Caller { post, pid }: Caller) -> Option<Gone> {
         let caller = self.greet(&post, pid)?;
         // A caller that only looks hangs up now.
         let asked = post.receive(CALLER_LIMIT).ok()?;
@@ -225,7 +250,21 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
                 None
             }
             Kind::Take => self.hand_over(post, &caller, pid),
+            Kind::Late => {
+                self.count_late(&post, pid);
+                None
+            }
             _ => None,
+        }
+    }
+
+    /// Has counted what a process tells that was taken over from.
+    fn count_late(&self, post: &Post, pid: i32) {
+        match LateCounts::hear(post) {
+            Ok(late) => _ = (self.control)(Ask::Count(late)), // It may be about to end.
+            Err(error) => {
+                warn!(pid, %error, "a process that was taken over from does not tell what it has counted since")
+            }
         }
     }
 
@@ -271,7 +310,7 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         }
     }
 
-    fn hand_over(&mut self, post: Post, to: &Introduction, pid: i32) -> Option<(Handed, Option<Farewell>)> {
+    fn hand_over(&mut self, post: Post, to: &Introduction, pid: i32) -> Option<Gone> {
         if self.upgrade.as_ref().is_some_and(|upgrade| !upgrade.is_of(pid)) {
             Failure::Busy.tell();
             Failure::Busy.refuse(&post);
@@ -291,10 +330,10 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         };
         // It goes on without these words, too.
         let say = |word| _ = post.send(Parcel::new(word, &()), CALLER_LIMIT);
-        let Moved { listeners, streams, flows } = loan.release(|| say(Kind::Released));
+        let (Moved { listeners, streams, flows }, ledger) = loan.release(|| say(Kind::Released));
         say(Kind::Closed);
         let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        PROCESS.upgrades.count(UpgradeResult::Success);
+        // The one that has taken over counts it: what is counted here from now on is added to that.
         info!(
             to_pid = pid,
             to_version = to.version(),
@@ -307,14 +346,17 @@ impl<C: Fn(Handing) -> bool> Attendant<C> {
         let (tell, answered) = oneshot::channel();
         let answered = Some(answered);
         let Some(Upgrade { asker, successor, .. }) = self.upgrade.take() else {
-            return Some((Handed { pid, child: None, answered, looks: None }, None));
+            let handed = Handed { pid, child: None, answered, accounts: None, looks: None };
+            return Some(Gone { handed, farewell: None, ledger });
         };
         let report =
             UpgradeReport { pid: successor.pid(), version: to.version(), listeners, streams, flows, elapsed_ms };
         let (looks, looks_away) = channel();
         let post = to.understands(Kind::Serving).then_some(post);
         let farewell = Farewell { asker, post, report, looks: looks_away, _answered: tell };
-        Some((Handed { pid, child: Some(successor.released()), answered, looks: Some(looks) }, Some(farewell)))
+        let child = Some(successor.released());
+        let handed = Handed { pid, child, answered, accounts: None, looks: Some(looks) };
+        Some(Gone { handed, farewell: Some(farewell), ledger })
     }
 
     /// Lends everything, until it is the other's; where that fails it is ours as before.
@@ -380,7 +422,7 @@ mod tests {
 
     use super::*;
     use crate::handover::door::call;
-    use crate::handover::giving::Lent;
+    use crate::handover::giving::{Handing, Lent};
     use crate::handover::refusal::Refusal;
     use crate::handover::taking::{Decision, TakeOver, introduce};
     use crate::name::{ListenKey, ObjectName, Protocol, ServicePortName};
@@ -424,12 +466,14 @@ mod tests {
             let address = own.local_addr().expect("it is bound");
             let admin = watch::Sender::new([(address, Arc::new(OwnedFd::from(own)))].into());
             let readiness = Readiness::default();
-            let host = Host { office, admin: admin.subscribe(), readiness, cannot_start: None, pod: None };
+            let (admin, path) = (admin.subscribe(), folder.path().to_owned());
+            let host = Host { office, folder: path, admin, readiness, cannot_start: None, pod: None };
             let key = ListenKey::new([127, 85, 10, number].into(), 7500, Protocol::Tcp);
             let listener = Arc::new(socket::listen_tcp(key).expect("a free address"));
             let (tell, committed) = channel();
             let shared = Arc::clone(&listener);
-            let control = move |Handing { lent, end }: Handing| {
+            let control = move |ask: Ask| {
+                let Ask::Lend(Handing { lent, end }) = ask else { return false };
                 let (tell, sockets) = (tell.clone(), vec![Arc::clone(&shared)]);
                 thread::spawn(move || {
                     let passed = vec![Passed { key, parked: false, sockets }];
@@ -567,7 +611,8 @@ mod tests {
         let lock = StateLock::take(folder.path(), holder(1)).expect("nobody has it");
         let office = Office::found(folder.path(), lock).expect("a socket can be made");
         let admin = watch::Sender::default().subscribe();
-        let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None, pod: None };
+        let (readiness, path) = (Readiness::default(), folder.path().to_owned());
+        let host = Host { office, folder: path, admin, readiness, cannot_start: None, pod: None };
         let handed = host.attend_with(|_| panic!("a fault of the test's"), SOON).expect("threads are left");
 
         let take_over =

@@ -3,7 +3,7 @@
 //! The body is one line of JSON; whatever follows it are bytes as they are, those that a stream has yet to send. A version
 //! that knows more fields than the other one leaves out what it does not know and has a default for what is not said.
 //!
-//! How parcels travel is in `post`; what they say is in `sockets`, `source`, `services`, `flows` and `streams`.
+//! How parcels travel is in `post`; what they say is in `sockets`, `source`, `services`, `flows` `streams` and `late`.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -102,6 +102,9 @@ kinds! {
     HealthPort = 21,
     /// What is counted of the source: objects that were rejected, and how it was with the API server.
     Source = 22,
+    /// What was counted since it was told of: all that follows, up to an `End`. From a process that was taken over from, to the
+    /// one that serves.
+    Late = 23,
 }
 
 /// Why a parcel cannot be read.

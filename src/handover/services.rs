@@ -4,6 +4,7 @@
 //! are left out there: their numbers would be nobody's. What backends have carried that it does not know stays in the sums of
 //! their ServicePorts.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -59,26 +60,26 @@ impl From<PortName> for ServicePortName {
 
 /// A ServicePort.
 #[derive(Debug, Serialize, Deserialize)]
-struct PortSaid {
-    port: PortName,
+pub(super) struct PortSaid {
+    pub(super) port: PortName,
     #[serde(default)]
-    counts: Counts,
+    pub(super) counts: Counts,
     /// Whose addresses its backends saw.
     #[serde(default)]
-    sources: Counts,
+    pub(super) sources: Counts,
     #[serde(default)]
-    turns: Vec<TurnSaid>,
+    pub(super) turns: Vec<TurnSaid>,
     /// What those have carried that are not among its backends any more.
     #[serde(default)]
-    departed: Counts,
+    pub(super) departed: Counts,
     /// Clients that session affinity has forgotten before their time.
     #[serde(default)]
-    evicted: u64,
+    pub(super) evicted: u64,
 }
 
 /// Whose turn it is.
 #[derive(Debug, Serialize, Deserialize)]
-struct TurnSaid {
+pub(super) struct TurnSaid {
     family: Family,
     scope: Scope,
     turn: u64,
@@ -86,16 +87,24 @@ struct TurnSaid {
 
 /// A backend.
 #[derive(Debug, Serialize, Deserialize)]
-struct BackendSaid {
-    port: PortName,
-    address: SocketAddr,
+pub(super) struct BackendSaid {
+    pub(super) port: PortName,
+    pub(super) address: SocketAddr,
     #[serde(default)]
-    counts: Counts,
+    pub(super) counts: Counts,
     /// Microseconds that the last successful connect took; 0 before the first.
     #[serde(default)]
-    connect_us: u64,
+    pub(super) connect_us: u64,
     #[serde(default)]
-    ejection: Option<EjectionRecord>,
+    pub(super) ejection: Option<EjectionRecord>,
+}
+
+/// What was said of counters: who goes on counting knows from where on it is more.
+#[derive(Debug, Default)]
+pub(super) struct CountersSaid {
+    pub(super) process: Counts,
+    pub(super) ports: Vec<PortSaid>,
+    pub(super) backends: Vec<BackendSaid>,
 }
 
 /// Clients of a ServicePort. The pins are bytes.
@@ -116,21 +125,50 @@ pub(crate) fn pins(estate: &Estate, now: Instant) -> impl Iterator<Item = Parcel
 }
 
 /// What there is to say of all of them, and which clients have come since pins were said. To be asked for when nobody counts
-/// any more.
-pub(crate) fn parcels(estate: &Estate, now: Instant, pins_said_at: Instant) -> impl Iterator<Item = Parcel> {
-    let process = std::iter::once_with(|| Parcel::new(Kind::Process, &Counts::of(&Whole)));
+/// any more, but for what stays; `said` is what was said of counters.
+pub(super) fn parcels<'e>(
+    estate: &'e Estate,
+    now: Instant,
+    pins_said_at: Instant,
+    said: &'e RefCell<CountersSaid>,
+) -> impl Iterator<Item = Parcel> {
+    let process = std::iter::once_with(|| {
+        let counts = Counts::of(&Whole);
+        let parcel = Parcel::new(Kind::Process, &counts);
+        said.borrow_mut().process = counts;
+        parcel
+    });
     let ports = estate.ports.values().filter_map(port_said);
+    let ports = in_parcels(Kind::Port, ports, |ports| said.borrow_mut().ports.extend(ports));
     let backends = estate.ports.values().flat_map(move |port| backends_said(port, now));
+    let backends = in_parcels(Kind::Backend, backends, |backends| said.borrow_mut().backends.extend(backends));
     let oldest = now.saturating_duration_since(pins_said_at).as_secs() + 1; // Their age is told in whole seconds.
     let oldest = u32::try_from(oldest).unwrap_or(u32::MAX);
     let pins = estate.ports.values().flat_map(move |port| pins_said(port, now, oldest));
-    process.chain(in_parcels(Kind::Port, ports)).chain(in_parcels(Kind::Backend, backends)).chain(pins)
+    process.chain(ports).chain(backends).chain(pins)
 }
 
-fn in_parcels<T: Serialize>(kind: Kind, mut said: impl Iterator<Item = T>) -> impl Iterator<Item = Parcel> {
+/// What is said of these.
+pub(super) fn port_parcels(ports: impl Iterator<Item = PortSaid>) -> impl Iterator<Item = Parcel> {
+    in_parcels(Kind::Port, ports, drop)
+}
+
+/// What is said of these.
+pub(super) fn backend_parcels(backends: impl Iterator<Item = BackendSaid>) -> impl Iterator<Item = Parcel> {
+    in_parcels(Kind::Backend, backends, drop)
+}
+
+/// `keep` is given what was written: copies would have to be made while nothing moves.
+fn in_parcels<T: Serialize>(
+    kind: Kind,
+    mut said: impl Iterator<Item = T>,
+    mut keep: impl FnMut(Vec<T>),
+) -> impl Iterator<Item = Parcel> {
     std::iter::from_fn(move || {
         let some: Vec<_> = said.by_ref().take(AT_ONCE).collect();
-        (!some.is_empty()).then(|| Parcel::new(kind, &some))
+        let parcel = (!some.is_empty()).then(|| Parcel::new(kind, &some));
+        keep(some);
+        parcel
     })
 }
 
@@ -147,7 +185,8 @@ fn port_said(port: &PortParts) -> Option<PortSaid> {
     (has_counted || !said.turns.is_empty() || evicted > 0).then_some(said)
 }
 
-fn departed_said(departed: &Departed) -> Counts {
+/// What those have carried that have left.
+pub(super) fn departed_said(departed: &Departed) -> Counts {
     let sum = BackendStats::default();
     departed.stats().for_each(|stats| sum.absorb(stats));
     Counts::of(&sum)
@@ -231,6 +270,12 @@ impl ServicesTaken {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The same, but for what the process as a whole has counted: in a test that is the same one.
+    #[cfg(test)]
+    pub(super) fn of_services(self) -> Self {
+        Self { process: Vec::new(), ..self }
     }
 
     /// Goes on from there. To be called before anybody comes.
@@ -331,9 +376,14 @@ mod tests {
         balancer.pick(client(number), &Tried::default(), now).expect("a backend").address
     }
 
+    /// What is said at a standstill.
+    fn said(estate: &Estate, now: Instant, pins_said_at: Instant) -> Vec<Parcel> {
+        parcels(estate, now, pins_said_at, &RefCell::default()).collect()
+    }
+
     fn hand_over(old: &Estate, new: &Estate, now: Instant) -> usize {
         let mut taken = ServicesTaken::default();
-        let parcels: Vec<_> = pins(old, now).chain(parcels(old, now, now)).collect();
+        let parcels: Vec<_> = pins(old, now).chain(said(old, now, now)).collect();
         for parcel in &parcels {
             assert!(parcel.body.len() <= LONGEST_BODY_BYTES, "{:?}: {} bytes", parcel.kind, parcel.body.len());
             taken.take(parcel).expect("what was written");
@@ -370,7 +420,8 @@ mod tests {
         let late: Vec<_> = (100..110).map(|number| pick(&old_web, number, asked)).collect();
 
         let still = asked + Duration::from_secs(2);
-        let again: Vec<_> = parcels(&old, still, asked).filter(|parcel| parcel.kind == Kind::Pins).collect();
+        let mut again = said(&old, still, asked);
+        again.retain(|parcel| parcel.kind == Kind::Pins);
 
         assert_eq!(again.iter().map(|parcel| parcel.bytes().len()).sum::<usize>(), 10 * PIN_BYTES);
         again.iter().for_each(|parcel| taken.take(parcel).expect("what was written"));
@@ -417,7 +468,7 @@ mod tests {
         port.backends.iter().for_each(|backend| backend.stats.connections.add(Entry::NodePort, 1));
 
         let mut taken = ServicesTaken::default();
-        parcels(&old, now, now).for_each(|parcel| taken.take(&parcel).expect("what was written"));
+        said(&old, now, now).iter().for_each(|parcel| taken.take(parcel).expect("what was written"));
         let mut heirs = Heirs::of_estate(&new);
         taken.commit(&new, &mut heirs, now);
 

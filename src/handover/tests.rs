@@ -20,8 +20,9 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use crate::contact::Contact;
 use crate::handover::exporter::Exporter;
-use crate::handover::giving::{Handing, Lent};
+use crate::handover::giving::{Ask, Handing, Lent};
 use crate::handover::importer::{Importer, TakenOver};
 use crate::handover::parcel::Kind;
 use crate::handover::taking::{TakeError, Taken};
@@ -40,7 +41,7 @@ use crate::serve::tcp::{TcpOptions, TcpServer, TcpShared};
 use crate::serve::udp::{UdpOptions, UdpServer, UdpShards};
 use crate::serve::{TargetCell, socket};
 use crate::state_lock::{Holder, StateLock};
-use crate::stats::{CloseReason, Entry};
+use crate::stats::{CloseReason, ConnectFailure, DropReason, Entry};
 use crate::vips::Vips;
 
 mod flows;
@@ -476,9 +477,11 @@ fn attend(old: &Arc<Process>, folder: &Path) -> oneshot::Receiver<Handed> {
     let lock = StateLock::take(folder, holder(1)).expect("nobody has it");
     let office = Office::found(folder, lock).expect("a socket can be made");
     let admin = watch::Sender::default().subscribe();
-    let host = Host { office, admin, readiness: Readiness::default(), cannot_start: None, pod: None };
+    let (readiness, folder) = (Readiness::default(), folder.to_owned());
+    let host = Host { office, folder, admin, readiness, cannot_start: None, pod: None };
     let old = Arc::clone(old);
-    let control = move |Handing { lent, end }: Handing| {
+    let control = move |ask: Ask| {
+        let Ask::Lend(Handing { lent, end }) = ask else { return false };
         let estate = old.estate();
         thread::spawn(move || {
             let (passed, health_ports, source) = Default::default();
@@ -612,6 +615,49 @@ async fn f25_given_a_connection_on_its_way_to_a_backend_when_others_are_handed_o
     drop(held);
     expect_reset(&mut client).await;
     soon(old.tcp.drained()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t234_given_a_connection_that_stays_when_it_ends_then_whoever_serves_counts_its_end_and_nothing_twice() {
+    let (held, silent) = black_hole();
+    let listener = Listener::at(13);
+    let (old, new) = (Arc::new(Process::serving(&[silent])), Process::serving(&[silent]));
+    let _accepting = old.listen(&listener);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let handed = attend(&old, folder.path());
+    let mut client = listener.connect().await;
+    until(|| old.tcp.open_connections() == 1).await;
+    let take_over =
+        TakeOver { folder: folder.path().to_owned(), holder: holder(2), pod: None, decision: Decision::default() };
+    let estate = new.estate();
+    let asking = elsewhere(move || take_over.ask(&WantedSockets::default(), estate));
+    let offer = asking.await.expect("somebody is there");
+    let Taken { office, moving, .. } = elsewhere(move || offer.accept(holder(2))).await;
+    moving.expect("there was one").commit().finish();
+    let (admin, folder) = (watch::Sender::default().subscribe(), folder.path().to_owned());
+    let host = Host { office, folder, admin, readiness: Readiness::default(), cannot_start: None, pod: None };
+    let (tell, told) = std::sync::mpsc::channel();
+    let serving = host.attend(move |ask| match ask {
+        Ask::Count(late) => tell.send(late).is_ok(),
+        Ask::Lend(_) => false,
+    });
+    let _serving = serving.expect("a thread");
+    let mut handed = soon(handed).await.expect("it was handed over");
+
+    drop(held);
+    expect_reset(&mut client).await;
+    soon(old.tcp.drained()).await;
+    soon(handed.settle()).await;
+    let late = spawn_blocking(move || told.recv().expect("it is told"));
+    soon(late).await.expect("no panic").of_services().commit(&new.estate(), &Contact::default(), Instant::now());
+
+    let [before, after] = [&*old, &new].map(|process| {
+        let (port, backend) = (&process.balancer.port.stats, &process.backends[0].stats);
+        let failures: u64 = ConnectFailure::ALL.iter().map(|reason| backend.connect_failures.get(*reason)).sum();
+        (port.accepted.get(), port.dropped.get(DropReason::EjectedAll), port.retries.get(), failures)
+    });
+    assert_eq!((before, after.0, after.1), (after, 1, 1));
+    assert_eq!((new.open(), new.balancer.port.stats.open.get()), (0, 0), "it never was open here");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

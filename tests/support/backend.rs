@@ -42,7 +42,11 @@ pub struct Backend {
 impl Backend {
     /// Starts a backend.
     pub async fn start(address: SocketAddr, script: Script) -> Self {
-        let listener = TcpListener::bind(address).await.expect("the test's own address is free");
+        Self::on(TcpListener::bind(address).await.expect("the test's own address is free"), script)
+    }
+
+    fn on(listener: TcpListener, script: Script) -> Self {
+        let address = listener.local_addr().expect("it is bound");
         let stop = CancellationToken::new();
         let (report, ended) = mpsc::unbounded_channel();
         tokio::spawn(serve(listener, script, report, stop.clone()));
@@ -148,7 +152,7 @@ pub fn refusing(address: SocketAddr) -> Socket {
 
 /// An address that does not answer SYNs: a listener whose queue is full for ever.
 pub struct BlackHole {
-    _listener: Socket,
+    listener: Socket,
     _queue: Vec<BlockingStream>,
 }
 
@@ -161,7 +165,15 @@ impl BlackHole {
         let connect = || BlockingStream::connect_timeout(&address, Duration::from_millis(100)).ok();
         let queue: Vec<_> = std::iter::from_fn(connect).take(16).collect();
         assert!(queue.len() < 16, "the queue of {address} does not fill");
-        Self { _listener: listener, _queue: queue }
+        Self { listener, _queue: queue }
+    }
+
+    /// Has a backend answer from now on: who has waited until then is let in as it tries again.
+    pub fn open_up(self, script: Script) -> Backend {
+        self.listener.set_nonblocking(true).expect("an option");
+        while self.listener.accept().is_ok() {}
+        self.listener.listen(128).expect("it listens");
+        Backend::on(TcpListener::from_std(self.listener.into()).expect("a listener"), script)
     }
 }
 

@@ -8,8 +8,8 @@ use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::relay::House;
-use crate::support::backend::{Backend, Script, Talker, refusing};
-use crate::support::client::{Caller, ask, ask_times, connect};
+use crate::support::backend::{Backend, BlackHole, Script, Talker, refusing};
+use crate::support::client::{Caller, ask, ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
 use crate::support::seen;
 use crate::support::site::{SERVICE_PORT, Site};
@@ -127,6 +127,40 @@ async fn t234_given_some_of_everything_that_is_counted_when_upgraded_twice_then_
     House::signal(pid, Signal::HUP);
     let refused = ["reason=\"sctp\""];
     house.until("one more is rejected", |house| house.metric("kuberelay_objects_rejected_total", &refused) == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t234_given_a_connection_that_stays_behind_when_others_serve_then_all_of_it_is_counted_there_and_once() {
+    let site = Site::new(57);
+    let hole = BlackHole::open(site.backend(1));
+    let web = Manifest::new(site).tcp().annotation("connect-timeout", "25s").endpoints([site.backend(1)]);
+    let (mut house, first) = House::serving(site, &web).await;
+    let mut client = connect(site.service()).await.expect("it serves");
+    until_counted(&mut house, "kuberelay_service_accepted_total", &[]).await;
+    let count = |house: &House, name: &str| house.metric(&format!("kuberelay_{name}"), &["service=\"web\""]);
+
+    let upgraded = house.upgrade(&[]).await;
+    assert!(upgraded.status.success(), "{upgraded:?}");
+    let backend = hole.open_up(Script::Name);
+    assert_eq!(ask_on(&mut client).await.expect("it goes on"), backend.address);
+
+    // It is open there, and what it does is told here.
+    house.until("it is counted", |house| count(house, "service_downstream_bytes_total") > 0).await;
+    assert_eq!((count(&house, "service_connections_total"), count(&house, "service_open")), (1, 0));
+    assert!(!house.has_ended(first));
+    let before = counted(&house);
+    let upgraded = house.upgrade(&[]).await;
+    assert!(upgraded.status.success(), "{upgraded:?}");
+    assert_eq!(fallen(&before, &counted(&house)), Vec::<String>::new());
+    assert_eq!(ask_on(&mut client).await.expect("it goes on"), backend.address);
+    drop(client);
+    house.until("the first one ends", |house| house.has_ended(first)).await;
+    house.until("its end is counted", |house| count(house, "service_closed_total") == 1).await;
+    let line = format!("{}\n", backend.address).len() as u64;
+    assert_eq!(count(&house, "service_downstream_bytes_total"), 2 * line);
+    for name in ["service_accepted_total", "service_connections_total", "connections_total", "closed_total"] {
+        assert_eq!(count(&house, name), 1, "{name}");
+    }
 }
 
 #[cfg(feature = "kubernetes")]

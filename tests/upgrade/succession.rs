@@ -77,6 +77,13 @@ async fn f25_given_upgrades_in_a_row_under_load_when_ordered_then_none_fails_and
     println!("{rounds} upgrades: {outcome:?}");
     assert_eq!(outcome.failed, Vec::<String>::new(), "{}", house.losses());
     house.until("as many are open as before", |_| descriptors(serving) <= before).await;
+    // Those among them that were on their way to a backend have ended in a process that is gone.
+    let count =
+        |house: &House, name: &str| house.metric(&format!("kuberelay_service_{name}_total"), &["protocol=\"TCP\""]);
+    house.until("the last of them is counted", |house| count(house, "closed") >= outcome.answered).await;
+    for name in ["accepted", "connections", "closed"] {
+        assert_eq!(count(&house, name), outcome.answered, "{name}");
+    }
 }
 
 #[tokio::test]
