@@ -93,7 +93,7 @@ impl Exporter {
     /// An error is the last there is. Then nothing may be [released](Self::release): some may have been told that nobody heard of.
     pub(crate) fn parcels(&self) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
         let services = services::parcels(&self.estate, Instant::now(), self.pins_said_at, &self.counted).map(Ok);
-        let flows = flows::parcels(&self.estate.udp, &self.told.flows);
+        let flows = flows::losses(&self.estate.udp).chain(flows::parcels(&self.estate.udp, &self.told.flows));
         services.chain(flows).chain(streams::parcels(&self.workers, &self.told.streams))
     }
 

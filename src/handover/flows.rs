@@ -18,11 +18,14 @@ use crate::name::{ListenKey, Protocol};
 use crate::serve::access::DraftRecord;
 use crate::serve::doubt::DoubtRecord;
 use crate::serve::flow::{Choice, FlowState};
-use crate::serve::moving_flow::{ComingFlow, MovingFlow, ShardLines, Unanswered};
-use crate::stats::{Entry, Word};
+use crate::serve::moving_flow::{ComingFlow, MovingFlow, MovingLosses, ShardLines, Unanswered};
+use crate::stats::{DropReason, Entry, Word};
 
 /// Flows in one parcel, each with a descriptor.
 const AT_ONCE: usize = 128;
+
+/// Sockets in one parcel, of whose losses it tells.
+const LOSSES_AT_ONCE: usize = 4_096;
 
 /// A flow. Its socket is the parcel's descriptor at the same place.
 #[derive(Debug, Serialize, Deserialize)]
@@ -81,6 +84,49 @@ impl FlowSaid {
             doubt: self.doubt,
             socket,
         }
+    }
+}
+
+/// How far is counted what the kernel has dropped at a listener's socket.
+#[derive(Debug, Serialize, Deserialize)]
+struct LossesSaid {
+    listen: SocketAddr,
+    #[serde(default)]
+    place: usize,
+    counted: u32,
+    /// Why it drops more.
+    reason: String,
+}
+
+/// How far losses are counted by shards that rest: one parcel at least, as what is not said of is none.
+pub(crate) fn losses(shards: &ShardLines) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
+    let parcels = |losses: Vec<MovingLosses>| {
+        let said: Vec<_> = losses.into_iter().map(LossesSaid::from).collect();
+        let parts = if said.is_empty() { vec![&said[..]] } else { said.chunks(LOSSES_AT_ONCE).collect() };
+        parts.into_iter().map(|part| Ok(Parcel::new(Kind::Losses, &part))).collect::<Vec<_>>()
+    };
+    let shards = shards.clone();
+    std::iter::once_with(move || shards.losses().map_or_else(|error| vec![Err(error)], parcels)).flatten()
+}
+
+/// How far losses are counted, by a parcel.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn take_losses(parcel: &Parcel) -> Result<Vec<MovingLosses>, ParcelError> {
+    Ok(parcel.said::<Vec<LossesSaid>>()?.into_iter().map(MovingLosses::from).collect())
+}
+
+impl From<MovingLosses> for LossesSaid {
+    fn from(MovingLosses { listen, place, counted, reason }: MovingLosses) -> Self {
+        Self { listen: listen.address(), place, counted, reason: reason.as_str().to_owned() }
+    }
+}
+
+impl From<LossesSaid> for MovingLosses {
+    fn from(LossesSaid { listen, place, counted, reason }: LossesSaid) -> Self {
+        let reason = DropReason::of(&reason).unwrap_or(DropReason::Memory);
+        Self { listen: ListenKey::at(listen, Protocol::Udp), place, counted, reason }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::handover::{flows, streams};
 use crate::name::{Family, ListenKey, ServicePortName};
 use crate::serve::balancer::Backend;
 use crate::serve::estate::Estate;
-use crate::serve::moving_flow::{MovingFlow, ShardLines};
+use crate::serve::moving_flow::{MovingFlow, MovingLosses, ShardLines};
 use crate::serve::socket::has_foreign_source;
 use crate::vips::Granted;
 
@@ -31,6 +31,8 @@ pub(crate) struct Importer {
     estate: Estate,
     services: ServicesTaken,
     flows: Vec<MovingFlow>,
+    /// How far losses are counted; `None` where the other process does not say so.
+    losses: Option<Vec<MovingLosses>>,
     streams: Vec<TakenStream>,
     /// Listeners whose flows are not taken, and how many that were.
     left_out: BTreeSet<ListenKey>,
@@ -65,8 +67,8 @@ impl Importer {
     /// For what runs here, which is to have all its ServicePorts by now.
     pub(crate) fn new(estate: Estate) -> Self {
         let (services, granted) = (ServicesTaken::default(), Granted::default());
-        let (flows, streams, left_out) = (Vec::new(), Vec::new(), BTreeSet::new());
-        Self { estate, services, flows, streams, left_out, left: 0, since: None, granted }
+        let (flows, losses, streams, left_out) = Default::default();
+        Self { estate, services, flows, losses, streams, left_out, left: 0, since: None, granted }
     }
 
     /// Takes no flows of a listener: to be called before they come. Their clients come to other sockets than before.
@@ -83,6 +85,7 @@ impl Importer {
             self.since.get_or_insert_with(Instant::now); // Most of those come before it.
         }
         match parcel.kind {
+            Kind::Losses => self.losses.get_or_insert_default().extend(flows::take_losses(&parcel)?),
             Kind::Stream => self.streams.extend(streams::take(parcel)?),
             Kind::Flow => {
                 let (left, taken): (Vec<_>, Vec<_>) =
@@ -118,7 +121,7 @@ impl Importer {
 
     /// Goes on with everything. To be called when the other process has let go, and before listeners accept.
     pub(crate) fn commit(self) -> Committed {
-        let Self { estate, services, flows, streams, since, granted, left, .. } = self;
+        let Self { estate, services, flows, losses, streams, since, granted, left, .. } = self;
         if left > 0 {
             warn!(flows = left, "flows begin anew: fewer threads share their listeners than in the last process");
         }
@@ -129,6 +132,7 @@ impl Importer {
         for stream in streams {
             estate.tcp.take_over(stream.coming(&estate, &mut heirs, &granted, now));
         }
+        losses.into_iter().for_each(|losses| estate.udp.go_on_from(losses));
         estate.udp.take_over(flows::with_backends(flows, &mut heirs));
         services.commit(&estate, &mut heirs, now);
         let departed = heirs.stand_ins();

@@ -105,6 +105,8 @@ kinds! {
     /// What was counted since it was told of: all that follows, up to an `End`. From a process that was taken over from, to the
     /// one that serves.
     Late = 23,
+    /// How many datagrams the kernel has dropped at sockets, as far as they are counted.
+    Losses = 24,
 }
 
 /// Why a parcel cannot be read.

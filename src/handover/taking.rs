@@ -368,7 +368,7 @@ impl Other {
                 }
                 Kind::HealthPort => health_ports.extend(sockets::listeners(parcel)?),
                 Kind::Source => source = parcel.said()?,
-                kind if kind.moves() => {
+                kind if kind.moves() || kind == Kind::Losses => {
                     moving.take(parcel)?;
                     if kind == Kind::Stream {
                         fault::at(Step::Stream);

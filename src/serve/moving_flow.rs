@@ -14,7 +14,7 @@ use crate::serve::access::DraftRecord;
 use crate::serve::doubt::DoubtRecord;
 use crate::serve::flow::{Choice, FlowState};
 use crate::serve::shard::Command;
-use crate::stats::Entry;
+use crate::stats::{DropReason, Entry};
 
 /// A flow as a plain value, with its socket. Dropped, a descriptor of that is closed, and nothing else.
 #[derive(Debug)]
@@ -46,6 +46,19 @@ pub(crate) struct ComingFlow {
     pub(crate) choice: Choice,
 }
 
+/// What the kernel has dropped at a listener's socket, as far as it is counted: what is dropped until another process serves is
+/// counted there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MovingLosses {
+    pub(crate) listen: ListenKey,
+    /// As in [`MovingFlow`].
+    pub(crate) place: usize,
+    /// The kernel's own number.
+    pub(crate) counted: u32,
+    /// Why more may be dropped.
+    pub(crate) reason: DropReason,
+}
+
 /// The shards of a process, for whoever has them rest. Keeps none of them running.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ShardLines(Vec<Line>);
@@ -67,6 +80,16 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// Which shard has a listener's first socket. The others have the next ones, in turn.
 pub(super) fn first_shard(key: ListenKey, shards: usize) -> usize {
     foldhash::fast::FixedState::default().hash_one(key) as usize % shards.max(1)
+}
+
+/// Which of a listener's sockets a shard has.
+fn place(shard: usize, key: ListenKey, shards: usize) -> usize {
+    (shard + shards - first_shard(key, shards)) % shards.max(1)
+}
+
+/// Which shard has the socket at this place.
+fn shard_at(place: usize, key: ListenKey, shards: usize) -> usize {
+    (first_shard(key, shards) + place % shards.max(1)) % shards.max(1)
 }
 
 impl ShardLines {
@@ -96,13 +119,41 @@ impl ShardLines {
                     Ok(_) | Err(RecvTimeoutError::Disconnected) => return None,
                     Err(RecvTimeoutError::Timeout) => return Some(Err(Unanswered)),
                 };
-                for flow in &mut flows {
-                    flow.place = (number + shards - first_shard(flow.listen, shards)) % shards;
-                }
+                flows.iter_mut().for_each(|flow| flow.place = place(number, flow.listen, shards));
                 Some(Ok(flows))
             })
         };
         self.0.iter().cloned().enumerate().flat_map(next)
+    }
+
+    /// What has been dropped at sockets of shards that rest, where anything was or more is to be.
+    ///
+    /// # Errors
+    /// One does not answer.
+    pub(crate) fn losses(&self) -> Result<Vec<MovingLosses>, Unanswered> {
+        let mut all = Vec::new();
+        for (number, line) in self.0.iter().enumerate() {
+            let (tell, told) = channel();
+            if line.order(Command::TellLosses(tell)) {
+                let losses: Vec<MovingLosses> = answer(told.recv_timeout(PATIENCE))?;
+                let place_of = |listen| place(number, listen, self.0.len());
+                all.extend(losses.into_iter().map(|one| MovingLosses { place: place_of(one.listen), ..one }));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Has shards count on from there: of listeners that are added later, and that are not among them, nothing is counted yet.
+    /// To be called once.
+    pub(crate) fn go_on_from(&self, losses: Vec<MovingLosses>) {
+        let shards = self.0.len();
+        let mut shares: Vec<_> = self.0.iter().map(|_| Vec::new()).collect();
+        for one in losses {
+            if let Some(share) = shares.get_mut(shard_at(one.place, one.listen, shards)) {
+                share.push(one);
+            }
+        }
+        self.0.iter().zip(shares).for_each(|(line, share)| _ = line.order(Command::GoOnFrom(share)));
     }
 
     /// Has shards that rest go on as before.
@@ -131,8 +182,8 @@ impl ShardLines {
         let shards = self.0.len();
         let mut shares: Vec<_> = self.0.iter().map(|_| Vec::new()).collect();
         for coming in flows {
-            let place = (first_shard(coming.flow.listen, shards) + coming.flow.place % shards.max(1)) % shards.max(1);
-            if let Some(share) = shares.get_mut(place) {
+            let shard = shard_at(coming.flow.place, coming.flow.listen, shards);
+            if let Some(share) = shares.get_mut(shard) {
                 share.push(coming);
             }
         }

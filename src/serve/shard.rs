@@ -30,7 +30,7 @@ use crate::serve::fault::{count_unsent, why_lost, why_not_opened};
 use crate::serve::filter::Filter;
 use crate::serve::flow::{self, Choice, Fate, FlowId, FlowRecord, FlowTable, IdleTimes, ListenerId};
 use crate::serve::mmsg::{BATCH, Batch, Place, Tally, To, connect_udp, connect_udp_as, equip, receive_trains};
-use crate::serve::moving_flow::{ComingFlow, MovingFlow};
+use crate::serve::moving_flow::{ComingFlow, MovingFlow, MovingLosses};
 use crate::serve::outbound::send_all;
 use crate::serve::room::FlowLimits;
 use crate::serve::socket::dropped_packets;
@@ -64,12 +64,16 @@ pub(super) enum Command {
     Rest(Sender<()>),
     /// While it rests: tell of the next flows, so many at most; of none where all were told of.
     TellFlows(usize, Sender<Vec<MovingFlow>>),
+    /// While it rests: tell what was dropped at its sockets.
+    TellLosses(Sender<Vec<MovingLosses>>),
     /// End the rest: all goes on as before.
     GoOn,
     /// End the rest: the flows that were told of, and all listeners, are another process's.
     Leave(Sender<()>),
     /// Go on with flows of another process, once their listeners are there.
     TakeOver(Vec<ComingFlow>),
+    /// Count what is dropped at sockets of another process on from there, once these are served.
+    GoOnFrom(Vec<MovingLosses>),
     /// Let go of those whose listeners have not come, and tell how many flows were taken over.
     ForgetTheRest(Sender<usize>),
     /// Tell how many flows there are.
@@ -109,6 +113,8 @@ struct Heritage {
     /// Whose listeners are not there yet.
     waiting: HashMap<ListenKey, Heir>,
     taken: usize,
+    /// From where what is dropped at their sockets is to be counted; `None` where the other process has not said so.
+    losses: Option<HashMap<ListenKey, Losses>>,
 }
 
 /// The flows of a listener that is to come, and their sockets.
@@ -123,6 +129,15 @@ impl Heritage {
     fn listener(&mut self, key: ListenKey, table: &mut FlowTable) -> ListenerId {
         let heir = || Heir { listener: table.add_listener(IdleTimes::NEVER), sockets: Vec::new() };
         self.waiting.entry(key).or_insert_with(heir).listener
+    }
+
+    /// From where what is dropped at a socket is to be counted.
+    fn losses(&mut self, key: &ListenKey, past: Past, socket: &UdpSocket) -> Losses {
+        match (past, &mut self.losses) {
+            (Past::None, _) => Losses::NONE,
+            (Past::Counted, Some(told)) => told.remove(key).unwrap_or(Losses::NONE),
+            (Past::Counted, None) => Losses::up_to_now(socket),
+        }
     }
 }
 
@@ -151,13 +166,13 @@ impl Listener {
 pub(super) enum Past {
     /// It is new.
     None,
-    /// Another process has, up to a moment ago.
+    /// Another process has, up to a moment that it may have told.
     Counted,
 }
 
 /// What the kernel drops at a listener's socket. It tells one number for what its filter drops and for what finds no
 /// room: where there is a filter, all of it is taken for the filter's.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Losses {
     /// How many datagrams it had dropped when it last said so.
     counted: u32,
@@ -167,12 +182,9 @@ struct Losses {
 impl Losses {
     const NONE: Self = Self { counted: 0, reason: DropReason::Memory };
 
-    /// Of a socket that begins to be served here.
-    fn after(past: Past, socket: &UdpSocket) -> Self {
-        match past {
-            Past::None => Self::NONE,
-            Past::Counted => Self { counted: dropped_packets(socket).unwrap_or(0), ..Self::NONE },
-        }
+    /// All of it is counted.
+    fn up_to_now(socket: &UdpSocket) -> Self {
+        Self { counted: dropped_packets(socket).unwrap_or(0), ..Self::NONE }
     }
 
     /// Takes the number that the kernel tells. One that came with a datagram may be older than the last one.
@@ -641,9 +653,12 @@ impl Shard {
             Command::Opened(address) => self.table.add_own_address(address),
             Command::Closed(address) => self.table.remove_own_address(address),
             Command::Rest(resting) => return self.rest(resting, now),
-            Command::TellFlows(_, told) => drop(told), // it does not rest: what it told would be over at once
+            // It does not rest: what it told would be over at once.
+            Command::TellFlows(_, told) => drop(told),
+            Command::TellLosses(told) => drop(told),
             Command::GoOn | Command::Leave(_) => {}
             Command::TakeOver(flows) => self.take_over(flows, now),
+            Command::GoOnFrom(losses) => self.heritage.losses = Some(losses_by_key(losses)),
             Command::ForgetTheRest(told) => drop(told.send(self.forget_the_rest())),
             #[cfg(test)]
             Command::CountFlows(tell) => drop(tell.send(self.table.count())),
@@ -667,6 +682,9 @@ impl Shard {
                     let some = self.move_some(&mut flows, at_once, &mut told, now);
                     let _ = tell.send(some); // nobody may wait for it
                 }
+                Ok(Command::TellLosses(tell)) => {
+                    let _ = tell.send(self.losses()); // nobody may wait for it
+                }
                 Ok(Command::Leave(left)) => {
                     self.leave(told);
                     let _ = left.send(()); // nobody may wait for it
@@ -678,6 +696,17 @@ impl Shard {
                 Err(_) => return ControlFlow::Break(()),
             }
         }
+    }
+
+    /// What is counted of what was dropped, but for sockets at which nothing was.
+    fn losses(&self) -> Vec<MovingLosses> {
+        let of = |listener: &Listener| {
+            let Losses { counted, reason } = listener.losses;
+            // Who knows all shards knows the place.
+            let losses = MovingLosses { listen: listener.key, place: 0, counted, reason };
+            (listener.losses != Losses::NONE).then_some(losses)
+        };
+        self.listeners.iter().flatten().filter_map(of).collect()
     }
 
     /// The next flows, so many at most, and notes which they are. One for whose socket there is no other descriptor ends here.
@@ -778,7 +807,7 @@ impl Shard {
 
     /// Nobody serves the listeners that have not come: their flows end. How many others were taken over.
     fn forget_the_rest(&mut self) -> usize {
-        let Heritage { waiting, taken } = mem::take(&mut self.heritage);
+        let Heritage { waiting, taken, losses: _ } = mem::take(&mut self.heritage);
         for heir in waiting.into_values() {
             self.table.remove_listener(heir.listener, CloseReason::Drain, |_| {});
         }
@@ -797,7 +826,7 @@ impl Shard {
         now: Instant,
     ) {
         self.remove(&key, now); // one socket for each key
-        let losses = Losses::after(past, &socket);
+        let losses = self.heritage.losses(&key, past, &socket);
         let Some(heir) = self.heritage.waiting.remove(&key) else {
             let id = self.table.add_listener(*idle);
             return self.listen(id, key, socket, target, idle, losses);
@@ -913,6 +942,11 @@ impl Shard {
         }
         let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes()); // commands may be left
     }
+}
+
+fn losses_by_key(losses: Vec<MovingLosses>) -> HashMap<ListenKey, Losses> {
+    let of = |MovingLosses { listen, counted, reason, .. }| (listen, Losses { counted, reason });
+    losses.into_iter().map(of).collect()
 }
 
 /// What the datagrams of one batch have in common.
@@ -1057,6 +1091,45 @@ mod tests {
 
             assert_eq!(dropped() > 0, past == Past::None, "{past:?}");
         }
+    }
+
+    #[test]
+    fn f25_given_a_process_that_says_how_far_it_has_counted_losses_when_another_serves_then_it_counts_those_in_between()
+    {
+        let balancer = balancer(Family::V4, &[&Arc::new(Backend::new(1, SocketAddr::from(([127, 0, 0, 1], 9))))]);
+        let target: TargetCell = Arc::new(ArcSwap::from_pointee(Target::serving(&balancer)));
+        let dropped = |reason| balancer.port.stats.dropped.get(reason);
+        let key = ListenKey::new([127, 87, 3, 4].into(), 5300, Protocol::Udp);
+        let socket = bind_udp(key.address()).expect("a free address");
+        socket2::SockRef::from(&socket).set_recv_buffer_size(1).expect("an option");
+        let client = plain(loopback());
+        let flood = |more: u32| {
+            let wanted = dropped_packets(&socket).expect("a number") + more;
+            while dropped_packets(&socket).expect("a number") < wanted {
+                client.send_to(&[0; 512], key.address()).expect("sent");
+            }
+        };
+        let copy = socket.try_clone().expect("a descriptor");
+        let (mut old, mut new) = (still_shard(), still_shard());
+        flood(3);
+        old.add(
+            key,
+            copy.try_clone().expect("a descriptor"),
+            Arc::clone(&target),
+            Arc::default(),
+            Past::None,
+            Instant::now(),
+        );
+        old.count_losses();
+        let counted = dropped(DropReason::Memory);
+        let told = old.losses();
+
+        flood(2);
+        new.heritage.losses = Some(losses_by_key(told));
+        new.add(key, copy, Arc::clone(&target), Arc::default(), Past::Counted, Instant::now());
+        new.count_losses();
+
+        assert_eq!((counted, dropped(DropReason::Memory)), (3, 5));
     }
 
     /// A still shard that serves one address.

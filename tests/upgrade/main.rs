@@ -2,6 +2,7 @@
 
 mod continuity;
 mod counters;
+mod datagrams;
 mod doctor;
 mod elders;
 mod failures;
