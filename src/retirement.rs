@@ -58,7 +58,8 @@ impl Retirement<'_> {
                     break;
                 }
                 ending = ended(after.as_mut()) => {
-                    error!(%ending, reason = %UpgradeResult::Ended, "the process that has taken over has ended, nothing is served any more");
+                    let reason = UpgradeResult::Ended;
+                    error!(%ending, %reason, "the process that has taken over has ended, nothing is served any more");
                     self.finish(self.times, signals, None).await;
                     handed.settle().await;
                     return if ending.is_success() { Ok(None) } else { Err(ending) };

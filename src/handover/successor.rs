@@ -35,8 +35,9 @@ pub(super) struct Successor {
 }
 
 impl Successor {
-    /// Starts a program with our own arguments, for the upgrade with this number; without a name it is what is at the place now where ours was found. It has our
-    /// environment but for what is said of descriptors there, our standard error, and no standard input.
+    /// Starts a program with our own arguments, for the upgrade with this number; without a name it is what is at the place now
+    /// where ours was found. It has our environment but for what is said of descriptors there, our standard error, and no
+    /// standard input.
     ///
     /// # Errors
     /// There is none, or it cannot be run.

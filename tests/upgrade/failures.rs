@@ -118,7 +118,7 @@ async fn f25_given_a_listener_with_another_option_when_an_upgrade_is_ordered_the
     type Sets = fn(&SockRef<'_>, bool) -> io::Result<()>;
     let options: [(&str, Sets); 3] = [
         ("SO_REUSEPORT", |socket, is_set| socket.set_reuse_port(is_set)),
-        ("SO_BINDTODEVICE", |socket, is_set| socket.bind_device(is_set.then_some(b"lo"))),
+        ("SO_REUSEADDR", |socket, is_set| socket.set_reuse_address(!is_set)),
         ("SO_LINGER", |socket, is_set| socket.set_linger(is_set.then_some(Duration::ZERO))),
     ];
     for (number, (option, sets)) in (1..).zip(options) {

@@ -92,7 +92,8 @@ fn successor(house: &House, number: usize, says: (u8, &str), then: &str) -> Stri
     let (state, own) = (house.state(), env::current_exe().expect("it runs"));
     let (kind, text) = says;
     let script = format!(
-        "#!/bin/sh\n{CALLS}='{}' {SAYS}='{kind} {text}' {THEN}={then} exec '{}' --exact strangers::plays_a_successor >/dev/null\n",
+        "#!/bin/sh\n{CALLS}='{}' {SAYS}='{kind} {text}' {THEN}={then} \
+         exec '{}' --exact strangers::plays_a_successor >/dev/null\n",
         state.display(),
         own.display()
     );

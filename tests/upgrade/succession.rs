@@ -162,7 +162,7 @@ async fn t192_t234_given_a_port_that_threads_share_when_the_next_one_has_fewer_f
 #[tokio::test]
 async fn t234_given_a_relay_of_another_user_when_root_orders_an_upgrade_then_it_is_done() {
     if !geteuid().is_root() {
-        return skip("another user", "needs root");
+        return skip("other_user", "needs root");
     }
     let site = Site::new(34);
     let backend = Backend::named(site.backend(1)).await;

@@ -42,7 +42,7 @@ async fn refused_as(user: u32, house: &mut House) -> String {
 #[tokio::test]
 async fn f25_given_another_user_when_a_hand_over_is_asked_for_then_it_is_refused_and_both_say_so() {
     if !geteuid().is_root() {
-        return skip("another user", "needs root");
+        return skip("other_user", "needs root");
     }
     let site = Site::new(49);
     let backend = Backend::named(site.backend(1)).await;
@@ -89,7 +89,7 @@ async fn f25_given_another_user_when_a_hand_over_is_asked_for_then_it_is_refused
 #[tokio::test]
 async fn f25_given_a_relay_of_another_user_when_root_starts_a_successor_then_nothing_is_taken_from_it() {
     if !geteuid().is_root() {
-        return skip("another user", "needs root");
+        return skip("other_user", "needs root");
     }
     let site = Site::new(50);
     let backend = Backend::named(site.backend(1)).await;
