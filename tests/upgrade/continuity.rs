@@ -19,6 +19,10 @@ use crate::talk::Talks;
 
 /// Descriptors of idle pipes that the threads of a relay may keep: two of each of eight pipes, on two threads.
 const IDLE_PIPES: usize = 32;
+/// Connections that are really made, of those that are asked for.
+const LEAST_MADE: f64 = 0.9;
+/// Memory after all upgrades, of that before the first one.
+const MOST_RESIDENT: f64 = 1.25;
 
 /// How large it is.
 struct Size {
@@ -55,6 +59,9 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
     let (answers, pins) = (ask_all(&callers).await, pins(site, size.pinned).await);
     let asking = Caller::new(site.service()).await;
     asking.ask().await;
+    house
+        .until("who is answered has gone", |house| house.metric("kuberelay_service_open", &["protocol=\"TCP\""]) == 0)
+        .await;
     let before = (descriptors(serving), lasting_descriptors(serving), seen::resident_bytes(serving)[0]);
     let talks = Talks::begin(size.talks, SocketAddr::new(site.client(1), SERVICE_PORT), site.backend(3)).await;
     let load = Load::start(site.service(), size.connections_per_second);
@@ -82,9 +89,10 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
     drop(over);
     println!("{} datagrams were answered", datagrams.await.expect("none was lost"));
     let outcome = load.end().await;
-    assert_eq!(outcome.failed, Vec::<String>::new(), "{}", house.losses());
+    assert_eq!(outcome.failed, Vec::<String>::new(), "{:?}", house.losses());
     let bytes = talks.end().await;
     println!("{} upgrades, {bytes} bytes of {} talks: {outcome:?}", size.upgrades, size.talks);
+    assert!(!full() || outcome.per_second >= LEAST_MADE * f64::from(size.connections_per_second), "{outcome:?}");
     tell_waits(waits);
     // A second more would be that of a client whose first packet was lost.
     assert!(!is_measured() || outcome.slowest < Duration::from_secs(1), "{:?}", outcome.slowest);
@@ -92,6 +100,9 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
     let ends = |house: &House, labels: &[&str]| house.metric("kuberelay_service_closed_total", labels);
     house.until("all talks have ended", |house| ends(house, &finished[..1]) == size.talks).await;
     assert_eq!(ends(&house, &finished), size.talks, "none was cut off");
+    // A backend that lets nobody in for a moment is no loss: another one was asked.
+    let is_loss = |line: &String| !line.contains(finished[1]) && !line.contains("connect_failures");
+    assert_eq!(house.losses().into_iter().filter(is_loss).collect::<Vec<_>>(), Vec::<String>::new(), "of no Service");
     assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"success\""]), size.upgrades as u64);
     assert_eq!(house.metric("kuberelay_upgrade_standstill_seconds_count", &[]), size.upgrades as u64);
     let short = if is_measured() { "le=\"0.05\"" } else { "le=\"5\"" };
@@ -99,10 +110,11 @@ async fn f25_f33_t150_t192_t234_given_streams_flows_and_pins_when_upgraded_again
     let status = seen::page(house.admin(), "/status").expect("it answers");
     assert!(status.contains("\"standstillMs\":"), "{status}");
     let has_as_many = |pid| lasting_descriptors(pid) <= before.1 && descriptors(pid) <= before.0 + IDLE_PIPES;
-    house.until("nothing is left open", |_| has_as_many(serving)).await;
+    house.until("no more is open than before", |_| has_as_many(serving)).await;
     let after = seen::resident_bytes(serving)[0];
+    println!("descriptors: {} before, {} after, {} of them no pipes", before.0, descriptors(serving), before.1);
     println!("resident: {} bytes before, {after} after", before.2);
-    assert!(after <= 2 * before.2, "{} bytes before, {after} after", before.2);
+    assert!(after as f64 <= MOST_RESIDENT * before.2 as f64, "{} bytes before, {after} after", before.2);
 }
 
 async fn callers(count: usize, service: SocketAddr) -> Vec<Caller> {

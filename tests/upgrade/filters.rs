@@ -195,7 +195,7 @@ async fn t107_f25_given_listeners_with_a_filter_when_another_process_takes_over_
     assert_eq!(caller.ask().await, answer, "the same flow");
     assert!(ask(entry).await.is_ok());
     let outcome = load.end().await;
-    assert_eq!(outcome.failed, Vec::<String>::new(), "{}", house.losses());
+    assert_eq!(outcome.failed, Vec::<String>::new(), "{:?}", house.losses());
     let [knocked, answered] = knocking.end();
     println!("{knocked} clients from outside were not heard, while {} from inside were answered", outcome.answered);
     assert!(knocked > 0 && answered == 0, "{answered} of {knocked} were heard");

@@ -161,11 +161,11 @@ impl House {
     }
 
     /// What was turned away or cut off since the first one, and why.
-    pub(crate) fn losses(&self) -> String {
+    pub(crate) fn losses(&self) -> Vec<String> {
         let page = seen::page(self.admin(), "/metrics").expect("it answers");
         let names = ["dropped", "connect_failures", "closed"].map(|name| format!("kuberelay_service_{name}_total"));
         let is_one = |line: &&str| names.iter().any(|name| line.starts_with(name)) && !line.ends_with(" 0");
-        page.lines().filter(is_one).collect::<Vec<_>>().join("\n")
+        page.lines().filter(is_one).map(str::to_owned).collect()
     }
 
     /// Runs `kube-relay upgrade`.

@@ -42,7 +42,7 @@ async fn t234_given_a_thousand_new_connections_a_second_when_another_process_tak
 
     let outcome = load.end().await;
     println!("{outcome:?}");
-    assert_eq!(outcome.failed, Vec::<String>::new(), "{}", house.losses());
+    assert_eq!(outcome.failed, Vec::<String>::new(), "{:?}", house.losses());
     assert!(house.is_ready());
     assert_eq!(house.metric("kuberelay_upgrades_total", &["result=\"success\""]), 1);
     house.until("the first one ends by itself", |house| house.has_ended(first)).await;
@@ -75,7 +75,7 @@ async fn f25_given_upgrades_in_a_row_under_load_when_ordered_then_none_fails_and
 
     let outcome = load.end().await;
     println!("{rounds} upgrades: {outcome:?}");
-    assert_eq!(outcome.failed, Vec::<String>::new(), "{}", house.losses());
+    assert_eq!(outcome.failed, Vec::<String>::new(), "{:?}", house.losses());
     house.until("as many are open as before", |_| descriptors(serving) <= before).await;
     // Those among them that were on their way to a backend have ended in a process that is gone.
     let count =
