@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use crate::is_measured;
 use crate::load::Load;
 use crate::relay::House;
 use crate::supervisor::Supervisor;
 use crate::support::backend::{Backend, Talker};
 use crate::support::client::{Caller, ask_on, ask_times, connect, refused};
-use crate::support::full;
 use crate::support::manifest::Manifest;
 use crate::support::site::{SERVICE_PORT, Site};
 
@@ -82,7 +82,7 @@ async fn f21_given_kept_sockets_when_killed_under_load_then_nobody_is_refused_an
     load.answered(100).await;
     let outcome = load.end().await;
     println!("nobody served for {down:?}; {back:?} later all who waited were answered: {outcome:?}");
-    assert!(!full() || back < BACK, "{back:?}");
+    assert!(!is_measured() || back < BACK, "{back:?}");
     // Those that were open at that moment are lost, and no other.
     assert!(outcome.failed.iter().all(|why| !why.contains("refused")), "{outcome:?}");
     assert!(outcome.failed.len() <= 20, "{outcome:?}");

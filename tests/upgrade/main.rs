@@ -22,3 +22,9 @@ mod users;
 
 #[path = "../support/mod.rs"]
 mod support;
+
+/// True in what is built for speed, and with as many samples as it takes to tell how long anything lasts. Such builds run these
+/// tests one after the other.
+fn is_measured() -> bool {
+    support::full() && !cfg!(debug_assertions)
+}
