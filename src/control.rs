@@ -374,8 +374,8 @@ struct Control {
     health_ports: HealthPorts,
     dirty: BTreeSet<ObjectName>,
     source_problems: Vec<Problem>,
-    /// What could be read and not be served, since the start; the source counts the rest. And what a process before this one has
-    /// counted that is rejected no more.
+    /// What could be read and not be served, since the start; the source counts the rest. And what a process before
+    /// this one has counted that is rejected no more.
     refused: Rejections,
     /// What was rejected in the process before this one; `None` where there was none, and once it is counted.
     rejected_before: Option<Rejections>,

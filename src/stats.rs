@@ -694,7 +694,8 @@ impl ProcessStats {
             standstill: Histogram::new(&[1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000]),
             healthz: HealthAnswers::new(),
             livez: HealthAnswers::new(),
-            // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by side.
+            // Ours from 5 ms to 100 ms; from there on some of kube-proxy's bounds, so that both can be read side by
+            // side.
             network_programming: Histogram::new(&[
                 5, 10, 25, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000,
             ]),

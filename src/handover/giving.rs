@@ -171,8 +171,8 @@ impl Loan {
         frozen.parcels().try_for_each(|parcel| talk.say(parcel?))
     }
 
-    /// It is theirs: lets go of what moves, has everything else closed here, and returns once it is. How much it was, and what
-    /// goes on counting; `None` where nobody was told of counters.
+    /// It is theirs: lets go of what moves, has everything else closed here, and returns once it is. How much it was,
+    /// and what goes on counting; `None` where nobody was told of counters.
     ///
     /// `say_so` is called as soon as the other process may begin: all that moves stands still until then, and to close ten
     /// thousand listeners takes a while.

@@ -83,8 +83,8 @@ impl Handed {
         self.looks = None;
     }
 
-    /// Has whoever serves told what this process has counted since it was taken over from, and resolves once that is done, or
-    /// cannot be. To be called when nothing is open here any more.
+    /// Has whoever serves told what this process has counted since it was taken over from, and resolves once that is
+    /// done, or cannot be. To be called when nothing is open here any more.
     pub async fn settle(&mut self) {
         if let Some(accounts) = self.accounts.take() {
             accounts.settle().await;

@@ -1,9 +1,9 @@
-//! What a process counts after it has told another one of its counters: connections that stay with it go on counting, until the
-//! last of them ends.
+//! What a process counts after it has told another one of its counters: connections that stay with it go on counting,
+//! until the last of them ends.
 //!
 //! It tells whoever serves by then of the difference, now and then and at its end, at the door of their folder: another
-//! process may have taken over meanwhile. A difference is counted whole or not at all, and told again only where it was not
-//! heard: so none counts twice. Gauges do not travel: each process knows what is open there.
+//! process may have taken over meanwhile. A difference is counted whole or not at all, and told again only where it was
+//! not heard: so none counts twice. Gauges do not travel: each process knows what is open there.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -199,7 +199,8 @@ impl Ledger {
         Self { ports: estate.ports.clone(), contact, told: Counted::of_said(said, source) }
     }
 
-    /// Has another process told what was counted since the last time, if anything. Where it was not, it is told the next time.
+    /// Has another process told what was counted since the last time, if anything. Where it was not, it is told the
+    /// next time.
     fn tell<E>(&mut self, tell: impl FnOnce(Counted) -> Result<(), E>) -> Result<(), E> {
         let now = Counted::of(&self.ports, &self.contact);
         let more = now.beyond(&self.told);

@@ -102,8 +102,8 @@ kinds! {
     HealthPort = 21,
     /// What is counted of the source: objects that were rejected, and how it was with the API server.
     Source = 22,
-    /// What was counted since it was told of: all that follows, up to an `End`. From a process that was taken over from, to the
-    /// one that serves.
+    /// What was counted since it was told of: all that follows, up to an `End`. From a process that was taken over
+    /// from, to the one that serves.
     Late = 23,
     /// How many datagrams the kernel has dropped at sockets, as far as they are counted.
     Losses = 24,

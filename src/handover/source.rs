@@ -1,8 +1,8 @@
 //! What is said of a process's source: objects that were rejected, and how it was with the API server.
 //!
-//! Requests that failed, and Events that were sent, are each process's own: the next one adds its own to them. Objects that are
-//! rejected are the same ones in both, and the next one has counted those that still are before it takes over: what both have
-//! counted counts once.
+//! Requests that failed, and Events that were sent, are each process's own: the next one adds its own to them. Objects
+//! that are rejected are the same ones in both, and the next one has counted those that still are before it takes over:
+//! what both have counted counts once.
 
 use std::sync::Arc;
 

@@ -46,8 +46,8 @@ pub(crate) struct ComingFlow {
     pub(crate) choice: Choice,
 }
 
-/// What the kernel has dropped at a listener's socket, as far as it is counted: what is dropped until another process serves is
-/// counted there.
+/// What the kernel has dropped at a listener's socket, as far as it is counted: what is dropped until another process
+/// serves is counted there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MovingLosses {
     pub(crate) listen: ListenKey,
@@ -143,8 +143,8 @@ impl ShardLines {
         Ok(all)
     }
 
-    /// Has shards count on from there: of listeners that are added later, and that are not among them, nothing is counted yet.
-    /// To be called once.
+    /// Has shards count on from there: of listeners that are added later, and that are not among them, nothing is
+    /// counted yet. To be called once.
     pub(crate) fn go_on_from(&self, losses: Vec<MovingLosses>) {
         let shards = self.0.len();
         let mut shares: Vec<_> = self.0.iter().map(|_| Vec::new()).collect();

@@ -14,7 +14,8 @@ use crate::support::manifest::Manifest;
 use crate::support::seen;
 use crate::support::site::{SERVICE_PORT, Site};
 
-/// What a successor does itself, and so counts: it plans, stores tables, and has taken over. And what the kernel counts.
+/// What a successor does itself, and so counts: it plans, stores tables, and has taken over. And what the kernel
+/// counts.
 const OF_SUCCESSORS: [&str; 6] = [
     "kuberelay_table_swaps_total",
     "kubeproxy_sync_proxy_rules_",

@@ -1,4 +1,5 @@
-//! Datagrams that come all the time while processes change: each arrives once and in its place, or is counted as dropped.
+//! Datagrams that come all the time while processes change: each arrives once and in its place, or is counted as
+//! dropped.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket as BlockingSocket};
@@ -64,7 +65,8 @@ fn hear(socket: &BlockingSocket, is_over: &AtomicBool) -> BTreeMap<SocketAddr, u
     }
 }
 
-/// Says number after number, whether or not the last was answered, and hears each once and in its place. How many these were.
+/// Says number after number, whether or not the last was answered, and hears each once and in its place. How many these
+/// were.
 async fn count(service: SocketAddr, mut over: watch::Receiver<bool>, all: Arc<AtomicU64>) -> u64 {
     let socket = UdpSocket::bind("0.0.0.0:0").await.expect("a source port is free");
     socket.connect(service).await.expect("loopback is reachable");
