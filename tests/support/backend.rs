@@ -153,7 +153,7 @@ pub fn refusing(address: SocketAddr) -> Socket {
 /// An address that does not answer SYNs: a listener whose queue is full for ever.
 pub struct BlackHole {
     listener: Socket,
-    _queue: Vec<BlockingStream>,
+    queue: Vec<BlockingStream>,
 }
 
 impl BlackHole {
@@ -165,15 +165,17 @@ impl BlackHole {
         let connect = || BlockingStream::connect_timeout(&address, Duration::from_millis(100)).ok();
         let queue: Vec<_> = std::iter::from_fn(connect).take(16).collect();
         assert!(queue.len() < 16, "the queue of {address} does not fill");
-        Self { listener, _queue: queue }
+        Self { listener, queue }
     }
 
     /// Has a backend answer from now on: who has waited until then is let in as it tries again.
     pub fn open_up(self, script: Script) -> Backend {
-        self.listener.set_nonblocking(true).expect("an option");
-        while self.listener.accept().is_ok() {}
-        self.listener.listen(128).expect("it listens");
-        Backend::on(TcpListener::from_std(self.listener.into()).expect("a listener"), script)
+        let Self { listener, queue } = self;
+        drop(queue); // First: who ends first keeps its port for a minute, and this one is to be free for the next test.
+        listener.set_nonblocking(true).expect("an option");
+        while listener.accept().is_ok() {}
+        listener.listen(128).expect("it listens");
+        Backend::on(TcpListener::from_std(listener.into()).expect("a listener"), script)
     }
 }
 
