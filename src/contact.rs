@@ -100,6 +100,11 @@ impl Contact {
         self.line(kind).heard_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
+    /// True while what was saved is served.
+    pub(crate) fn serves_saved(&self) -> bool {
+        self.saved_at.load(Ordering::Relaxed) != 0
+    }
+
     /// What was saved at a moment is served in place of what the server says.
     pub fn serve_saved(&self, at: SystemTime) {
         let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());

@@ -222,7 +222,10 @@ impl Relay {
             dirty: BTreeSet::new(),
             source_problems: Vec::new(),
             refused: Rejections::default(),
+            source_rejections: Rejections::default(),
             rejected_before: None,
+            begins_with_saved: false,
+            has_handed_over: false,
             synced: false,
             inside_moved: false,
             local: BTreeSet::new(),
@@ -377,8 +380,14 @@ struct Control {
     /// What could be read and not be served, since the start; the source counts the rest. And what a process before
     /// this one has counted that is rejected no more.
     refused: Rejections,
+    /// What the source counts of it.
+    source_rejections: Rejections,
     /// What was rejected in the process before this one; `None` where there was none, and once it is counted.
     rejected_before: Option<Rejections>,
+    /// True where this process took over while its source had been read from a file only.
+    begins_with_saved: bool,
+    /// True once another process serves: it follows what changes.
+    has_handed_over: bool,
     /// True once the source has delivered its first complete state. The snapshot says so after the steps of that state.
     synced: bool,
     /// True where another set of addresses counts as inside than the listeners were told.
@@ -422,6 +431,9 @@ impl Control {
                 () = at(self.next_retry()) => self.retry().await,
                 message = inbox.recv() => {
                     let Some(message) = message else { return };
+                    if self.has_handed_over {
+                        continue; // Whoever serves hears it, too, and counts it.
+                    }
                     self.health.queued(&Family::ALL, Instant::now());
                     self.take(message);
                     self.take_batch(&mut inbox, window).await;
@@ -452,6 +464,7 @@ impl Control {
             return;
         }
         let Ok(done) = end.await else { return }; // All goes on as before.
+        self.has_handed_over = true;
         self.listeners.leave_addresses().await;
         self.stop_accepting().await;
         let _ = done.send(()); // Whoever waits for it goes on without, too.
@@ -526,8 +539,8 @@ impl Control {
             Message::Setting(setting) => self.set(*setting),
             Message::Triggered(triggers) => self.triggers.extend(triggers),
             Message::Source { status, problems } => {
+                self.source_rejections = status.rejections.clone();
                 self.status.source = status;
-                self.status.source.rejections.add(self.refused.clone());
                 self.source_problems = problems;
                 self.news = true;
             }
@@ -653,6 +666,7 @@ impl Control {
         let SourceSaid { api, rejections } = source;
         api.add_to(&*self.status.contact);
         self.rejected_before = Some(rejections);
+        self.begins_with_saved = self.status.contact.serves_saved();
         self.changed_since = asked_at;
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
@@ -889,17 +903,27 @@ impl Control {
             journal::tell_problems(&self.status.problems, &problems);
             let mut refused = Rejections::default();
             refused.count_refused(&self.status.problems, &problems);
-            self.refused.add(refused.clone());
-            self.status.source.rejections.add(refused);
+            self.refused.add(refused);
             self.status.problems = Arc::new(problems);
         }
-        // Not before: what this process finds wrong itself is known by now, and is the same.
-        if let Some(before) = self.rejected_before.take() {
-            let before = before.beyond(&self.status.source.rejections);
-            self.refused.add(before.clone());
-            self.status.source.rejections.add(before);
-        }
+        self.status.source.rejections = self.rejections();
         self.publish.send_replace(Arc::new(self.status.clone()));
+    }
+
+    /// All that were counted, by the last process too. What this one finds wrong itself is the same, and counts once: all of it
+    /// is known when the source has been heard, which what was saved is not.
+    fn rejections(&mut self) -> Rejections {
+        let mut all = self.source_rejections.clone();
+        all.add(self.refused.clone());
+        if let Some(before) = &self.rejected_before {
+            let rest = before.beyond(&all);
+            all.add(rest.clone());
+            if self.status.source.config_revision > 0 || !self.begins_with_saved {
+                self.refused.add(rest);
+                self.rejected_before = None;
+            }
+        }
+        all
     }
 }
 

@@ -406,6 +406,7 @@ async fn relay(
             closing.cancel();
             let _ = timeout(OWN_ANSWERS_LIMIT, &mut admin).await;
             handed.look_away();
+            stop.cancel();
             relay.leave_guard().await;
             let after = retirement(times).run_asked(handed, signals).await;
             answered.await;

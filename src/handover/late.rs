@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::counts::{Counts, Whole};
@@ -35,8 +36,11 @@ use crate::serve::estate::{Estate, PortParts};
 const PERIOD: Duration = Duration::from_secs(5);
 /// How long whoever serves may take for one message.
 const SEND_LIMIT: Duration = Duration::from_secs(2);
-/// How long a process may take to say all of it: nobody else is heard meanwhile.
-const HEAR_LIMIT: Duration = Duration::from_secs(5);
+/// How long a process may take to say all of it: nobody else is heard meanwhile, and whoever comes to take over waits for no
+/// longer than `HELLO_LIMIT` of `taking`.
+const HEAR_LIMIT: Duration = Duration::from_secs(1);
+/// How long the end of a process waits until the rest is told.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Counters as they are, or how much more they are than they were.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -251,7 +255,10 @@ impl Accounts {
     pub(super) async fn settle(self) {
         let Self { end, settled } = self;
         drop(end);
-        let _ = settled.await; // The other end says nothing, and is dropped then.
+        // The other end says nothing, and is dropped then.
+        if timeout(SETTLE_LIMIT, settled).await.is_err() {
+            warn!("what was counted here since the hand-over is not told in time");
+        }
     }
 }
 
@@ -283,6 +290,9 @@ impl LateCounts {
             if parcel.kind == Kind::End {
                 return Ok(late);
             }
+            if Instant::now() >= until {
+                return Err(PostError::Limit.into()); // However fast they come.
+            }
             late.take(&parcel)?;
         }
     }
@@ -290,7 +300,7 @@ impl LateCounts {
     pub(super) fn take(&mut self, parcel: &Parcel) -> Result<(), ParcelError> {
         match parcel.kind {
             Kind::Source => self.api = parcel.said::<SourceSaid>()?.api,
-            Kind::Process | Kind::Port | Kind::Backend => self.services.take(parcel)?,
+            Kind::Process | Kind::Port | Kind::Backend => self.services.take_counts(parcel)?,
             _ => {}
         }
         Ok(())

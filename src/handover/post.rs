@@ -121,6 +121,9 @@ impl Post {
             if let Some(kind) = Kind::of(number) {
                 return Ok(Parcel { kind, body, descriptors });
             }
+            if Instant::now() >= deadline {
+                return Err(PostError::Limit); // However many come that are passed over.
+            }
         }
     }
 

@@ -272,6 +272,20 @@ impl ServicesTaken {
         Ok(())
     }
 
+    /// Reads what was counted, and nothing else: whose turn it is and who is ejected is known here.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub(super) fn take_counts(&mut self, parcel: &Parcel) -> Result<(), ParcelError> {
+        let (ports, backends) = (self.ports.len(), self.backends.len());
+        self.take(parcel)?;
+        self.ports[ports..].iter_mut().for_each(|port| port.turns.clear());
+        for backend in &mut self.backends[backends..] {
+            (backend.connect_us, backend.ejection) = (0, None);
+        }
+        Ok(())
+    }
+
     /// The same, but for what the process as a whole has counted: in a test that is the same one.
     #[cfg(test)]
     pub(super) fn of_services(self) -> Self {

@@ -400,10 +400,9 @@ impl Other {
             // left it, and in nobody else's hands.
             Err(TakeError::Ended) => {
                 decision.take()?;
-                let (from_pid, reason) = (self.told.pid, UpgradeResult::Ended);
+                let from_pid = self.told.pid;
                 warn!(
                     from_pid,
-                    %reason,
                     "the process that hands over has ended in the middle: this one goes on with all it has told"
                 );
                 Ok(())
