@@ -258,4 +258,30 @@ mod with_an_api_server {
 
         assert_eq!(programmed(&house), 2);
     }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn t234_f02_given_rejected_objects_when_a_saved_state_is_taken_over_with_then_each_counts_once() {
+        let site = Site::new(62);
+        let server = api_server(site).await;
+        server.put("services", service("odd", site.client(3), "SCTP"));
+        server.put("endpointslices", json!({"metadata": {"name": "wrong", "namespace": "default"}}));
+        let mut house = House::following(site, &server).await;
+        let rejected = |house: &House| {
+            ["reason=\"sctp\"", "reason=\"decode\""].map(|why| house.metric("kuberelay_objects_rejected_total", &[why]))
+        };
+        house.until("both are rejected", |house| rejected(house) == [1, 1]).await;
+        let saved = house.state().join("last-known-good.json");
+        house.until("the state is saved", |_| saved.exists()).await;
+
+        server.mood(Mood::Refuse(500));
+        let second = house.start(|command| _ = command.arg("--take-over"));
+        house.until("the next one serves what is saved", |house| house.serves() == Some(second)).await;
+        assert_eq!(rejected(&house), [1, 1]);
+        server.mood(Mood::Well);
+        house.until("the server is heard", |house| house.metric("kuberelay_source_connected", &[]) == 1).await;
+        server.put("endpointslices", json!({"metadata": {"name": "as-wrong", "namespace": "default"}}));
+
+        house.until("what comes now counts", |house| rejected(house)[1] >= 2).await;
+        assert_eq!(rejected(&house), [1, 2]);
+    }
 }
