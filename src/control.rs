@@ -23,7 +23,7 @@ use crate::frozen::pack;
 use crate::given::Given;
 use crate::guard::{Guard, VipGuard};
 use crate::handover::giving::{Ask, Handing, Lent};
-use crate::handover::importer::{Importer, TakenOver};
+use crate::handover::importer::{Committed, Importer, TakenOver};
 use crate::handover::late::LateCounts;
 use crate::handover::source::{SourceCounts, SourceSaid};
 use crate::handover::taking::{Predecessor, Taken};
@@ -663,6 +663,8 @@ impl Control {
             self.begin_given(given).await; // Nobody was there, and so there is nothing else.
             return Ok(office);
         };
+        // At once: nothing of it moves in the other process any more, whether that looks away from listeners or not yet.
+        let committed = moving.map(Importer::commit).unwrap_or_default();
         let SourceSaid { api, rejections } = source;
         api.add_to(&*self.status.contact);
         self.rejected_before = Some(rejections);
@@ -671,7 +673,7 @@ impl Control {
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
         let listeners = given.into_iter().chain(listeners).collect();
-        let (inherited, moved) = self.go_on(listeners, moving).await;
+        let (inherited, moved) = self.begin_taken(listeners, committed).await;
         self.health_ports.inherit(health_ports, Instant::now()).await;
         self.open_the_rest(&from).await;
         self.tell_of_upgrade(&from, inherited, moved, began.elapsed());
@@ -745,11 +747,9 @@ impl Control {
         }));
     }
 
-    /// Connections and flows first: a listener that lets clients in finds counters, pins and turns as they were.
-    async fn go_on(&mut self, listeners: Vec<Passed>, moving: Option<Importer>) -> (Inherited, TakenOver) {
+    /// Connections and flows go on already: a listener that lets clients in finds counters, pins and turns as they were.
+    async fn begin_taken(&mut self, listeners: Vec<Passed>, committed: Committed) -> (Inherited, TakenOver) {
         let now = Instant::now().into_std();
-        let Some(moving) = moving else { return (self.listeners.begin(listeners, now).await, TakenOver::default()) };
-        let committed = moving.commit();
         self.listeners.inherit(committed.departed(), now);
         let inherited = self.listeners.begin(listeners, now).await;
         let finished = spawn_blocking(move || committed.finish()).await;
@@ -955,7 +955,7 @@ async fn try_to_take_all(
     }
 }
 
-/// Waits until the other process has let go.
+/// Waits until the other process has let go of its listeners.
 ///
 /// Not before: of those who watch a listener the kernel wakes one for each client (EPOLLEXCLUSIVE), and one that is about
 /// to look away would leave the client waiting.

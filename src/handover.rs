@@ -8,8 +8,8 @@
 //! traffic stands still  ── all else, End ─▶    reads it; has the addresses of connections made local
 //!                       ◀──── Ready ─────
 //!                       ──── Commit ────▶
-//!                       ◀──── Taken ─────      from here on they are its own: it serves
-//! looks away            ─── Released ───▶      connections and flows go on, then listeners begin
+//!                       ◀──── Taken ─────      from here on they are its own: connections and flows go on
+//! looks away            ─── Released ───▶      listeners begin
 //! closes                ──── Closed ────▶      what could not be taken over is opened anew
 //! keeps what has not moved to its end
 //!                       ◀─── Serving ────      whoever has asked for the upgrade is told

@@ -98,8 +98,8 @@ impl Exporter {
     }
 
     /// It is the other process's: lets go of all that was told of, and of every listener. No connection or flow ends by that,
-    /// and nobody is let in here any more. The other process may begin when this has returned: as long as an event loop here
-    /// watches a listener, it may be the only one that the kernel tells of a client.
+    /// and nobody is let in here any more. The other process goes on with these at once, and may let clients in when this has
+    /// returned: as long as an event loop here watches a listener, it may be the only one that the kernel tells of a client.
     ///
     /// # Errors
     /// A thread does not answer; it does so when it can.

@@ -174,8 +174,8 @@ impl Loan {
     /// It is theirs: lets go of what moves, has everything else closed here, and returns once it is. How much it was,
     /// and what goes on counting; `None` where nobody was told of counters.
     ///
-    /// `say_so` is called as soon as the other process may begin: all that moves stands still until then, and to close ten
-    /// thousand listeners takes a while.
+    /// `say_so` is called as soon as the other process may let clients in: they wait until then, and to close ten thousand
+    /// listeners takes a while.
     pub(super) fn release(self, say_so: impl FnOnce()) -> (Moved, Option<Ledger>) {
         let Self { lent: Lent { passed, health_ports, estate, source }, source_said, frozen, end } = self;
         let counted = frozen.as_ref().map(Exporter::take_counted);

@@ -1,7 +1,7 @@
-//! The process that takes over: it has all that the other one tells ready, and begins with it when that has let go.
+//! The process that takes over: it has all that the other one tells ready, and begins with it once it is its own.
 //!
 //! ```text
-//! take … take ─▶ prepare ─▶ commit ─▶ (listeners begin) ─▶ finish
+//! take … take ─▶ prepare ─▶ commit ─▶ (the other one looks away) ─▶ (listeners begin) ─▶ finish
 //!    nothing is read, written or changed │ connections and flows go on
 //! ```
 
@@ -55,7 +55,7 @@ pub(crate) struct TakenOver {
 }
 
 /// Connections go on, flows do as their listeners come.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Committed {
     shards: ShardLines,
     streams: usize,
@@ -119,7 +119,8 @@ impl Importer {
         flows.chain(streams).any(is_foreign)
     }
 
-    /// Goes on with everything. To be called when the other process has let go, and before listeners accept.
+    /// Goes on with everything. To be called once it is this process's, and before listeners accept. What was told of is where
+    /// it was: the other process closes its copies now or later, and does nothing else with them.
     pub(crate) fn commit(self) -> Committed {
         let Self { estate, services, flows, losses, streams, since, granted, left, .. } = self;
         if left > 0 {

@@ -84,7 +84,7 @@ kinds! {
     Take = 12,
     /// It is mine: with this, and not before, the one who takes over begins. The answer to `Commit`.
     Taken = 13,
-    /// Nothing of it moves here any more, and no listener is looked at: begin.
+    /// No listener is looked at here any more: let clients in.
     Released = 14,
     /// Start your successor: what `kube-relay upgrade` asks for.
     Upgrade = 15,

@@ -166,6 +166,8 @@ fn ms(duration: Duration) -> u64 {
 /// A connection that was taken, ready to go on. Dropped, its descriptors are closed.
 pub(crate) struct TakenStream {
     client: OwnedFd,
+    /// Where the client came in.
+    address: Option<IpAddr>,
     upstream: OwnedFd,
     port: ServicePortName,
     backend: SocketAddr,
@@ -245,7 +247,8 @@ impl Contents<'_> {
 impl TakenStream {
     fn ready(stream: MovingStream) -> io::Result<Self> {
         let MovingStream { client, upstream, port, backend, entry, up, down, ends, draft } = stream;
-        Ok(Self { client, upstream, port, backend, entry, ends, so_far: SoFar::new(up, down, ends)?, draft })
+        let (address, so_far) = (local_ip(&client), SoFar::new(up, down, ends)?);
+        Ok(Self { client, address, upstream, port, backend, entry, ends, so_far, draft })
     }
 
     /// The socket to its backend, and where that is.
@@ -260,12 +263,7 @@ impl TakenStream {
             ListenerKind::ExternalIp | ListenerKind::LoadBalancerIp => true,
             ListenerKind::NodePort | ListenerKind::Exposed => return None,
         };
-        Some(Wanted { address: self.address()?, announced })
-    }
-
-    fn address(&self) -> Option<IpAddr> {
-        let address = socket2::SockRef::from(&self.client).local_addr().ok()?;
-        Some(address.as_socket()?.ip())
+        Some(Wanted { address: self.address?, announced })
     }
 
     /// Finds out what it belongs to here.
@@ -276,8 +274,8 @@ impl TakenStream {
         granted: &Granted,
         now: Instant,
     ) -> ComingStream {
-        let address = self.address().and_then(|address| granted.hold(address));
-        let Self { client, upstream, port: name, backend: at, entry, ends, so_far, draft } = self;
+        let Self { client, address, upstream, port: name, backend: at, entry, ends, so_far, draft } = self;
+        let address = address.and_then(|address| granted.hold(address));
         let (port, backend) = heirs.of(&name, at);
         let parts = estate.ports.get(&name);
         if Heirs::is_departed(&backend) {
@@ -288,6 +286,11 @@ impl TakenStream {
         let departed_with = parts.is_none().then_some(ends.limits);
         ComingStream { client, upstream, entry, port, backend, settings, departed_with, so_far, draft, address }
     }
+}
+
+fn local_ip(socket: &OwnedFd) -> Option<IpAddr> {
+    let address = socket2::SockRef::from(socket).local_addr().ok()?;
+    Some(address.as_socket()?.ip())
 }
 
 /// How long connections of backends that leave may go on; `None`: as long as they like.

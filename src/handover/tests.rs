@@ -158,8 +158,9 @@ fn hand_over(old: &Process, new: &Process) -> (TakenOver, Vec<Value>) {
 fn hand_over_to(old: &Process, new: Estate) -> (TakenOver, Vec<Value>) {
     let exporter = Exporter::freeze(old.estate(), Instant::now()).expect("threads that answer");
     let (importer, streams) = take(&exporter, new);
+    let committed = importer.commit();
     exporter.release().expect("threads that answer");
-    (importer.commit().finish(), streams)
+    (committed.finish(), streams)
 }
 
 /// Bytes that look different wherever they are shifted to.
@@ -524,8 +525,9 @@ async fn f25_given_a_successor_that_goes_away_with_all_it_was_told_when_the_next
     offer.prepare().await;
     let Taken { moving, from, .. } = elsewhere(move || offer.accept(holder(2))).await;
     let from = from.expect("there was one");
+    let committed = moving.expect("there was one").commit();
     assert!(elsewhere(move || Ok(from.released())).await, "it has let go");
-    let taken = moving.expect("there was one").commit().finish();
+    let taken = committed.finish();
 
     assert_eq!((taken.streams, old.open()), (12, 0));
     assert_eq!(soon(handed).await.expect("it was handed over").pid, std::process::id().cast_signed());
@@ -555,8 +557,8 @@ async fn f25_given_a_standstill_when_clients_come_then_they_wait_and_one_of_the_
     let exporter = Exporter::freeze(old.estate(), Instant::now()).expect("threads that answer");
     let mut second = listener.connect().await;
     let (importer, _) = take(&exporter, new.estate());
-    exporter.release().expect("threads that answer");
     let committed = importer.commit();
+    exporter.release().expect("threads that answer");
     let _heir = new.listen(&listener);
     committed.finish();
     ping(&mut second).await;
@@ -585,8 +587,9 @@ async fn f25_given_streams_that_were_handed_over_when_a_party_resets_then_the_ot
     let exporter = Exporter::freeze(old.estate(), Instant::now()).expect("threads that answer");
     reset(early); // While nobody looks.
     let (importer, _) = take(&exporter, new.estate());
+    let committed = importer.commit();
     exporter.release().expect("threads that answer");
-    assert_eq!(importer.commit().finish().streams, 3);
+    assert_eq!(committed.finish().streams, 3);
 
     expect_reset(&mut early_far).await;
     let (client, mut far) = pairs.remove(0);

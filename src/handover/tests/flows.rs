@@ -107,8 +107,8 @@ async fn t192_f25_given_udp_flows_when_they_are_handed_over_then_they_keep_backe
     talk.answer(); // On their way while nobody looks.
     talk.ask("question");
     let (importer, _) = take(&exporter, new.estate());
-    exporter.release().expect("threads that answer");
     let committed = importer.commit();
+    exporter.release().expect("threads that answer");
     talk.listener.serve(&new);
     let taken = committed.finish();
 
@@ -161,8 +161,8 @@ async fn t192_given_a_flow_whose_endpoint_has_left_when_handed_over_then_its_ans
 
     let exporter = Exporter::freeze(old.estate(), Instant::now()).expect("threads that answer");
     let (importer, _) = take(&exporter, new.estate());
-    exporter.release().expect("threads that answer");
     let committed = importer.commit();
+    exporter.release().expect("threads that answer");
     talk.listener.serve(&new);
     assert_eq!(committed.finish().flows, 12);
 
