@@ -3,15 +3,13 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::process::CommandExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Signal, geteuid};
+use rustix::process::Signal;
 use tokio::task::spawn_blocking;
 
 use crate::load::Load;
@@ -20,10 +18,7 @@ use crate::support::backend::{Backend, Talker};
 use crate::support::client::{Caller, ask_on, ask_times, connect, refused};
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
-use crate::support::{full, seen, skip};
-
-/// A user with no rights.
-const NOBODY: u32 = 65_534;
+use crate::support::{full, seen};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t234_given_a_thousand_new_connections_a_second_when_another_process_takes_over_then_none_fails() {
@@ -157,26 +152,6 @@ async fn t192_t234_given_a_port_that_threads_share_when_the_next_one_has_fewer_f
         assert_eq!(caller.ask().await, answer);
     }
     house.until_told(r#""adopted":1,"differing":0,"unwanted":0,"streams":0,"flows":16"#).await;
-}
-
-#[tokio::test]
-async fn t234_given_a_relay_of_another_user_when_root_orders_an_upgrade_then_it_is_done() {
-    if !geteuid().is_root() {
-        return skip("other_user", "needs root");
-    }
-    let site = Site::new(34);
-    let backend = Backend::named(site.backend(1)).await;
-    let mut house = House::new(site, &Manifest::new(site).tcp().endpoints([backend.address]));
-    fs::set_permissions(house.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    chown(house.state(), Some(NOBODY), Some(NOBODY)).expect("root may");
-    let first = house.start(|command| _ = command.uid(NOBODY).gid(NOBODY));
-    house.until("it is ready", |house| house.serves() == Some(first) && house.is_ready()).await;
-
-    let output = house.upgrade(&[]).await;
-
-    assert!(output.status.success(), "{output:?}\n{}", house.log());
-    assert_ne!(house.serves(), Some(first));
-    assert_eq!(ask_times(1, site.service()).await, [backend.address]);
 }
 
 #[tokio::test]

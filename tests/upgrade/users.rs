@@ -26,6 +26,16 @@ async fn upgrade_as(user: u32, house: &House) -> Output {
     spawn_blocking(move || command.output()).await.expect("no panic").expect("the program starts")
 }
 
+/// A relay that a user without rights runs, and its number.
+async fn of_nobody(site: Site, backend: &Backend) -> (House, u32) {
+    let mut house = House::new(site, &Manifest::new(site).tcp().endpoints([backend.address]));
+    fs::set_permissions(house.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
+    chown(house.state(), Some(NOBODY), Some(NOBODY)).expect("root may");
+    let first = house.start(|command| _ = command.uid(NOBODY).gid(NOBODY));
+    house.until("it is ready", |house| house.serves() == Some(first) && house.is_ready()).await;
+    (house, first)
+}
+
 /// Starts a successor as somebody else, which ends; what it says, in one line.
 async fn refused_as(user: u32, house: &mut House) -> String {
     let before = house.told(r#""level":"ERROR""#).len();
@@ -93,15 +103,27 @@ async fn f25_given_a_relay_of_another_user_when_root_starts_a_successor_then_not
     }
     let site = Site::new(50);
     let backend = Backend::named(site.backend(1)).await;
-    let mut house = House::new(site, &Manifest::new(site).tcp().endpoints([backend.address]));
-    fs::set_permissions(house.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    chown(house.state(), Some(NOBODY), Some(NOBODY)).expect("root may");
-    let first = house.start(|command| _ = command.uid(NOBODY).gid(NOBODY));
-    house.until("it is ready", |house| house.serves() == Some(first) && house.is_ready()).await;
+    let (mut house, first) = of_nobody(site, &backend).await;
 
     let told = refused_as(0, &mut house).await;
 
     assert!(told.contains(&format!("the socket there belongs to user {NOBODY}, not to this one")), "{told}");
     assert_eq!(house.serves(), Some(first));
     assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+}
+
+#[tokio::test]
+async fn t234_given_a_relay_of_another_user_when_root_orders_an_upgrade_then_it_is_done() {
+    if !geteuid().is_root() {
+        return skip("other_user", "needs root");
+    }
+    let site = Site::new(34);
+    let backend = Backend::named(site.backend(1)).await;
+    let (house, first) = of_nobody(site, &backend).await;
+
+    let output = house.upgrade(&[]).await;
+
+    assert!(output.status.success(), "{output:?}\n{}", house.log());
+    assert_ne!(house.serves(), Some(first));
+    assert_eq!(ask_times(1, site.service()).await, [backend.address]);
 }
