@@ -99,13 +99,15 @@ mod tests {
     async fn given_all_seats_taken_when_one_more_wants_one_then_it_has_none_until_another_ends() {
         let name = name("full");
         let take = || Seat::take(&name, 252, "a relay");
-        let mut seats = Vec::new();
+        let mut holders = Vec::new();
         for _ in 0..SEATS {
-            seats.push(take().await.expect("a seat"));
+            let seat = take().await.expect("a seat");
+            holders.push(tokio::spawn(async move { seat.answer().await }));
         }
 
         take().await.expect_err("there are no more");
-        seats.remove(3);
+        holders[3].abort();
+        (&mut holders[3]).await.expect_err("it gave its seat back");
 
         assert_eq!(take().await.expect("one is free").number, 3);
     }

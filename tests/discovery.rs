@@ -189,7 +189,7 @@ impl DnsServer {
     fn ask(&self, question: &[&str]) -> Vec<String> {
         let mut command = Command::new(&self.kdig);
         command.arg(format!("@{}", self.address.ip())).args(["-p", &self.address.port().to_string()]);
-        let output = command.args(["+short", "+timeout=5", "+retry=1"]).args(question).output().expect("kdig starts");
+        let output = command.args(["+short", "+timeout=1", "+retry=9"]).args(question).output().expect("kdig starts");
         if !output.status.success() {
             return Vec::new();
         }

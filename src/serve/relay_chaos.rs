@@ -3,7 +3,7 @@
 //! The law that each connection is held to: what arrives is what was sent, in order; a clean end comes after all of
 //! it; and where nobody reset, all of it comes. Where the relay has something to say before the client, that comes first.
 //! `KUBE_RELAY_SEED=n` replays one connection, as far as the kernel's timing
-//! lets it; `KUBE_RELAY_TEST=full` has five times as many.
+//! lets it; `KUBE_RELAY_TEST=full` has ten times as many.
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
@@ -25,7 +25,7 @@ use crate::serve::relay::Connection;
 use crate::serve::scripted::{LOOPBACK, on_worker, pair, registered, reset, soon, spawn};
 use crate::stats::{CloseReason, Entry};
 
-const CONNECTIONS: u64 = 2_000;
+const CONNECTIONS: u64 = 1_000;
 const AT_ONCE: usize = 16;
 const HALF_CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -34,7 +34,7 @@ fn given_peers_that_do_as_they_please_when_relayed_then_no_byte_is_lost_and_no_t
     on_worker(async {
         let replay = std::env::var("KUBE_RELAY_SEED").ok().and_then(|seed| seed.parse().ok());
         let full = std::env::var("KUBE_RELAY_TEST").is_ok_and(|value| value == "full");
-        let connections = if full { 5 * CONNECTIONS } else { CONNECTIONS };
+        let connections = if full { 10 * CONNECTIONS } else { CONNECTIONS };
         let seeds = replay.map_or(0..connections, |seed: u64| seed..seed + 1);
         stream::iter(seeds)
             .for_each_concurrent(AT_ONCE, async |seed| {

@@ -9,7 +9,7 @@ use kube_relay::stats::WatchFailure;
 
 use crate::caller::Caller;
 use crate::log::Log;
-use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
+use crate::stage::{Setup, Stage, WATCH_SECONDS, api_address, node, service, slice, web};
 use crate::support::api_server::ApiServer;
 use crate::support::program::Program;
 use crate::support::seen;
@@ -127,7 +127,8 @@ async fn t226_given_a_server_that_was_away_for_long_when_it_is_back_then_all_is_
     assert_eq!(relists(&stage), 0);
 
     stage.server.stop().await;
-    stage.until("a long time", |_| age(&stage) > 8.0).await;
+    // The first failure, from which on it is away, comes a while after it was last heard.
+    stage.until("a long time", |_| age(&stage) > f64::from(WATCH_SECONDS + 4)).await;
     change_both_kinds(&stage);
     stage.server.resume().await;
 

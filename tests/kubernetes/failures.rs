@@ -7,13 +7,14 @@ use kube_relay::stats::WatchFailure;
 
 use crate::caller::Caller;
 use crate::log::Log;
-use crate::stage::{Setup, Stage, api_address, node, service, slice, web};
+use crate::stage::{Setup, Stage, WATCH_SECONDS, api_address, node, service, slice, web};
 use crate::support::api_server::{ApiServer, Mood};
+use crate::support::full;
 use crate::support::site::Site;
 
-/// Fails in one way until `failed` times were counted, changes everything meanwhile, and sees it come true at once.
-async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure, failed: u64) {
-    let site = stage.site;
+/// Fails in one way until some failures of the kinds together were counted, changes everything meanwhile, and sees it come true at once.
+async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure) {
+    let (site, failed) = (stage.site, if full() { 6 } else { 3 });
     stage.server.put("services", service("gone", "127.0.1.99"));
     stage.until_known("gone", true).await;
     let (caller, before) = (Caller::start(site), stage.server.asked().len());
@@ -43,38 +44,43 @@ async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure, failed: u64
     assert!(asked as f64 <= 9.0 + seconds, "{asked} requests in {seconds} s");
 }
 
+/// Waits until lists have come of it.
+async fn listed_anew(stage: &Stage, reason: WatchFailure) {
+    stage.until_relists(reason, if full() { 4 } else { 2 }).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f3_given_a_storm_of_500_when_it_ends_then_nobody_noticed_and_what_was_deleted_is_gone() {
     let mut stage = Stage::serving(Site::new(21)).await;
 
-    outage(&mut stage, Mood::Refuse(500), WatchFailure::Server, 6).await;
+    outage(&mut stage, Mood::Refuse(500), WatchFailure::Server).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t225_f3_given_watches_that_expire_by_status_when_listed_anew_then_nobody_noticed() {
     let mut stage = Stage::serving(Site::new(22)).await;
 
-    outage(&mut stage, Mood::ExpireStatus, WatchFailure::Expired, 6).await;
+    outage(&mut stage, Mood::ExpireStatus, WatchFailure::Expired).await;
 
-    stage.until_relists(WatchFailure::Expired, 4).await;
+    listed_anew(&stage, WatchFailure::Expired).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t225_f3_given_watches_that_expire_by_an_event_when_listed_anew_then_nobody_noticed() {
     let mut stage = Stage::serving(Site::new(23)).await;
 
-    outage(&mut stage, Mood::ExpireEvent, WatchFailure::Expired, 6).await;
+    outage(&mut stage, Mood::ExpireEvent, WatchFailure::Expired).await;
 
-    stage.until_relists(WatchFailure::Expired, 4).await;
+    listed_anew(&stage, WatchFailure::Expired).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t225_f3_given_watches_that_expire_by_a_bare_status_when_listed_anew_then_nobody_noticed() {
     let mut stage = Stage::serving(Site::new(36)).await;
 
-    outage(&mut stage, Mood::ExpireBare, WatchFailure::Expired, 6).await;
+    outage(&mut stage, Mood::ExpireBare, WatchFailure::Expired).await;
 
-    stage.until_relists(WatchFailure::Expired, 4).await;
+    listed_anew(&stage, WatchFailure::Expired).await;
 }
 
 /// On one thread, so that all it logs is seen.
@@ -103,9 +109,9 @@ async fn f3_given_watches_that_expire_by_an_event_and_by_status_when_listed_anew
 async fn f4_given_events_of_no_known_shape_when_watched_then_all_is_listed_anew_and_nothing_is_missed() {
     let mut stage = Stage::serving(Site::new(37)).await;
 
-    outage(&mut stage, Mood::Misshape, WatchFailure::Decode, 6).await;
+    outage(&mut stage, Mood::Misshape, WatchFailure::Decode).await;
 
-    stage.until_relists(WatchFailure::Decode, 4).await;
+    listed_anew(&stage, WatchFailure::Decode).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -147,11 +153,11 @@ async fn f3_given_a_server_that_says_when_to_come_back_when_asked_then_nobody_co
 async fn f4_given_answers_that_are_no_json_when_the_server_recovers_then_nobody_noticed() {
     let mut stage = Stage::serving(Site::new(25)).await;
 
-    outage(&mut stage, Mood::Garble, WatchFailure::Decode, 5).await;
+    outage(&mut stage, Mood::Garble, WatchFailure::Decode).await;
 }
 
-/// How long a change may take to be served behind a watch of 6 s that broke without a word: its end, 5 s more, and a new one.
-const STALE: Duration = Duration::from_secs(6 + 5 + 3);
+/// How long a change may take to be served behind a watch that broke without a word: its end, 5 s more, and a new one.
+const STALE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5 + 3);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f5_given_watches_that_fall_silent_when_their_time_is_over_then_new_ones_bring_what_was_missed() {

@@ -26,6 +26,9 @@ use crate::support::relay::{picks, service_of};
 use crate::support::site::{SERVICE_PORT, Site};
 use crate::support::{DEADLINE, backend::Backend};
 
+/// How long a watch of [`Setup::hasty`] lives.
+pub(crate) const WATCH_SECONDS: u32 = 3;
+
 /// How a relay follows.
 #[derive(Clone)]
 pub(crate) struct Setup {
@@ -60,10 +63,10 @@ impl Setup {
         setup
     }
 
-    /// One whose watches live for 6 s.
+    /// One whose watches live for [`WATCH_SECONDS`].
     pub(crate) fn hasty() -> Self {
         let mut setup = Self::default();
-        setup.selection.watch_seconds = 6..=6;
+        setup.selection.watch_seconds = WATCH_SECONDS..=WATCH_SECONDS;
         setup
     }
 }
