@@ -250,6 +250,27 @@ impl RunConfig {
 }
 
 impl PlanConfig {
+    /// One for tests: node ports on addresses that `nodeport_addresses` selects, and nothing else said.
+    #[cfg(test)]
+    pub(crate) fn with_node_ports(nodeport_addresses: Vec<NodePortSelector>) -> Self {
+        Self {
+            node_port_addresses: nodeport_addresses,
+            expose: vec![],
+            allowed_external_cidrs: vec![],
+            endpoint_cidrs: vec![],
+            require_target_ref: false,
+            allow_from: vec![],
+            accept_proxy_from: vec![],
+            service_cluster_ip_range: None,
+            service_node_port_range: DEFAULT_NODE_PORT_RANGE,
+            cluster_cidrs: vec![],
+            proxy_name: None,
+            node: Node::default(),
+            node_addresses: vec![],
+            allow_loopback_endpoints: true,
+        }
+    }
+
     /// What the plan needs, now that this machine's addresses are known.
     pub fn resolve(&self, host: &Host) -> PlanOptions {
         PlanOptions {
@@ -306,22 +327,8 @@ mod tests {
     }
 
     fn config() -> PlanConfig {
-        PlanConfig {
-            node_port_addresses: vec![DEFAULT_NODE_PORT_ADDRESSES],
-            expose: vec![],
-            allowed_external_cidrs: vec![],
-            endpoint_cidrs: vec![],
-            require_target_ref: false,
-            allow_from: vec![],
-            accept_proxy_from: vec![],
-            service_cluster_ip_range: Some(IpNet::V4(DEFAULT_SERVICE_RANGE)),
-            service_node_port_range: DEFAULT_NODE_PORT_RANGE,
-            cluster_cidrs: vec![],
-            proxy_name: None,
-            node: Node::default(),
-            node_addresses: vec![],
-            allow_loopback_endpoints: true,
-        }
+        let service_cluster_ip_range = Some(IpNet::V4(DEFAULT_SERVICE_RANGE));
+        PlanConfig { service_cluster_ip_range, ..PlanConfig::with_node_ports(vec![DEFAULT_NODE_PORT_ADDRESSES]) }
     }
 
     #[test]

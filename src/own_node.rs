@@ -224,20 +224,11 @@ mod tests {
 
     fn place(zone: Option<&str>, cluster_cidrs: &[&str]) -> Place {
         let plan = PlanConfig {
-            node_port_addresses: vec![NodePortSelector::Primary],
-            expose: vec![],
-            allowed_external_cidrs: vec![],
-            endpoint_cidrs: vec![],
-            require_target_ref: false,
-            allow_from: vec![],
-            accept_proxy_from: vec![],
-            service_cluster_ip_range: None,
-            service_node_port_range: 1..=2,
             cluster_cidrs: cluster_cidrs.iter().map(|cidr| cidr.parse().expect("a network")).collect(),
-            proxy_name: None,
             node: crate::endpoints::Node { name: Some("worker-1".into()), zone: zone.map(Into::into) },
             node_addresses: vec![[10, 0, 0, 9].into()],
             allow_loopback_endpoints: false,
+            ..PlanConfig::with_node_ports(vec![NodePortSelector::Primary])
         };
         Place { plan, hosts: Hosts::fixed(Host { interfaces: vec![], default_sources: vec![[10, 0, 0, 8].into()] }) }
     }

@@ -45,26 +45,10 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::endpoints::Node;
     use crate::host::{Host, InterfaceAddress, NodePortSelector};
 
     fn plan() -> PlanConfig {
-        PlanConfig {
-            node_port_addresses: vec![NodePortSelector::Cidr("10.0.0.0/8".parse().expect("a network"))],
-            expose: vec![],
-            allowed_external_cidrs: vec![],
-            endpoint_cidrs: vec![],
-            require_target_ref: false,
-            allow_from: vec![],
-            accept_proxy_from: vec![],
-            service_cluster_ip_range: None,
-            service_node_port_range: 1..=2,
-            cluster_cidrs: vec![],
-            proxy_name: None,
-            node: Node::default(),
-            node_addresses: vec![],
-            allow_loopback_endpoints: true,
-        }
+        PlanConfig::with_node_ports(vec![NodePortSelector::Cidr("10.0.0.0/8".parse().expect("a network"))])
     }
 
     fn host(addresses: &[[u8; 4]]) -> Host {

@@ -234,15 +234,7 @@ impl UdpShards {
     ///
     /// Flows whose backend may keep them no more end as `endpoint_removed`, others as `drain`.
     pub fn remove(&self, server: UdpServer) -> impl Future<Output = ()> + Send + use<> {
-        let closings: Vec<_> = self
-            .shards_of(server)
-            .map(|shard| {
-                let (closed, is_closed) = oneshot::channel();
-                shard.queue(Command::Remove(server.key, closed));
-                shard.flush();
-                is_closed
-            })
-            .collect();
+        let closings = self.ask_shards(server, Command::Remove);
         self.tell_all(|| Command::Closed(server.key.address()));
         async move {
             for is_closed in closings {
@@ -256,15 +248,7 @@ impl UdpShards {
     /// # Errors
     /// No descriptor is left, or a shard has ended.
     pub(super) fn copies(&self, server: UdpServer) -> impl Future<Output = io::Result<Vec<OwnedFd>>> + Send + use<> {
-        let copying: Vec<_> = self
-            .shards_of(server)
-            .map(|shard| {
-                let (reply, copy) = oneshot::channel();
-                shard.queue(Command::Copy(server.key, reply));
-                shard.flush();
-                copy
-            })
-            .collect();
+        let copying = self.ask_shards(server, Command::Copy);
         async move {
             let mut copies = Vec::with_capacity(copying.len());
             for copy in copying {
@@ -272,6 +256,21 @@ impl UdpShards {
             }
             Ok(copies)
         }
+    }
+
+    /// Asks each shard that has sockets of a listener; the answers to come.
+    fn ask_shards<T>(
+        &self,
+        server: UdpServer,
+        question: impl Fn(ListenKey, oneshot::Sender<T>) -> Command,
+    ) -> Vec<oneshot::Receiver<T>> {
+        let ask = |shard: &Handle| {
+            let (reply, answer) = oneshot::channel();
+            shard.queue(question(server.key, reply));
+            shard.flush();
+            answer
+        };
+        self.shards_of(server).map(ask).collect()
     }
 
     /// To be called after the listener's table was swapped or its target stored: the flows whose backend the balancer no
