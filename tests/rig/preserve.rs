@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -68,6 +68,23 @@ pub(crate) fn preserving() -> Web {
 pub(crate) fn is_possible(node: &Namespace) -> bool {
     let probe = node.run(|| reply_path::remove(DEFAULT_ROUTE_PROTOCOL));
     probe.inspect_err(|error| skip("nf_tables", &error.to_string())).is_ok()
+}
+
+/// A relay with one backend on its node, whose Service preserves. `None` where that cannot be, or where `prepare` says that
+/// what the case needs of the rig cannot.
+pub(crate) fn preserved(prepare: impl FnOnce(&Rig) -> bool) -> Option<(Stage, Backends)> {
+    let rig = rig();
+    if !is_possible(rig.node(0)) || !prepare(&rig) {
+        return None;
+    }
+    let running = backends(&rig);
+    let pods = [Pod::of(&rig, 0, 0)];
+    Some((Stage::start(rig, &preserving().with(pods)), running))
+}
+
+/// As [`preserved`], with nothing to prepare.
+pub(crate) fn preserved_at_once() -> Option<(Stage, Backends)> {
+    preserved(|_| true)
 }
 
 /// Asks at an entry in both families, over TCP and UDP, until backends see this address of a part.
@@ -244,21 +261,31 @@ fn ask_again_and_again(to: SocketAddr) -> io::Result<(Outcome, usize)> {
     Ok((Outcome::Silence, MOST))
 }
 
-/// A policy of the first pod, by a program that can write it; `None`, and says why, where there is none.
-fn policy(rig: &Rig, rules: &str) -> Option<PathBuf> {
-    let nft = find("nft").or_else(|| {
+/// Gives the first pod a policy, by a program that can write it. False, and says why, where there is none.
+fn has_policy(rig: &Rig, rules: &str) -> bool {
+    let Some(nft) = find("nft") else {
         skip("nft", "not installed");
-        None
-    })?;
+        return false;
+    };
     let table = format!("table inet trial {{\nchain input {{\ntype filter hook input priority 0; {rules}\n}}\n}}\n");
     match load(&nft, rig.pod(0, 0), &table) {
-        Ok(()) => Some(nft),
+        Ok(()) => true,
         Err(reason) => {
             assert!(reason.contains("Could not process"), "{reason}");
             skip("nft", &reason);
-            None
+            false
         }
     }
+}
+
+/// What is known of a way back is known by family: one need not wait for the other.
+fn in_both_families(work: impl Fn(Family) + Sync) {
+    let work = &work;
+    thread::scope(|scope| {
+        for family in FAMILIES {
+            scope.spawn(move || work(family));
+        }
+    });
 }
 
 /// Who it is, for a policy.
@@ -267,21 +294,15 @@ fn named(part: &Namespace) -> [String; 2] {
 }
 
 fn t126_given_one_client_that_a_pod_drops_when_others_ask_then_they_stay_seen_and_it_is_served_from_the_node() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let [v4, v6] = named(rig.client());
-    if policy(&rig, &format!("{v4} drop; {v6} drop;")).is_none() {
-        return;
-    }
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let drops = |rig: &Rig| {
+        let [v4, v6] = named(rig.client());
+        has_policy(rig, &format!("{v4} drop; {v6} drop;"))
+    };
+    let Some((stage, _running)) = preserved(drops) else { return };
     let Stage { rig, .. } = &stage;
     let (denied, allowed) = (rig.client(), rig.pod(1, 1));
 
-    for family in FAMILIES {
+    in_both_families(|family| {
         let to = stage.at(ClusterIp, family);
         let is_node = |outcome: &Outcome| outcome.pod().is_some() && !is_from(outcome, denied.address(family));
         for _ in 0..8 {
@@ -294,34 +315,27 @@ fn t126_given_one_client_that_a_pod_drops_when_others_ask_then_they_stay_seen_an
                 assert!(is_from(&outcome, allowed.address(family)), "{outcome:?}");
             }
         }
-    }
+    });
     assert_eq!(stage.metric("kuberelay_ejections_total", ""), 0);
 }
 
 fn t126_given_one_client_that_a_pod_refuses_when_others_are_let_in_then_it_alone_is_not_served() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let rules =
-        named(rig.client()).map(|client| format!("{client} meta l4proto tcp reject with tcp reset; {client} reject;"));
-    if policy(&rig, &rules.concat()).is_none() {
-        return;
-    }
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let refuses = |rig: &Rig| {
+        let of = |client| format!("{client} meta l4proto tcp reject with tcp reset; {client} reject;");
+        has_policy(rig, &named(rig.client()).map(of).concat())
+    };
+    let Some((stage, _running)) = preserved(refuses) else { return };
     let Stage { rig, .. } = &stage;
     let (denied, allowed) = (rig.client(), rig.pod(1, 1));
 
     sees(&stage, allowed, ClusterIp, allowed);
-    for family in FAMILIES {
+    in_both_families(|family| {
         let to = stage.at(ClusterIp, family);
         for ask in [ask_tcp, ask_udp].into_iter().cycle().take(12) {
             let outcome = denied.run(|| Ok(ask(to))).expect("the namespace is ours");
             assert!(outcome.pod().is_none(), "{outcome:?}");
         }
-    }
+    });
 
     sees(&stage, allowed, ClusterIp, allowed);
     assert!(stage.metric("kuberelay_service_dropped_total", "reason=\"denied_address\"") > 0);
@@ -364,20 +378,14 @@ fn t126_given_a_pod_that_answers_nobody_when_a_client_goes_on_then_it_is_seen_un
 }
 
 fn t126_given_a_pod_that_refuses_all_but_the_node_when_clients_ask_then_they_are_served_from_the_node() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let rules = [rig.client(), rig.pod(1, 1)].map(|part| {
-        let [v4, v6] = named(part);
-        format!("{v4} reject with icmp type admin-prohibited; {v6} reject with icmpv6 type admin-prohibited;")
-    });
-    if policy(&rig, &rules.concat()).is_none() {
-        return;
-    }
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let refuses = |rig: &Rig| {
+        let rules = [rig.client(), rig.pod(1, 1)].map(|part| {
+            let [v4, v6] = named(part);
+            format!("{v4} reject with icmp type admin-prohibited; {v6} reject with icmpv6 type admin-prohibited;")
+        });
+        has_policy(rig, &rules.concat())
+    };
+    let Some((stage, _running)) = preserved(refuses) else { return };
     let Stage { rig, .. } = &stage;
 
     for family in FAMILIES {
@@ -447,13 +455,7 @@ fn t126_given_a_client_on_the_backends_own_link_when_it_asks_then_the_backend_se
 }
 
 fn t126_given_a_pod_that_asks_its_own_service_when_it_is_the_backend_then_it_sees_the_node() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let own = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(own));
+    let Some((stage, _running)) = preserved_at_once() else { return };
 
     for entry in ENTRIES {
         sees_node(&stage, stage.rig.pod(0, 0), entry);
@@ -556,14 +558,11 @@ fn t126_given_a_service_that_comes_to_preserve_when_clients_ask_then_new_connect
 
 fn f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has_the_clients_own_port() {
     const CONNECTIONS: usize = 16;
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    rig.node(0).sysctl("net/ipv4/ip_local_port_range", "61000 61001").expect("it is ours");
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let has_two_ports = |rig: &Rig| {
+        rig.node(0).sysctl("net/ipv4/ip_local_port_range", "61000 61001").expect("it is ours");
+        true
+    };
+    let Some((stage, _running)) = preserved(has_two_ports) else { return };
     let client = stage.rig.client();
 
     for family in FAMILIES {
@@ -581,16 +580,13 @@ fn f15_given_two_source_ports_when_one_client_has_many_connections_then_each_has
 
 fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_connects_then_it_has_a_port() {
     const PORTS: usize = 10;
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    for part in [rig.node(0), rig.client()] {
-        part.sysctl("net/ipv4/ip_local_port_range", "61000 61009").expect("it is ours");
-    }
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let have_few_ports = |rig: &Rig| {
+        for part in [rig.node(0), rig.client()] {
+            part.sysctl("net/ipv4/ip_local_port_range", "61000 61009").expect("it is ours");
+        }
+        true
+    };
+    let Some((stage, _running)) = preserved(have_few_ports) else { return };
     let (client, node) = (stage.rig.client(), stage.rig.node(0));
 
     for family in FAMILIES {
@@ -610,13 +606,7 @@ fn f15_given_a_client_that_holds_all_ports_of_the_nodes_range_when_the_node_conn
 
 fn f15_given_two_source_ports_when_several_clients_have_flows_then_each_client_has_both() {
     const PORTS: [u16; 2] = [40_000, 40_001];
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let Stage { rig, .. } = &stage;
     let clients = [rig.client(), rig.pod(0, 1), rig.pod(1, 1), rig.node(1)];
     clients.into_iter().for_each(|client| sees(&stage, client, ClusterIp, client));
@@ -774,13 +764,7 @@ fn given_routes_that_go_at_exit_when_the_relay_ends_then_so_does_what_leads_answ
 }
 
 fn given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served_and_seen_again() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let (client, to) = (stage.rig.client(), stage.at(ClusterIp, Family::V4));
     sees(&stage, client, ClusterIp, client);
 
@@ -797,13 +781,7 @@ fn given_somebody_who_takes_the_rules_away_when_clients_ask_then_they_are_served
 }
 
 fn given_somebody_who_takes_the_rules_of_routes_away_when_a_connection_is_open_then_it_goes_on() {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return;
-    }
-    let _running = backends(&rig);
-    let pods = [Pod::of(&rig, 0, 0)];
-    let stage = Stage::start(rig, &preserving().with(pods));
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let (client, node, to) = (stage.rig.client(), stage.rig.node(0), stage.at(ClusterIp, Family::V4));
     let mut open = client.run(|| TcpStream::connect(to)).expect("it is served");
     assert!(is_from(&ask_on(&mut open).expect("it answers"), client.address(Family::V4)));

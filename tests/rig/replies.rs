@@ -19,11 +19,11 @@ use kube_relay::reply_path::CHECK_INTERVAL;
 use rustix::process::Signal;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::preserve::{is_from, is_possible, preserving, rules, sees};
+use crate::preserve::{is_from, is_possible, preserved_at_once, preserving, rules, sees};
 use crate::rig::{Case, FAMILIES, Namespace, Rig, find, skip};
 use crate::stage::{
-    Backends, ClusterIp, LoadBalancerIp, Outcome, PORT, Pod, Stage, TCP_BACKEND_PORT, UDP_BACKEND_PORT, Web, ask_on,
-    ask_tcp, expect_at, until,
+    ClusterIp, LoadBalancerIp, Outcome, PORT, Pod, Stage, TCP_BACKEND_PORT, UDP_BACKEND_PORT, Web, ask_on, ask_tcp,
+    expect_at, until,
 };
 use crate::verdicts::{backends, rig};
 use crate::vips::in_runtime;
@@ -42,18 +42,6 @@ pub(crate) const MEASURING: &[Case] =
 
 /// How soon rules are to be back that somebody has flushed: a sender repeats what is lost after this, at the soonest.
 const RETRANSMIT: Duration = Duration::from_millis(200);
-
-/// A relay with one backend on its node, which preserves.
-fn stage(prepare: impl FnOnce(&Rig)) -> Option<(Stage, Backends)> {
-    let rig = rig();
-    if !is_possible(rig.node(0)) {
-        return None;
-    }
-    prepare(&rig);
-    let running = backends(&rig);
-    let pods = [Pod::of(&rig, 0, 0)];
-    Some((Stage::start(rig, &preserving().with(pods)), running))
-}
 
 /// The program, and what it says to rules on a node.
 struct Nft(PathBuf);
@@ -93,7 +81,7 @@ fn given_packets_with_marks_of_others_when_a_service_preserves_then_they_go_wher
     // Of portmap and podman, Cilium's IPsec with keys 2 and 3, kube-proxy, the VPC CNI; all bits, and all but ours.
     const MARKS: [u32; 7] = [0x2000, 0x2e00, 0x3e00, 0x4000, 0x80, 0x3fff, 0x2ff4];
     let Some(nft) = Nft::find() else { return };
-    let Some((stage, _running)) = stage(|_| ()) else { return };
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let Stage { rig, .. } = &stage;
     sees(&stage, rig.client(), ClusterIp, rig.client());
 
@@ -113,7 +101,7 @@ fn given_packets_with_marks_of_others_when_a_service_preserves_then_they_go_wher
 }
 
 fn given_a_relay_with_another_mark_when_it_takes_over_then_it_alone_leads_answers() {
-    let Some((mut stage, _running)) = stage(|_| ()) else { return };
+    let Some((mut stage, _running)) = preserved_at_once() else { return };
     assert_eq!(rules(stage.rig.node(0)), 2, "one for each family");
 
     for flags in [&["--reply-mark", "0x2/0xf"][..], &[]] {
@@ -275,7 +263,7 @@ fn connect_from(client: &Namespace, port: u16, to: SocketAddr) -> TcpStream {
 
 fn f15_given_a_client_that_asks_from_one_port_again_and_elsewhere_when_it_is_served_then_it_is_seen_each_time() {
     const CLIENTS_PORT: u16 = 45_678;
-    let Some((stage, _running)) = stage(|_| ()) else { return };
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let client = stage.rig.client();
 
     for family in FAMILIES {
@@ -306,7 +294,7 @@ fn f15_given_a_client_that_asks_from_one_port_again_and_elsewhere_when_it_is_ser
 fn given_somebody_who_flushes_rules_when_that_is_heard_then_they_are_back_before_anything_is_sent_again() {
     const TIMES: usize = 10;
     let Some(nft) = Nft::find() else { return };
-    let Some((stage, _running)) = stage(|_| ()) else { return };
+    let Some((stage, _running)) = preserved_at_once() else { return };
     let (client, node, to) = (stage.rig.client(), stage.rig.node(0), stage.at(ClusterIp, Family::V4));
     let table = filter_table(DEFAULT_ROUTE_PROTOCOL);
     let is_there = || nft.run(node, &["list", "table", "inet", &table]).is_ok();
