@@ -93,23 +93,24 @@ fn main() -> ExitCode {
     #[cfg(not(feature = "kubernetes"))]
     let bootstrap: &[rig::Case] = &[];
     let beside_others = [beside::CASES, bootstrap].concat();
+    // Files with long cases first: those which are left at the end are to be short.
+    let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
     let on_stage = [
-        verdicts::CASES,
-        vips::CASES,
-        repairs::CASES,
-        rights::CASES,
-        guard::CASES,
+        matrix::CASES,
         guard_filters::CASES,
-        doctor::CASES,
-        addresses::CASES,
+        surge::CASES,
         registry::CASES,
         preserve::CASES,
-        matrix::CASES,
+        vips::CASES,
+        addresses::CASES,
+        verdicts::CASES,
+        doctor::CASES,
+        guard::CASES,
+        repairs::CASES,
+        rights::CASES,
         replies::CASES,
-        surge::CASES,
     ]
     .concat();
-    let in_cluster = [arp::CASES, nodes::CASES, strangers::CASES].concat();
     // A kernel tells all namespaces together of cables, once a second where many change.
     let measuring = [
         addresses::MEASURING,
@@ -122,7 +123,7 @@ fn main() -> ExitCode {
         floods::CASES,
     ]
     .concat();
-    rig::run(&[&network[..], &on_stage, &in_cluster, &beside_others].concat(), &measuring)
+    rig::run(&[&in_cluster[..], &on_stage, &beside_others, &network].concat(), &measuring)
 }
 
 fn parts_reach_each_other() {

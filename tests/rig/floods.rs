@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long each flood lasts.
 fn flood() -> Duration {
-    Duration::from_millis(if full() { 1_000 } else { 500 })
+    Duration::from_millis(if full() { 1_000 } else { 250 })
 }
 
 fn given_floods_when_a_listener_is_parked_or_drops_then_the_relay_uses_no_cpu() {

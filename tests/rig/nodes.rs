@@ -3,6 +3,8 @@
 //! One node, with what changes under open connections, is in `verdicts`; addresses that are not the Service's are in
 //! `strangers`.
 
+use std::thread;
+
 use crate::cluster::{Answer, Cluster};
 use crate::rig::{Case, Namespace, Rig, Shape};
 use crate::stage::{Backends, ClusterIp, ENTRIES, Entry, ExternalIp, LoadBalancerIp, NodePort, Pod, Web};
@@ -267,13 +269,23 @@ fn play(stories: &[Story]) {
     });
     for story in stories {
         cluster.change(&story.manifests(&cluster.rig));
-        for (who, node, entries, answer) in story.ways {
-            if matches!(who, Client) {
-                cluster.lead_to(*node);
-            }
+        let expect = |(who, node, entries, answer): &Way| {
             let what = format!("{}: {who:?}", story.told);
             cluster.expect(who.part(&cluster.rig), *node, entries, *answer, &what);
-        }
+        };
+        // Who gets no answer waits for it. The client is led to one node after the other.
+        let waits = |way: &&Way| matches!(way, (Node(_) | PodOf(_), _, _, Silence));
+        thread::scope(|scope| {
+            for way in story.ways.iter().filter(waits) {
+                scope.spawn(move || expect(way));
+            }
+            for way in story.ways.iter().filter(|way| !waits(way)) {
+                if let (Client, node, ..) = way {
+                    cluster.lead_to(*node);
+                }
+                expect(way);
+            }
+        });
     }
 }
 

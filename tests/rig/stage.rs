@@ -259,6 +259,15 @@ impl Stage {
         self.expect(from, entry, "gets no answer", |outcome| *outcome == Outcome::Silence);
     }
 
+    /// The same at each of these ways, asked all at once: who gets no answer waits for it.
+    pub(crate) fn all_silent<'a>(&self, ways: impl IntoIterator<Item = (&'a Namespace, Entry)>) {
+        thread::scope(|scope| {
+            for (from, entry) in ways {
+                scope.spawn(move || self.silent(from, entry));
+            }
+        });
+    }
+
     /// Nanoseconds of CPU that the relay has used.
     pub(crate) fn cpu_time(&self) -> Duration {
         let pid = self.relay.pids()[0];

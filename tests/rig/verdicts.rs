@@ -5,6 +5,7 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use kube_relay::name::Family;
@@ -154,8 +155,9 @@ fn t107_t108_t109_given_source_ranges_when_asked_then_the_load_balancer_ip_alone
     for allowed in [rig.client(), rig.pod(1, 0)] {
         stage.served(allowed, LoadBalancerIp, &LOCAL);
     }
-    for blocked in [rig.node(1), rig.pod(0, 0), rig.pod(1, 1)] {
-        stage.silent(blocked, LoadBalancerIp);
+    let all_blocked = [rig.node(1), rig.pod(0, 0), rig.pod(1, 1)];
+    stage.all_silent(all_blocked.map(|blocked| (blocked, LoadBalancerIp)));
+    for blocked in all_blocked {
         for open in [NodePort, ClusterIp, ExternalIp] {
             stage.served(blocked, open, &LOCAL);
         }
@@ -246,8 +248,8 @@ fn t104_given_an_allow_list_when_asked_from_everywhere_then_the_node_and_its_pod
         for allowed in [rig.client(), rig.node(0), rig.pod(0, 0), rig.pod(1, 0)] {
             stage.served(allowed, entry, &LOCAL);
         }
-        stage.silent(rig.node(1), entry);
     }
+    stage.all_silent(ENTRIES.map(|entry| (rig.node(1), entry)));
     // The datagram that is heard next tells how many were not.
     stage.served(rig.client(), ClusterIp, &LOCAL);
     assert!(stage.metric("kuberelay_service_dropped_total", "reason=\"denied_address\"") > 0);
@@ -255,8 +257,8 @@ fn t104_given_an_allow_list_when_asked_from_everywhere_then_the_node_and_its_pod
     stage.change(&of_node);
     for entry in ENTRIES {
         stage.served(rig.node(1), entry, &LOCAL);
-        stage.silent(rig.client(), entry);
     }
+    stage.all_silent(ENTRIES.map(|entry| (rig.client(), entry)));
     assert!(ask_on(&mut before).expect("it goes on").pod().is_some());
     stage.change(&of_nobody);
     assert!(stage.reports("annotation"));
@@ -287,8 +289,9 @@ fn t112_given_internal_policy_local_when_asked_then_local_pods_answer_or_nobody(
         stage.served(pod, ClusterIp, &[one]);
     }
     stage.change(&by_policy("Local").with(far));
-    for from in [pod, stage.rig.client(), stage.rig.node(0)] {
-        stage.silent(from, ClusterIp);
+    let everybody = [pod, stage.rig.client(), stage.rig.node(0)];
+    stage.all_silent(everybody.map(|from| (from, ClusterIp)));
+    for from in everybody {
         stage.served(from, LoadBalancerIp, &REMOTE);
     }
     stage.change(&by_policy("Local"));
@@ -326,9 +329,9 @@ fn t113_t114_t115_given_external_policies_when_asked_then_each_side_gets_its_own
     }
 
     stage.change(&by_policy("Local").with(far)); // T114
+    let outside = [rig.client(), rig.node(1)];
+    stage.all_silent(EXTERNAL.into_iter().flat_map(|entry| outside.map(|from| (from, entry))));
     for entry in EXTERNAL {
-        stage.silent(rig.client(), entry);
-        stage.silent(rig.node(1), entry);
         for from in inside {
             stage.served(from, entry, &REMOTE);
         }
@@ -422,10 +425,7 @@ fn t094_given_open_connections_when_verdicts_change_then_each_goes_on() {
 
     for state in &states {
         stage.change_if_other(state);
-        for entry in ENTRIES {
-            open.extend(try_connect(&stage, stage.rig.client(), entry));
-            open.extend(try_connect(&stage, stage.rig.pod(0, 1), entry));
-        }
+        open.extend(connect_everywhere(&stage, [stage.rig.client(), stage.rig.pod(0, 1)]));
         for stream in &mut open {
             assert!(ask_on(stream).expect("it goes on").pod().is_some());
         }
@@ -437,6 +437,16 @@ fn t094_given_open_connections_when_verdicts_change_then_each_goes_on() {
 /// An open connection that has been answered.
 fn connect(stage: &Stage, from: &Namespace, entry: Entry) -> TcpStream {
     try_connect(stage, from, entry).expect("it is served")
+}
+
+/// Open connections from these to each entry where that is served. All try at once: who gets no answer waits for it.
+fn connect_everywhere(stage: &Stage, from: [&Namespace; 2]) -> Vec<TcpStream> {
+    thread::scope(|scope| {
+        let ways = ENTRIES.into_iter().flat_map(|entry| from.map(|from| (from, entry)));
+        let connecting: Vec<_> =
+            ways.map(|(from, entry)| scope.spawn(move || try_connect(stage, from, entry))).collect();
+        connecting.into_iter().filter_map(|thread| thread.join().expect("it does not panic")).collect()
+    })
 }
 
 fn try_connect(stage: &Stage, from: &Namespace, entry: Entry) -> Option<TcpStream> {
