@@ -21,10 +21,10 @@ use crate::verdicts::{LOCAL, backends, local, rig};
 use crate::vips::SOON;
 
 pub(crate) const CASES: &[Case] = cases![
+    given_filters_that_somebody_removes_when_looked_at_then_they_are_back_and_streams_go_on,
     t236_given_no_nf_tables_when_an_address_of_a_service_is_asked_then_who_listens_on_all_addresses_does_not_answer,
     t236_given_filters_when_something_begins_to_listen_or_ends_then_that_is_followed,
     t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards,
-    given_filters_that_somebody_removes_when_looked_at_then_they_are_back_and_streams_go_on,
     given_an_interface_that_is_new_when_somebody_asks_by_it_then_it_has_filters,
     given_a_relay_that_was_killed_when_its_routes_stay_then_so_do_filters_until_both_are_cleaned_up,
     given_filters_of_the_last_run_when_nf_tables_guards_then_they_go,
@@ -114,9 +114,8 @@ fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
     }
     let _sshd = Everywhere::start(rig.node(0));
     let web = Web::default().with(local(&rig));
-    let stage = FILTERS.start(rig, &web, |_| ());
-    let node = stage.rig.node(0);
-    let told = || {
+    let mut stage = FILTERS.start(rig, &web, |_| ());
+    let told = |node: &Namespace| {
         let mut doctor = Command::new(env!("CARGO_BIN_EXE_kube-relay"));
         doctor.args(["doctor", "-o", "json"]);
         without_netfilter(&mut doctor);
@@ -124,9 +123,12 @@ fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
 
-    until("it tells of filters", || told().contains("filters of tc drop what is for who listens on all addresses"));
+    until("it tells of filters", || {
+        told(stage.rig.node(0)).contains("filters of tc drop what is for who listens on all addresses")
+    });
 
-    stage.signal(Signal::STOP); // Nobody sets them again.
+    stage.end(Signal::KILL); // Nobody sets them again.
+    let node = stage.rig.node(0);
     assert!(node.run(|| guard::remove_filters(DEFAULT_ROUTE_PROTOCOL)).expect("they may be removed"));
     let web = tempfile::TempDir::new().expect("a folder");
     std::fs::write(web.path().join("web.yaml"), Web::default().with(local(&stage.rig)).to_string()).expect("a file");
@@ -135,7 +137,6 @@ fn t236_given_filters_when_the_doctor_looks_then_it_tells_what_guards() {
     without_netfilter(&mut doctor);
     let output = node.run(|| doctor.output()).expect("it starts");
     let told = String::from_utf8_lossy(&output.stdout);
-    stage.signal(Signal::CONT);
     assert!(told.contains(&format!("at {WILDCARD_PORT}/TCP")) && told.contains("of Services as well"), "{told}");
 }
 

@@ -59,6 +59,7 @@ fn given_a_registry_behind_a_node_port_when_layers_are_pushed_and_pulled_by_loca
 /// Pushes all layers, every other one in chunks, and pulls them; tells how long each took.
 fn push_and_pull(to: SocketAddr) -> io::Result<(Duration, Duration)> {
     let stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?; // As programs do that are written in Go.
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut client = BufReader::with_capacity(BLOCK, stream);
@@ -280,6 +281,7 @@ fn serve(listener: &TcpListener, connections: &AtomicUsize, stop: &AtomicBool) {
 }
 
 fn converse(stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut layers: HashMap<String, (File, u64)> = HashMap::new();
