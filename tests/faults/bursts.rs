@@ -19,7 +19,7 @@ use crate::workload::{Ask, Backend, Bulk, MESSAGE_BYTES};
 /// Short connections, each opened when its time has come.
 const A_SECOND: u32 = 2_000;
 const SECONDS: u32 = 60;
-const SHORT_SECONDS: u32 = 2;
+const SHORT_SECONDS: u32 = 1;
 /// Threads of the client. Each has one connection at a time: as many as these may be slow at once.
 const AT_ONCE: u32 = 32;
 
@@ -211,7 +211,17 @@ pub(crate) fn exchange(service: SocketAddr) -> io::Result<TcpStream> {
 
 /// Asks once on a connection.
 pub(crate) fn message(stream: &mut TcpStream) -> io::Result<()> {
-    stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])?;
+    ask(stream)?;
+    answer(stream)
+}
+
+/// The question alone.
+pub(crate) fn ask(stream: &mut TcpStream) -> io::Result<()> {
+    stream.write_all(&[Ask::Answer.byte(); MESSAGE_BYTES])
+}
+
+/// Waits for the answer.
+pub(crate) fn answer(stream: &mut TcpStream) -> io::Result<()> {
     stream.read_exact(&mut [0; MESSAGE_BYTES])
 }
 

@@ -9,22 +9,26 @@ use std::time::{Duration, Instant};
 
 use kube_relay::name::Family;
 
-use crate::bursts::{backends, message};
+use crate::bursts::{answer, ask, backends, message};
 use crate::rig::{full, skip};
 use crate::stage::{PATIENCE, Relay, Stage};
 
 /// What the relay may have, with what the kernel takes for its sockets.
 const LIMIT_BYTES: u64 = 64 << 20;
-/// Who has no answer by then waits to be accepted.
+/// Clients that come at once. The relay lets in ever fewer at a time, the last ones one by one: to wait for these takes long.
+const AT_ONCE: usize = 256;
+/// So many have their answers by then, where nobody waits to be accepted.
 const WAITING: Duration = Duration::from_secs(2);
-/// Clients that wait besides.
-const MORE: usize = 200;
+/// Clients that wait besides: they would fill what is left when some of [`AT_ONCE`] wait.
+const MORE: usize = 600;
 /// How long memory stays short.
 const SHORT: Duration = Duration::from_secs(3);
 /// Five minutes were no different; the whole file has ten.
 const LONG: Duration = Duration::from_secs(60);
 /// From when thousands of others begin to go to the first answer. Twice as long without optimization.
 const RECOVERY: Duration = Duration::from_secs(if cfg!(debug_assertions) { 2 } else { 1 });
+/// For how long it has let in nobody as memory is short.
+const PAUSED: &str = r#"kuberelay_accept_paused_seconds_total{reason="memory"}"#;
 /// From one look at the relay to the next.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -38,10 +42,20 @@ pub(crate) fn is_short() {
     let relay = group.run(|| stage.relay(&stage.backends(Family::V4), &[]));
     let service = stage.service(Family::V4);
 
-    let (mut open, mut late) = stage.client().run(|| until_one_waits(service)).expect("each is served, or waits");
-    let more = (0..MORE).map(|_| TcpStream::connect_timeout(&service, PATIENCE));
-    let _more = stage.client().run(|| more.collect::<io::Result<Vec<_>>>()).expect("the kernel's queue takes them");
-    let slowest = admin_answers(&relay, if full() { LONG } else { SHORT });
+    let lacks_memory = || relay.gauge(PAUSED) > 0.0;
+    let come = || until_some_wait(service, lacks_memory);
+    let mut open = stage.client().run(come).expect("each is served, or waits");
+    let more = (0..=MORE).map(|_| TcpStream::connect_timeout(&service, PATIENCE));
+    let mut more = stage.client().run(|| more.collect::<io::Result<Vec<_>>>()).expect("the kernel's queue takes them");
+    let mut late = more.pop().expect("it has come last");
+    let span = if full() { LONG } else { SHORT };
+    let slowest = thread::scope(|scope| {
+        late.set_read_timeout(Some(span)).expect("an option");
+        let waits = scope.spawn(|| message(&mut late).map_err(|error| error.kind()));
+        let slowest = admin_answers(&relay, span);
+        assert_eq!(waits.join().expect("clients do not panic"), Err(io::ErrorKind::WouldBlock));
+        slowest
+    });
     message(&mut open[0]).expect("an open connection goes on");
 
     let count = open.len();
@@ -64,7 +78,7 @@ fn admin_answers(relay: &Relay<'_>, span: Duration) -> Duration {
     let (begin, mut slowest) = (Instant::now(), Duration::ZERO);
     while begin.elapsed() < span {
         let asked = Instant::now();
-        let paused = relay.gauge(r#"kuberelay_accept_paused_seconds_total{reason="memory"}"#);
+        let paused = relay.gauge(PAUSED);
         slowest = slowest.max(asked.elapsed());
         assert!(paused > 0.0, "something else than memory was lacking");
         thread::sleep(LOOK_EVERY); // Nothing to wait for: that nothing happens is the point.
@@ -72,16 +86,28 @@ fn admin_answers(relay: &Relay<'_>, span: Duration) -> Duration {
     slowest
 }
 
-/// Opens connections until one is not accepted; that one comes last.
-fn until_one_waits(service: SocketAddr) -> io::Result<(Vec<TcpStream>, TcpStream)> {
-    let mut open = Vec::new();
+/// Opens connections, many at once, until some of them are not served for want of memory. Those come last.
+fn until_some_wait(service: SocketAddr, lacks_memory: impl Fn() -> bool) -> io::Result<Vec<TcpStream>> {
+    let mut open: Vec<TcpStream> = Vec::new();
     loop {
-        let mut stream = TcpStream::connect_timeout(&service, PATIENCE)?;
-        stream.set_read_timeout(Some(WAITING))?;
-        match message(&mut stream) {
-            Ok(()) => open.push(stream),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok((open, stream)),
-            Err(error) => return Err(error),
+        let served = open.len();
+        for _ in 0..AT_ONCE {
+            let mut stream = TcpStream::connect_timeout(&service, PATIENCE)?;
+            ask(&mut stream)?;
+            open.push(stream);
+        }
+        let come = Instant::now();
+        for stream in &mut open[served..] {
+            let left = WAITING.saturating_sub(come.elapsed()).max(Duration::from_millis(1));
+            stream.set_read_timeout(Some(left))?;
+            match answer(stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && lacks_memory() => return Ok(open),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    stream.set_read_timeout(Some(PATIENCE))?; // The machine is slow.
+                    answer(stream)?;
+                }
+                outcome => outcome?,
+            }
         }
     }
 }
