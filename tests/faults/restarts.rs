@@ -19,6 +19,11 @@ const STREAMS: usize = 200;
 /// How long a supervisor takes to start it anew.
 const SUPERVISOR: Duration = Duration::from_millis(200);
 
+/// For how long clients come.
+fn seconds() -> u32 {
+    if full() { 2 } else { 1 }
+}
+
 /// Killed: how soon all is served again.
 pub(crate) fn killed_and_started_anew() {
     restart(10, Duration::from_millis(500), true);
@@ -37,7 +42,7 @@ fn restart(services: u16, limit: Duration, judged: bool) {
     let mut streams = open(&stage, |number| Many::service(number as u16 % services));
 
     let (back, burst) = thread::scope(|scope| {
-        let burst = || Burst::run(stage.client(), Many::service(0), 2 * A_SECOND, A_SECOND);
+        let burst = || Burst::run(stage.client(), Many::service(0), seconds() * A_SECOND, A_SECOND);
         let burst = scope.spawn(burst);
         until("it to be under load", || (connections(&relay) > STREAMS as u64 + 200).then_some(()));
         relay.signal(Signal::KILL);
@@ -74,8 +79,10 @@ fn connections(relay: &Relay<'_>) -> u64 {
 }
 
 /// From its being asked to end to its accepting no more, and from there to its cutting what is left.
-const DELAY: Duration = Duration::from_secs(4);
-const DRAIN: Duration = Duration::from_secs(2);
+fn delay_and_drain() -> [Duration; 2] {
+    if full() { [4, 2] } else { [3, 1] }.map(Duration::from_secs)
+}
+
 /// Streams that do not end by themselves.
 const TO_CUT: usize = 3;
 
@@ -84,20 +91,21 @@ pub(crate) fn drained() {
     let stage = Stage::build();
     let _backends = backends(&stage);
     let service = stage.service(Family::V4);
-    let flags = [("--shutdown-delay", DELAY), ("--drain-timeout", DRAIN)];
+    let [delay, drain] = delay_and_drain();
+    let flags = [("--shutdown-delay", delay), ("--drain-timeout", drain)];
     let flags = flags.map(|(flag, time)| format!("{flag}={}s", time.as_secs()));
     let relay = stage.relay(&stage.backends(Family::V4), &flags);
     let mut streams = open(&stage, |_| service);
 
     let (asked, unready, burst) = thread::scope(|scope| {
-        let burst = scope.spawn(|| Burst::run(stage.client(), service, 2 * A_SECOND, A_SECOND));
+        let burst = scope.spawn(|| Burst::run(stage.client(), service, seconds() * A_SECOND, A_SECOND));
         until("it to be under load", || (connections(&relay) > STREAMS as u64 + 200).then_some(()));
         relay.signal(Signal::TERM);
         let asked = Instant::now();
         until_unready(&relay);
         (asked, asked.elapsed(), burst.join().expect("clients do not panic"))
     });
-    assert!(asked.elapsed() < DELAY, "the burst took too long to prove anything: {burst}");
+    assert!(asked.elapsed() < delay, "the burst took too long to prove anything: {burst}");
     assert_eq!(burst.failures, Vec::<String>::new());
     until("no more to be accepted", || refuses(&stage).then_some(()));
     let closed = asked.elapsed();
@@ -114,8 +122,8 @@ pub(crate) fn drained() {
     );
     assert!(end.success(), "{end:?}");
     assert!(unready < Duration::from_millis(500), "{unready:?}");
-    assert!((DELAY..DELAY + Duration::from_secs(1)).contains(&closed), "{closed:?}");
-    assert!((DELAY + DRAIN..DELAY + DRAIN + Duration::from_secs(2)).contains(&ended), "{ended:?}");
+    assert!((delay..delay + Duration::from_secs(1)).contains(&closed), "{closed:?}");
+    assert!((delay + drain..delay + drain + Duration::from_secs(2)).contains(&ended), "{ended:?}");
     let said = stage.said(stage.node());
     assert!(said.contains(&format!("\"cut\":{TO_CUT}")), "{said}");
     assert!(streams.iter_mut().all(|stream| message(stream).is_err()), "these are reset");
