@@ -21,12 +21,14 @@ pub(crate) fn iperf3() {
     let Some(program) = find("iperf3") else { return skip("iperf3", "not installed") };
     let stage = Stage::build();
     let mut server = Command::new(&program);
-    server.args(["--server", "--port", &PORT.to_string()]);
+    server.args(["--server", "--forceflush", "--port", &PORT.to_string()]);
     let _server = stage.start(stage.pod(0), server);
-    listening(stage.pod(0), stage.backend(0, Family::V4));
     let relay = stage.relay(&[stage.backend(0, Family::V4)], &[]);
 
-    for direction in [None, Some("--reverse"), Some("--bidir")] {
+    for (ended, direction) in [None, Some("--reverse"), Some("--bidir")].into_iter().enumerate() {
+        // It closes its listener after each client, and resets who waits there.
+        let listens = || stage.said(stage.pod(0)).matches("Server listening").count() > ended;
+        until("iperf3 to listen", || listens().then_some(()));
         let mut client = Command::new(&program);
         client.args(["--client", &stage.service(Family::V4).ip().to_string(), "--port", &PORT.to_string()]);
         client.args(["--time", &span(), "--parallel", "4", "--json"]).args(direction);

@@ -24,7 +24,7 @@ const CONNECTIONS_A_SECOND: u32 = 1_000;
 /// Each from a port of its own, so that each begins a flow: in the 30 s that a flow is kept, fewer than one source may have.
 const QUESTIONS_A_SECOND: u32 = 100;
 const SECONDS: u32 = 60;
-const SHORT_SECONDS: u32 = 3;
+const SHORT_SECONDS: u32 = 5;
 
 /// As short as pods may be that do not wait for whoever still comes. A debug build on a machine that does other things as well
 /// may not get a processor for as long as that.
