@@ -150,7 +150,7 @@ impl Loan {
         talk.say(Parcel::new(Kind::Commit, &()))?;
         match talk.hear(Kind::Taken) {
             Ok(()) => Ok(()),
-            // It may have said so in this very moment. From here on it is told that nobody hears.
+            // It may have said so in this very moment. From here on it is told that nobody hears, and then why.
             Err(error) => match post.settle().map(|parcel| parcel.kind) {
                 Some(Kind::Taken) => Ok(()),
                 _ => Err(error),

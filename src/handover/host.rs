@@ -363,7 +363,7 @@ impl<C: Fn(Ask) -> bool> Attendant<C> {
     fn give(&self, post: &Post, to: &Introduction) -> Result<Loan, Failure> {
         let refused = |error| {
             let failure = Failure::Give(error);
-            failure.refuse_at_once(post); // Where it does not go at once, much else was not heard either.
+            failure.refuse_at_once(post);
             failure
         };
         let mut loan = Loan::take(&self.control).map_err(refused)?;

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout, socket_send_buffer_size};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
@@ -128,11 +128,17 @@ impl Post {
     }
 
     /// The answer to a last question, or the certainty that it will never come: what the other end says from now on it is
-    /// told that nobody hears. `None` where it had not answered.
+    /// told that nobody hears, and can still be told why. `None` where it had not answered.
     pub(crate) fn settle(&self) -> Option<Parcel> {
         // Nothing is queued from here on (the kernel looks at this with each message), and what is stays there to be read.
-        let _ = shutdown(&self.0, Shutdown::Both);
+        let _ = shutdown(&self.0, Shutdown::Read);
         self.receive(Duration::ZERO).ok()
+    }
+
+    /// Has one more message go, however much of the others is unread: the kernel counts these against the send buffer.
+    pub(crate) fn make_room(&self) {
+        // What is asked for is doubled, as far as the host allows that.
+        let _ = socket_send_buffer_size(&self.0).and_then(|size| set_socket_send_buffer_size(&self.0, size));
     }
 
     fn receive_any(&self, deadline: Instant) -> Result<(u8, Vec<u8>, Vec<OwnedFd>), PostError> {
@@ -140,9 +146,16 @@ impl Post {
         let mut first = None;
         loop {
             self.wait_at_most(Timeout::Recv, deadline)?;
+            let begin = body.len();
             let [number, more] = receive_piece(&self.0, &mut body, &mut descriptors)?;
             if *first.get_or_insert(number) != number {
-                return Err(PostError::Broken("pieces of two kinds"));
+                if number != Kind::Refused.number() {
+                    return Err(PostError::Broken("pieces of two kinds"));
+                }
+                // A last word: the rest of what it breaks off will never come.
+                first = Some(number);
+                drop(body.drain(..begin));
+                descriptors.clear();
             }
             if body.len() > LONGEST_BODY_BYTES || descriptors.len() > MOST_DESCRIPTORS {
                 return Err(PostError::Broken("too long"));
@@ -383,6 +396,26 @@ mod tests {
 
             assert_eq!(heard, said_in_time.then_some(Kind::Taken));
             assert!(!said_later, "nobody believes to have been heard who was not");
+            here.send(Parcel::new(Kind::Refused, &"too late"), SOON).expect("it goes");
+            drop(here);
+            assert_eq!(there.receive(SOON).expect("it was said").said::<String>().expect("a text"), "too late");
         }
+    }
+
+    #[test]
+    fn f25_given_a_reader_that_stalls_in_the_middle_of_a_parcel_when_given_up_then_it_can_be_told_why() {
+        let (here, there) = posts();
+        let long = || Parcel { kind: Kind::Stream, body: vec![b'x'; 3 * PIECE_BYTES], descriptors: Vec::new() };
+        let outcome = (0..100).try_for_each(|_| here.send(long(), Duration::from_millis(20)));
+        assert!(matches!(outcome, Err(PostError::Limit)), "{outcome:?}");
+        assert!(here.send(Parcel::new(Kind::Refused, &"too late"), Duration::ZERO).is_err(), "it is full");
+
+        here.make_room();
+        here.send(Parcel::new(Kind::Refused, &"too late"), Duration::ZERO).expect("it goes");
+        drop(here);
+
+        let last = std::iter::repeat_with(|| there.receive(SOON).expect("it was said"));
+        let last = last.take(100).find(|parcel| parcel.kind == Kind::Refused).expect("it was told");
+        assert_eq!(last.said::<String>().expect("a text"), "too late");
     }
 }

@@ -333,7 +333,7 @@ impl Offer {
     /// It is the other one's as before.
     pub(crate) fn accept(self, holder: Holder) -> Result<Taken, TakeError> {
         let Self { other, offered: Offered { office, listeners, health_ports, source, moving }, decision } = self;
-        other.agree(&decision)?;
+        other.agree(&decision).inspect_err(|error| other.refuse(error))?;
         fault::at(Step::Taken);
         office.lock.tell(holder);
         office.door.own();
@@ -412,7 +412,11 @@ impl Other {
     }
 
     fn say(&self, parcel: Parcel) -> Result<(), TakeError> {
-        self.post.send(parcel, SEND_LIMIT).map_err(|error| broken(error, self.process.as_ref()))
+        self.post.send(parcel, SEND_LIMIT).map_err(|error| {
+            // Whoever hears no more may still say why: as when this process has stood still for too long.
+            let why = matches!(error, PostError::Closed).then(|| self.hear().err()).flatten();
+            why.unwrap_or_else(|| broken(error, self.process.as_ref()))
+        })
     }
 
     fn hear(&self) -> Result<Parcel, TakeError> {

@@ -10,6 +10,7 @@ use crate::relay::{House, descriptors};
 use crate::support::backend::{Backend, Talker};
 use crate::support::client::{Caller, ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
+use crate::support::seen;
 use crate::support::site::Site;
 
 const FAULT: &str = "KUBE_RELAY_FAULT";
@@ -54,6 +55,35 @@ async fn f25_given_a_successor_that_is_killed_at_any_step_when_it_is_gone_then_t
     assert!(done.status.success(), "{done:?}");
     assert_eq!(ask_on(&mut long).await.expect("it goes on there"), backend.address);
     assert_eq!(caller.ask().await, answer);
+}
+
+#[tokio::test]
+async fn f25_given_a_successor_that_stalls_before_its_last_word_when_it_goes_on_then_both_tell_the_same_reason() {
+    let site = Site::new(63);
+    let backend = Backend::named(site.backend(1)).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let mut long = connect(site.service()).await.expect("it serves");
+    assert_eq!(ask_on(&mut long).await.expect("a backend answers"), backend.address);
+
+    let successor = start_with(&mut house, "commit:STOP");
+    house.until_told("nothing was handed over").await;
+    assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend.address);
+    House::signal(successor, Signal::CONT);
+    house.until("it has ended", |house| house.has_ended(successor)).await;
+
+    assert_eq!(house.code(successor), Some(1), "{}", house.log());
+    for (text, level) in [("nothing was handed over", "WARN"), ("does not hand over", "ERROR")] {
+        let lines = house.told(text);
+        let [line] = lines.as_slice() else { panic!("{}", house.log()) };
+        assert!(line.contains(r#""reason":"timeout""#) && line.contains(level), "{line}");
+        assert!(line.contains("has not answered in time"), "{line}");
+    }
+    assert_eq!(house.metric("kuberelay_upgrades_total", &[r#"result="timeout""#]), 1);
+    assert_eq!(house.metric("kuberelay_upgrades_total", &[]), 1);
+    let summary = seen::page(house.admin(), "/status?summary").expect("it answers");
+    assert!(summary.contains(r#""result":"timeout""#), "{summary}");
+    assert_eq!(house.serves(), Some(first));
+    assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
 }
 
 #[tokio::test]
