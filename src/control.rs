@@ -43,6 +43,7 @@ use crate::reply_path::{ReplyPath, ReplyPathOptions};
 use crate::serve::Listeners;
 use crate::serve::access::AccessTap;
 use crate::serve::estate::Estate;
+use crate::serve::fresh::Fresh;
 use crate::serve::listeners::{BindError, Inherited};
 use crate::serve::passed::{Passed, WantedSockets};
 use crate::serve::tcp::{TcpOptions, TcpShared};
@@ -658,7 +659,8 @@ impl Control {
         let (began, asked_at) = (Instant::now(), SystemTime::now());
         let (wanted, estate) = (self.listeners.wanted(), self.listeners.estate());
         let taken = take_all(take_over, wanted, estate).await?;
-        let Taken { mut office, listeners, health_ports, source, moving, from } = taken;
+        let Taken { mut office, fresh, listeners, health_ports, source, moving, from } = taken;
+        let fresh = fresh.unwrap_or_default();
         let Some(from) = from.map(Arc::new) else {
             self.begin_given(given).await; // Nobody was there, and so there is nothing else.
             return Ok(office);
@@ -673,8 +675,8 @@ impl Control {
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
         let listeners = given.into_iter().chain(listeners).collect();
-        let (inherited, moved) = self.begin_taken(listeners, committed).await;
-        self.health_ports.inherit(health_ports, Instant::now()).await;
+        let (inherited, moved) = self.begin_taken(listeners, &fresh, committed).await;
+        self.health_ports.inherit(health_ports, &fresh, Instant::now()).await;
         self.open_the_rest(&from).await;
         self.tell_of_upgrade(&from, inherited, moved, began.elapsed());
         office.owe_word_to(from);
@@ -695,7 +697,8 @@ impl Control {
     /// Serves the first state, where it can on sockets that were open before this process: who waits there is served.
     async fn begin_given(&mut self, given: Vec<Passed>) {
         let (is_news, now) = (!given.is_empty(), Instant::now().into_std());
-        let Inherited { adopted, differing, unwanted } = self.listeners.begin(given, now).await;
+        let fresh = if is_news { fresh_or_usual() } else { Fresh::default() };
+        let Inherited { adopted, differing, unwanted } = self.listeners.begin(given, &fresh, now).await;
         if is_news {
             let (listeners, elapsed_ms) = (self.listeners.bound_count(), now.elapsed().as_millis() as u64);
             tracing::info!(
@@ -748,10 +751,15 @@ impl Control {
     }
 
     /// Connections and flows go on already: a listener that lets clients in finds counters, pins and turns as they were.
-    async fn begin_taken(&mut self, listeners: Vec<Passed>, committed: Committed) -> (Inherited, TakenOver) {
+    async fn begin_taken(
+        &mut self,
+        listeners: Vec<Passed>,
+        fresh: &Fresh,
+        committed: Committed,
+    ) -> (Inherited, TakenOver) {
         let now = Instant::now().into_std();
         self.listeners.inherit(committed.departed(), now);
-        let inherited = self.listeners.begin(listeners, now).await;
+        let inherited = self.listeners.begin(listeners, fresh, now).await;
         let finished = spawn_blocking(move || committed.finish()).await;
         (inherited, finished.unwrap_or_default()) // It panics nowhere; what it counts is for the log.
     }
@@ -964,6 +972,16 @@ async fn await_release(from: &Arc<Predecessor>) {
     if !spawn_blocking(move || releasing.released()).await.unwrap_or(false) {
         tracing::warn!(from_pid = from.pid, "the process that was taken over from does not say that it has let go");
     }
+}
+
+/// What new sockets are like here. Where nothing is left to open one with, they are taken to be as they are nearly everywhere: to
+/// refuse those that are kept for that would leave who waits there with nobody.
+fn fresh_or_usual() -> Fresh {
+    Fresh::look().unwrap_or_else(|error| {
+        let reason = BindFailure::of(&error).as_str();
+        tracing::warn!(%error, reason, "sockets that were kept cannot be compared with new ones");
+        Fresh::default()
+    })
 }
 
 /// Does what blocks on another thread. `None` is the error of one that has panicked.

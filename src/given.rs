@@ -181,10 +181,9 @@ mod tests {
         assert_eq!(given.strays, BTreeSet::from(["stored".to_owned()]));
         let other_names = ["dns", "kube-relay.socket", "stored", "tcp-127.85.11.2-7500"];
         assert_eq!(given.other_names, other_names.map(str::to_owned).into());
+        let fresh = Fresh::look().expect("descriptors are left");
         for (listener, wanted) in given.sockets.iter().zip([1, 1, 2, 1]) {
-            listener
-                .check(wanted, &Fresh::look())
-                .unwrap_or_else(|difference| panic!("{}: {difference}", listener.key));
+            listener.check(wanted, &fresh).unwrap_or_else(|difference| panic!("{}: {difference}", listener.key));
         }
     }
 }

@@ -180,10 +180,10 @@ impl HealthPorts {
         Ok(passed)
     }
 
-    /// Opens what failed as another process has had it, on that one's sockets: no balancer is refused in between.
-    pub(crate) async fn inherit(&mut self, passed: Vec<Passed>, now: Instant) {
-        let fresh = Fresh::look();
-        let fitting = passed.into_iter().filter(|passed| passed.check(1, &fresh).is_ok());
+    /// Opens what failed as another process has had it, on that one's sockets where they are like `fresh` ones: no balancer
+    /// is refused in between.
+    pub(crate) async fn inherit(&mut self, passed: Vec<Passed>, fresh: &Fresh, now: Instant) {
+        let fitting = passed.into_iter().filter(|passed| passed.check(1, fresh).is_ok());
         let socket = |Passed { key, mut sockets, .. }: Passed| Some((key, Arc::into_inner(sockets.pop()?)?));
         self.passed = fitting.filter_map(socket).collect();
         self.hasten_all(now);
@@ -443,7 +443,7 @@ mod tests {
 
         let passed = old.lend().await.expect("descriptors are left");
         assert_eq!(passed.len(), 1);
-        new.inherit(passed, now).await;
+        new.inherit(passed, &Fresh::look().expect("descriptors are left"), now).await;
 
         assert!(new.failure(&web).is_none() && is_open());
         soon(old.close()).await;

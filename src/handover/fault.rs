@@ -16,6 +16,8 @@ const STOPPING: std::time::Duration = std::time::Duration::from_millis(100);
 /// What the successor has done when it happens.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Step {
+    /// It has asked for everything.
+    Take,
     /// It has got the folder.
     Folder,
     /// It has got connections, and others will come.

@@ -427,7 +427,6 @@ mod tests {
     use crate::handover::taking::{Decision, TakeOver, introduce};
     use crate::name::{ListenKey, ObjectName, Protocol, ServicePortName};
     use crate::serve::estate::Estate;
-    use crate::serve::fresh::Fresh;
     use crate::serve::passed::{Passed, WantedSockets};
     use crate::serve::socket;
     use crate::state_lock::{Holder, StateLock};
@@ -528,7 +527,8 @@ mod tests {
         assert_eq!(handed.pid, std::process::id().cast_signed());
         let keys: Vec<_> = taken.listeners.iter().map(|passed| (passed.key, passed.sockets.len())).collect();
         assert_eq!(keys, [(rig.key, 1)]);
-        taken.listeners[0].check(1, &Fresh::look()).expect("it is the same socket");
+        let fresh = taken.fresh.as_ref().expect("it was looked at some");
+        taken.listeners[0].check(1, fresh).expect("it is the same socket");
         let admin: Vec<_> = taken.office.take_admin_sockets().into_keys().collect();
         assert_eq!(admin, [([127, 85, 10, 1], 7501).into()]);
         let refused = StateLock::take(rig.folder.path(), holder(3)).expect_err("it has a new owner").to_string();
@@ -561,7 +561,7 @@ mod tests {
     fn f25_given_a_socket_with_another_option_when_a_successor_sees_it_then_nothing_is_taken_over() {
         let rig = Rig::start(5, SOON);
         let web = ServicePortName::new(ObjectName::new("default", "web"), "http", Protocol::Tcp);
-        let wanted = WantedSockets { listeners: [(rig.key, (web, 1))].into(), fresh: Fresh::look() };
+        let wanted = WantedSockets { listeners: [(rig.key, (web, 1))].into() };
         let shares_port = |shares| SockRef::from(&rig.listener).set_reuse_port(shares).expect("a listener");
 
         shares_port(true);

@@ -21,7 +21,9 @@ use super::refusal::Refusal;
 use super::sockets;
 use super::source::SourceSaid;
 use crate::causes::causes;
+use crate::remedy::BindFailure;
 use crate::serve::estate::Estate;
+use crate::serve::fresh::Fresh;
 use crate::serve::passed::{Fit, Passed, Unlike, WantedSockets};
 use crate::state_lock::{Holder, StateLock, StateLockError};
 use crate::stats::UpgradeResult;
@@ -87,6 +89,9 @@ pub enum TakeError {
         /// The word for it.
         reason: UpgradeResult,
     },
+    /// Nothing is left to open sockets with: the other one's cannot be compared with new ones.
+    #[error("no {} is left to compare its sockets with new ones", lacking(.0))]
+    Short(#[source] std::io::Error),
     /// A listener of the other one is not as it would be here.
     #[error("{0}")]
     Unlike(UnlikeKind),
@@ -154,11 +159,16 @@ impl TakeError {
             Self::Ended | Self::Left => UpgradeResult::Ended,
             Self::Broken(BrokenKind(Break::Post(PostError::Limit))) => UpgradeResult::Timeout,
             Self::Broken(BrokenKind(Break::Post(PostError::Closed))) => UpgradeResult::Ended,
-            Self::Call(_) | Self::Unlike(_) | Self::Broken(_) | Self::Lock(_) | Self::Door { .. } => {
+            Self::Call(_) | Self::Short(_) | Self::Unlike(_) | Self::Broken(_) | Self::Lock(_) | Self::Door { .. } => {
                 UpgradeResult::Refused
             }
         }
     }
+}
+
+/// What there is none of.
+fn lacking(error: &std::io::Error) -> &'static str {
+    if BindFailure::of(error) == BindFailure::Memory { "memory" } else { "descriptor" }
 }
 
 impl From<Refusal> for TakeError {
@@ -202,6 +212,7 @@ pub(crate) struct Offer {
 #[derive(Debug)]
 struct Offered {
     office: Office,
+    fresh: Fresh,
     listeners: Vec<Passed>,
     health_ports: Vec<Passed>,
     source: SourceSaid,
@@ -222,6 +233,8 @@ struct Other {
 pub(crate) struct Taken {
     /// What goes to the process.
     pub(crate) office: Office,
+    /// What new sockets are like here; `None` where nobody was there before.
+    pub(crate) fresh: Option<Fresh>,
     /// The sockets of listeners.
     pub(crate) listeners: Vec<Passed>,
     /// Those of health ports.
@@ -273,7 +286,7 @@ impl TakeOver {
         let no_door = |NoDoor { source, .. }| TakeError::Door { folder: self.folder.clone(), source };
         let office = Office::found(&self.folder, lock).map_err(no_door)?;
         let (listeners, health_ports, source) = Default::default();
-        Ok(Taken { office, listeners, health_ports, source, moving: None, from: None })
+        Ok(Taken { office, fresh: None, listeners, health_ports, source, moving: None, from: None })
     }
 
     fn greet(&self) -> Result<Option<Other>, TakeError> {
@@ -332,13 +345,15 @@ impl Offer {
     /// # Errors
     /// It is the other one's as before.
     pub(crate) fn accept(self, holder: Holder) -> Result<Taken, TakeError> {
-        let Self { other, offered: Offered { office, listeners, health_ports, source, moving }, decision } = self;
+        let Self { other, offered, decision } = self;
+        let Offered { office, fresh, listeners, health_ports, source, moving } = offered;
         other.agree(&decision).inspect_err(|error| other.refuse(error))?;
         fault::at(Step::Taken);
         office.lock.tell(holder);
         office.door.own();
         let from = Predecessor { pid: other.told.pid, version: other.told.version(), other };
-        Ok(Taken { office, listeners, health_ports, source, moving: Some(moving), from: Some(from) })
+        let (fresh, moving, from) = (Some(fresh), Some(moving), Some(from));
+        Ok(Taken { office, fresh, listeners, health_ports, source, moving, from })
     }
 }
 
@@ -346,6 +361,9 @@ impl Other {
     /// Has it tell all it has.
     fn hear_all(&self, wanted: &WantedSockets, estate: Estate) -> Result<Offered, TakeError> {
         self.say(Parcel::new(Kind::Take, &()))?;
+        fault::at(Step::Take);
+        // Before anything comes, and takes the last descriptors.
+        let fresh = Fresh::look().map_err(TakeError::Short)?;
         let (mut folder, mut admin, mut moving) = (None, None, Importer::new(estate));
         let (mut listeners, mut health_ports, mut source) = (Vec::new(), Vec::new(), SourceSaid::default());
         loop {
@@ -360,7 +378,7 @@ impl Other {
                     let told = sockets::listeners(parcel)?;
                     // Now, while streams still flow there, and nothing has been decided.
                     for passed in &told {
-                        if wanted.check(passed)? == Fit::Anew {
+                        if wanted.check(passed, &fresh)? == Fit::Anew {
                             moving.leave_out(passed.key);
                         }
                     }
@@ -380,7 +398,7 @@ impl Other {
         }
         let office = Office::passed(folder.ok_or(Break::NoFolder)?, admin)?;
         fault::at(Step::End);
-        Ok(Offered { office, listeners, health_ports, source, moving })
+        Ok(Offered { office, fresh, listeners, health_ports, source, moving })
     }
 
     /// Has it let go. Once this is done, all is ours and nobody else's.

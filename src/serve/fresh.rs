@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use socket2::SockRef;
 
 use crate::name::{Family, Protocol};
+use crate::remedy::BindFailure;
 use crate::serve::socket::number_option;
 
 /// New sockets as they were looked at: once, as ten thousand listeners may be compared with them. `Default`: as they are where
@@ -37,14 +38,25 @@ struct Traits {
 
 impl Fresh {
     /// Opens some and looks at them. A family that this host has not is left out: there is nothing to compare.
-    pub(crate) fn look() -> Self {
+    ///
+    /// # Errors
+    /// No descriptor or no memory is left: what new sockets are like is not known.
+    pub(crate) fn look() -> io::Result<Self> {
+        Self::look_at(open)
+    }
+
+    fn look_at(open: impl Fn(Family, Protocol) -> io::Result<OwnedFd>) -> io::Result<Self> {
         let kinds =
             [Family::V4, Family::V6].into_iter().flat_map(|family| [(family, Protocol::Tcp), (family, Protocol::Udp)]);
-        let traits = kinds.filter_map(|(family, protocol)| {
-            let traits = open(family, protocol).and_then(|socket| Traits::of(&socket, protocol));
-            Some(((family, protocol), traits.ok()?))
-        });
-        Self(traits.collect())
+        let look = |(family, protocol)| match open(family, protocol).and_then(|socket| Traits::of(&socket, protocol)) {
+            Ok(traits) => Some(Ok(((family, protocol), traits))),
+            // These say nothing of the host, and are over when something is given back.
+            Err(error) if matches!(BindFailure::of(&error), BindFailure::FdLimit | BindFailure::Memory) => {
+                Some(Err(error))
+            }
+            Err(_) => None,
+        };
+        kinds.filter_map(look).collect::<io::Result<_>>().map(Self)
     }
 
     /// The option in which a socket is another one; `None` where there is none.
@@ -111,7 +123,7 @@ mod tests {
         let socket = open(Family::V4, Protocol::Udp).expect("descriptors are left");
         let difference =
             |fresh: &Fresh| fresh.difference(&socket, Family::V4, Protocol::Udp).expect("the kernel tells what it is");
-        let own = Fresh::look();
+        let own = Fresh::look().expect("descriptors are left");
         assert_eq!(difference(&own), None);
         assert_eq!(difference(&Fresh::default()), None, "nobody does so on this machine");
 
@@ -119,5 +131,20 @@ mod tests {
         other.0.get_mut(&(Family::V4, Protocol::Udp)).expect("it was looked at").device = Some(b"vrf-blue".to_vec());
 
         assert_eq!(difference(&other), Some("SO_BINDTODEVICE"));
+    }
+    #[test]
+    fn f25_given_a_host_without_a_family_or_a_process_without_descriptors_when_looked_then_both_are_told_apart() {
+        let failing = |errno: i32, failing: Family| {
+            Fresh::look_at(move |family, protocol| match family == failing {
+                true => Err(io::Error::from_raw_os_error(errno)),
+                false => open(family, protocol),
+            })
+        };
+
+        let without_family = failing(libc::EAFNOSUPPORT, Family::V6).expect("it has the other one");
+        let without_descriptors = failing(libc::EMFILE, Family::V4).expect_err("it is not known");
+
+        assert!(without_family.0.keys().eq(&[(Family::V4, Protocol::Tcp), (Family::V4, Protocol::Udp)]));
+        assert_eq!(without_descriptors.raw_os_error(), Some(libc::EMFILE));
     }
 }

@@ -148,7 +148,7 @@ impl Listeners {
         let wanted = |HeldBack { bind: Bind { key, wanted, .. }, .. }: &HeldBack| {
             (*key, (wanted.port.clone(), self.servers.most_sockets(key.protocol)))
         };
-        WantedSockets { listeners: held_back.map(wanted).collect(), fresh: Fresh::look() }
+        WantedSockets { listeners: held_back.map(wanted).collect() }
     }
 
     /// The sockets of all listeners, for another process. They are served as before.
@@ -165,23 +165,22 @@ impl Listeners {
         departed.iter().for_each(|(port, backends)| self.ports.inherit(port, backends, now));
     }
 
-    /// Binds what was held back, on sockets that another process has had where there are some that fit. That one has
-    /// let go of them.
-    pub(crate) async fn begin(&mut self, passed: Vec<Passed>, now: Instant) -> Inherited {
+    /// Binds what was held back, on sockets that another process has had where there are some that fit: others here are like
+    /// `fresh` ones. That process has let go of them.
+    pub(crate) async fn begin(&mut self, passed: Vec<Passed>, fresh: &Fresh, now: Instant) -> Inherited {
         let held_back = self.held_back.take().unwrap_or_default();
         let wanted: HashSet<_, RandomState> = held_back.iter().map(|held_back| held_back.bind.key).collect();
         let passed = passed.into_iter().map(|passed| (passed.key, passed));
         let (mut passed, unwanted) = passed.partition::<BTreeMap<_, _>, _>(|(key, _)| wanted.contains(key));
         let mut count = Inherited { unwanted: unwanted.len(), ..Inherited::default() };
         self.discard(unwanted); // Before others are kept in their place.
-        let fresh = if passed.is_empty() { Fresh::default() } else { Fresh::look() };
         for HeldBack { bind, target, refused } in held_back {
             consume_budget().await;
             let Some(sockets) = passed.remove(&bind.key) else {
                 self.open_late(bind, target, refused, now);
                 continue;
             };
-            match sockets.check(self.servers.most_sockets(bind.key.protocol), &fresh) {
+            match sockets.check(self.servers.most_sockets(bind.key.protocol), fresh) {
                 Ok(()) => {
                     count.adopted += 1;
                     self.adopt(bind, target, sockets, now).await;

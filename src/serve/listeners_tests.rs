@@ -581,7 +581,8 @@ async fn f21_given_sockets_that_were_open_before_when_begun_then_each_is_served_
         passed(udp_key(62), group),
         passed(tcp_key(63), vec![Arc::clone(&unwanted)]),
     ];
-    let inherited = bench.listeners.begin(passed, bench.now).await;
+    let fresh = Fresh::look().expect("descriptors are left");
+    let inherited = bench.listeners.begin(passed, &fresh, bench.now).await;
 
     assert_eq!(inherited, Inherited { adopted: 1, differing: 1, unwanted: 1 });
     assert_eq!(bench.listeners.bound_count(), 2);

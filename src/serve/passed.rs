@@ -67,8 +67,6 @@ pub(crate) enum Difference {
 pub(crate) struct WantedSockets {
     /// With the number of sockets that each can have.
     pub(crate) listeners: BTreeMap<ListenKey, (ServicePortName, usize)>,
-    /// What others are like.
-    pub(crate) fresh: Fresh,
 }
 
 /// A listener whose socket is not as this process would have it: it cannot be served on, nor can another one be had beside it.
@@ -92,13 +90,13 @@ pub(crate) enum Fit {
 }
 
 impl WantedSockets {
-    /// Compares the sockets of a listener with those that would be opened for it. Nobody minds those of one that is not wanted.
+    /// Compares the sockets of a listener with those that would be opened for it, which are like `fresh` ones. Nobody minds those of one that is not wanted.
     ///
     /// # Errors
     /// They are not the same.
-    pub(crate) fn check(&self, passed: &Passed) -> Result<Fit, Unlike> {
+    pub(crate) fn check(&self, passed: &Passed, fresh: &Fresh) -> Result<Fit, Unlike> {
         let Some((service, most)) = self.listeners.get(&passed.key) else { return Ok(Fit::Whole) };
-        match passed.check(*most, &self.fresh).and_then(|()| passed.check_reuse()) {
+        match passed.check(*most, fresh).and_then(|()| passed.check_reuse()) {
             Ok(()) => Ok(Fit::Whole),
             Err(Difference::Count { .. }) if passed.key.protocol == Protocol::Udp => Ok(Fit::Anew),
             Err(difference) => Err(Unlike { service: service.clone(), key: passed.key, difference }),
@@ -201,8 +199,12 @@ mod tests {
         Passed { key, parked, sockets: sockets.into_iter().map(Arc::new).collect() }
     }
 
+    fn fresh() -> Fresh {
+        Fresh::look().expect("descriptors are left")
+    }
+
     fn difference(passed: &Passed, wanted: usize) -> String {
-        passed.check(wanted, &Fresh::look()).expect_err("it is another one").to_string()
+        passed.check(wanted, &fresh()).expect_err("it is another one").to_string()
     }
 
     #[test]
@@ -222,7 +224,7 @@ mod tests {
             (passed(key(4, Protocol::Udp), true, vec![held.into()]), 3),
             (passed(key(5, Protocol::Udp), false, vec![alone.into()]), 3),
         ] {
-            passed.check(wanted, &Fresh::look()).unwrap_or_else(|difference| panic!("{}: {difference}", passed.key));
+            passed.check(wanted, &fresh()).unwrap_or_else(|difference| panic!("{}: {difference}", passed.key));
         }
     }
 
@@ -247,8 +249,8 @@ mod tests {
             "it has 0 sockets, and can have 2"
         );
         let name = ServicePortName::new(ObjectName::new("default", "dns"), "dns", Protocol::Udp);
-        let wanted = WantedSockets { listeners: [(group.key, (name, 2))].into(), fresh: Fresh::look() };
-        assert_eq!(wanted.check(&group).expect("others can be had"), Fit::Anew);
+        let wanted = WantedSockets { listeners: [(group.key, (name, 2))].into() };
+        assert_eq!(wanted.check(&group, &fresh()).expect("others can be had"), Fit::Anew);
         let foreign: OwnedFd = shared(16);
         SockRef::from(&foreign).set_reuse_port(true).expect("a listener");
         assert_eq!(
@@ -271,8 +273,8 @@ mod tests {
     /// The option that a listener is not taken over for, when it comes from another process.
     fn refused_for(key: ListenKey, socket: OwnedFd) -> String {
         let name = ServicePortName::new(ObjectName::new("default", "web"), "http", key.protocol);
-        let wanted = WantedSockets { listeners: [(key, (name, 1))].into(), fresh: Fresh::look() };
-        let told = wanted.check(&passed(key, false, vec![socket])).expect_err("it differs").to_string();
+        let wanted = WantedSockets { listeners: [(key, (name, 1))].into() };
+        let told = wanted.check(&passed(key, false, vec![socket]), &fresh()).expect_err("it differs").to_string();
         let prefix = format!("default/web:http: the socket at {key} cannot be taken over: its ");
         let option = told.strip_prefix(&prefix).and_then(|told| told.strip_suffix(" is another one"));
         option.unwrap_or_else(|| panic!("{told}")).to_owned()
@@ -340,7 +342,7 @@ mod tests {
         SockRef::from(&socket).set_reuse_address(true).expect("an option"); // As systemd does with each.
 
         let passed = passed(key(92, Protocol::Udp), false, vec![socket]);
-        passed.check(1, &Fresh::look()).expect("it is set again where it is served");
+        passed.check(1, &fresh()).expect("it is set again where it is served");
 
         udp::settle_passed(&passed.sockets[0].try_clone().map(UdpSocket::from).expect("descriptors are left"))
             .expect("it is a socket for datagrams");

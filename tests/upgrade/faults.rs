@@ -13,14 +13,14 @@ use crate::support::manifest::Manifest;
 use crate::support::seen;
 use crate::support::site::Site;
 
-const FAULT: &str = "KUBE_RELAY_FAULT";
+pub(crate) const FAULT: &str = "KUBE_RELAY_FAULT";
 
 /// Starts a successor that has a fault.
 fn start_with(house: &mut House, fault: &str) -> u32 {
     house.start(|command| _ = command.arg("--take-over").env(FAULT, fault))
 }
 
-fn stands_still(pid: u32) -> bool {
+pub(crate) fn stands_still(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") T "))
 }
 

@@ -3,9 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 
+#[cfg(debug_assertions)]
+use rustix::process::Signal;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::net::TcpStream;
 
+#[cfg(debug_assertions)]
+use crate::faults::{FAULT, stands_still};
 use crate::relay::{House, descriptors, lasting_descriptors};
 use crate::support::backend::Backend;
 use crate::support::client::{ask_on, ask_times, connect};
@@ -145,4 +149,33 @@ async fn f25_given_a_successor_with_few_descriptors_when_it_is_handed_more_then_
     let done = house.upgrade(&[]).await;
     assert!(done.status.success(), "{done:?}");
     all_go_on(&mut streams, &backend).await;
+}
+
+#[cfg(debug_assertions)] // What stops a process at a step is in no build for use.
+#[tokio::test]
+async fn f25_given_a_successor_without_descriptors_when_it_looks_what_new_sockets_are_like_then_both_say_so() {
+    let site = Site::new(64);
+    let backend = Backend::named(site.backend(1)).await;
+    let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
+    let before = descriptors(first);
+
+    let successor = house.start(|command| _ = command.arg("--take-over").env(FAULT, "take:STOP"));
+    house.until("it has asked", |_| stands_still(successor)).await;
+    leave(successor, 0);
+    House::signal(successor, Signal::CONT);
+    house.until("it has ended", |house| house.has_ended(successor)).await;
+
+    assert_eq!(house.code(successor), Some(1), "{}", house.log());
+    for text in ["nothing was handed over", r#""level":"ERROR""#] {
+        house.until_told(text).await;
+        let lines = house.told(text);
+        let [line] = lines.as_slice() else { panic!("{}", house.log()) };
+        assert!(line.contains("no descriptor is left to compare its sockets with new ones"), "{line}");
+        assert!(line.contains(r#""reason":"refused""#), "{line}");
+    }
+    assert_eq!(house.serves(), Some(first));
+    assert_eq!(ask_times(2, site.service()).await, [backend.address; 2]);
+    house.until("no descriptor is left over", |_| descriptors(first) <= before).await;
+    let done = house.upgrade(&[]).await;
+    assert!(done.status.success(), "{done:?}");
 }
