@@ -231,7 +231,8 @@ impl Relay {
             inside_moved: false,
             local: BTreeSet::new(),
             triggers: Vec::new(),
-            changed_since: SystemTime::UNIX_EPOCH,
+            measured_before: SystemTime::UNIX_EPOCH,
+            measured_until: SystemTime::UNIX_EPOCH,
             news: false,
             status: first,
             publish,
@@ -397,8 +398,12 @@ struct Control {
     local: BTreeSet<IpAddr>,
     /// When changes of this batch had come about.
     triggers: Vec<SystemTime>,
-    /// Those that came about before have been served, and measured, by the process before this one.
-    changed_since: SystemTime,
+    /// What came about later than this was not measured by the process before this one, and is here. Two kinds are in neither,
+    /// as nobody knows whose they are: what has an older stamp than something that the other one had heard of first, and what
+    /// it had not heard of though it came about before this process has begun to follow the API server.
+    measured_before: SystemTime,
+    /// When the last change had come about that was measured.
+    measured_until: SystemTime,
     /// True where the source has said something that is not in the last snapshot.
     news: bool,
     /// The next snapshot.
@@ -492,7 +497,7 @@ impl Control {
     async fn lend(&self) -> io::Result<Lent> {
         let (passed, health_ports) = (self.listeners.lend().await?, self.health_ports.lend().await?);
         let (contact, rejections) = (Arc::clone(&self.status.contact), self.status.source.rejections.clone());
-        let source = SourceCounts { contact, rejections };
+        let source = SourceCounts { contact, rejections, measured_until: self.measured_until };
         Ok(Lent { passed, health_ports, estate: self.listeners.estate(), source })
     }
 
@@ -619,10 +624,11 @@ impl Control {
 
     /// How long the changes took that are carried out by now. A time to come is another clock's: it says nothing.
     fn measure(&mut self, now: SystemTime) {
-        let since = self.changed_since;
-        let own = self.triggers.drain(..).filter(|trigger| *trigger >= since);
-        for took in own.filter_map(|trigger| now.duration_since(trigger).ok()) {
+        let before = self.measured_before;
+        for trigger in self.triggers.drain(..).filter(|trigger| *trigger > before) {
+            let Ok(took) = now.duration_since(trigger) else { continue };
             PROCESS.network_programming.observe(took);
+            self.measured_until = self.measured_until.max(trigger);
         }
     }
 
@@ -667,11 +673,12 @@ impl Control {
         };
         // At once: nothing of it moves in the other process any more, whether that looks away from listeners or not yet.
         let committed = moving.map(Importer::commit).unwrap_or_default();
-        let SourceSaid { api, rejections } = source;
+        self.measured_before = source.measured_until().unwrap_or(asked_at);
+        self.measured_until = self.measured_before;
+        let SourceSaid { api, rejections, .. } = source;
         api.add_to(&*self.status.contact);
         self.rejected_before = Some(rejections);
         self.begins_with_saved = self.status.contact.serves_saved();
-        self.changed_since = asked_at;
         await_release(&from).await;
         // Of one that is there twice, what the other process has served on until now is the one that counts: the last.
         let listeners = given.into_iter().chain(listeners).collect();

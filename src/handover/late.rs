@@ -169,8 +169,7 @@ impl Counted {
             connect_us: 0,
             ejection: None,
         });
-        let source = SourceSaid { api, ..SourceSaid::default() };
-        [Parcel::new(Kind::Process, &process), source.parcel()]
+        [Parcel::new(Kind::Process, &process), SourceSaid::of_api(api).parcel()]
             .into_iter()
             .chain(port_parcels(ports))
             .chain(backend_parcels(backends))

@@ -260,6 +260,33 @@ mod with_an_api_server {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn t064_given_a_change_that_the_old_process_has_not_heard_of_when_the_next_one_serves_it_then_its_time_counts()
+     {
+        let site = Site::new(65);
+        let server = api_server(site).await;
+        let mut house = House::following(site, &server).await;
+        let programmed = |house: &House| house.metric("kubeproxy_network_programming_duration_seconds_count", &[]);
+        // Another replica of the API server, which is ahead of the first one.
+        let ahead = ApiServer::start(SocketAddr::new(site.client(7), 6443)).await;
+        ahead.put("services", service("web", site.cluster_ip(), "TCP"));
+        ahead.refuse_only(Some("endpointslices"));
+        fs::write(house.path().join("config"), ahead.kubeconfig()).expect("the test's folder can be written");
+        let second = house.start(|command| _ = command.arg("--take-over"));
+        house.until("the next one asks", |_| ahead.count("endpointslices", false) > 0).await;
+        assert_eq!(programmed(&house), 0);
+
+        ahead.put("endpointslices", slice_of_now("192.0.2.2"));
+        ahead.refuse_only(None);
+        house.until("the next one serves", |house| house.serves() == Some(second) && house.is_ready()).await;
+        house.until("it is measured", |house| programmed(house) > 0).await;
+        ahead.put("services", service("later", site.client(3), "TCP"));
+        let knows = |house: &mut House| seen::page(house.admin(), "/status").is_ok_and(|page| page.contains("later"));
+        house.until("all before is counted", knows).await;
+
+        assert_eq!(programmed(&house), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn t234_f02_given_rejected_objects_when_a_saved_state_is_taken_over_with_then_each_counts_once() {
         let site = Site::new(62);
         let server = api_server(site).await;
