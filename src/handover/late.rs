@@ -29,7 +29,8 @@ use super::source::SourceSaid;
 use super::taking::{Greeting, introduce};
 use crate::contact::Contact;
 use crate::name::ServicePortName;
-use crate::serve::balancer::Backend;
+use crate::serve::balancer::{Backend, PortState};
+use crate::serve::departed::Departed;
 use crate::serve::estate::{Estate, PortParts};
 
 /// How often it is looked whether more was counted.
@@ -64,9 +65,17 @@ struct PortCounted {
 #[derive(Debug)]
 pub(super) struct Ledger {
     /// As they were when all was handed over: there are no others any more.
-    ports: BTreeMap<ServicePortName, PortParts>,
+    ports: BTreeMap<ServicePortName, PortCounters>,
     contact: Arc<Contact>,
     told: Counted,
+}
+
+/// Where a ServicePort counts: no more of it than that is kept for as long as a process retires.
+#[derive(Debug)]
+struct PortCounters {
+    state: Arc<PortState>,
+    backends: Arc<[Arc<Backend>]>,
+    departed: Option<Arc<Departed>>,
 }
 
 /// Nobody was told.
@@ -85,9 +94,9 @@ enum Untold {
 /// Tells of the counters of a process that retires, for as long as it does.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    pub(super) ledger: Ledger,
+    ledger: Ledger,
     /// Where others are met.
-    pub(super) folder: PathBuf,
+    folder: PathBuf,
     /// Hangs up when nothing is counted here any more.
     ends: Receiver<()>,
     /// Dropped once the last was told.
@@ -103,9 +112,9 @@ pub(super) struct Accounts {
 
 impl Counted {
     /// Those of all these.
-    fn of(ports: &BTreeMap<ServicePortName, PortParts>, contact: &Contact) -> Self {
-        let of_port = |(name, port): (&ServicePortName, &PortParts)| (name.clone(), PortCounted::of(port));
-        let of_backends = |(name, port): (&ServicePortName, &PortParts)| {
+    fn of(ports: &BTreeMap<ServicePortName, PortCounters>, contact: &Contact) -> Self {
+        let of_port = |(name, port): (&ServicePortName, &PortCounters)| (name.clone(), PortCounted::of(port));
+        let of_backends = |(name, port): (&ServicePortName, &PortCounters)| {
             let of_backend = |backend: &Arc<Backend>| {
                 let counts = Counts::of(backend.stats.so_far());
                 (!counts.is_empty()).then(|| ((name.clone(), backend.address), counts))
@@ -176,8 +185,14 @@ impl Counted {
     }
 }
 
+impl PortCounters {
+    fn of(PortParts { state, backends, departed, .. }: &PortParts) -> Self {
+        Self { state: Arc::clone(state), backends: Arc::clone(backends), departed: departed.clone() }
+    }
+}
+
 impl PortCounted {
-    fn of(port: &PortParts) -> Self {
+    fn of(port: &PortCounters) -> Self {
         Self {
             counts: Counts::of(port.state.stats.so_far()),
             sources: Counts::of(port.state.preserve.stats.so_far()),
@@ -199,7 +214,8 @@ impl PortCounted {
 impl Ledger {
     /// Of a process that has said this of its counters.
     pub(super) fn new(estate: &Estate, contact: Arc<Contact>, said: CountersSaid, source: SourceSaid) -> Self {
-        Self { ports: estate.ports.clone(), contact, told: Counted::of_said(said, source) }
+        let ports = estate.ports.iter().map(|(name, port)| (name.clone(), PortCounters::of(port)));
+        Self { ports: ports.collect(), contact, told: Counted::of_said(said, source) }
     }
 
     /// Has another process told what was counted since the last time, if anything. Where it was not, it is told the
@@ -330,8 +346,7 @@ impl LateCounts {
 mod tests {
     use super::*;
     use crate::name::{ObjectName, Protocol};
-    use crate::serve::balancer::PortState;
-    use crate::serve::departed::Departed;
+    use crate::plan::TcpSettings;
     use crate::stats::{CloseReason, DropReason, Entry, WatchFailure, WatchedKind};
 
     fn at(port: u16) -> SocketAddr {
@@ -351,9 +366,16 @@ mod tests {
             balancers: Box::default(),
             backends: backends.collect(),
             departed: Some(Arc::new(departed)),
-            tcp: None,
+            tcp: Some(Arc::new(TcpSettings::default())),
         };
         Estate::of_ports(BTreeMap::from([(name(), parts)]))
+    }
+
+    /// Of a process that has told of all that it has counted.
+    fn ledger(estate: &Estate, contact: &Arc<Contact>) -> Ledger {
+        let mut ledger = Ledger::new(estate, Arc::clone(contact), CountersSaid::default(), SourceSaid::default());
+        ledger.told = Counted::of(&ledger.ports, contact);
+        ledger
     }
 
     /// What was counted since the last time, as the other side hears it.
@@ -382,8 +404,7 @@ mod tests {
     fn t234_given_counters_that_were_said_when_more_is_counted_then_another_process_is_told_of_that_alone_and_once() {
         let (old, new, contact) = (estate(&[1, 2]), estate(&[2, 3]), Arc::new(Contact::default()));
         count(&old, &contact);
-        let said = Counted::of(&old.ports, &contact);
-        let mut ledger = Ledger { ports: old.ports.clone(), contact: Arc::clone(&contact), told: said };
+        let mut ledger = ledger(&old, &contact);
         ledger.told.process = Counts::of(&Whole);
 
         count(&old, &contact);
@@ -405,8 +426,7 @@ mod tests {
     #[test]
     fn t234_given_nobody_who_hears_when_told_then_it_is_told_the_next_time() {
         let (old, contact) = (estate(&[1, 2]), Arc::new(Contact::default()));
-        let told_so_far = Counted::of(&old.ports, &contact);
-        let mut ledger = Ledger { ports: old.ports.clone(), contact: Arc::clone(&contact), told: told_so_far };
+        let mut ledger = ledger(&old, &contact);
         count(&old, &contact);
 
         let refused = ledger.tell(|_| Err("nobody hears"));
@@ -415,5 +435,17 @@ mod tests {
         let new = estate(&[1, 2]);
         told(&mut ledger).expect("it is not told yet").commit(&new, &Contact::default(), Instant::now());
         assert_eq!(new.ports[&name()].backends[0].stats.upstream_bytes.of(Entry::NodePort), 10);
+    }
+    #[test]
+    fn t234_given_a_process_that_retires_when_its_estate_is_dropped_then_nothing_but_counters_is_kept() {
+        let (old, contact) = (estate(&[1, 2]), Arc::new(Contact::default()));
+        let settings = old.ports[&name()].tcp.as_ref().map(Arc::downgrade).expect("it has some");
+
+        let mut ledger = ledger(&old, &contact);
+        count(&old, &contact);
+        drop(old);
+
+        assert!(settings.upgrade().is_none());
+        assert!(told(&mut ledger).is_some(), "and these count");
     }
 }
