@@ -11,10 +11,14 @@ use rustix::process::Signal;
 use socket2::SockRef;
 
 use crate::relay::{BINARY, House, copies, descriptors};
+use crate::support::DEADLINE;
 use crate::support::backend::Backend;
 use crate::support::client::{ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
+
+/// How often a script looks, twenty times a second, whether it may go on: for as long as a test waits for anything, and longer.
+const TRIES: u32 = 40 * DEADLINE.as_secs() as u32;
 
 /// A program that is not ours, with this as its text.
 fn script(house: &House, text: &str) -> String {
@@ -82,7 +86,9 @@ async fn f25_given_a_successor_that_comes_when_its_time_is_over_then_it_is_turne
     let (mut house, first) = House::serving(site, &Manifest::new(site).tcp().endpoints([backend.address])).await;
     let go = house.path().join("go");
     // Who is started has another one come, and is all that can be ended.
-    let wait = format!("while [ ! -e '{}' ]; do sleep 0.05; done", go.display());
+    // It gives up in the end: a test that fails before it says "go" would leave it there for ever.
+    let wait =
+        format!("n=0; until [ -e '{}' ]; do n=$((n+1)); [ $n -lt {TRIES} ] || exit 1; sleep 0.05; done", go.display());
     let starts_another = script(&house, &format!("({wait}; exec '{BINARY}' \"$@\") &\nexec sleep 60"));
 
     let late = refused(&house.upgrade(&["--binary", &starts_another, "--timeout", "300ms"]).await);
