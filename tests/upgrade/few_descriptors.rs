@@ -56,7 +56,7 @@ fn limit(pid: u32, limit: Rlimit) -> Rlimit {
 }
 
 /// A number in a line of the log.
-fn number(line: &str, field: &str) -> usize {
+pub(crate) fn number(line: &str, field: &str) -> usize {
     let (_, rest) = line.split_once(&format!("\"{field}\":")).unwrap_or_else(|| panic!("{field} in {line}"));
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap_or_else(|error| panic!("{error}: {line}"))

@@ -14,6 +14,7 @@ mod kept;
 mod load;
 mod pods;
 mod relay;
+mod size;
 mod strangers;
 mod succession;
 mod supervisor;
