@@ -85,7 +85,7 @@ async fn t234_given_two_pods_on_a_node_when_the_second_takes_over_then_none_fail
     load.answered(100).await;
 
     let second = start_pod(&mut house).await;
-    house.until("it has taken over", |house| house.log().contains("taken over")).await;
+    house.until_told(r#""message":"taken over""#).await;
     load.answered(100).await;
 
     assert_eq!(is_ready(&house, second), (true, "kube-relay 0.1.0 (pid 1) serves\n".into()));

@@ -43,7 +43,7 @@ async fn t234_given_a_thousand_new_connections_a_second_when_another_process_tak
     house.until("the first one ends by itself", |house| house.has_ended(first)).await;
     assert_eq!(ask_on(&mut long).await.expect("it goes on"), backend);
     house.until_told("handed over").await;
-    house.until_told("taken over").await;
+    house.until_told(r#""message":"taken over""#).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
