@@ -26,7 +26,8 @@ pub(crate) struct Exporter {
     workers: WorkerLines,
     /// Connections that stand still.
     streams: usize,
-    told: Told,
+    told_streams: ToldCount,
+    told_flows: ToldCount,
     /// What was said of counters.
     counted: RefCell<CountersSaid>,
     /// When it was told which clients stay where.
@@ -41,15 +42,15 @@ pub(crate) fn pins(estate: &Estate, now: Instant) -> impl Iterator<Item = Parcel
 
 /// How many were told of so far.
 #[derive(Debug, Default)]
-pub(super) struct Told {
-    pub(super) streams: Cell<usize>,
-    pub(super) flows: Cell<usize>,
-}
+pub(super) struct ToldCount(Cell<usize>);
 
-impl Told {
-    /// So many more.
-    pub(super) fn add(count: &Cell<usize>, more: usize) {
-        count.set(count.get() + more);
+impl ToldCount {
+    pub(super) fn add(&self, more: usize) {
+        self.0.set(self.get() + more);
+    }
+
+    fn get(&self) -> usize {
+        self.0.get()
     }
 }
 
@@ -63,8 +64,9 @@ impl Exporter {
     /// A thread does not answer. Then all goes on.
     pub(crate) fn freeze(estate: Estate, pins_said_at: Instant) -> Result<Self, Unanswered> {
         let workers = estate.tcp.lines();
-        let (told, counted) = Default::default();
-        let mut frozen = Self { estate, workers, streams: 0, told, counted, pins_said_at, released: false };
+        let (told_streams, told_flows, counted) = Default::default();
+        let mut frozen =
+            Self { estate, workers, streams: 0, told_streams, told_flows, counted, pins_said_at, released: false };
         frozen.streams = frozen.workers.rest()?;
         frozen.estate.udp.rest()?;
         debug!(streams = frozen.streams, "connections and flows stand still");
@@ -79,7 +81,7 @@ impl Exporter {
 
     /// How many connections, and how many flows, were told of.
     pub(crate) fn told(&self) -> (usize, usize) {
-        (self.told.streams.get(), self.told.flows.get())
+        (self.told_streams.get(), self.told_flows.get())
     }
 
     /// What was said of counters. Nothing the second time.
@@ -93,8 +95,8 @@ impl Exporter {
     /// An error is the last there is. Then nothing may be [released](Self::release): some may have been told that nobody heard of.
     pub(crate) fn parcels(&self) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
         let services = services::parcels(&self.estate, Instant::now(), self.pins_said_at, &self.counted).map(Ok);
-        let flows = flows::losses(&self.estate.udp).chain(flows::parcels(&self.estate.udp, &self.told.flows));
-        services.chain(flows).chain(streams::parcels(&self.workers, &self.told.streams))
+        let flows = flows::losses(&self.estate.udp).chain(flows::parcels(&self.estate.udp, &self.told_flows));
+        services.chain(flows).chain(streams::parcels(&self.workers, &self.told_streams))
     }
 
     /// It is the other process's: lets go of all that was told of, and of every listener. No connection or flow ends by that,
@@ -105,7 +107,7 @@ impl Exporter {
     /// A thread does not answer; it does so when it can.
     pub(crate) fn release(mut self) -> Result<(), Unanswered> {
         self.released = true;
-        let left = self.streams.saturating_sub(self.told.streams.get());
+        let left = self.streams.saturating_sub(self.told_streams.get());
         if left > 0 {
             warn!(
                 left,

@@ -3,14 +3,13 @@
 //! A flow whose ServicePort or backend is not there any more comes all the same: it is judged as after any change of
 //! endpoints, so that an answer on its way still arrives.
 
-use std::cell::Cell;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::handover::exporter::Told;
+use crate::handover::exporter::ToldCount;
 use crate::handover::heirs::Heirs;
 use crate::handover::parcel::{Kind, Parcel, ParcelError};
 use crate::handover::services::PortName;
@@ -51,10 +50,10 @@ struct FlowSaid {
 }
 
 /// All flows of shards that rest; `told` counts them.
-pub(crate) fn parcels(shards: &ShardLines, told: &Cell<usize>) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
+pub(crate) fn parcels(shards: &ShardLines, told: &ToldCount) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
     shards.flows(AT_ONCE).map(move |flows| {
         let flows = flows?;
-        Told::add(told, flows.len());
+        told.add(flows.len());
         let (said, sockets): (Vec<_>, Vec<_>) = flows.into_iter().map(FlowSaid::of).unzip();
         Ok(Parcel::new(Kind::Flow, &said).with(sockets))
     })

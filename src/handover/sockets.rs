@@ -12,13 +12,13 @@ use crate::serve::passed::Passed;
 
 /// Listeners whose sockets come with a message.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Told {
-    listeners: Vec<ToldListener>,
+struct ListenersSaid {
+    listeners: Vec<ListenerSaid>,
 }
 
 /// One of them.
 #[derive(Debug, Serialize, Deserialize)]
-struct ToldListener {
+struct ListenerSaid {
     address: SocketAddr,
     protocol: Protocol,
     #[serde(default)]
@@ -51,15 +51,15 @@ fn fits(listener: &Passed, room: &mut usize) -> bool {
 }
 
 fn parcel(kind: Kind, listeners: &[Passed]) -> io::Result<Parcel> {
-    let (mut told, mut copies) = (Told::default(), Vec::new());
+    let (mut said, mut copies) = (ListenersSaid::default(), Vec::new());
     for Passed { key, parked, sockets } in listeners.iter().filter(|one| one.sockets.len() <= MOST_DESCRIPTORS) {
         for socket in sockets {
             copies.push(socket.try_clone()?);
         }
         let (address, protocol) = (key.address(), key.protocol);
-        told.listeners.push(ToldListener { address, protocol, parked: *parked, sockets: sockets.len() });
+        said.listeners.push(ListenerSaid { address, protocol, parked: *parked, sockets: sockets.len() });
     }
-    Ok(Parcel::new(kind, &told).with(copies))
+    Ok(Parcel::new(kind, &said).with(copies))
 }
 
 /// The listeners of a message.
@@ -67,14 +67,14 @@ fn parcel(kind: Kind, listeners: &[Passed]) -> io::Result<Parcel> {
 /// # Errors
 /// It cannot be read, or has not as many descriptors as it tells of.
 pub(super) fn listeners(parcel: Parcel) -> Result<Vec<Passed>, ParcelError> {
-    let Told { listeners } = parcel.said()?;
+    let ListenersSaid { listeners } = parcel.said()?;
     let (kind, found) = (parcel.kind, parcel.descriptors.len());
     let wanted = listeners.iter().fold(0_usize, |sum, one| sum.saturating_add(one.sockets));
     if wanted != found {
         return Err(ParcelError::Descriptors { kind, wanted, found });
     }
     let mut descriptors = parcel.descriptors.into_iter().map(Arc::new);
-    let with_sockets = |ToldListener { address, protocol, parked, sockets }| Passed {
+    let with_sockets = |ListenerSaid { address, protocol, parked, sockets }| Passed {
         key: ListenKey::at(address, protocol),
         parked,
         sockets: descriptors.by_ref().take(sockets).collect(),

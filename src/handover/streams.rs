@@ -3,7 +3,6 @@
 //! The descriptors of each are its client's socket, its backend's, and both ends of the pipe that holds bytes for the backend and
 //! of the one that holds bytes for the client, where there is such a pipe. Bytes in memory follow the text in the same order.
 
-use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -12,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::handover::exporter::Told;
+use crate::handover::exporter::ToldCount;
 use crate::handover::heirs::Heirs;
 use crate::handover::parcel::{Kind, MOST_DESCRIPTORS, Parcel, ParcelError};
 use crate::handover::services::PortName;
@@ -86,10 +85,10 @@ struct DirectionSaid {
 }
 
 /// All connections that stand still; `told` counts those that are told of.
-pub(crate) fn parcels(workers: &WorkerLines, told: &Cell<usize>) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
+pub(crate) fn parcels(workers: &WorkerLines, told: &ToldCount) -> impl Iterator<Item = Result<Parcel, Unanswered>> {
     workers.streams(AT_ONCE).flat_map(move |streams| match streams {
         Ok(streams) => {
-            Told::add(told, streams.len());
+            told.add(streams.len());
             in_parcels(streams).into_iter().map(Ok).collect()
         }
         Err(unanswered) => vec![Err(unanswered)],
