@@ -146,16 +146,7 @@ impl Loan {
         talk.say(self.source_said.parcel())?;
         self.say_what_moves(&mut talk, standstill)?;
         talk.say(Parcel::new(Kind::End, &()))?;
-        talk.hear(Kind::Ready)?;
-        talk.say(Parcel::new(Kind::Commit, &()))?;
-        match talk.hear(Kind::Taken) {
-            Ok(()) => Ok(()),
-            // It may have said so in this very moment. From here on it is told that nobody hears, and then why.
-            Err(error) => match post.settle().map(|parcel| parcel.kind) {
-                Some(Kind::Taken) => Ok(()),
-                _ => Err(error),
-            },
-        }
+        talk.agree()
     }
 
     /// Has traffic stand still and says what there is of it. Where the successor would not know what to do with a part of
@@ -236,6 +227,19 @@ impl Talk<'_> {
             Kind::Refused => Err(GiveError::Refused(Refusal::of(&parcel))),
             kind => Err(GiveError::OutOfTurn(kind)),
         }
+    }
+
+    /// All was said: has the other side take it, or be certain that it does not.
+    fn agree(&self) -> Result<(), GiveError> {
+        self.hear(Kind::Ready)?;
+        self.say(Parcel::new(Kind::Commit, &()))?;
+        self.hear(Kind::Taken).or_else(|error| {
+            // It may have said so in this very moment. From here on it is told that nobody hears, and then why.
+            match self.post.settle().map(|parcel| parcel.kind) {
+                Some(Kind::Taken) => Ok(()),
+                _ => Err(error),
+            }
+        })
     }
 
     /// A message that could go at once is too late as well: many of them would make any time long.

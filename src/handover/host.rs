@@ -328,6 +328,11 @@ impl<C: Fn(Ask) -> bool> Attendant<C> {
                 return None;
             }
         };
+        Some(self.let_go(loan, post, to, pid, began))
+    }
+
+    /// Everything is the other process's: lets go of it here, and says so.
+    fn let_go(&mut self, loan: Loan, post: Post, to: &Introduction, pid: i32, began: Instant) -> Gone {
         // It goes on without these words, too.
         let say = |word| _ = post.send(Parcel::new(word, &()), CALLER_LIMIT);
         let (Moved { listeners, streams, flows }, ledger) = loan.release(|| say(Kind::Released));
@@ -344,19 +349,16 @@ impl<C: Fn(Ask) -> bool> Attendant<C> {
             "handed over; what has not moved comes to its end here"
         );
         let (tell, answered) = oneshot::channel();
-        let answered = Some(answered);
-        let Some(Upgrade { asker, successor, .. }) = self.upgrade.take() else {
-            let handed = Handed { pid, child: None, answered, accounts: None, looks: None };
-            return Some(Gone { handed, farewell: None, ledger });
-        };
-        let report =
-            UpgradeReport { pid: successor.pid(), version: to.version(), listeners, streams, flows, elapsed_ms };
-        let (looks, looks_away) = channel();
-        let post = to.understands(Kind::Serving).then_some(post);
-        let farewell = Farewell { asker, post, report, looks: looks_away, _answered: tell };
-        let child = Some(successor.released());
-        let handed = Handed { pid, child, answered, accounts: None, looks: Some(looks) };
-        Some(Gone { handed, farewell: Some(farewell), ledger })
+        let mut handed = Handed { pid, child: None, answered: Some(answered), accounts: None, looks: None };
+        let farewell = self.upgrade.take().map(|Upgrade { asker, successor, .. }| {
+            let (looks, looks_away) = channel();
+            let report =
+                UpgradeReport { pid: successor.pid(), version: to.version(), listeners, streams, flows, elapsed_ms };
+            let post = to.understands(Kind::Serving).then_some(post);
+            (handed.child, handed.looks) = (Some(successor.released()), Some(looks));
+            Farewell { asker, post, report, looks: looks_away, _answered: tell }
+        });
+        Gone { handed, farewell, ledger }
     }
 
     /// Lends everything, until it is the other's; where that fails it is ours as before.
