@@ -40,6 +40,7 @@
 //! | `door` | the socket in the state folder |
 //! | `arrival` | how a process comes to that folder: first, as a successor, or not yet |
 //! | `line` | which pods have served, in their order |
+//! | `office` | what a process has as such: the folder, the door, the sockets of its own servers |
 //! | `sockets` | what is said of listening sockets |
 //! | `giving`, `taking` | the two sides of the conversation above |
 //! | `host` | who answers at the door |
