@@ -398,9 +398,9 @@ struct Control {
     local: BTreeSet<IpAddr>,
     /// When changes of this batch had come about.
     triggers: Vec<SystemTime>,
-    /// What came about later than this was not measured by the process before this one, and is here. Two kinds are in neither,
-    /// as nobody knows whose they are: what has an older stamp than something that the other one had heard of first, and what
-    /// it had not heard of though it came about before this process has begun to follow the API server.
+    /// What came about later than this was not measured by the process before this one, and is here. Two kinds are in
+    /// neither, as nobody knows whose they are: what has an older stamp than something that the other one had heard of
+    /// first, and what it had not heard of though it came about before this process has begun to follow the API server.
     measured_before: SystemTime,
     /// When the last change had come about that was measured.
     measured_until: SystemTime,
@@ -981,8 +981,8 @@ async fn await_release(from: &Arc<Predecessor>) {
     }
 }
 
-/// What new sockets are like here. Where nothing is left to open one with, they are taken to be as they are nearly everywhere: to
-/// refuse those that are kept for that would leave who waits there with nobody.
+/// What new sockets are like here. Where nothing is left to open one with, they are taken to be as they are nearly
+/// everywhere: to refuse those that are kept for that would leave who waits there with nobody.
 fn fresh_or_usual() -> Fresh {
     Fresh::look().unwrap_or_else(|error| {
         let reason = BindFailure::of(&error).as_str();

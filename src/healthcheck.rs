@@ -180,8 +180,8 @@ impl HealthPorts {
         Ok(passed)
     }
 
-    /// Opens what failed as another process has had it, on that one's sockets where they are like `fresh` ones: no balancer
-    /// is refused in between.
+    /// Opens what failed as another process has had it, on that one's sockets where they are like `fresh` ones: no
+    /// balancer is refused in between.
     pub(crate) async fn inherit(&mut self, passed: Vec<Passed>, fresh: &Fresh, now: Instant) {
         let fitting = passed.into_iter().filter(|passed| passed.check(1, fresh).is_ok());
         let socket = |Passed { key, mut sockets, .. }: Passed| Some((key, Arc::into_inner(sockets.pop()?)?));

@@ -75,7 +75,8 @@ impl Failure {
         self.refuse_within(SAY_LIMIT, post);
     }
 
-    /// The same, where no time is left to wait for one that hears nothing: it finds it when it goes on, behind all else.
+    /// The same, where no time is left to wait for one that hears nothing: it finds it when it goes on, behind all
+    /// else.
     pub(super) fn refuse_at_once(&self, post: &Post) {
         post.make_room();
         self.refuse_within(Duration::ZERO, post);

@@ -3,7 +3,8 @@
 //! The body is one line of JSON; whatever follows it are bytes as they are, those that a stream has yet to send. A version
 //! that knows more fields than the other one leaves out what it does not know and has a default for what is not said.
 //!
-//! How parcels travel is in `post`; what they say is in `office`, `sockets`, `source`, `services`, `flows`, `streams` and `late`.
+//! How parcels travel is in `post`; what they say is in `office`, `sockets`, `source`, `services`, `flows`, `streams`
+//! and `late`.
 
 use std::io;
 use std::os::fd::OwnedFd;

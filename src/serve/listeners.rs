@@ -165,8 +165,8 @@ impl Listeners {
         departed.iter().for_each(|(port, backends)| self.ports.inherit(port, backends, now));
     }
 
-    /// Binds what was held back, on sockets that another process has had where there are some that fit: others here are like
-    /// `fresh` ones. That process has let go of them.
+    /// Binds what was held back, on sockets that another process has had where there are some that fit: others here are
+    /// like `fresh` ones. That process has let go of them.
     pub(crate) async fn begin(&mut self, passed: Vec<Passed>, fresh: &Fresh, now: Instant) -> Inherited {
         let held_back = self.held_back.take().unwrap_or_default();
         let wanted: HashSet<_, RandomState> = held_back.iter().map(|held_back| held_back.bind.key).collect();

@@ -90,7 +90,8 @@ pub(crate) enum Fit {
 }
 
 impl WantedSockets {
-    /// Compares the sockets of a listener with those that would be opened for it, which are like `fresh` ones. Nobody minds those of one that is not wanted.
+    /// Compares the sockets of a listener with those that would be opened for it, which are like `fresh` ones. Nobody
+    /// minds those of one that is not wanted.
     ///
     /// # Errors
     /// They are not the same.

@@ -260,8 +260,7 @@ mod with_an_api_server {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn t064_given_a_change_that_the_old_process_has_not_heard_of_when_the_next_one_serves_it_then_its_time_counts()
-     {
+    async fn t064_given_a_change_that_the_old_process_has_not_heard_of_when_the_next_one_serves_it_then_it_counts() {
         let site = Site::new(65);
         let server = api_server(site).await;
         let mut house = House::following(site, &server).await;

@@ -17,7 +17,8 @@ use crate::support::client::{ask_on, ask_times, connect};
 use crate::support::manifest::Manifest;
 use crate::support::site::Site;
 
-/// How often a script looks, twenty times a second, whether it may go on: for as long as a test waits for anything, and longer.
+/// How often a script looks, twenty times a second, whether it may go on: for as long as a test waits for anything, and
+/// longer.
 const TRIES: u32 = 40 * DEADLINE.as_secs() as u32;
 
 /// A program that is not ours, with this as its text.

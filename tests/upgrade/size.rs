@@ -37,7 +37,8 @@ struct Size {
 }
 
 impl Size {
-    /// Half of the descriptors are for listeners, and half for connections, of which each has two: as far as there are any.
+    /// Half of the descriptors are for listeners, and half for connections, of which each has two: as far as there are
+    /// any.
     fn of_this_run() -> Self {
         let limit = host::raise_open_files().expect("a limit").unwrap_or(u64::MAX);
         let half = limit.saturating_sub(SPARE_DESCRIPTORS) / 2;
