@@ -1,14 +1,19 @@
-//! A Service that comes and goes many times. A program of its own: descriptors are counted for the whole process.
+//! A Service that comes and goes many times. A program of its own: descriptors are counted for the whole process, and a child
+//! has copies of all of them until it runs.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use kube_relay::control::{Message, Relay, RelayOptions};
 use kube_relay::model::{Endpoint, Event, Objects, Service, Slice};
 use kube_relay::plan::PlanOptions;
 use kube_relay::status::Status;
+use tokio::sync::Mutex;
 
 use crate::support::backend::{Backend, Talker};
 use crate::support::site::Site;
@@ -21,8 +26,12 @@ mod support;
 const ROUNDS: usize = 1_000;
 const SHORT_ROUNDS: usize = 50;
 
+/// Descriptors are everybody's here: one test at a time.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t158_given_a_service_that_comes_and_goes_when_it_is_gone_then_all_descriptors_are_back() {
+    let _alone = ALONE.lock().await;
     let site = Site::new(158);
     let _backends = (Backend::named(site.backend(1)).await, Talker::named(site.backend(1)).await);
     let relay = start(site).await;
@@ -40,6 +49,28 @@ async fn t158_given_a_service_that_comes_and_goes_when_it_is_gone_then_all_descr
     };
     within("descriptors to be closed", back).await;
     assert_eq!(relay.open_connections(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t158_given_children_that_are_being_started_when_a_service_comes_and_goes_then_each_address_is_free_at_once() {
+    let _alone = ALONE.lock().await;
+    let site = Site::new(159);
+    let _backends = (Backend::named(site.backend(1)).await, Talker::named(site.backend(1)).await);
+    let relay = start(site).await;
+    let over = Arc::<AtomicBool>::default();
+    let is_over = Arc::clone(&over);
+    let starting = thread::spawn(move || {
+        while !is_over.load(Ordering::Relaxed) {
+            assert!(Command::new("true").status().expect("it is in the path").success());
+        }
+    });
+
+    for _ in 0..SHORT_ROUNDS {
+        round(&relay, site).await;
+    }
+
+    over.store(true, Ordering::Relaxed);
+    starting.join().expect("each child runs");
 }
 
 async fn start(site: Site) -> Relay {
@@ -78,9 +109,14 @@ async fn send(relay: &Relay, messages: impl IntoIterator<Item = Message>) {
     }
 }
 
+/// Waits for a status; none of those until then tells of a listener that could not be bound.
 async fn until(relay: &Relay, what: &str, condition: impl Fn(&Arc<Status>) -> bool) {
     let mut status = relay.status();
-    within(what, status.wait_for(condition)).await.expect("the control task runs");
+    let comes = |status: &Arc<Status>| {
+        assert!(status.failed.is_empty(), "{what}: {:?}", status.failed);
+        condition(status)
+    };
+    within(what, status.wait_for(comes)).await.expect("the control task runs");
 }
 
 fn serves(status: &Status, backend: SocketAddr) -> bool {
