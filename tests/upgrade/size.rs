@@ -17,9 +17,7 @@ use crate::support::manifest::Manifest;
 use crate::support::site::{BACKEND_PORT, SERVICE_PORT, Site};
 use crate::support::{full, seen};
 
-/// The corner of 127/8 whose second half is the backends'; from the next one on there are cluster IPs.
-const SITE: u8 = 66;
-/// Cluster IPs in each corner.
+/// Cluster IPs in each of the corners of 127/8 behind that of the backends: the last ones for tests here.
 const IN_A_CORNER: u16 = 250;
 /// Who is asked at the same time: fewer than may wait to be let in.
 const AT_ONCE: usize = 64;
@@ -51,15 +49,15 @@ impl Size {
     }
 
     /// Where its Services answer.
-    fn addresses(&self) -> Vec<SocketAddr> {
-        (0..self.services).map(address).collect()
+    fn addresses(&self, site: Site) -> Vec<SocketAddr> {
+        (0..self.services).map(|number| address(site, number)).collect()
     }
 }
 
-fn address(number: u16) -> SocketAddr {
-    let IpAddr::V4(first) = Site::new(SITE + 1).cluster_ip() else { unreachable!("all of 127/8 are") };
-    let [net, block, corner, _] = first.octets();
-    let (corner, last) = (u16::from(corner) + number / IN_A_CORNER, 1 + number % IN_A_CORNER);
+fn address(site: Site, number: u16) -> SocketAddr {
+    let IpAddr::V4(own) = site.cluster_ip() else { unreachable!("all of 127/8 are") };
+    let [net, block, corner, _] = own.octets();
+    let (corner, last) = (u16::from(corner) + 1 + number / IN_A_CORNER, 1 + number % IN_A_CORNER);
     let [corner, last] = [corner, last].map(|part| u8::try_from(part).expect("as many corners as there are"));
     SocketAddr::new(Ipv4Addr::new(net, block, corner, last).into(), SERVICE_PORT)
 }
@@ -92,12 +90,12 @@ async fn open(service: SocketAddr) -> (TcpStream, SocketAddr) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f25_given_many_services_and_streams_when_upgraded_then_all_go_on_and_the_next_process_is_no_larger() {
-    let (size, site) = (Size::of_this_run(), Site::new(SITE));
+    let (size, site) = (Size::of_this_run(), Site::new(66));
     let mut backends = Vec::new();
     for number in 1..=4 {
         backends.push(Backend::named(site.backend(number)).await);
     }
-    let addresses = size.addresses();
+    let addresses = size.addresses(site);
     let mut house = House::new(site, &Manifest::new(site));
     fs::write(house.manifest(), manifests(&addresses, &backends)).expect("the test's folder can be written");
     let began = Instant::now();
