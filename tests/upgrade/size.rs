@@ -41,7 +41,7 @@ impl Size {
         let limit = host::raise_open_files().expect("a limit").unwrap_or(u64::MAX);
         let half = limit.saturating_sub(SPARE_DESCRIPTORS) / 2;
         let wanted =
-            if full() { Self { services: 9_000, streams: 4_500 } } else { Self { services: 2_000, streams: 1_000 } };
+            if full() { Self { services: 6_000, streams: 3_000 } } else { Self { services: 2_000, streams: 1_000 } };
         Self {
             services: wanted.services.min(u16::try_from(half).unwrap_or(u16::MAX)),
             streams: wanted.streams.min(usize::try_from(half / 2).unwrap_or(usize::MAX)),
