@@ -39,6 +39,7 @@ use crate::remedy::{self, BindFailure};
 use crate::report_pieces::ReportPieces;
 use crate::stats::PROCESS;
 use crate::status::Status;
+use crate::status_query::{Excerpt, StatusQuery};
 use crate::summary::{Closeup, Summary};
 use crate::timestamp::rfc3339;
 use crate::{gzip, metrics, page, peer};
@@ -71,6 +72,7 @@ impl Surface {
                 "/metrics",
                 "/status",
                 "/status?summary",
+                "/status?service=NAMESPACE/NAME",
                 "/status/NAMESPACE/NAME",
                 "/readyz",
                 "/readyz?verbose",
@@ -492,10 +494,13 @@ async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View
             answer.unwrap_or_else(failed)
         }
         "/" if surface == Surface::Status => page::answer(),
-        "/status" if surface == Surface::Status && asks_for(request, "summary") => {
-            document(request, move || Some(Summary::of(&view.snapshot(), SystemTime::now()))).await
-        }
-        "/status" if surface == Surface::Status => whole_status(view).await,
+        "/status" if surface == Surface::Status => match StatusQuery::read(request.uri().query()) {
+            Ok(StatusQuery::Summary) => {
+                document(request, move || Some(Summary::of(&view.snapshot(), SystemTime::now()))).await
+            }
+            Ok(StatusQuery::Report(wanted)) => status(view, wanted).await,
+            Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        },
         path if surface == Surface::Status && path.starts_with(SERVICES) => {
             let name = ObjectName::parse(path.strip_prefix(SERVICES).unwrap_or_default());
             document(request, move || Closeup::of(&view.snapshot(), &name, SystemTime::now())).await
@@ -508,13 +513,17 @@ async fn operators(request: &Request<Incoming>, surface: Surface, view: Arc<View
 }
 
 /// The largest document: made while it is sent, and never there at once.
-async fn whole_status(view: Arc<View>) -> Answer {
+async fn status(view: Arc<View>, wanted: Excerpt) -> Answer {
     let pieces = off_the_workers(move || {
         let pauses = PauseReport::of_process(Instant::now().into());
-        ReportPieces::of(view.snapshot(), pauses)
+        ReportPieces::of(view.snapshot(), pauses, wanted)
     })
     .await;
-    pieces.map_or_else(failed, |pieces| response(StatusCode::OK, JSON, AnswerBody::in_pieces(pieces)))
+    match pieces {
+        Some(Ok(pieces)) => response(StatusCode::OK, JSON, AnswerBody::in_pieces(pieces)),
+        Some(Err(error)) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
+        None => failed(),
+    }
 }
 
 fn asks_for(request: &Request<Incoming>, word: &str) -> bool {
@@ -723,6 +732,41 @@ mod tests {
         assert!(nobody.starts_with("HTTP/1.1 404 ") && body(&nobody) == "there is no such Service\n", "{nobody}");
         for path in ["/status?summary", "/status/default/web"] {
             assert!(served.get(Surface::Metrics, path).await.starts_with("HTTP/1.1 404 "), "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn given_one_service_when_its_report_is_asked_for_then_it_is_that_of_the_whole_one_and_nothing_else() {
+        let served = Served::start().await;
+        let server = served.address(Surface::Status);
+        let web = ObjectName::parse("web");
+
+        let told = peer::status_of(server, &web).await.expect("it is there");
+        let whole = peer::status(server).await.expect("a status").only(&web).expect("it is there");
+        let nobody = served.get(Surface::Status, "/status?service=shop/web").await;
+        let error = peer::status_of(server, &ObjectName::parse("shop/web")).await.expect_err("it is elsewhere");
+
+        let [told, whole] = [told, whole].map(|report| serde_json::to_value(report).expect("JSON"));
+        assert_eq!(told, whole);
+        assert!(nobody.starts_with("HTTP/1.1 404 "), "{nobody}");
+        assert_eq!(body(&nobody), "there is no Service shop/web, but default/web\n");
+        assert_eq!(error.to_string(), format!("{server}: there is no Service shop/web, but default/web"));
+        let away = served.get(Surface::Metrics, "/status?service=default/web").await;
+        assert!(away.starts_with("HTTP/1.1 404 ") && !body(&away).contains("web"), "{away}");
+    }
+
+    #[tokio::test]
+    async fn given_a_query_of_nobody_when_asked_then_the_answer_is_400_and_says_what_there_is() {
+        let served = Served::start().await;
+
+        for query in ["colour=red", "service=web", "service=a/b&service=a/b", "service=default/%3Cb%3E"] {
+            let answer = served.get(Surface::Status, &format!("/status?{query}")).await;
+
+            assert!(answer.starts_with("HTTP/1.1 400 "), "{query}: {answer}");
+            assert!(
+                body(&answer).contains("/status?service=NAMESPACE/NAME") && !body(&answer).contains("<b>"),
+                "{answer}"
+            );
         }
     }
 

@@ -237,6 +237,7 @@ mod source_ranges;
 pub mod state_lock;
 pub mod stats;
 pub mod status;
+mod status_query;
 pub mod summary;
 pub mod supervisor;
 mod sysctl;

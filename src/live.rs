@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::choice::{self, Choice, Unused};
 use crate::contact::ContactReport;
+use crate::describe::abridged;
 use crate::model::ClusterIps;
 use crate::name::{ListenKey, ObjectName};
 use crate::plan::{Problem, Severity, Target};
@@ -112,21 +113,60 @@ impl LiveReport {
     }
 }
 
-impl Report {
-    /// `, but shop/web`: Services of this name in other namespaces; empty where there are none.
-    pub fn namesakes(&self, name: &ObjectName) -> String {
-        let same = self.services.iter().filter(|service| *service.name == *name.name);
-        same.map(|service| format!(", but {}/{}", service.namespace, service.name)).collect()
+/// A Service that a relay does not have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{NO_SERVICE}{name}{namesakes}")]
+pub struct NoService {
+    name: ObjectName,
+    /// `, but shop/web`: those of this name in other namespaces; empty where there are none.
+    namesakes: String,
+}
+
+/// How a [`NoService`] begins.
+pub(crate) const NO_SERVICE: &str = "there is no Service ";
+
+impl NoService {
+    /// With what there is instead.
+    pub(crate) fn of<'n>(name: &ObjectName, all: impl Iterator<Item = &'n ObjectName>) -> Self {
+        let same: Vec<_> = all.filter(|other| other.name == name.name).map(ToString::to_string).collect();
+        let namesakes = if same.is_empty() { String::new() } else { format!(", but {}", abridged(&same)) };
+        Self { name: name.clone(), namesakes }
+    }
+}
+
+impl LiveReport {
+    /// Keeps one Service and what is said about it.
+    ///
+    /// # Errors
+    /// Where there is no such Service.
+    pub fn only(mut self, name: &ObjectName) -> Result<Self, NoService> {
+        let services = self.report.services.iter();
+        let all: Vec<_> = services.map(|service| ObjectName::new(&*service.namespace, &*service.name)).collect();
+        self.keep_what_concerns(name);
+        if self.report.services.is_empty() { Err(NoService::of(name, all.iter())) } else { Ok(self) }
     }
 
+    /// The same, of one that may not be there.
+    pub(crate) fn keep_what_concerns(&mut self, name: &ObjectName) {
+        let object = name.to_string();
+        self.recent.retain(|happened| happened.service == object);
+        self.report.keep_what_concerns(name);
+    }
+}
+
+impl Report {
     /// Keeps one Service and what is said about it; `None` where there is no such Service.
     pub fn only(mut self, name: &ObjectName) -> Option<Self> {
-        self.services.retain(|service| *service.namespace == *name.namespace && *service.name == *name.name);
+        self.keep_what_concerns(name);
+        if self.services.is_empty() { None } else { Some(self) }
+    }
+
+    fn keep_what_concerns(&mut self, name: &ObjectName) {
         let object = name.to_string();
         let concerned = |problem: &Problem| problem.subject() == object;
+        self.services.retain(|service| *service.namespace == *name.namespace && *service.name == *name.name);
         self.problems.retain(concerned);
         self.notes.retain(concerned);
-        if self.services.is_empty() { None } else { Some(self) }
     }
 }
 

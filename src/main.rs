@@ -671,15 +671,13 @@ impl Planned {
 }
 
 fn status(args: &StatusArgs) -> anyhow::Result<u8> {
-    let mut live = on(small_runtime()?, peer::status(args.server.address))?;
-    if let Some(name) = &args.service {
-        let elsewhere = live.report.namesakes(name);
-        let report = mem::take(&mut live.report).only(name);
-        let server = args.server.address;
-        let service = name.to_string();
-        live.recent.retain(|event| event.service == service);
-        live.report = report.with_context(|| format!("{server}: there is no Service {name}{elsewhere}"))?;
-    }
+    let server = args.server.address;
+    let live = on(small_runtime()?, async {
+        match &args.service {
+            Some(name) => peer::status_of(server, name).await,
+            None => peer::status(server).await,
+        }
+    })?;
     match args.output {
         StatusOutput::Json => print_json(&live)?,
         StatusOutput::Yaml => show(&serde_saphyr::to_string(&live)?)?,

@@ -16,8 +16,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::live::LiveReport;
+use crate::live::{LiveReport, NO_SERVICE};
 use crate::name::ObjectName;
+use crate::status_query::{Excerpt, spelled};
 use crate::summary::{Closeup, Summary};
 
 /// How long a neighbour on a taken port may take to name itself: it is on this machine.
@@ -26,6 +27,8 @@ const INTRODUCTION: Duration = Duration::from_millis(200);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Larger than the status of any cluster; smaller than what would hurt.
 const ANSWER_LIMIT_BYTES: usize = 256 << 20;
+/// A sentence, with two names in it.
+const REFUSAL_LIMIT_BYTES: usize = 4 << 10;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,14 @@ pub enum AskError {
         /// What it said.
         status: StatusCode,
     },
+    /// It is a kube-relay that does not have what was asked for.
+    #[error("{server}: {what}")]
+    Refused {
+        /// Whom we asked.
+        server: SocketAddr,
+        /// What it said.
+        what: String,
+    },
     /// It is a kube-relay of a version with other words.
     #[error("{server}: its status cannot be understood; is it another version than {}?", env!("CARGO_PKG_VERSION"))]
     Shape {
@@ -82,7 +93,15 @@ pub enum AskError {
 
 /// What the kube-relay at this address serves.
 pub async fn status(server: SocketAddr) -> Result<LiveReport, AskError> {
-    ask(server, "/status").await?.read(server)
+    ask(server, &Excerpt::default().path()).await?.read(server)
+}
+
+/// The same of one Service alone.
+pub async fn status_of(server: SocketAddr, name: &ObjectName) -> Result<LiveReport, AskError> {
+    let wanted = Excerpt { service: Some(name.clone()) };
+    let told: LiveReport = ask(server, &wanted.path()).await?.read(server)?;
+    // A relay of a version before this one tells of all.
+    told.only(name).map_err(|error| AskError::Refused { server, what: error.to_string() })
 }
 
 /// The same at a glance: a line for each Service.
@@ -93,27 +112,14 @@ pub async fn summary(server: SocketAddr) -> Result<Summary, AskError> {
 /// One Service with all that is known of it; `None` where the kube-relay has none of that name.
 pub async fn closeup(server: SocketAddr, name: &ObjectName) -> Result<Option<Closeup>, AskError> {
     let answer = ask(server, &path_of(name)).await?;
-    let is_ours = answer.introduction.as_deref().and_then(pid_in).is_some();
-    if answer.status == StatusCode::NOT_FOUND && is_ours {
+    if answer.status == StatusCode::NOT_FOUND && answer.is_ours() {
         return Ok(None);
     }
     answer.read(server).map(Some)
 }
 
-/// Names are letters, digits, dashes and dots. What else one may have is spelled out, so that it stays one name.
 fn path_of(name: &ObjectName) -> String {
-    let mut path = "/status".to_owned();
-    for part in [&name.namespace, &name.name] {
-        path.push('/');
-        for byte in part.bytes() {
-            match byte {
-                b'-' | b'.' => path.push(char::from(byte)),
-                _ if byte.is_ascii_alphanumeric() => path.push(char::from(byte)),
-                _ => path.push_str(&format!("%{byte:02X}")),
-            }
-        }
-    }
-    path
+    format!("/status/{}/{}", spelled(&name.namespace), spelled(&name.name))
 }
 
 /// The process id of the kube-relay whose admin server has this address; `None` where it is somebody else's.
@@ -139,7 +145,25 @@ struct Answer {
 }
 
 impl Answer {
+    fn is_ours(&self) -> bool {
+        self.introduction.as_deref().and_then(pid_in).is_some()
+    }
+
+    /// What a kube-relay says that knows the question and has no answer. Another of its servers knows no such question.
+    fn refusal(&self) -> Option<String> {
+        let text = self.body.get(..self.body.len().min(REFUSAL_LIMIT_BYTES)).map(String::from_utf8_lossy)?;
+        let is_told = match self.status {
+            StatusCode::BAD_REQUEST => true,
+            StatusCode::NOT_FOUND => text.starts_with(NO_SERVICE),
+            _ => false,
+        };
+        (is_told && self.is_ours()).then(|| text.trim_end().to_owned())
+    }
+
     fn read<T: DeserializeOwned>(&self, server: SocketAddr) -> Result<T, AskError> {
+        if let Some(what) = self.refusal() {
+            return Err(AskError::Refused { server, what });
+        }
         if self.status != StatusCode::OK {
             return Err(AskError::Stranger { server, status: self.status });
         }
@@ -182,6 +206,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::live::sample;
 
     /// Answers one request with these bytes.
     async fn stranger(answer: &'static [u8]) -> SocketAddr {
@@ -228,6 +253,43 @@ mod tests {
 
         assert!(matches!(closeup(relay, &name).await, Ok(None)));
         assert!(matches!(closeup(other, &name).await, Err(AskError::Stranger { .. })));
+    }
+
+    #[tokio::test]
+    async fn given_a_relay_that_refuses_when_asked_for_one_service_then_its_words_are_told_and_no_strangers() {
+        let web = ObjectName::parse("shop/web");
+        let relay = stranger(
+            b"HTTP/1.1 404 Not Found\r\nserver: kube-relay/0.1.0 (pid 7)\r\ncontent-length: 30\r\n\r\nthere is no Service shop/web\xff\n",
+        )
+        .await;
+        let health = stranger(
+            b"HTTP/1.1 404 Not Found\r\nserver: kube-relay/0.1.0 (pid 7)\r\ncontent-length: 19\r\n\r\nthere is:\n/healthz\n",
+        )
+        .await;
+        let other = stranger(b"HTTP/1.1 404 Not Found\r\ncontent-length: 20\r\n\r\nthere is no Service ").await;
+
+        let error = status_of(relay, &web).await.expect_err("it has none");
+
+        assert_eq!(error.to_string(), format!("{relay}: there is no Service shop/web\u{fffd}"));
+        for stranger in [health, other] {
+            assert!(matches!(status_of(stranger, &web).await, Err(AskError::Stranger { .. })));
+        }
+    }
+
+    #[tokio::test]
+    async fn given_a_relay_of_a_version_before_when_asked_for_one_service_then_that_one_is_taken_from_all() {
+        let answer = |name: &str| {
+            let body = serde_json::to_string(&LiveReport::of(&sample::status())).expect("JSON");
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+            (ObjectName::parse(name), &*String::leak(head + &body))
+        };
+        let ((web, all), (mail, again)) = (answer("web"), answer("shop/web"));
+
+        let told = status_of(stranger(all.as_bytes()).await, &web).await.expect("it is there");
+        let error = status_of(stranger(again.as_bytes()).await, &mail).await.expect_err("it is elsewhere");
+
+        assert_eq!(told.report.services.len(), 1);
+        assert!(error.to_string().ends_with(": there is no Service shop/web, but default/web"), "{error}");
     }
 
     #[test]

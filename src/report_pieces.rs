@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use hyper::body::Bytes;
 
-use crate::live::{LiveReport, PauseReport};
+use crate::live::{LiveReport, NoService, PauseReport};
 use crate::name::ObjectName;
 use crate::status::{Report, ServiceStatus, Status};
+use crate::status_query::Excerpt;
 
 /// A piece ends with the Service that makes it so large: some hundred Services, or a single one with many backends.
 const PIECE_BYTES: usize = 64 << 10;
@@ -21,6 +22,8 @@ const NO_SERVICES: &str = r#""services":[]"#;
 /// The pieces of one report, each made when it is asked for, of one state of the relay. Counters are read then.
 pub(crate) struct ReportPieces {
     status: Arc<Status>,
+    /// The Service that is told alone; `None` where all are.
+    only: Option<ObjectName>,
     /// What was not told yet; `None` once all was.
     rest: Option<Rest>,
 }
@@ -36,14 +39,24 @@ struct Rest {
 
 impl ReportPieces {
     /// Begins with who answers, and why clients wait to be accepted.
-    pub(crate) fn of(status: Arc<Status>, pauses: Vec<PauseReport>) -> Self {
+    ///
+    /// # Errors
+    /// Where one Service is wanted that is not there: so much as a sentence.
+    pub(crate) fn of(status: Arc<Status>, pauses: Vec<PauseReport>, wanted: Excerpt) -> Result<Self, NoService> {
+        let Excerpt { service: only } = wanted;
         let (notes, problems) = status.notes_and_problems();
-        let about = LiveReport::about(&status, Report { services: Vec::new(), problems, notes });
+        let mut about = LiveReport::about(&status, Report { services: Vec::new(), problems, notes });
+        if let Some(name) = &only {
+            if !status.services.contains_key(name) {
+                return Err(NoService::of(name, status.services.keys()));
+            }
+            about.keep_what_concerns(name);
+        }
         let about = LiveReport { pauses, ..about };
         let text = serde_json::to_string(&about).expect("all keys of a report are text");
         let (head, tail) = text.split_once(NO_SERVICES).expect("a report has a list of Services");
         let rest = Rest { head: format!("{head}\"services\":["), told: None, tail: format!("]{tail}") };
-        Self { status, rest: Some(rest) }
+        Ok(Self { status, only, rest: Some(rest) })
     }
 }
 
@@ -54,7 +67,7 @@ impl Iterator for ReportPieces {
         let mut rest = self.rest.take()?;
         let mut piece = std::mem::take(&mut rest.head).into_bytes();
         while piece.len() < PIECE_BYTES {
-            let Some((name, service)) = next_service(&self.status, rest.told.as_ref()) else {
+            let Some((name, service)) = self.service_after(rest.told.as_ref()) else {
                 piece.extend_from_slice(rest.tail.as_bytes());
                 return Some(piece.into());
             };
@@ -69,10 +82,15 @@ impl Iterator for ReportPieces {
     }
 }
 
-fn next_service<'s>(status: &'s Status, told: Option<&ObjectName>) -> Option<(&'s ObjectName, &'s ServiceStatus)> {
-    let after = told.map_or(Unbounded, Excluded);
-    let (name, service) = status.services.range::<ObjectName, _>((after, Unbounded)).next()?;
-    Some((name, service))
+impl ReportPieces {
+    fn service_after(&self, told: Option<&ObjectName>) -> Option<(&ObjectName, &ServiceStatus)> {
+        let services = &self.status.services;
+        let (name, service) = match &self.only {
+            Some(only) => services.get_key_value(only).filter(|_| told.is_none())?,
+            None => services.range::<ObjectName, _>((told.map_or(Unbounded, Excluded), Unbounded)).next()?,
+        };
+        Some((name, service))
+    }
 }
 
 #[cfg(test)]
@@ -80,9 +98,18 @@ mod tests {
     use super::*;
     use crate::live::sample;
     use crate::plan::Problem;
+    use crate::recent::Recent;
+
+    fn pieces(status: Status, wanted: Excerpt) -> Result<ReportPieces, NoService> {
+        ReportPieces::of(Arc::new(status), Vec::new(), wanted)
+    }
+
+    fn only(name: &str) -> Excerpt {
+        Excerpt { service: Some(ObjectName::parse(name)) }
+    }
 
     fn whole(status: Status) -> (usize, String) {
-        let pieces: Vec<_> = ReportPieces::of(Arc::new(status), Vec::new()).collect();
+        let pieces: Vec<_> = pieces(status, Excerpt::default()).expect("all are asked for").collect();
         let text = pieces.concat();
         (pieces.len(), String::from_utf8(text).expect("JSON is text"))
     }
@@ -94,6 +121,32 @@ mod tests {
 
             assert_eq!(whole(status), (1, told_at_once));
         }
+    }
+
+    #[test]
+    fn given_one_service_when_told_then_it_is_what_the_whole_report_says_of_it() {
+        let mut status = sample::status();
+        let mut recent = Recent::default();
+        for service in ["web", "dns"] {
+            recent.add("2026-11-21T10:00:00Z", &ObjectName::parse(service), vec!["added".into()]);
+        }
+        status.recent = Arc::new(recent);
+        let mut whole = LiveReport::of(&status);
+        whole.keep_what_concerns(&ObjectName::parse("web"));
+
+        let told: Vec<_> = pieces(status, only("web")).expect("it is there").collect();
+
+        let whole = serde_json::to_string(&whole).expect("JSON");
+        assert_eq!(String::from_utf8_lossy(&told.concat()), whole);
+        assert!(whole.contains(r#""service":"default/web""#) && !whole.contains("default/dns"), "{whole}");
+    }
+
+    #[test]
+    fn given_a_service_that_is_not_there_when_asked_for_then_those_of_its_name_are_told() {
+        let error = |name| pieces(sample::status(), only(name)).err().map(|error| error.to_string());
+
+        assert_eq!(error("shop/web").as_deref(), Some("there is no Service shop/web, but default/web"));
+        assert_eq!(error("shop/mail").as_deref(), Some("there is no Service shop/mail"));
     }
 
     #[test]
@@ -115,8 +168,11 @@ mod tests {
         let name = |number| ObjectName::new("default", format!("web-{number:03}"));
         status.services = (0..500).map(|number| (name(number), Arc::clone(&web))).collect();
 
-        let pieces: Vec<_> = ReportPieces::of(Arc::new(status), Vec::new()).collect();
+        let one: Vec<_> = pieces(status.clone(), only("default/web-007")).expect("it is there").collect();
+        let pieces: Vec<_> = pieces(status, Excerpt::default()).expect("all are asked for").collect();
 
+        assert_eq!(one.len(), 1);
+        assert!(one[0].len() < PIECE_BYTES / 10, "{}", one[0].len());
         assert!(pieces.len() > 5, "{}", pieces.len());
         assert!(pieces.iter().all(|piece| piece.len() < 2 * PIECE_BYTES));
         let report: LiveReport = serde_json::from_slice(&pieces.concat()).expect("the same shape");

@@ -581,6 +581,43 @@ mod ask {
     }
 
     #[test]
+    fn given_a_running_relay_when_one_service_is_asked_for_then_that_one_alone_is_told_in_the_shape_of_all() {
+        let site = Site::new(54);
+        let manifest = Manifest::new(site).tcp().endpoints([site.backend(1)]);
+        let other = "---\napiVersion: v1\nkind: Service\nmetadata: {name: other}\nspec: {clusterIP: None, ports: [{port: 80}]}\n";
+        let (_folder, path) = folder_with(&format!("{manifest}\n{other}"));
+        let (_running, server) = answering(site, &path);
+        let status = |more: &[&str]| say(kube_relay(&[&["status", "--server", &server], more].concat()));
+        let json = |more: &[&str]| -> serde_json::Value {
+            let said = status(&[&["-o", "json"], more].concat());
+            serde_json::from_str(&said.text).unwrap_or_else(|error| panic!("{error}: {}", said.text))
+        };
+
+        let (mut all, one) = (json(&[]), json(&["default/web"]));
+        let nobody = status(&["shop/web"]);
+
+        let names = |report: &serde_json::Value| {
+            let services = report["services"].as_array().expect("Services").iter();
+            services.map(|service| service["name"].as_str().expect("a name").to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!((names(&all), names(&one)), (vec!["other".to_owned(), "web".to_owned()], vec!["web".to_owned()]));
+        for list in ["services", "problems", "notes", "recent"] {
+            let of_web = |entry: &serde_json::Value| {
+                let texts = [&entry["name"], &entry["object"], &entry["service"]];
+                texts.iter().any(|text| text.as_str().is_some_and(|text| text.ends_with("web")))
+            };
+            all[list].as_array_mut().into_iter().for_each(|entries| entries.retain(of_web));
+        }
+        all.as_object_mut().expect("a report").retain(|_, part| !part.as_array().is_some_and(Vec::is_empty));
+        let mut same = one.clone();
+        same.as_object_mut().expect("a report").retain(|_, part| !part.as_array().is_some_and(Vec::is_empty));
+        assert_eq!(same, all);
+        assert!(status(&["web"]).text.contains("default/web"));
+        assert!(nobody.text.contains(": there is no Service shop/web, but default/web\n"), "{}", nobody.text);
+        assert_eq!(nobody.code, Some(1));
+    }
+
+    #[test]
     fn given_a_running_relay_when_manifests_are_compared_then_the_code_says_whether_they_differ() {
         let site = Site::new(52);
         let manifest = |numbers: &[u8]| {
