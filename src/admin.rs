@@ -72,7 +72,7 @@ impl Surface {
                 "/metrics",
                 "/status",
                 "/status?summary",
-                "/status?service=NAMESPACE/NAME",
+                "/status?service=NAMESPACE/NAME&client=IP",
                 "/status/NAMESPACE/NAME",
                 "/readyz",
                 "/readyz?verbose",

@@ -4,7 +4,7 @@
 //! never decided anew here. How it reads as a sentence is in `explain`.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,8 +27,30 @@ pub struct Choice {
     /// Who gets the next client that no pin binds, unless something changes before; only from a running relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<SocketAddr>,
+    /// Where session affinity keeps the client that was asked about; only from a running relay, and where one was asked about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<Pin>,
     /// All endpoints of the ServicePort in that family, used or not, by address.
     pub endpoints: Vec<Judged>,
+}
+
+/// What session affinity knows of one client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The client.
+    pub client: IpAddr,
+    /// Whom its next connection goes to; left out where that is as for a client that is new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
+}
+
+/// The backend that a client is kept at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// One of the endpoints that are used.
+    pub backend: SocketAddr,
+    /// How long it is kept there if it does not come back, in whole seconds.
+    pub seconds: u64,
 }
 
 /// What chose the backends of a scope.
@@ -117,7 +139,7 @@ pub(crate) fn choices<'s>(
     let choice = |(key, backends): (&BalancerKey, &Backends)| {
         let candidates = merge(port, key.family, seen.clone(), &options.node);
         let (rule, endpoints) = judge(candidates, key, &backends.usable, options);
-        Choice { family: key.family, scope: key.scope, rule, next: None, endpoints }
+        Choice { family: key.family, scope: key.scope, rule, next: None, pin: None, endpoints }
     };
     plan.balancers(port).map(choice).collect()
 }

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use crate::choice::{Choice, Judged, Rule};
+use crate::choice::{Choice, Judged, Kept, Pin, Rule};
 use crate::describe::{abridged, counted};
 use crate::entrance::{Arrival, Entrance, List, Origin, inside_at};
 use crate::name::{Family, Scope};
@@ -262,6 +262,9 @@ impl fmt::Display for Explanation<'_> {
             }
             if case.fate == Fate::Served {
                 field(&mut text, "Backends See", self.seen(case));
+                if let Some(pin) = case.choice.and_then(|choice| choice.pin) {
+                    field(&mut text, "Affinity", affinity(pin, case.choice));
+                }
             }
         }
         if cases.iter().any(|case| case.fate == Fate::Served) {
@@ -394,6 +397,17 @@ impl Explanation<'_> {
             None => balance.to_string(),
         }
     }
+}
+
+/// Where session affinity keeps a client, and for how long.
+fn affinity(Pin { client, kept }: Pin, choice: Option<&Choice>) -> String {
+    let Some(Kept { backend, seconds }) = kept else { return format!("{client} has no backend kept") };
+    let mut endpoints = choice.into_iter().flat_map(|choice| &choice.endpoints);
+    // With 0 its time is over: whoever comes next may try it.
+    let is_out = endpoints.any(|one| one.address == backend && one.ejected_seconds.is_some_and(|seconds| seconds > 0));
+    let moves =
+        if is_out { "; as that one is ejected, its next connection goes to another and stays there" } else { "" };
+    format!("{client} is kept at {backend} for another {seconds} s{moves}")
 }
 
 impl Who {
@@ -641,6 +655,30 @@ mod tests {
 
         assert!(text.contains("web-1   next, for a client that is new\n"), "{text}");
         assert!(text.ends_with("round-robin; a client that was here in the last 60 s keeps its backend\n"), "{text}");
+    }
+
+    #[test]
+    fn given_session_affinity_when_told_of_one_client_then_it_is_said_where_that_one_is_kept() {
+        let mut report = sample::status().report();
+        let web = report.services.iter_mut().find(|service| service.name == "web").expect("web is there");
+        web.affinity_seconds = Some(60);
+        let client = STRANGER.parse().expect("an address");
+        let mut told_with = |kept, ejected_seconds| {
+            let web = report.services.iter_mut().find(|service| service.name == "web").expect("web is there");
+            let choice = &mut web.ports[0].choices[0];
+            choice.pin = Some(Pin { client, kept });
+            choice.endpoints[0].ejected_seconds = ejected_seconds;
+            let text = told(&report, "127.96.0.10:80", Some(STRANGER));
+            let line = text.lines().find_map(|line| line.strip_prefix("Affinity:"));
+            line.unwrap_or_else(|| panic!("{text}")).trim().to_owned()
+        };
+        let kept = Some(Kept { backend: "10.244.0.2:8000".parse().expect("an address"), seconds: 41 });
+
+        assert_eq!(told_with(None, None), "203.0.113.9 has no backend kept");
+        assert_eq!(told_with(kept, None), "203.0.113.9 is kept at 10.244.0.2:8000 for another 41 s");
+        assert_eq!(told_with(kept, Some(0)), told_with(kept, None));
+        let moves = "for another 41 s; as that one is ejected, its next connection goes to another and stays there";
+        assert!(told_with(kept, Some(9)).ends_with(moves));
     }
 
     #[test]

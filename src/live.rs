@@ -5,13 +5,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::choice::{self, Choice, Unused};
+use crate::choice::{self, Choice, Kept, Pin, Unused};
 use crate::contact::ContactReport;
 use crate::describe::abridged;
 use crate::model::ClusterIps;
@@ -241,6 +242,11 @@ impl ServiceStatus {
 
     /// Its report with states and counters, read now.
     pub(crate) fn live(&self, status: &Status) -> ServiceReport {
+        self.live_to(status, None)
+    }
+
+    /// The same, with where session affinity keeps this client.
+    pub(crate) fn live_to(&self, status: &Status, client: Option<IpAddr>) -> ServiceReport {
         let mut report = self.report();
         report.cluster_ips = match &self.service.cluster_ips {
             ClusterIps::Unset => Vec::new(),
@@ -270,7 +276,8 @@ impl ServiceStatus {
             port.backend_traffic = counters.backends.iter().map(traffic).collect();
             let slices = self.slices.iter().map(AsRef::as_ref);
             port.choices = choice::choices(&self.service, of, &self.plan, slices, &status.options);
-            port.choices.iter_mut().for_each(|choice| counters.complete(choice));
+            let client = client.filter(|_| sticky);
+            port.choices.iter_mut().for_each(|choice| counters.complete(choice, client));
         }
         report
     }
@@ -278,11 +285,15 @@ impl ServiceStatus {
 
 impl PortCounters {
     /// Adds what only a running relay knows of a choice.
-    fn complete(&self, choice: &mut Choice) {
+    fn complete(&self, choice: &mut Choice, client: Option<IpAddr>) {
         let of_choice = |balancer: &&Arc<Balancer>| (balancer.family, balancer.scope) == (choice.family, choice.scope);
         let balancer = self.balancers.iter().find(of_choice);
         let now = Instant::now();
         choice.next = balancer.and_then(|balancer| balancer.upcoming(now)).map(|next| next.address);
+        choice.pin = balancer.zip(client).map(|(balancer, client)| {
+            let kept = balancer.kept(client, now);
+            Pin { client, kept: kept.map(|(at, left)| Kept { backend: at.address, seconds: left.as_secs() }) }
+        });
         let backends: BTreeMap<_, _> = self.backends.iter().map(|known| (known.address, known)).collect();
         for one in choice.endpoints.iter_mut().filter(|one| one.unused.is_none()) {
             let Some(backend) = backends.get(&one.address) else { continue };

@@ -701,7 +701,7 @@ fn explained(args: ExplainArgs) -> anyhow::Result<u8> {
             (report, inside)
         }
         None => {
-            let live = synced(server, on(small_runtime()?, peer::status(server))?)?;
+            let live = synced(server, on(small_runtime()?, peer::status_for(server, question.from))?)?;
             (live.report, live.inside)
         }
     };

@@ -200,7 +200,7 @@ mod tests {
     fn choice() -> Choice {
         let address = ([10, 0, 0, 1], 1).into();
         let (family, scope, rule) = (Family::V4, Scope::Cluster, Rule::Ready);
-        Choice { family, scope, rule, next: Some(address), endpoints: vec![judged()] }
+        Choice { family, scope, rule, next: Some(address), pin: None, endpoints: vec![judged()] }
     }
 
     fn judged() -> Judged {

@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Empty, Limited};
@@ -93,12 +93,17 @@ pub enum AskError {
 
 /// What the kube-relay at this address serves.
 pub async fn status(server: SocketAddr) -> Result<LiveReport, AskError> {
-    ask(server, &Excerpt::default().path()).await?.read(server)
+    status_for(server, None).await
+}
+
+/// The same with where session affinity keeps a client. A relay of a version before this one tells nothing of that.
+pub async fn status_for(server: SocketAddr, client: Option<IpAddr>) -> Result<LiveReport, AskError> {
+    ask(server, &Excerpt { client, ..Excerpt::default() }.path()).await?.read(server)
 }
 
 /// The same of one Service alone.
 pub async fn status_of(server: SocketAddr, name: &ObjectName) -> Result<LiveReport, AskError> {
-    let wanted = Excerpt { service: Some(name.clone()) };
+    let wanted = Excerpt { service: Some(name.clone()), ..Excerpt::default() };
     let told: LiveReport = ask(server, &wanted.path()).await?.read(server)?;
     // A relay of a version before this one tells of all.
     told.only(name).map_err(|error| AskError::Refused { server, what: error.to_string() })

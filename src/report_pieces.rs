@@ -3,6 +3,7 @@
 //!
 //! What it says is `live`; who reads it is `admin`'s concern.
 
+use std::net::IpAddr;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ pub(crate) struct ReportPieces {
     status: Arc<Status>,
     /// The Service that is told alone; `None` where all are.
     only: Option<ObjectName>,
+    /// A client; `None` where nobody asks about one.
+    client: Option<IpAddr>,
     /// What was not told yet; `None` once all was.
     rest: Option<Rest>,
 }
@@ -43,7 +46,7 @@ impl ReportPieces {
     /// # Errors
     /// Where one Service is wanted that is not there: so much as a sentence.
     pub(crate) fn of(status: Arc<Status>, pauses: Vec<PauseReport>, wanted: Excerpt) -> Result<Self, NoService> {
-        let Excerpt { service: only } = wanted;
+        let Excerpt { service: only, client } = wanted;
         let (notes, problems) = status.notes_and_problems();
         let mut about = LiveReport::about(&status, Report { services: Vec::new(), problems, notes });
         if let Some(name) = &only {
@@ -56,7 +59,7 @@ impl ReportPieces {
         let text = serde_json::to_string(&about).expect("all keys of a report are text");
         let (head, tail) = text.split_once(NO_SERVICES).expect("a report has a list of Services");
         let rest = Rest { head: format!("{head}\"services\":["), told: None, tail: format!("]{tail}") };
-        Ok(Self { status, only, rest: Some(rest) })
+        Ok(Self { status, only, client, rest: Some(rest) })
     }
 }
 
@@ -74,7 +77,8 @@ impl Iterator for ReportPieces {
             if rest.told.is_some() {
                 piece.push(b',');
             }
-            serde_json::to_writer(&mut piece, &service.live(&self.status)).expect("all keys of a report are text");
+            let told = service.live_to(&self.status, self.client);
+            serde_json::to_writer(&mut piece, &told).expect("all keys of a report are text");
             rest.told = Some(name.clone());
         }
         self.rest = Some(rest);
@@ -95,17 +99,23 @@ impl ReportPieces {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::choice::{Kept, Pin};
     use crate::live::sample;
+    use crate::model::Service;
     use crate::plan::Problem;
     use crate::recent::Recent;
+    use crate::serve::balancer::Tried;
+    use crate::status::ServiceReport;
 
     fn pieces(status: Status, wanted: Excerpt) -> Result<ReportPieces, NoService> {
         ReportPieces::of(Arc::new(status), Vec::new(), wanted)
     }
 
     fn only(name: &str) -> Excerpt {
-        Excerpt { service: Some(ObjectName::parse(name)) }
+        Excerpt { service: Some(ObjectName::parse(name)), client: None }
     }
 
     fn whole(status: Status) -> (usize, String) {
@@ -139,6 +149,35 @@ mod tests {
         let whole = serde_json::to_string(&whole).expect("JSON");
         assert_eq!(String::from_utf8_lossy(&told.concat()), whole);
         assert!(whole.contains(r#""service":"default/web""#) && !whole.contains("default/dns"), "{whole}");
+    }
+
+    #[test]
+    fn given_a_client_when_asked_about_then_it_is_told_where_it_is_kept_and_nothing_else_changes() {
+        let mut status = sample::status();
+        let mut web = sample::web();
+        web.service = Arc::new(Service { affinity_timeout: Some(Duration::from_secs(60)), ..(*web.service).clone() });
+        let balancer = Arc::clone(&web.ports[0].balancers[0]);
+        balancer.port.affinity.set_timeout(Some(Duration::from_secs(60)));
+        status.services.insert(ObjectName::parse("web"), Arc::new(web));
+        let client = IpAddr::from([192, 0, 2, 7]);
+        let told = |wanted: Excerpt| {
+            let told: Vec<_> = pieces(status.clone(), wanted).expect("it is there").collect();
+            let report: LiveReport = serde_json::from_slice(&told.concat()).expect("the same shape");
+            report.report.services
+        };
+        let pin = |service: &ServiceReport| service.ports.first().and_then(|port| port.choices.first()?.pin);
+        let asked = || pin(&told(Excerpt { client: Some(client), ..only("web") })[0]).expect("it is asked about");
+
+        assert_eq!(asked(), Pin { client, kept: None });
+        let chosen = balancer.pick(client, &Tried::default(), Instant::now()).expect("a backend");
+        let Pin { kept: Some(Kept { backend, seconds }), .. } = asked() else { panic!("it is kept") };
+
+        assert_eq!(backend, chosen.address);
+        assert!((50..=60).contains(&seconds), "{seconds}");
+        let all = told(Excerpt { client: Some(client), ..Excerpt::default() });
+        let pins: Vec<_> = all.iter().map(|service| (service.name.as_str(), pin(service).is_some())).collect();
+        assert_eq!(pins, [("dns", false), ("headless", false), ("web", true)], "the others have no affinity");
+        assert!(told(only("web")).iter().all(|web| pin(web).is_none()), "nobody has asked");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Written by who asks (`peer`), read by who answers (`admin`). What is answered is made in `report_pieces` and `summary`.
 
+use std::net::IpAddr;
+
 use crate::name::ObjectName;
 
 /// The most letters of a namespace, or of a name: no object of Kubernetes has more.
@@ -21,11 +23,13 @@ pub(crate) enum StatusQuery {
 pub(crate) struct Excerpt {
     /// This Service alone, and what is said about it.
     pub(crate) service: Option<ObjectName>,
+    /// With where session affinity keeps this client.
+    pub(crate) client: Option<IpAddr>,
 }
 
 /// A query that is none of ours. Its text is for whoever wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what}; there is /status?summary, and /status?service=NAMESPACE/NAME")]
+#[error("{what}; there is /status?summary, and /status?service=NAMESPACE/NAME&client=IP or either of the two")]
 pub(crate) struct BadQuery {
     what: &'static str,
 }
@@ -47,6 +51,11 @@ impl StatusQuery {
                     let name = read_name(value).ok_or(bad("service is not NAMESPACE/NAME"))?;
                     excerpt.service = Some(name);
                 }
+                "client" if excerpt.client.is_some() => return Err(bad("client is asked for twice")),
+                "client" => {
+                    let client: IpAddr = value.parse().map_err(|_| bad("client is not an IP address"))?;
+                    excerpt.client = Some(client.to_canonical());
+                }
                 _ => return Err(bad("that cannot be asked for")),
             }
         }
@@ -59,7 +68,8 @@ impl Excerpt {
     pub(crate) fn path(&self) -> String {
         let service =
             self.service.as_ref().map(|name| format!("service={}/{}", spelled(&name.namespace), spelled(&name.name)));
-        let parts: Vec<_> = service.into_iter().collect();
+        let client = self.client.map(|client| format!("client={client}"));
+        let parts: Vec<_> = service.into_iter().chain(client).collect();
         if parts.is_empty() { "/status".to_owned() } else { format!("/status?{}", parts.join("&")) }
     }
 }
@@ -90,12 +100,14 @@ mod tests {
     use super::*;
 
     fn only(name: &str) -> Excerpt {
-        Excerpt { service: Some(ObjectName::parse(name)) }
+        Excerpt { service: Some(ObjectName::parse(name)), client: None }
     }
 
     #[test]
     fn given_what_is_wanted_when_written_and_read_then_it_is_the_same() {
-        for excerpt in [Excerpt::default(), only("shop/web-1.v2")] {
+        let client = Some(IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 1]));
+        let of_client = [Excerpt { client, ..Excerpt::default() }, Excerpt { client, ..only("web") }];
+        for excerpt in [Excerpt::default(), only("shop/web-1.v2")].into_iter().chain(of_client) {
             let path = excerpt.path();
             let query = path.strip_prefix("/status").expect("it asks for the status").strip_prefix('?');
 
@@ -134,13 +146,20 @@ mod tests {
             "service=a/b&service=a/b",
             "service=a/b&summary",
             "summaryfoo",
+            "client=",
+            "client=192.0.2.7:80",
+            "client=fe80::1%eth0",
+            "client=web",
+            "client=192.0.2.7&client=192.0.2.7",
             &long,
         ];
 
         for query in bad {
             let error = StatusQuery::read(Some(query)).expect_err(query).to_string();
             assert!(
-                error.ends_with("; there is /status?summary, and /status?service=NAMESPACE/NAME"),
+                error.ends_with(
+                    "; there is /status?summary, and /status?service=NAMESPACE/NAME&client=IP or either of the two"
+                ),
                 "{query}: {error}"
             );
         }

@@ -119,6 +119,14 @@ impl Affinity {
         pins.recall(pins.key(self.party(client)), scope, now)
     }
 
+    /// The same for who only looks: the pin stays as it is. With the time that it has left if the client does not come back,
+    /// in whole seconds.
+    pub fn look(&self, client: IpAddr, scope: Scope, now: Instant) -> Option<(u32, Duration)> {
+        let pins = self.pins.load();
+        let pins = pins.as_ref()?;
+        pins.look(pins.key(self.party(client)), scope, now)
+    }
+
     /// Pins the client to a backend, in place of the pin `instead_of` that the caller could not use.
     ///
     /// Returns the id that counts: another thread may have pinned the client in between.
@@ -242,6 +250,17 @@ impl Pins {
         // Whoever changed the pin in between knows better: its pin is as fresh as this one would be.
         let _ = cell.compare_exchange(seen.0, Pin::new(backend, moment.stamp, key).0, Relaxed, Relaxed);
         Some(backend)
+    }
+
+    fn look(&self, key: u64, scope: Scope, now: Instant) -> Option<(u32, Duration)> {
+        let moment = self.moment(now);
+        let place = self.set(key).find(key)?;
+        [scope, other(scope)].into_iter().find_map(|scope| {
+            let pin = Pin(place.pin(scope).load(Relaxed));
+            let backend = moment.alive(pin, key)?;
+            let left = moment.timeout_seconds.saturating_sub(moment.age(pin));
+            Some((backend, Duration::from_secs(left.into())))
+        })
     }
 
     fn remember(
@@ -546,6 +565,36 @@ mod tests {
         for half in 1..=20 {
             assert_eq!(affinity.recall(client(1), Scope::Cluster, now + TIMEOUT / 2 * half), Some(7));
         }
+    }
+
+    #[test]
+    fn t141_given_a_pin_when_looked_at_then_it_is_told_with_the_time_left_and_lives_no_longer_for_it() {
+        let (affinity, now) = sticky();
+        pin(&affinity, client(1), 7, now);
+        let look = |number, after| affinity.look(client(number), Scope::Cluster, now + after * SECOND);
+
+        let seen = [0, 20, 60].map(|after| look(1, after));
+
+        assert_eq!(seen, [60, 40, 0].map(|left| Some((7, left * SECOND))));
+        assert_eq!((look(1, 61), look(2, 0)), (None, None));
+        assert_eq!(affinity.recall(client(1), Scope::Cluster, now + TIMEOUT + SECOND), None, "no look has renewed it");
+        assert_eq!(affinity.remembered(), 1, "nor made a place for a client that is new");
+        assert_eq!(Affinity::default().look(client(1), Scope::Cluster, now), None);
+    }
+
+    #[test]
+    fn t144_given_pins_of_both_scopes_when_looked_at_then_each_scope_has_its_own_and_else_the_others() {
+        let (affinity, now) = sticky();
+        let look = |number, scope| affinity.look(client(number), scope, now).map(|(backend, _)| backend);
+        pin(&affinity, client(1), 7, now);
+        pin(&affinity, client(2), 7, now);
+        affinity.remember(client(2), Scope::Local, 8, Some(7), now);
+
+        let seen = [1, 2].map(|number| [Scope::Cluster, Scope::Local].map(|scope| look(number, scope)));
+
+        assert_eq!(seen, [[Some(7), Some(7)], [Some(7), Some(8)]]);
+        let mapped = Ipv4Addr::from_bits(0x0a00_0001).to_ipv6_mapped().into();
+        assert_eq!(affinity.look(mapped, Scope::Cluster, now).map(|(backend, _)| backend), Some(7));
     }
 
     #[test]

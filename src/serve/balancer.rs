@@ -259,6 +259,13 @@ impl Balancer {
         best_in_turn(&self.table.load(), next_turn, &Tried::default(), None, |_| true, now).cloned()
     }
 
+    /// Whom this client is kept at, and for how long if it does not come back; `None` where it would be one that is new. For
+    /// status: renews nothing and claims nobody.
+    pub fn kept(&self, client: IpAddr, now: Instant) -> Option<(Arc<Backend>, Duration)> {
+        let (id, left) = self.port.affinity.look(client, self.scope, now)?;
+        Some((Arc::clone(self.table.load().pick_by_id(id)?), left))
+    }
+
     /// Stores another table. New picks see it at once; picks under way end with the old one.
     pub fn swap(&self, table: Table) {
         self.table.store(Arc::new(table));
@@ -403,6 +410,23 @@ mod tests {
 
         assert_eq!(seen, [1, 1, 1, 2, 2, 1].map(Some));
         assert!(cluster(&port("empty"), &[]).upcoming(Instant::now()).is_none());
+    }
+
+    #[test]
+    fn given_clients_when_asked_where_they_are_kept_then_it_is_told_and_nothing_comes_of_it() {
+        let [one, two] = backends([1, 2]);
+        let web = cluster(&sticky_port("web"), &[one, two.clone()]);
+        let now = Instant::now();
+        let kept = |number, at| web.kept(client(number), at).map(|(backend, left)| (backend.id, left));
+        assert_eq!(web.pick(client(1), &Tried::default(), now).map(|backend| backend.id), Some(1));
+
+        let later = now + TIMEOUT / 2;
+        assert_eq!([kept(1, later), kept(2, later)], [Some((1, TIMEOUT / 2)), None]);
+        assert_eq!(kept(1, now + TIMEOUT * 2), None);
+        assert_eq!((web.turn(), web.port.affinity.remembered()), (1, 1), "no turn was taken, and nobody is known");
+
+        web.swap(table(&[two]));
+        assert_eq!(kept(1, now), None, "its backend is gone");
     }
 
     #[test]
