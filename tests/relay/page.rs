@@ -67,6 +67,7 @@ async fn given_a_running_relay_when_its_page_is_used_then_it_tells_what_is_there
     fs::write(folder.path().join("later.yaml"), headless("later")).expect("the test's folder can be written");
     what_happens_is_told(&mut page);
     a_phone_and_the_dark_have_room(&mut page);
+    tables_fit_or_scroll_in_their_box(&mut page, site);
     everything_has_a_name(&mut page);
     assert!(page.console.is_empty(), "the console has to be empty: {:#?}", page.console);
     drop(relay);
@@ -138,6 +139,29 @@ fn a_phone_and_the_dark_have_room(page: &mut Browser) {
     page.holds("document.documentElement.scrollWidth <= innerWidth");
     page.holds("document.querySelector('tbody tr:not(.gap) th').clientWidth >= 120");
     assert_ne!(page.value("getComputedStyle(document.body).backgroundColor"), light);
+}
+
+/// The page itself is never wider than the window. Where a table does not fit, its box scrolls: on no phone and on no desk.
+fn tables_fit_or_scroll_in_their_box(page: &mut Browser, site: Site) {
+    let headings = "[...document.querySelectorAll('thead button')].every((one) => one.scrollWidth <= one.clientWidth)";
+    let fits = "[...document.querySelectorAll('.scroller')].every((box) => box.scrollWidth <= box.clientWidth)";
+    for (width, scheme, all_fit) in
+        [(360, "light", true), (768, "dark", false), (1280, "light", true), (1920, "dark", true)]
+    {
+        page.becomes(width, 860, scheme);
+        for hash in ["#/default/web", "#/"] {
+            page.value(&format!("location.hash = '{hash}'"));
+            if hash != "#/" {
+                page.sees("#one-ports", &[&site.backend(1).to_string()]);
+            }
+            page.holds("document.documentElement.scrollWidth <= innerWidth");
+            page.holds(headings);
+            if all_fit {
+                page.holds(fits);
+            }
+        }
+    }
+    page.becomes(390, 844, "dark");
 }
 
 fn everything_has_a_name(page: &mut Browser) {
