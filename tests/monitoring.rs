@@ -356,6 +356,144 @@ fn given_the_dashboard_when_read_then_each_panel_asks_the_chosen_source_and_says
     }
 }
 
+/// What Grafana's model of a dashboard has of what we say: it passes over a word that it does not know, and says nothing.
+const WORDS_OF_A_DASHBOARD: [&str; 12] = [
+    "title",
+    "description",
+    "uid",
+    "tags",
+    "schemaVersion",
+    "version",
+    "editable",
+    "graphTooltip",
+    "time",
+    "refresh",
+    "templating",
+    "panels",
+];
+const WORDS_OF_A_PANEL: [&str; 11] = [
+    "id",
+    "type",
+    "title",
+    "description",
+    "datasource",
+    "gridPos",
+    "fieldConfig",
+    "targets",
+    "options",
+    "collapsed",
+    "panels",
+];
+const WORDS_OF_A_TARGET: [&str; 4] = ["refId", "datasource", "expr", "legendFormat"];
+const WORDS_OF_A_VARIABLE: [&str; 12] = [
+    "name",
+    "type",
+    "label",
+    "query",
+    "datasource",
+    "includeAll",
+    "multi",
+    "allValue",
+    "current",
+    "refresh",
+    "sort",
+    "regex",
+];
+
+fn assert_words_are_known(of: &Value, known: &[&str]) {
+    let unknown: Vec<_> = of.as_object().expect("an object").keys().filter(|word| !known.contains(&&***word)).collect();
+    assert!(unknown.is_empty(), "{unknown:?} of {of}");
+}
+
+#[test]
+fn given_the_dashboard_when_read_by_the_model_of_grafana_then_it_has_each_word() {
+    let dashboard = dashboard();
+    assert_words_are_known(&dashboard, &WORDS_OF_A_DASHBOARD);
+    assert!(dashboard["title"].as_str().is_some_and(|title| !title.is_empty()));
+    assert!(dashboard["graphTooltip"].as_u64().is_some_and(|sharing| sharing <= 2));
+
+    for panel in dashboard["panels"].as_array().expect("panels") {
+        assert_words_are_known(panel, &WORDS_OF_A_PANEL);
+        assert!(panel["title"].as_str().is_some_and(|title| !title.is_empty()), "{panel}");
+        for target in panel["targets"].as_array().into_iter().flatten() {
+            assert_words_are_known(target, &WORDS_OF_A_TARGET);
+            let name = target["refId"].as_str().expect("a name");
+            assert!(name.len() == 1 && name.chars().all(|letter| letter.is_ascii_uppercase()), "{name} of {panel}");
+        }
+        if panel["type"] == "stat" {
+            assert_eq!(panel["options"]["reduceOptions"]["calcs"], serde_json::json!(["lastNotNull"]), "{panel}");
+        }
+        let thresholds = &panel["fieldConfig"]["defaults"]["thresholds"];
+        if let Some(steps) = thresholds["steps"].as_array() {
+            assert_eq!(thresholds["mode"], "absolute", "{panel}");
+            let values: Vec<_> = steps.iter().map(|step| step["value"].as_f64()).collect();
+            assert!(
+                values[0].is_none() && values[1..].iter().all(Option::is_some),
+                "the first one is the base: {panel}"
+            );
+            assert!(values.is_sorted_by(|one, next| one < next), "{panel}");
+        }
+    }
+}
+
+/// Grafana moves a panel up into an empty place, and what is under a row goes with it.
+#[test]
+fn given_the_dashboard_when_laid_out_then_nothing_moves_as_it_is_loaded() {
+    let dashboard = dashboard();
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let areas: Vec<_> = panels.iter().map(Area::of).collect();
+
+    assert_eq!(panels[0]["type"], "row");
+    for (number, (panel, area)) in panels.iter().zip(&areas).enumerate() {
+        if panel["type"] == "row" {
+            assert_eq!((&area.columns, area.rows.end - area.rows.start), (&(0..24), 1), "{panel}");
+        }
+        let before = &areas[..number];
+        assert!(before.iter().all(|other| other.rows.start <= area.rows.start), "{} is told too late", area.title);
+        let rests = |other: &Area| {
+            let below = Area { title: String::new(), columns: area.columns.clone(), rows: other.rows.clone() };
+            other.overlaps(&below) && other.rows.end == area.rows.start
+        };
+        assert!(area.rows.start == 0 || before.iter().any(rests), "{} has nothing above it", area.title);
+    }
+}
+
+#[test]
+fn given_the_variables_of_the_dashboard_when_read_then_each_is_asked_after_those_it_needs_and_fits_many_values() {
+    let dashboard = dashboard();
+    let variables = dashboard["templating"]["list"].as_array().expect("variables");
+    assert_eq!(variables[0]["type"], "datasource", "the others are asked of it");
+
+    for (number, variable) in variables.iter().enumerate() {
+        assert_words_are_known(variable, &WORDS_OF_A_VARIABLE);
+        let name = variable["name"].as_str().expect("a name");
+        assert!(variables[..number].iter().all(|other| other["name"] != name), "{name} is there twice");
+        if variable["type"] == "query" {
+            let query = variable["query"].as_str().expect("a query");
+            assert_variables_are_known(query, &variables[..number]);
+            let (_, label) = query.trim_end_matches(')').rsplit_once(", ").expect("label_values(metric, label)");
+            let named = named(query);
+            let metric = metric(&named[0].metric).unwrap_or_else(|| panic!("there is no metric of {query}"));
+            assert!(metric.labels.contains(&label), "{query}: {} has no label {label}", metric.name);
+            assert!(variable["refresh"].as_u64().is_some_and(|when| (1..=2).contains(&when)), "{name} is never asked");
+            let all =
+                [&variable["includeAll"], &variable["multi"], &variable["allValue"], &variable["current"]["value"]];
+            assert_eq!(serde_json::json!(all), serde_json::json!([true, true, ".*", "$__all"]), "{name}");
+        }
+    }
+    let targets =
+        dashboard["panels"].as_array().expect("panels").iter().filter_map(|panel| panel["targets"].as_array());
+    let expressions = targets.flatten().map(|target| target["expr"].as_str().expect("a query"));
+    let queries = variables.iter().filter(|one| one["type"] == "query").filter_map(|one| one["query"].as_str());
+    for expression in expressions.chain(queries) {
+        for variable in ["$namespace", "$service"] {
+            for (before, _) in expression.match_indices(variable) {
+                assert!(expression[..before].ends_with("=~\""), "{variable} may be many: {expression}");
+            }
+        }
+    }
+}
+
 /// A label that the query does not leave is an empty place in the legend.
 fn assert_legend_is_known(target: &Value) {
     let [expression, legend] = ["expr", "legendFormat"].map(|name| target[name].as_str().expect("a text"));
