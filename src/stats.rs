@@ -4,10 +4,10 @@
 //! `Relaxed`: each is true by itself, and no decision rests on two of them agreeing.
 
 use std::ops::Deref;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use once_cell::race::OnceBox;
 use serde::Serialize;
 
 /// A word of the event vocabulary.
@@ -551,9 +551,10 @@ pub type DropTally = Tally<{ DropReason::ALL.len() }>;
 /// cluster, and most of them carry nothing on one node.
 ///
 /// Whoever counts dereferences it, which makes them; whoever only looks asks for [`so_far`](Self::so_far). Of threads that
-/// come at once with the first count of all, one makes them and the others wait for that: once in the life of a backend.
-#[derive(Debug, Default)]
-pub struct OnDemand<T>(OnceLock<Box<T>>);
+/// come at once with the first count of all, each may make some, and all count in those that were there first. It is one
+/// pointer and one load of it: a `OnceLock` would take a word more, and look there first.
+#[derive(Debug)]
+pub struct OnDemand<T>(OnceBox<T>);
 
 impl<T: Zeros> OnDemand<T> {
     /// The counters, all 0 where nothing was counted.
@@ -563,7 +564,13 @@ impl<T: Zeros> OnDemand<T> {
 
     /// The counters; `None` where nothing was counted.
     pub fn made(&self) -> Option<&T> {
-        self.0.get().map(Box::as_ref)
+        self.0.get()
+    }
+}
+
+impl<T> Default for OnDemand<T> {
+    fn default() -> Self {
+        Self(OnceBox::new())
     }
 }
 
