@@ -36,5 +36,5 @@ async fn main() -> anyhow::Result<()> {
 fn find(status: &Status, address: SocketAddr) -> Option<&Backend> {
     let mut backends =
         status.services.values().flat_map(|service| &service.ports).flat_map(|port| port.backends.iter());
-    backends.find(|backend| backend.address == address).map(AsRef::as_ref)
+    backends.find(|backend| backend.address() == address).map(AsRef::as_ref)
 }

@@ -271,7 +271,7 @@ impl ServiceStatus {
             port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state, sticky));
             let pods: BTreeMap<_, _> = self.plan.endpoints(of).map(|known| (known.address, &known.pod)).collect();
             let traffic = |backend: &Arc<Backend>| {
-                BackendTraffic::of(backend, pods.get(&backend.address).and_then(|pod| pod.as_deref()))
+                BackendTraffic::of(backend, pods.get(&backend.address()).and_then(|pod| pod.as_deref()))
             };
             port.backend_traffic = counters.backends.iter().map(traffic).collect();
             let slices = self.slices.iter().map(AsRef::as_ref);
@@ -289,12 +289,12 @@ impl PortCounters {
         let of_choice = |balancer: &&Arc<Balancer>| (balancer.family, balancer.scope) == (choice.family, choice.scope);
         let balancer = self.balancers.iter().find(of_choice);
         let now = Instant::now();
-        choice.next = balancer.and_then(|balancer| balancer.upcoming(now)).map(|next| next.address);
+        choice.next = balancer.and_then(|balancer| balancer.upcoming(now)).map(|next| next.address());
         choice.pin = balancer.zip(client).map(|(balancer, client)| {
             let kept = balancer.kept(client, now);
-            Pin { client, kept: kept.map(|(at, left)| Kept { backend: at.address, seconds: left.as_secs() }) }
+            Pin { client, kept: kept.map(|(at, left)| Kept { backend: at.address(), seconds: left.as_secs() }) }
         });
-        let backends: BTreeMap<_, _> = self.backends.iter().map(|known| (known.address, known)).collect();
+        let backends: BTreeMap<_, _> = self.backends.iter().map(|known| (known.address(), known)).collect();
         for one in choice.endpoints.iter_mut().filter(|one| one.unused.is_none()) {
             let Some(backend) = backends.get(&one.address) else { continue };
             one.unused = backend.is_own().then_some(Unused::OwnListener);
@@ -337,7 +337,7 @@ impl BackendTraffic {
             connect_time: _, // For `metrics`.
         } = backend.stats.so_far();
         Self {
-            address: backend.address.to_string(),
+            address: backend.address().to_string(),
             pod: pod.map(str::to_owned),
             connections: connections.get(),
             active_connections: active_connections.get(),

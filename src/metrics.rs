@@ -432,7 +432,7 @@ impl Page {
     fn backend_states(&mut self, labels: &str, plan: &ServicePlan, port: &ServicePort, counters: &PortCounters) {
         let picks = plan.balancers(port).flat_map(|(_, backends)| &*backends.usable.picks);
         let picks: BTreeSet<SocketAddr> = picks.map(|endpoint| endpoint.address).collect();
-        let is_ready = |backend: &Backend| picks.contains(&backend.address);
+        let is_ready = |backend: &Backend| picks.contains(&backend.address());
         let ready = counters.backends.iter().filter(|backend| is_ready(backend)).count();
         let draining = counters.backends.len() - ready;
         self.sample(Id::ServiceBackends, &format!(r#"{labels},state="ready""#), ready);
@@ -440,7 +440,7 @@ impl Page {
     }
 
     fn backend(&mut self, port_labels: &str, protocol: Protocol, entries: &BTreeSet<Entry>, backend: &Backend) {
-        let labels = &format!(r#"{port_labels},backend="{}""#, backend.address);
+        let labels = &format!(r#"{port_labels},backend="{}""#, backend.address());
         let stats = backend.stats.so_far();
         if protocol == Protocol::Udp {
             self.sample(Id::Flows, labels, stats.flows.get());

@@ -117,7 +117,7 @@ impl Counted {
         let of_backends = |(name, port): (&ServicePortName, &PortCounters)| {
             let of_backend = |backend: &Arc<Backend>| {
                 let counts = Counts::of(backend.stats.so_far());
-                (!counts.is_empty()).then(|| ((name.clone(), backend.address), counts))
+                (!counts.is_empty()).then(|| ((name.clone(), backend.address()), counts))
             };
             port.backends.iter().filter_map(of_backend).collect::<Vec<_>>()
         };

@@ -198,7 +198,7 @@ fn backends_said(port: &PortParts, now: Instant) -> impl Iterator<Item = Backend
         let (counts, ejection) = (Counts::of(stats), backend.ejection.export(now));
         (!counts.is_empty() || ejection.is_some()).then(|| BackendSaid {
             port: (&port.state.name).into(),
-            address: backend.address,
+            address: backend.address(),
             counts,
             connect_us: stats.connect_us.get(),
             ejection,
@@ -211,7 +211,7 @@ fn backends_said(port: &PortParts, now: Instant) -> impl Iterator<Item = Backend
 fn pins_said(port: &PortParts, now: Instant, oldest: u32) -> Vec<Parcel> {
     let Some(Memory { seeds, phase_ms, mut pins }) = port.state.affinity.export(now) else { return Vec::new() };
     pins.retain(|pin| pin.age <= oldest);
-    let addresses: BTreeMap<_, _> = port.backends.iter().map(|backend| (backend.id, backend.address)).collect();
+    let addresses: BTreeMap<_, _> = port.backends.iter().map(|backend| (backend.id, backend.address())).collect();
     let parcel = |pins: &[PinRecord]| {
         // Of those that have left a pin binds nobody. The others are said where they occur: there may be more than fit.
         let ids: BTreeSet<_> = pins.iter().map(|pin| pin.backend).filter(|id| addresses.contains_key(id)).collect();
@@ -387,7 +387,7 @@ mod tests {
     }
 
     fn pick(balancer: &Balancer, number: u32, now: Instant) -> SocketAddr {
-        balancer.pick(client(number), &Tried::default(), now).expect("a backend").address
+        balancer.pick(client(number), &Tried::default(), now).expect("a backend").address()
     }
 
     /// What is said at a standstill.

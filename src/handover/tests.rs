@@ -79,7 +79,7 @@ impl Process {
     fn estate(&self) -> Estate {
         let state = Arc::clone(&self.balancer.port);
         let mut backends = self.backends.clone();
-        backends.sort_unstable_by_key(|backend| backend.address);
+        backends.sort_unstable_by_key(|backend| backend.address());
         let name = state.name.clone();
         let balancers = [Arc::clone(&self.balancer)].into();
         let parts = PortParts { state, balancers, backends: backends.into(), departed: None, tcp: None };

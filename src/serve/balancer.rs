@@ -28,12 +28,13 @@ use crate::stats::{BackendStats, ConnectFailure, OnDemand, ServiceStats};
 pub struct Backend {
     /// Small number, unique in its ServicePort for the life of the process: what a pin remembers.
     pub id: u32,
-    /// Where it answers.
-    pub address: SocketAddr,
-    /// What it carried.
-    pub stats: OnDemand<BackendStats>,
+    /// Where it answers: its address and port, a third smaller than a `SocketAddr`.
+    ip: IpAddr,
+    port: u16,
     /// True while this process itself listens there.
     own: AtomicBool,
+    /// What it carried.
+    pub stats: OnDemand<BackendStats>,
     /// Whether it gets new connections.
     pub(crate) ejection: Ejection,
     /// When connections to it end, as a [`Moment`]; 0: when they are over.
@@ -47,13 +48,19 @@ impl Backend {
     pub fn new(id: u32, address: SocketAddr) -> Self {
         Self {
             id,
-            address,
-            stats: OnDemand::default(),
+            ip: address.ip(),
+            port: address.port(),
             own: AtomicBool::new(false),
+            stats: OnDemand::default(),
             ejection: Ejection::default(),
             leaving: AtomicU64::new(0),
             ways_back: OnDemand::default(),
         }
+    }
+
+    /// Where it answers.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
     }
 
     /// How soon a client's address is tried again, where its answers to those do not come by this node.
@@ -222,7 +229,7 @@ impl Balancer {
     /// A backend has been reached.
     pub(crate) fn note_success(&self, backend: &Backend, now: Instant) {
         if backend.ejection.reached(now) {
-            info!(service = %self.port.name, backend = %backend.address, "backend returned");
+            info!(service = %self.port.name, backend = %backend.address(), "backend returned");
         }
     }
 
@@ -233,7 +240,7 @@ impl Balancer {
         let Some(time) = backend.ejection.failed(eject_after, now, |more| table.spares(more)) else { return };
         backend.stats.ejections.increment();
         let seconds = time.as_secs();
-        info!(service = %self.port.name, backend = %backend.address, %reason, seconds, "backend ejected");
+        info!(service = %self.port.name, backend = %backend.address(), %reason, seconds, "backend ejected");
     }
 
     /// What the Service says about its connections now; `None`: as the flags say.

@@ -172,7 +172,7 @@ pub(crate) struct Reached {
 /// # Errors
 /// [`ConnectError`], with a reason that tells the backend's fault from this host's.
 pub(crate) async fn connect(backend: &Backend, source: Source) -> Result<Stream, ConnectError> {
-    let address = backend.address;
+    let address = backend.address();
     open(address, source).await.map_err(|source| ConnectError::new(address, source))
 }
 
@@ -376,7 +376,7 @@ impl<'a> Ladder<'a> {
 
     /// From this node; one try from each of its sources, where these have no port left towards the backend.
     async fn attempt_from_node(&self, backend: &Backend) -> Result<Stream, Missed> {
-        let mut sources = self.sources.towards(backend.address, backend.stats.connections.get()).peekable();
+        let mut sources = self.sources.towards(backend.address(), backend.stats.connections.get()).peekable();
         loop {
             let source = sources.next().unwrap_or_default();
             match self.attempt_from(source, backend, self.patience(backend)).await {
@@ -424,7 +424,7 @@ impl<'a> Ladder<'a> {
                 Some(outcome) => return Ok(outcome),
                 None if !self.balancer.serves(backend) => return Err(Missed::Left),
                 None if Instant::now() >= until => {
-                    return Ok(Err(ConnectError::new(backend.address, io::ErrorKind::TimedOut.into())));
+                    return Ok(Err(ConnectError::new(backend.address(), io::ErrorKind::TimedOut.into())));
                 }
                 None => {}
             }
@@ -458,7 +458,7 @@ impl<'a> Ladder<'a> {
             }
         };
         debug!(
-            service = %self.balancer.port.name, backend = %backend.address, client = %self.client,
+            service = %self.balancer.port.name, backend = %backend.address(), client = %self.client,
             attempt = self.attempts, reason = %error.reason, error = %error.source, "backend not reached"
         );
         backend.stats.connect_failures.count(error.reason);
@@ -1040,7 +1040,7 @@ mod tests {
 
         for _ in 0..20 {
             let mut ladder = Ladder::new(&web, CLIENT, &options);
-            let error = ConnectError::new(all[0].address, Errno::CONNREFUSED.into());
+            let error = ConnectError::new(all[0].address(), Errno::CONNREFUSED.into());
             ladder.note(&all[0], &Missed::Denied(error)).expect("another try is of use");
             assert_eq!(ladder.verdict, DropReason::DeniedAddress);
         }
@@ -1053,7 +1053,7 @@ mod tests {
     fn given_a_client_that_is_denied_when_another_backend_fails_then_the_verdict_is_the_backends() {
         let all = backends([SocketAddr::from((LOOPBACK, 1)), SocketAddr::from((LOOPBACK, 2))]);
         let (web, options) = (balancer(&all), ConnectOptions::default());
-        let refused = |backend: &Backend| ConnectError::new(backend.address, Errno::CONNREFUSED.into());
+        let refused = |backend: &Backend| ConnectError::new(backend.address(), Errno::CONNREFUSED.into());
         let mut ladder = Ladder::new(&web, CLIENT, &options);
 
         ladder.note(&all[0], &Missed::Denied(refused(&all[0]))).expect("another try is of use");
@@ -1095,7 +1095,7 @@ mod tests {
 
         for _ in 0..2 {
             let backend = ladder.next_backend().expect("one more");
-            let error = ConnectError::new(backend.address, Errno::ADDRNOTAVAIL.into());
+            let error = ConnectError::new(backend.address(), Errno::ADDRNOTAVAIL.into());
             ladder.note(&backend, &Missed::Failed(error)).expect("another try is of use");
         }
 

@@ -62,7 +62,7 @@ impl Estate {
 impl PortParts {
     /// The backend at an address, if a table has it.
     pub(crate) fn backend(&self, address: SocketAddr) -> Option<&Arc<Backend>> {
-        let place = self.backends.binary_search_by_key(&address, |backend| backend.address).ok()?;
+        let place = self.backends.binary_search_by_key(&address, |backend| backend.address()).ok()?;
         self.backends.get(place)
     }
 }

@@ -758,7 +758,7 @@ impl Flow {
         self.choice.backend.stats.closed.count(reason);
         self.choice.backend.stats.active_flows.decrement();
         if let Some(draft) = &self.draft {
-            draft.closed(self.choice.backend.address, reason);
+            draft.closed(self.choice.backend.address(), reason);
         }
     }
 
@@ -776,7 +776,7 @@ impl Flow {
         FlowRecord {
             listener: self.listener,
             client: self.client,
-            backend: self.choice.backend.address,
+            backend: self.choice.backend.address(),
             state: self.state,
             silent: Duration::from_secs(u64::from(second.saturating_sub(self.last))),
             parting: self.leg == Leg::Parting,

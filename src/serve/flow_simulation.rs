@@ -351,7 +351,7 @@ impl Simulation {
         let mut sockets = BTreeMap::new();
         for (old, record) in &records {
             self.table.release(*old);
-            let backend = self.backends.iter().find(|backend| backend.address == record.backend).expect("known");
+            let backend = self.backends.iter().find(|backend| backend.address() == record.backend).expect("known");
             let choice = Choice { backend: Arc::clone(backend), port: Arc::clone(&self.port), entry: Entry::ClusterIp };
             let flow = table.import(renamed[&record.listener], record, choice, self.now).expect("room for all");
             table.check();

@@ -137,7 +137,7 @@ impl Ports {
     ) {
         for (name, port) in &self.0 {
             for backend in port.backends.iter() {
-                let address = backend.address;
+                let address = backend.address();
                 let key = ListenKey::at(address, name.protocol);
                 if !turned.contains(&key) {
                     continue;
@@ -198,7 +198,7 @@ impl Port {
     }
 
     fn place_of(&self, address: SocketAddr) -> Result<usize, usize> {
-        self.backends.binary_search_by_key(&address, |backend| backend.address)
+        self.backends.binary_search_by_key(&address, |backend| backend.address())
     }
 
     /// A table of the planned endpoints: a backend that is known keeps its counters and its id.
@@ -224,7 +224,7 @@ impl Port {
     /// The backends of some endpoints that are known: the list of all, where it is all of them.
     fn known(&self, endpoints: &[UsableEndpoint]) -> Arc<[Arc<Backend>]> {
         let addresses = endpoints.iter().map(|endpoint| endpoint.address);
-        if addresses.clone().eq(self.backends.iter().map(|backend| backend.address)) {
+        if addresses.clone().eq(self.backends.iter().map(|backend| backend.address())) {
             return Arc::clone(&self.backends);
         }
         addresses.filter_map(|address| self.known_backend(address).cloned()).collect()
@@ -242,7 +242,7 @@ impl Port {
             self.next_backend = self.next_backend.wrapping_add(1);
             all.push(Arc::new(Backend::new(self.next_backend, address)));
         }
-        all.sort_unstable_by_key(|backend| backend.address);
+        all.sort_unstable_by_key(|backend| backend.address());
         self.backends = all.into();
     }
 }

@@ -90,7 +90,7 @@ impl Preserve {
         if !self.reply_path.get().is_some_and(ReplyPath::leads_here) {
             return Err(SourceFallback::ReplyPath);
         }
-        side(client, backend.address.ip(), |address| way_to(address, now))
+        side(client, backend.address().ip(), |address| way_to(address, now))
     }
 }
 
@@ -263,7 +263,7 @@ impl Backend {
             Some(Verdict::All(pause)) => ("all clients of that side", pause),
         };
         info!(
-            %service, backend = %self.address, reason = %SourceFallback::NoWayBack, of = whose,
+            %service, backend = %self.address(), reason = %SourceFallback::NoWayBack, of = whose,
             again_in_seconds = pause.as_secs(),
             "its answers to clients' addresses do not come by this node: it sees the node's"
         );

@@ -251,7 +251,7 @@ impl Drop for Account {
         if let Some(mut draft) = self.draft.take() {
             draft.upstream = Tally { datagrams: 0, bytes: self.upstream.moved };
             draft.downstream = Tally { datagrams: 0, bytes: self.downstream.moved };
-            draft.closed(self.backend.address, reason);
+            draft.closed(self.backend.address(), reason);
         }
     }
 }
@@ -350,7 +350,7 @@ impl<'s> Relay<'s> {
             client: pair.client.as_fd().try_clone_to_owned()?,
             upstream: pair.upstream.as_fd().try_clone_to_owned()?,
             port: port.name.clone(),
-            backend: account.backend.address,
+            backend: account.backend.address(),
             entry: account.entry,
             up: self.up.moving(account.upstream.moved)?,
             down: self.down.moving(account.downstream.moved)?,

@@ -360,7 +360,7 @@ impl Shard {
                     let draft = is_told.then(|| tap.draft(client, visit.key, visit.target.kind, &choice.port));
                     self.table.tell(flow, draft);
                 }
-                debug!(service = %choice.port.name, listen = %visit.key, %client, backend = %choice.backend.address, "flow opened");
+                debug!(service = %choice.port.name, listen = %visit.key, %client, backend = %choice.backend.address(), "flow opened");
                 Some(flow)
             }
             Err(error) => {
@@ -385,7 +385,7 @@ impl Shard {
                 }
             }
         }
-        self.keep(flow, connect_udp(backend.address)?, Owner::Node, doubt)
+        self.keep(flow, connect_udp(backend.address())?, Owner::Node, doubt)
     }
 
     /// From the client's own address; or why not, and what an answer to this node would tell.
@@ -402,7 +402,7 @@ impl Shard {
             return Err((SourceFallback::NoWayBack, tells.map(|tells| Doubt::of_node(side, tells, now))));
         }
         let doubt = Doubt::of_client(side, ClientKey::of(client.ip()), now);
-        let socket = connect_udp_as(client, backend.address);
+        let socket = connect_udp_as(client, backend.address());
         socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(doubt))).map_err(|error| {
             debug!(service = %choice.port.name, %client, %error, "no socket at the client's address");
             backend.note_not_asked(side, client.ip(), now);
@@ -421,7 +421,7 @@ impl Shard {
         let moved = if !next.as_client {
             self.move_to_node(flow, &choice, Some(next))
         } else if may_be_seen(next, client.ip(), &choice, visit.now) {
-            let socket = connect_udp_as(client, choice.backend.address);
+            let socket = connect_udp_as(client, choice.backend.address());
             socket.and_then(|socket| self.keep(flow, socket, Owner::Client, Some(next)))
         } else {
             self.upstreams.take_doubt(flow); // It stays with the node.
@@ -434,7 +434,7 @@ impl Shard {
     }
 
     fn move_to_node(&mut self, flow: FlowId, choice: &Choice, doubt: Option<Doubt>) -> io::Result<()> {
-        self.keep(flow, connect_udp(choice.backend.address)?, Owner::Node, doubt)
+        self.keep(flow, connect_udp(choice.backend.address())?, Owner::Node, doubt)
     }
 
     /// The first answer over a flow's socket has come.
@@ -1035,7 +1035,7 @@ mod tests {
             place: 0,
             client: SocketAddr::from(([10, 9, 0, 1], 1_000)),
             port: balancer.port.name.clone(),
-            backend: backend.address,
+            backend: backend.address(),
             entry: Entry::ClusterIp,
             state: FlowState::Stream,
             silent: Duration::from_secs(100),

@@ -673,7 +673,7 @@ fn carry(
             let Some((port, listen, peer)) = named.as_deref() else { return };
             let (upstream_bytes, downstream_bytes) = connection.bytes();
             debug!(
-                service = %port.name, %listen, client = %peer, backend = %connection.backend().address, %reason,
+                service = %port.name, %listen, client = %peer, backend = %connection.backend().address(), %reason,
                 upstream_bytes, downstream_bytes, "connection closed"
             );
         });
@@ -818,7 +818,7 @@ impl ComingStream {
                     });
                 }
                 backend.stats.closed.count(CloseReason::Drain);
-                warn!(service = %port.name, backend = %backend.address, "cannot watch a connection of the last process: it is reset");
+                warn!(service = %port.name, backend = %backend.address(), "cannot watch a connection of the last process: it is reset");
                 return None;
             }
         };

@@ -550,8 +550,8 @@ pub(super) mod tests {
     impl Drop for Echo {
         fn drop(&mut self) {
             self.ends.store(true, Ordering::Relaxed);
-            let waker = UdpSocket::bind(SocketAddr::new(self.backend.address.ip(), 0)).expect("a free port");
-            let _ = waker.send_to(&[], self.backend.address);
+            let waker = UdpSocket::bind(SocketAddr::new(self.backend.address().ip(), 0)).expect("a free port");
+            let _ = waker.send_to(&[], self.backend.address());
             if let Some(thread) = self.thread.take() {
                 let _ = thread.join();
             }

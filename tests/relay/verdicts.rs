@@ -259,7 +259,7 @@ fn udp_ends(relay: &Relay, address: SocketAddr, reason: CloseReason) -> u64 {
     let status = relay.status();
     let service = service_of(&status, "web").expect("the Service is known");
     let backends = service.ports.iter().flat_map(|port| port.backends.iter());
-    backends.filter(|backend| backend.address == address).map(|backend| backend.stats.closed.get(reason)).sum()
+    backends.filter(|backend| backend.address() == address).map(|backend| backend.stats.closed.get(reason)).sum()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

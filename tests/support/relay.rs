@@ -128,7 +128,7 @@ impl Relay {
         let status = self.status();
         let service = service_of(&status, service).expect("the Service is known");
         let mut backends = service.ports.iter().flat_map(|port| port.backends.iter());
-        let backend = backends.find(|backend| backend.address == address).expect("the backend is known");
+        let backend = backends.find(|backend| backend.address() == address).expect("the backend is known");
         Arc::clone(backend)
     }
 
