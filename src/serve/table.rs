@@ -14,27 +14,36 @@ const WALKED: usize = 8;
 #[derive(Debug, Default)]
 pub struct Table {
     picks: Arc<[Arc<Backend>]>,
-    /// Ids of the picks with their places, by id; empty where there are few.
-    by_id: Box<[(u32, u32)]>,
-    /// Ids of the backends that keep what they have and get nothing new.
-    draining: Box<[u32]>,
+    /// `None` where both lists would be empty, as they mostly are.
+    ids: Option<Box<Ids>>,
     balance: Balance,
     seed: u32,
     /// What the Service says about its connections; `None`: as the flags say.
     tcp: Option<Arc<TcpSettings>>,
 }
 
+/// What a table knows of its backends by their ids.
+#[derive(Debug)]
+struct Ids {
+    /// Those of the picks with their places, by id; empty where there are few.
+    of_picks: Box<[(u32, u32)]>,
+    /// Those of the backends that keep what they have and get nothing new.
+    draining: Box<[u32]>,
+}
+
 impl Table {
     /// `picks` may get new traffic; `serving` (a superset of them) keeps what it has.
     pub fn new(picks: Arc<[Arc<Backend>]>, serving: &[Arc<Backend>]) -> Self {
-        let mut by_id: Box<[_]> = match picks.len() {
+        let mut of_picks: Box<[_]> = match picks.len() {
             0..=WALKED => Box::default(),
             _ => picks.iter().zip(0..).map(|(backend, place)| (backend.id, place)).collect(),
         };
-        by_id.sort_unstable();
-        let mut table = Self { picks, by_id, ..Self::default() };
-        table.draining = serving.iter().map(|backend| backend.id).filter(|id| table.place_of(*id).is_none()).collect();
-        table
+        of_picks.sort_unstable();
+        let draining = serving.iter().map(|backend| backend.id);
+        let draining: Box<[_]> = draining.filter(|id| place_of(*id, &picks, &of_picks).is_none()).collect();
+        let has_ids = !of_picks.is_empty() || !draining.is_empty();
+        let ids = has_ids.then(|| Box::new(Ids { of_picks, draining }));
+        Self { picks, ids, ..Self::default() }
     }
 
     /// Chooses in another way than by turns. The seed makes the chances of one table others than those of the next,
@@ -60,7 +69,7 @@ impl Table {
 
     /// True where the backend may keep its connections and flows.
     pub fn serves(&self, backend: &Backend) -> bool {
-        self.place_of(backend.id).is_some() || self.draining.contains(&backend.id)
+        self.place_of(backend.id).is_some() || self.ids.as_ref().is_some_and(|ids| ids.draining.contains(&backend.id))
     }
 
     /// The backend of an id, if it may be picked now.
@@ -69,11 +78,7 @@ impl Table {
     }
 
     fn place_of(&self, id: u32) -> Option<usize> {
-        if self.by_id.is_empty() {
-            return self.picks.iter().position(|backend| backend.id == id);
-        }
-        let found = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
-        Some(self.by_id[found].1 as usize)
+        place_of(id, &self.picks, self.ids.as_ref().map_or(&[], |ids| &ids.of_picks))
     }
 
     /// True where so many more could be ejected, and half of the picks would be left.
@@ -126,6 +131,15 @@ impl Table {
     fn chance(&self, turn: usize) -> Chance {
         Chance(u64::from(self.seed) << 32).skip(turn as u64)
     }
+}
+
+/// The place of an id among the picks, by their list of ids where there is one.
+fn place_of(id: u32, picks: &[Arc<Backend>], ids: &[(u32, u32)]) -> Option<usize> {
+    if ids.is_empty() {
+        return picks.iter().position(|backend| backend.id == id);
+    }
+    let found = ids.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+    Some(ids[found].1 as usize)
 }
 
 /// A random number that follows from a seed and a turn alone (SplitMix64): a shared counter is all the state, so
