@@ -192,7 +192,7 @@ fn judged(candidate: &Candidate<'_>, unused: Option<Unused>) -> Judged {
 
 /// Both lists of a [`Usable`] are sorted by address.
 fn holds(endpoints: &[UsableEndpoint], address: SocketAddr) -> bool {
-    endpoints.binary_search_by_key(&address, |endpoint| endpoint.address).is_ok()
+    endpoints.binary_search_by_key(&address, |endpoint| endpoint.address()).is_ok()
 }
 
 fn rule_of(topology: Topology<'_>) -> Rule {

@@ -3,7 +3,7 @@
 //! A pure function, one to one the policy of kube-proxy. Nothing here knows listeners or sockets;
 //! which addresses may be endpoints at all is decided before, in `admission`. Why an endpoint is not used is told in `choice`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::model::{Endpoint, Service, ServicePort, Slice, TrafficPolicy};
@@ -36,14 +36,23 @@ impl Node {
 /// An endpoint of one ServicePort that may be used, with what people want to read beside it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UsableEndpoint {
-    /// Address, and the number that the slice resolved the target port to.
-    pub address: SocketAddr,
+    /// From `addresses[0]`. Apart from the port they take a third less than a `SocketAddr`.
+    pub ip: IpAddr,
+    /// The number that the slice resolved the target port to.
+    pub port: u16,
     /// True on this node.
     pub local: bool,
     /// True where it ends, but still serves.
     pub terminating: bool,
     /// From `targetRef.name` of a Pod. What else there is to know of it is in its slice.
     pub pod: Option<Arc<str>>,
+}
+
+impl UsableEndpoint {
+    /// Where it answers.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
 }
 
 /// The endpoints of one scope. Sorted by address, each address once.
@@ -133,7 +142,8 @@ impl Candidate<'_> {
 
     fn to_usable(&self) -> UsableEndpoint {
         UsableEndpoint {
-            address: self.address,
+            ip: self.address.ip(),
+            port: self.address.port(),
             local: self.local,
             terminating: self.endpoint.terminating,
             pod: self.endpoint.pod.clone(),
@@ -315,7 +325,7 @@ mod tests {
 
     fn hosts(endpoints: &[UsableEndpoint]) -> Vec<u8> {
         let last_byte =
-            |endpoint: &UsableEndpoint| endpoint.address.to_string().split(['.', ':']).nth(3).map(str::parse);
+            |endpoint: &UsableEndpoint| endpoint.address().to_string().split(['.', ':']).nth(3).map(str::parse);
         endpoints.iter().map(|endpoint| last_byte(endpoint).expect("IPv4").expect("a number")).collect()
     }
 
@@ -330,7 +340,7 @@ mod tests {
     }
 
     fn addresses(usable: &Option<Usable>) -> Vec<String> {
-        usable.iter().flat_map(|usable| &*usable.picks).map(|endpoint| endpoint.address.to_string()).collect()
+        usable.iter().flat_map(|usable| &*usable.picks).map(|endpoint| endpoint.address().to_string()).collect()
     }
 
     #[test]

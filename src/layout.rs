@@ -370,8 +370,9 @@ mod tests {
     }
 
     fn backends(host: u8) -> Backends {
-        let address = ([10, 244, 0, host], 8000).into();
-        let endpoint = UsableEndpoint { address, local: false, terminating: false, pod: None };
+        let address = std::net::SocketAddr::from(([10, 244, 0, host], 8000));
+        let endpoint =
+            UsableEndpoint { ip: address.ip(), port: address.port(), local: false, terminating: false, pod: None };
         let usable = Usable { picks: [endpoint.clone()].into(), serving: [endpoint].into() };
         Backends { usable, ..Backends::default() }
     }

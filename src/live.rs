@@ -269,7 +269,7 @@ impl ServiceStatus {
         let sticky = self.service.affinity_timeout.is_some();
         for ((port, counters), of) in report.ports.iter_mut().zip(&self.ports).zip(&self.service.ports) {
             port.traffic = counters.state.as_ref().map(|state| PortTraffic::of(state, sticky));
-            let pods: BTreeMap<_, _> = self.plan.endpoints(of).map(|known| (known.address, &known.pod)).collect();
+            let pods: BTreeMap<_, _> = self.plan.endpoints(of).map(|known| (known.address(), &known.pod)).collect();
             let traffic = |backend: &Arc<Backend>| {
                 BackendTraffic::of(backend, pods.get(&backend.address()).and_then(|pod| pod.as_deref()))
             };

@@ -431,7 +431,7 @@ impl Page {
 
     fn backend_states(&mut self, labels: &str, plan: &ServicePlan, port: &ServicePort, counters: &PortCounters) {
         let picks = plan.balancers(port).flat_map(|(_, backends)| &*backends.usable.picks);
-        let picks: BTreeSet<SocketAddr> = picks.map(|endpoint| endpoint.address).collect();
+        let picks: BTreeSet<SocketAddr> = picks.map(|endpoint| endpoint.address()).collect();
         let is_ready = |backend: &Backend| picks.contains(&backend.address());
         let ready = counters.backends.iter().filter(|backend| is_ready(backend)).count();
         let draining = counters.backends.len() - ready;

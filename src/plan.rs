@@ -764,7 +764,7 @@ mod tests {
         let steps = control.plan.update(&control.model, &BTreeSet::from([web().name]), &control.options);
 
         let [Step::Swap(_, backends)] = steps.as_slice() else { panic!("not one swap: {steps:?}") };
-        assert_eq!(backends.usable.picks[0].address.to_string(), "10.0.0.2:8000");
+        assert_eq!(backends.usable.picks[0].address().to_string(), "10.0.0.2:8000");
         assert_eq!(backends.usable.serving.len(), 2);
     }
 

@@ -78,7 +78,7 @@ fn ports(plan: &ServicePlan) -> impl Iterator<Item = &ServicePortName> {
 /// Whom new traffic may go to, on either side.
 fn backends(plan: &ServicePlan, port: &ServicePortName) -> BTreeSet<SocketAddr> {
     let balancers = plan.wanted.balancers.iter().filter(|(key, _)| key.port == *port);
-    balancers.flat_map(|(_, backends)| &*backends.usable.picks).map(|endpoint| endpoint.address).collect()
+    balancers.flat_map(|(_, backends)| &*backends.usable.picks).map(|endpoint| endpoint.address()).collect()
 }
 
 /// Each in one line: lines to paste are for a terminal.

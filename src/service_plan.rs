@@ -473,7 +473,7 @@ mod tests {
             let (side, balancer) =
                 if inside { (listener.target.inside, inner) } else { (listener.target.outside, outer) };
             let picks = &plan.wanted.balancers[&balancer].usable.picks;
-            let hosts: Vec<_> = picks.iter().map(|e| e.address.ip().to_string().replace("10.0.0.", "")).collect();
+            let hosts: Vec<_> = picks.iter().map(|e| e.address().ip().to_string().replace("10.0.0.", "")).collect();
             match side.verdict {
                 Verdict::Serve => hosts.join(" "),
                 Verdict::Reject => "reject".into(),
@@ -612,7 +612,7 @@ mod tests {
             .wanted
             .balancers
             .iter()
-            .map(|(key, backends)| format!("{} {}", key.family, backends.usable.picks[0].address))
+            .map(|(key, backends)| format!("{} {}", key.family, backends.usable.picks[0].address()))
             .collect();
         assert_eq!(backends, ["IPv4 10.0.0.1:8000", "IPv6 [fd00:1::1]:8000"]);
     }

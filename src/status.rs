@@ -234,7 +234,7 @@ fn addresses(planned: &ServicePlan, port: &ServicePort, scope: Scope) -> Option<
     let mut asked = planned.balancers(port).filter(|(key, _)| key.scope == scope).peekable();
     asked.peek()?;
     let picks = asked.flat_map(|(_, backends)| &*backends.usable.picks);
-    Some(picks.map(|endpoint| endpoint.address.to_string()).collect())
+    Some(picks.map(|endpoint| endpoint.address().to_string()).collect())
 }
 
 /// The backends of a ServicePort by scope; `null` where no listener uses the scope.

@@ -220,7 +220,7 @@ impl ServiceSummary {
     fn of(service: &ServiceStatus, status: &Status, said: &BTreeMap<&str, u64>) -> Self {
         let ServiceStatus { service: wanted, plan, ports, slices: _ } = service;
         let picks = wanted.ports.iter().flat_map(move |port| plan.balancers(port));
-        let picks = picks.flat_map(|(_, backends)| &*backends.usable.picks).map(|endpoint| endpoint.address);
+        let picks = picks.flat_map(|(_, backends)| &*backends.usable.picks).map(|endpoint| endpoint.address());
         let mut summary = Self {
             namespace: wanted.name.namespace.to_string(),
             name: wanted.name.name.to_string(),

@@ -446,7 +446,7 @@ impl Listeners {
 
     fn swap(&mut self, key: BalancerKey, wanted: &Backends) {
         let protocol = key.port.protocol;
-        let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey::at(endpoint.address, protocol));
+        let keys = wanted.usable.serving.iter().map(|endpoint| ListenKey::at(endpoint.address(), protocol));
         let own: Vec<_> = keys.filter(|key| self.listeners.contains_key(key)).collect();
         self.ports.swap(key.clone(), wanted, &self.reply_path);
         if !own.is_empty() {

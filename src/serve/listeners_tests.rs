@@ -56,7 +56,8 @@ impl Bench {
         let port = &service.ports[0];
         let port = ServicePortName::new(service.name.clone(), Arc::clone(&port.name), port.protocol);
         let key = BalancerKey { port, family: Family::of(address.ip()), scope: Scope::Cluster };
-        let endpoint = UsableEndpoint { address, local: false, terminating: false, pod: None };
+        let endpoint =
+            UsableEndpoint { ip: address.ip(), port: address.port(), local: false, terminating: false, pod: None };
         let usable = Usable { picks: [endpoint.clone()].into(), serving: [endpoint].into() };
         let backends = Backends { usable, ..Backends::default() };
         self.listeners.apply(vec![Step::Swap(key, backends)], self.now).await;

@@ -223,7 +223,7 @@ impl Port {
 
     /// The backends of some endpoints that are known: the list of all, where it is all of them.
     fn known(&self, endpoints: &[UsableEndpoint]) -> Arc<[Arc<Backend>]> {
-        let addresses = endpoints.iter().map(|endpoint| endpoint.address);
+        let addresses = endpoints.iter().map(|endpoint| endpoint.address());
         if addresses.clone().eq(self.backends.iter().map(|backend| backend.address())) {
             return Arc::clone(&self.backends);
         }
@@ -232,8 +232,8 @@ impl Port {
 
     /// Makes the backends that are not known yet. All at once, as the list is made anew.
     fn know<'a>(&mut self, endpoints: impl Iterator<Item = &'a UsableEndpoint>) {
-        let new = |endpoint: &&UsableEndpoint| self.place_of(endpoint.address).is_err();
-        let new: BTreeSet<_> = endpoints.filter(new).map(|endpoint| endpoint.address).collect();
+        let new = |endpoint: &&UsableEndpoint| self.place_of(endpoint.address()).is_err();
+        let new: BTreeSet<_> = endpoints.filter(new).map(|endpoint| endpoint.address()).collect();
         if new.is_empty() {
             return;
         }
