@@ -172,7 +172,7 @@ mod tests {
         let chosen = balancer.pick(client, &Tried::default(), Instant::now()).expect("a backend");
         let Pin { kept: Some(Kept { backend, seconds }), .. } = asked() else { panic!("it is kept") };
 
-        assert_eq!(backend, chosen.address);
+        assert_eq!(backend, chosen.address());
         assert!((50..=60).contains(&seconds), "{seconds}");
         let all = told(Excerpt { client: Some(client), ..Excerpt::default() });
         let pins: Vec<_> = all.iter().map(|service| (service.name.as_str(), pin(service).is_some())).collect();
