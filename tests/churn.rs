@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use kube_relay::control::{Message, Relay, RelayOptions};
 use kube_relay::model::{Endpoint, Event, Objects, Service, Slice};
@@ -57,20 +57,38 @@ async fn t158_given_children_that_are_being_started_when_a_service_comes_and_goe
     let site = Site::new(159);
     let _backends = (Backend::named(site.backend(1)).await, Talker::named(site.backend(1)).await);
     let relay = start(site).await;
-    let over = Arc::<AtomicBool>::default();
-    let is_over = Arc::clone(&over);
-    let starting = thread::spawn(move || {
-        while !is_over.load(Ordering::Relaxed) {
-            assert!(Command::new("true").status().expect("it is in the path").success());
-        }
-    });
+    let _children = Children::start();
 
     for _ in 0..SHORT_ROUNDS {
         round(&relay, site).await;
     }
+}
 
-    over.store(true, Ordering::Relaxed);
-    starting.join().expect("each child runs");
+/// Children that are started one after another until this is dropped.
+struct Children {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Children {
+    fn start() -> Self {
+        let over = Arc::<AtomicBool>::default();
+        let is_over = Arc::clone(&over);
+        let start_them = move || {
+            while !is_over.load(Ordering::Relaxed) {
+                assert!(Command::new("true").status().expect("it is in the path").success());
+            }
+        };
+        Self { over, thread: Some(thread::spawn(start_them)) }
+    }
+}
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map(JoinHandle::join);
+        assert!(thread::panicking() || ended.is_some_and(|ended| ended.is_ok()), "each child runs");
+    }
 }
 
 async fn start(site: Site) -> Relay {

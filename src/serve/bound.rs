@@ -16,9 +16,7 @@ use std::net::UdpSocket;
 use std::os::fd::{AsFd, OwnedFd};
 use std::slice;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::time::sleep;
 use tracing::warn;
 
 use crate::fd_store::{self, FdStore};
@@ -57,24 +55,6 @@ pub(super) enum Bound {
     },
     /// Nobody: senders get port unreachable.
     ParkedUdp(UdpSocket),
-}
-
-/// A child that is being started has copies of all sockets until it runs its own program: an address that was ours is free
-/// then. That takes a millisecond or two, or longer where many others want the processors: it is looked at after each of these.
-pub(super) const UNTIL_CHILDREN_RUN: [Duration; 3] =
-    [Duration::from_millis(5), Duration::from_millis(20), Duration::from_millis(80)];
-
-/// Binds an address that was ours until now, or finds it held by somebody else.
-async fn once_children_run<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
-    let mut outcome = bind();
-    for wait in UNTIL_CHILDREN_RUN {
-        if !outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            break;
-        }
-        sleep(wait).await;
-        outcome = bind();
-    }
-    outcome
 }
 
 /// A listener's sockets as [`Servers::open`] leaves them.
@@ -195,7 +175,7 @@ impl Servers {
             }
             (Bound::ParkedUdp(holder), false) => {
                 drop(holder);
-                let opened = once_children_run(|| self.open(key, wanted, &target.load())).await?;
+                let opened = self.open(key, wanted, &target.load())?;
                 self.serve(key, opened, wanted, target)
             }
             (parked @ (Bound::ParkedTcp(_) | Bound::ParkedUdp(_)), true) => Ok(parked),
@@ -323,7 +303,7 @@ impl Servers {
     async fn hold_udp(&mut self, key: ListenKey) -> io::Result<Bound> {
         self.store.forget(&key);
         self.store.settled().await; // Until then the address is not free.
-        Ok(Bound::ParkedUdp(once_children_run(|| udp::hold_udp(key.address())).await?))
+        Ok(Bound::ParkedUdp(udp::hold_udp(key.address())?))
     }
 
     /// Has the shards filter as the target asks for; true where they do. Without a filter they judge each datagram:

@@ -10,6 +10,11 @@ use crate::name::{ListenKey, ServicePortName};
 use crate::plan::Listener;
 use crate::vips::Hold;
 
+/// An address in use may be our own until now: a child that is being started has copies of all sockets until it runs its own
+/// program. That takes a millisecond or two, or longer where many others want the processors. So it is tried again after each
+/// of these before anybody is told.
+const UNTIL_CHILDREN_RUN: [Duration; 3] =
+    [Duration::from_millis(5), Duration::from_millis(20), Duration::from_millis(80)];
 /// A failed bind is tried again after this time at first,
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// and never later than this: a port that becomes free is taken within 5 s.
@@ -32,6 +37,16 @@ pub(crate) fn next_wait(waited: Option<Duration>) -> Duration {
     waited.map_or(FIRST_RETRY, |waited| (waited * 2).clamp(FIRST_RETRY, LAST_RETRY))
 }
 
+/// How long to wait where a child of ours may have the address still; `None` where it has not.
+fn wait_for_children(error: &io::Error, waited: Option<Duration>) -> Option<Duration> {
+    if error.kind() != io::ErrorKind::AddrInUse {
+        return None;
+    }
+    let Some(waited) = waited else { return UNTIL_CHILDREN_RUN.first().copied() };
+    let mut waits = UNTIL_CHILDREN_RUN.into_iter().skip_while(|wait| *wait != waited);
+    waits.nth(1)
+}
+
 /// All failed listeners. Owned by `Listeners`, by value.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
@@ -46,6 +61,8 @@ struct Failure {
     /// counts those that are missing.
     hold: Option<Hold>,
     error: BindError,
+    /// Nobody is told: the next try is soon, and may well go better.
+    silent: bool,
     wait: Duration,
     due: Instant,
 }
@@ -74,9 +91,10 @@ impl Failures {
         waited: Option<Duration>,
         now: Instant,
     ) {
-        let wait = next_wait(waited);
+        let soon = wait_for_children(&source, waited);
+        let (silent, wait) = (soon.is_some(), soon.unwrap_or_else(|| next_wait(waited)));
         let error = BindError { service: wanted.port.clone(), key, source };
-        self.by_key.insert(key, Failure { wanted, hold, error, wait, due: now + wait });
+        self.by_key.insert(key, Failure { wanted, hold, error, silent, wait, due: now + wait });
         self.news.insert(key);
     }
 
@@ -101,9 +119,9 @@ impl Failures {
         self.news.extend(std::mem::take(&mut self.by_key).into_keys());
     }
 
-    /// The error of the last try.
+    /// The error of the last try; `None` also where the next one comes so soon that nobody is told.
     pub(super) fn get(&self, key: &ListenKey) -> Option<&BindError> {
-        self.by_key.get(key).map(|failure| &failure.error)
+        self.by_key.get(key).filter(|failure| !failure.silent).map(|failure| &failure.error)
     }
 
     /// When the next one is due.
@@ -162,21 +180,21 @@ mod tests {
         }
     }
 
-    fn in_use() -> io::Error {
-        io::ErrorKind::AddrInUse.into()
+    fn failed() -> io::Error {
+        io::ErrorKind::AddrNotAvailable.into()
     }
 
     #[test]
     fn f32_given_a_listener_that_fails_again_and_again_when_tried_then_waits_double_to_four_seconds() {
         let (mut failures, mut now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), None, in_use(), None, now);
+        failures.note(key(1), listener("web"), None, failed(), None, now);
         let mut waits = Vec::new();
 
         for _ in 0..5 {
             now = failures.next_due().expect("one failed");
             for Due { key, wanted, hold, waited } in failures.take_due(now) {
                 waits.push(waited.as_millis());
-                failures.note(key, wanted, hold, in_use(), Some(waited), now);
+                failures.note(key, wanted, hold, failed(), Some(waited), now);
             }
         }
 
@@ -184,10 +202,29 @@ mod tests {
     }
 
     #[test]
+    fn f32_given_an_address_in_use_when_tried_then_it_is_soon_three_times_before_anybody_is_told() {
+        let (mut failures, mut now) = (Failures::default(), Instant::now());
+        let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
+        failures.note(key(1), listener("web"), None, in_use(), None, now);
+        let mut waits = Vec::new();
+
+        for _ in 0..5 {
+            let is_told = failures.get(&key(1)).is_some();
+            now = failures.next_due().expect("one failed");
+            for Due { key, wanted, hold, waited } in failures.take_due(now) {
+                waits.push((waited.as_millis(), is_told));
+                failures.note(key, wanted, hold, in_use(), Some(waited), now);
+            }
+        }
+
+        assert_eq!(waits, [(5, false), (20, false), (80, false), (500, true), (1_000, true)]);
+    }
+
+    #[test]
     fn given_two_failures_when_one_is_due_then_it_alone_is_tried() {
         let (mut failures, now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), None, in_use(), None, now);
-        failures.note(key(2), listener("web"), None, in_use(), Some(FIRST_RETRY), now);
+        failures.note(key(1), listener("web"), None, failed(), None, now);
+        failures.note(key(2), listener("web"), None, failed(), Some(FIRST_RETRY), now);
 
         let due: Vec<_> = failures.take_due(now + FIRST_RETRY).into_iter().map(|due| due.key).collect();
 
@@ -198,21 +235,21 @@ mod tests {
     #[test]
     fn f31_given_a_failure_that_waits_long_when_its_address_comes_then_it_is_due_and_waits_as_at_first() {
         let (mut failures, now) = (Failures::default(), Instant::now());
-        failures.note(key(1), listener("web"), None, in_use(), Some(LAST_RETRY), now);
-        failures.note(key(2), listener("web"), None, in_use(), Some(LAST_RETRY), now);
+        failures.note(key(1), listener("web"), None, failed(), Some(LAST_RETRY), now);
+        failures.note(key(2), listener("web"), None, failed(), Some(LAST_RETRY), now);
 
         failures.hasten(|failed| *failed == key(1), now);
 
         let [Due { key, wanted, hold, waited }] = failures.take_due(now).try_into().expect("one is due");
-        failures.note(key, wanted, hold, in_use(), Some(waited), now);
+        failures.note(key, wanted, hold, failed(), Some(waited), now);
         assert_eq!(failures.next_due(), Some(now + FIRST_RETRY));
     }
 
     #[test]
     fn given_changes_of_failures_when_asked_for_news_then_each_key_is_told_once() {
         let mut failures = Failures::default();
-        failures.note(key(1), listener("web"), None, in_use(), None, Instant::now());
-        failures.note(key(2), listener("web"), None, in_use(), None, Instant::now());
+        failures.note(key(1), listener("web"), None, failed(), None, Instant::now());
+        failures.note(key(2), listener("web"), None, failed(), None, Instant::now());
         assert_eq!(failures.take_news(), [key(1), key(2)].into());
         assert!(failures.take_news().is_empty());
 
@@ -235,7 +272,7 @@ mod tests {
         let held: Vec<_> = holds.iter().map(Arc::downgrade).collect();
         let is_held = || held.iter().map(|hold| hold.strong_count() > 0).collect::<Vec<_>>();
         for (host, hold) in (1..).zip(holds) {
-            failures.note(key(host), listener("web"), Some(hold), in_use(), None, now);
+            failures.note(key(host), listener("web"), Some(hold), failed(), None, now);
         }
         assert_eq!(is_held(), [true; 3]);
         assert!(failures.want(&key(1), listener("other")).is_none());
@@ -244,7 +281,7 @@ mod tests {
         let now = now + FIRST_RETRY;
         for Due { key, wanted, hold, waited } in failures.take_due(now) {
             if key == self::key(1) {
-                failures.note(key, wanted, hold, in_use(), Some(waited), now);
+                failures.note(key, wanted, hold, failed(), Some(waited), now);
             }
         }
         assert_eq!(is_held(), [true, false, false]);

@@ -132,6 +132,7 @@ mod tests {
 
         assert_eq!(difference(&other), Some("SO_BINDTODEVICE"));
     }
+
     #[test]
     fn f25_given_a_host_without_a_family_or_a_process_without_descriptors_when_looked_then_both_are_told_apart() {
         let failing = |errno: i32, failing: Family| {

@@ -16,7 +16,6 @@ use foldhash::fast::RandomState;
 use futures_util::future::{join_all, try_join_all};
 use ipnet::IpNet;
 use tokio::task::coop::consume_budget;
-use tokio::time::sleep;
 use tracing::info;
 
 use crate::entrance::inside_at;
@@ -27,7 +26,7 @@ use crate::parts::in_parts;
 use crate::plan::{self, Backends, Listener, ListenerKind, Side, Step};
 use crate::reply_path::ReplyPath;
 use crate::serve::balancer::{Backend, Balancer, PortState};
-use crate::serve::bound::{Bound, Opened, Servers, UNTIL_CHILDREN_RUN};
+use crate::serve::bound::{Bound, Opened, Servers};
 use crate::serve::departed::Departed;
 use crate::serve::estate::Estate;
 use crate::serve::failures::{Due, Failures};
@@ -88,14 +87,6 @@ struct Bind {
     wanted: Listener,
     /// How long it had to wait for this try, if it has failed before.
     waited: Option<Duration>,
-}
-
-/// How it went to open one; `None` where a side names a balancer that is not there.
-type Attempt = Option<(Target, io::Result<Opened>)>;
-
-/// True where somebody else has its address.
-fn is_held(attempt: &Attempt) -> bool {
-    matches!(attempt, Some((_, Err(error))) if error.kind() == io::ErrorKind::AddrInUse)
 }
 
 /// A listener that is to be opened later, with what keeps its address local.
@@ -479,28 +470,15 @@ impl Listeners {
             return self.keep_for_later(binds);
         }
         self.servers.store.settled().await; // One of the addresses may have been another listener's until now.
-        let mut opened = self.open_all(&binds);
-        for wait in UNTIL_CHILDREN_RUN {
-            let held = |(bind, opened): &(&Bind, &mut Attempt)| bind.waited.is_none() && is_held(opened);
-            let held: Vec<_> = binds.iter().zip(&mut opened).filter(held).collect();
-            if held.is_empty() {
-                break;
-            }
-            sleep(wait).await;
-            held.into_iter().for_each(|(bind, opened)| *opened = self.open(bind));
-        }
+        let (this, threads) = (&*self, self.binders.min(binds.len() / BINDS_PER_THREAD));
+        let opened = in_parts(&binds, threads, |part| part.iter().map(|bind| this.open(bind)).collect::<Vec<_>>());
+        let opened: Vec<_> = opened.into_iter().flatten().collect();
         for (bind, opened) in binds.into_iter().zip(opened) {
             match opened {
                 Some((target, opened)) => self.serve(bind, target, opened, now),
                 None => debug_assert!(false, "{}: planned without a balancer", bind.key),
             }
         }
-    }
-
-    fn open_all(&self, binds: &[Bind]) -> Vec<Attempt> {
-        let threads = self.binders.min(binds.len() / BINDS_PER_THREAD);
-        let opened = in_parts(binds, threads, |part| part.iter().map(|bind| self.open(bind)).collect::<Vec<_>>());
-        opened.into_iter().flatten().collect()
     }
 
     fn keep_for_later(&mut self, binds: Vec<Bind>) {
@@ -512,11 +490,11 @@ impl Listeners {
         self.held_back.get_or_insert_default().extend(kept);
     }
 
-    /// Opens a listener's sockets.
+    /// Opens a listener's sockets; `None` where a side names a balancer that is not there.
     ///
     /// Not where its address could not be made local: with `net.ipv4.ip_nonlocal_bind` the kernel would have it bound, and
     /// nobody would ever come there.
-    fn open(&self, Bind { key, wanted, .. }: &Bind) -> Attempt {
+    fn open(&self, Bind { key, wanted, .. }: &Bind) -> Option<(Target, io::Result<Opened>)> {
         let target = self.target(key, wanted)?;
         let opened = match self.granted.refused(key.ip()) {
             Some(reason) => Err(reason.clone().into()),
