@@ -39,7 +39,7 @@ pub struct Choice {
 pub struct Pin {
     /// The client.
     pub client: IpAddr,
-    /// Whom its next connection goes to; left out where that is as for a client that is new.
+    /// Whom its next connection goes to unless that one is ejected; left out where that is as for a client that is new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
 }

@@ -39,13 +39,13 @@ impl StatusQuery {
     pub(crate) fn read(query: Option<&str>) -> Result<Self, BadQuery> {
         let bad = |what| BadQuery { what };
         let query = query.unwrap_or_default();
-        if query == "summary" || query.starts_with("summary=") {
-            return Ok(Self::Summary);
-        }
         let mut excerpt = Excerpt::default();
-        for part in query.split('&').filter(|part| !part.is_empty()) {
+        let parts: Vec<_> = query.split('&').filter(|part| !part.is_empty()).collect();
+        for part in &parts {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let value = &*read_spelled(value).ok_or(bad("what is behind a % is no letter"))?;
             match key {
+                "summary" if parts.len() == 1 => return Ok(Self::Summary),
                 "service" if excerpt.service.is_some() => return Err(bad("service is asked for twice")),
                 "service" => {
                     let name = read_name(value).ok_or(bad("service is not NAMESPACE/NAME"))?;
@@ -84,9 +84,22 @@ pub(crate) fn spelled(name: &str) -> String {
     name.bytes().map(letter).collect()
 }
 
-/// Both halves are written out: a namespace that is left out is left to nobody's guess. Some spell the slash `%2F`.
+/// Reads what others spell out: letters of ASCII, as nothing that can be asked for has others.
+fn read_spelled(text: &str) -> Option<String> {
+    let mut pieces = text.split('%');
+    let mut read = pieces.next()?.to_owned();
+    for piece in pieces {
+        let (digits, rest) = piece.split_at_checked(2)?;
+        let is_hex = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let letter = u8::from_str_radix(digits, 16).ok().filter(|letter| is_hex && letter.is_ascii())?;
+        read.push(char::from(letter));
+        read.push_str(rest);
+    }
+    Some(read)
+}
+
+/// Both halves are written out: a namespace that is left out is left to nobody's guess.
 fn read_name(value: &str) -> Option<ObjectName> {
-    let value = value.replace("%2F", "/").replace("%2f", "/");
     let (namespace, name) = value.split_once('/')?;
     let is_name = |half: &str| {
         let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
@@ -126,6 +139,10 @@ mod tests {
         for web in ["service=default/web", "service=default%2Fweb", "service=default%2fweb&"] {
             assert_eq!(StatusQuery::read(Some(web)), Ok(StatusQuery::Report(only("web"))), "{web}");
         }
+        for client in ["client=fd00::1", "client=fd00%3A%3A1", "client=%66d00%3a%3a1"] {
+            let fd00 = Excerpt { client: "fd00::1".parse().ok(), service: None };
+            assert_eq!(StatusQuery::read(Some(client)), Ok(StatusQuery::Report(fd00)), "{client}");
+        }
     }
 
     #[test]
@@ -141,10 +158,15 @@ mod tests {
             "service=default/",
             "service=a/b/c",
             "service=a/b%00",
+            "service=a/b%",
+            "service=a/b%+1",
+            "service=a/b%C5%BC",
+            "service=a/b%cż",
             "service=a/%20",
             "service=a/ż",
             "service=a/b&service=a/b",
             "service=a/b&summary",
+            "summary=1&service=a/b",
             "summaryfoo",
             "client=",
             "client=192.0.2.7:80",
