@@ -436,6 +436,7 @@ mod tests {
         told(&mut ledger).expect("it is not told yet").commit(&new, &Contact::default(), Instant::now());
         assert_eq!(new.ports[&name()].backends[0].stats.upstream_bytes.of(Entry::NodePort), 10);
     }
+
     #[test]
     fn t234_given_a_process_that_retires_when_its_estate_is_dropped_then_nothing_but_counters_is_kept() {
         let (old, contact) = (estate(&[1, 2]), Arc::new(Contact::default()));

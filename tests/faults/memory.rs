@@ -44,7 +44,7 @@ pub(crate) fn is_short() {
 
     let lacks_memory = || relay.gauge(PAUSED) > 0.0;
     let come = || until_some_wait(service, lacks_memory);
-    let mut open = stage.client().run(come).expect("each is served, or waits");
+    let (mut open, count) = stage.client().run(come).expect("each is served, or waits");
     let more = (0..=MORE).map(|_| TcpStream::connect_timeout(&service, PATIENCE));
     let mut more = stage.client().run(|| more.collect::<io::Result<Vec<_>>>()).expect("the kernel's queue takes them");
     let mut late = more.pop().expect("it has come last");
@@ -58,7 +58,6 @@ pub(crate) fn is_short() {
     });
     message(&mut open[0]).expect("an open connection goes on");
 
-    let count = open.len();
     assert_eq!(relay.dropped(None), 0, "nobody was turned away");
     let freed = Instant::now();
     drop(open);
@@ -86,8 +85,9 @@ fn admin_answers(relay: &Relay<'_>, span: Duration) -> Duration {
     slowest
 }
 
-/// Opens connections, many at once, until some of them are not served for want of memory. Those come last.
-fn until_some_wait(service: SocketAddr, lacks_memory: impl Fn() -> bool) -> io::Result<Vec<TcpStream>> {
+/// Opens connections, many at once, until some of them are not served for want of memory. Those come last; and how many are
+/// served.
+fn until_some_wait(service: SocketAddr, lacks_memory: impl Fn() -> bool) -> io::Result<(Vec<TcpStream>, usize)> {
     let mut open: Vec<TcpStream> = Vec::new();
     loop {
         let served = open.len();
@@ -97,11 +97,12 @@ fn until_some_wait(service: SocketAddr, lacks_memory: impl Fn() -> bool) -> io::
             open.push(stream);
         }
         let come = Instant::now();
-        for stream in &mut open[served..] {
+        for number in served..open.len() {
+            let stream = &mut open[number];
             let left = WAITING.saturating_sub(come.elapsed()).max(Duration::from_millis(1));
             stream.set_read_timeout(Some(left))?;
             match answer(stream) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && lacks_memory() => return Ok(open),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && lacks_memory() => return Ok((open, number)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     stream.set_read_timeout(Some(PATIENCE))?; // The machine is slow.
                     answer(stream)?;

@@ -58,6 +58,7 @@ fn restart(services: u16, limit: Duration, judged: bool) {
 
     println!("killed with {services} Services: served again {took:?} after the start; meanwhile: {burst}");
     assert!(!judged || took < limit, "{took:?}");
+    assert!(!burst.failures.is_empty(), "nobody came while it was away: that proves nothing");
     let lost = streams.iter_mut().map(message).filter(Result::is_err).count();
     assert_eq!(lost, STREAMS, "a stream cannot outlive its process");
     assert_eq!(relay.metric("kuberelay_listeners", &[r#"state="failed""#]), 0, "{}", stage.said(stage.node()));

@@ -14,7 +14,7 @@ use crate::support::site::Site;
 
 /// Fails in one way until some failures of the kinds together were counted, changes everything meanwhile, and sees it come true at once.
 async fn outage(stage: &mut Stage, mood: Mood, reason: WatchFailure) {
-    let (site, failed) = (stage.site, if full() { 6 } else { 3 });
+    let (site, failed) = (stage.site, if full() { 6 } else { 4 });
     stage.server.put("services", service("gone", "127.0.1.99"));
     stage.until_known("gone", true).await;
     let (caller, before) = (Caller::start(site), stage.server.asked().len());
