@@ -210,13 +210,18 @@ pub(crate) fn install(program: &Path, folder: &Path) {
     let first = folder.join("1");
     let mut command = Command::new(program);
     command.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"]);
-    command.args(SMALL).arg(format!("--datadir={}", first.display()));
+    command.args(SMALL).args([format!("--datadir={}", first.display()), own_tables(folder)]);
     let made = command.output().expect("the program starts");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
     let copied = Command::new("cp").arg("-r").arg(&first).arg(folder.join("2")).status();
     assert!(copied.expect("cp starts").success());
     let users = "CREATE USER app@'%' IDENTIFIED BY 'secret';\nGRANT ALL ON *.* TO app@'%';\nCREATE DATABASE app;\n";
     fs::write(folder.join("init.sql"), users).expect("the folder is ours");
+}
+
+/// Where temporary tables are: a server takes all away that it finds when it starts.
+fn own_tables(folder: &Path) -> String {
+    format!("--tmpdir={}", folder.display())
 }
 
 /// What makes it fit into a test.
@@ -243,6 +248,7 @@ pub(crate) fn serve(
         format!("--socket={}", place(&format!("{number}.sock"))),
         format!("--pid-file={}", place(&format!("{number}.pid"))),
         format!("--init-file={}", place("init.sql")),
+        own_tables(folder),
     ]);
     spawn(inside, command, &folder.join(format!("mariadb-{number}.log")))
 }
