@@ -1299,15 +1299,13 @@ mod tests {
         let stranger = TcpListener::bind(key(3).address()).await.expect("a free address");
         let backend = named("one").await;
         sync(&relay, vec![web(3)], vec![slice(&web(3), &[backend])]).await;
-        let mut status = relay.status();
-        let failed = soon(status.wait_for(|status| !status.failed.is_empty())).await.expect("it is told");
+        let failed = now(&relay);
         let Some(ListenerState::Failed { reason, message }) = failed.failed.get(&key(3)) else {
             panic!("no failure: {failed:?}")
         };
         assert_eq!(reason, "in_use");
         assert!(message.starts_with("default/web:http: cannot listen on 127.85.1.3:7500/TCP: "), "{message}");
         assert!(message.contains("ss -lnp 'sport = :7500'"), "{message}");
-        drop(failed);
 
         let messages = relay.messages();
         let flood = tokio::spawn(async move {

@@ -10,11 +10,13 @@ use crate::name::{ListenKey, ServicePortName};
 use crate::plan::Listener;
 use crate::vips::Hold;
 
-/// An address in use may be our own until now: a child that is being started has copies of all sockets until it runs its own
-/// program. That takes a millisecond or two, or longer where many others want the processors. So it is tried again after each
-/// of these before anybody is told.
+/// An address in use may have been ours until now: a child that is being started has copies of all sockets until it runs its
+/// own program. That takes a millisecond or two, or longer where many others want the processors. So it is tried again after
+/// each of these before anybody is told,
 const UNTIL_CHILDREN_RUN: [Duration; 3] =
     [Duration::from_millis(5), Duration::from_millis(20), Duration::from_millis(80)];
+/// where sockets were closed here so lately. Whatever else is in use is somebody else's.
+const CLOSED_LATELY: Duration = Duration::from_secs(1);
 /// A failed bind is tried again after this time at first,
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// and never later than this: a port that becomes free is taken within 5 s.
@@ -52,6 +54,8 @@ fn wait_for_children(error: &io::Error, waited: Option<Duration>) -> Option<Dura
 pub(super) struct Failures {
     by_key: BTreeMap<ListenKey, Failure>,
     news: BTreeSet<ListenKey>,
+    /// When a listener's sockets were last closed.
+    last_closed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -91,11 +95,17 @@ impl Failures {
         waited: Option<Duration>,
         now: Instant,
     ) {
-        let soon = wait_for_children(&source, waited);
+        let closed_lately = self.last_closed.is_some_and(|at| now.saturating_duration_since(at) < CLOSED_LATELY);
+        let soon = wait_for_children(&source, waited).filter(|_| closed_lately);
         let (silent, wait) = (soon.is_some(), soon.unwrap_or_else(|| next_wait(waited)));
         let error = BindError { service: wanted.port.clone(), key, source };
         self.by_key.insert(key, Failure { wanted, hold, error, silent, wait, due: now + wait });
         self.news.insert(key);
+    }
+
+    /// Notes that a listener's sockets were closed here.
+    pub(super) fn note_closed(&mut self, now: Instant) {
+        self.last_closed = Some(now);
     }
 
     /// Has a failed listener come up in another way than it failed; gives `wanted` back where it has not failed.
@@ -202,9 +212,13 @@ mod tests {
     }
 
     #[test]
-    fn f32_given_an_address_in_use_when_tried_then_it_is_soon_three_times_before_anybody_is_told() {
+    fn f32_given_an_address_that_was_ours_when_it_is_in_use_then_it_is_tried_three_times_before_anybody_is_told() {
         let (mut failures, mut now) = (Failures::default(), Instant::now());
         let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
+        failures.note(key(2), listener("other"), None, in_use(), None, now);
+        assert!(failures.get(&key(2)).is_some(), "it was never ours");
+        failures.forget(&key(2));
+        failures.note_closed(now);
         failures.note(key(1), listener("web"), None, in_use(), None, now);
         let mut waits = Vec::new();
 

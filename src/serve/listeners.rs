@@ -290,7 +290,7 @@ impl Listeners {
                 Step::Point(key, listener) | Step::Revive(key, listener) | Step::Park(key, listener) => {
                     self.point(key, listener, now).await;
                 }
-                Step::Unbind(key) => self.unbind(key).await,
+                Step::Unbind(key) => self.unbind(key, now).await,
                 Step::Retire(key) => {
                     self.ports.retire(&key);
                     changed_ports.push(key.port);
@@ -561,14 +561,16 @@ impl Listeners {
                 self.turned.insert(key);
                 self.servers.store.forget(&key);
                 let hold = running.target.load().address.clone();
+                self.failures.note_closed(now);
                 self.failures.note(key, wanted, hold, source, None, now);
             }
         }
     }
 
-    async fn unbind(&mut self, key: ListenKey) {
+    async fn unbind(&mut self, key: ListenKey, now: Instant) {
         self.failures.forget(&key);
         let Some(running) = self.listeners.remove(&key) else { return };
+        self.failures.note_closed(now);
         self.turned.insert(key);
         self.ports.disown(&running.port.name, &key);
         self.servers.end(key, running.bound).await;
